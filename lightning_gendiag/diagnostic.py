@@ -1,0 +1,117 @@
+"""The base of every diagnostic's metric: states that survive idle ranks, results that keep their shape, a plot."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+
+class Result(Protocol):
+    """What a diagnostic's ``compute`` returns: a NamedTuple of tensors that can name its numbers."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Names without prefix to () tensors; what is logged."""
+        ...
+
+
+class _Whole:
+    """A result that torchmetrics passes on untouched; it would squeeze tensors of one element."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+
+
+class Diagnostic(Metric):
+    """A ``torchmetrics.Metric`` for rows and sums.
+
+    Beside what torchmetrics does: ranks that saw nothing take part in a sync, results keep their shapes, and ``plot``
+    draws what the result's ``scalars()`` name. List states (``"cat"``) hold rows: tensors (n, ...) of one shape and
+    dtype. ``compute`` must be a pure function of the states: no draws, no collectives.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    higher_is_better: bool | None = None
+    plotted: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the scalars that ``plot`` draws; all of them where empty."""
+
+    def rows(self, state: str) -> Tensor:
+        """The rows of a list state as one tensor; (0,) where there are none."""
+        held = getattr(self, state)
+        if isinstance(held, Tensor):
+            return held
+        return torch.cat(held) if held else torch.empty(0, device=self.device)
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        group = process_group or self.process_group
+        for state, reduction in self._reductions.items():
+            if reduction is dim_zero_cat:
+                self._type_rows(state, dist_sync_fn, group)
+        super()._sync_dist(dist_sync_fn, process_group)
+
+    def _type_rows(self, state: str, gather: Callable[..., Any], group: Any) -> None:
+        """Give this rank's rows of a state the shape and dtype that the other ranks have."""
+        held = self.rows(state)
+        signature = [_DTYPES.index(held.dtype), *held.shape[1:]] if held.ndim > 1 or len(held) else [-1]
+        local = torch.full((8,), -1, dtype=torch.long, device=self.device)
+        local[: len(signature)] = torch.tensor(signature)
+        for other in gather(local, group=group):
+            dtype, *shape = other.tolist()
+            if dtype >= 0 and signature == [-1]:
+                shape = [size for size in shape if size >= 0]
+                held = torch.empty(0, *shape, dtype=_DTYPES[dtype], device=self.device)
+                break
+        setattr(self, state, [held])
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(lambda: _Whole(compute()))
+
+        @functools.wraps(compute)
+        def whole() -> Any:
+            return wrapped().value
+
+        return whole
+
+    def plot(self, val: Result | Sequence[Result] | None = None, ax: Any = None) -> Any:
+        """Draw one result as bars, or a sequence of results as curves.
+
+        Needs matplotlib, the extra ``lightning_gendiag[plot]``.
+
+        Args:
+            val: a result or several in order of time; by default ``self.compute()``.
+            ax: matplotlib axes to draw into.
+
+        Returns:
+            ``(figure, axes)``, as torchmetrics' metrics do.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ModuleNotFoundError("plot needs matplotlib: pip install 'lightning_gendiag[plot]'") from error
+        results = [self.compute()] if val is None else [val] if hasattr(val, "scalars") else list(val)
+        series = [
+            {name: float(value) for name, value in result.scalars().items() if name.startswith(self.plotted or "")}
+            for result in results
+        ]
+        figure = Figure() if ax is None else ax.figure
+        ax = figure.add_subplot() if ax is None else ax
+        names = list(series[0])
+        if len(series) == 1:
+            ax.barh(names[::-1], [series[0][name] for name in names[::-1]])
+        else:
+            for name in names:
+                ax.plot([step[name] for step in series], label=name, marker=".")
+            ax.set_xlabel("evaluation")
+            ax.legend()
+        ax.set_title(type(self).__name__)
+        return figure, ax

@@ -1,0 +1,91 @@
+"""Mathematics that several diagnostics share: tensors in, tensors out, no model and no trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Matrix products at the full precision of their type, whatever the training loop has chosen.
+
+    A training script may lower ``torch.set_float32_matmul_precision`` or run under autocast; differences of
+    nearly equal squared norms do not survive that.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Squared Euclidean distances between rows by one matrix product, at least 0.
+
+    Rows should be centred first: the error is that of ``|x|^2 + |y|^2``, not of the distance.
+
+    Args:
+        x: (M, D)
+        y: (N, D)
+
+    Returns:
+        (M, N)
+
+    Example:
+        >>> squared_distances(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor([[25.]])
+    """
+    squares = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
+    return torch.addmm(squares, x, y.T, alpha=-2).clamp_(min=0)  # (M, D) @ (D, N) -> (M, N)
+
+
+def median(values: Tensor) -> Tensor:
+    """The median of all entries, the mean of the middle two where their number is even.
+
+    ``torch.median`` returns the lower of the two.
+
+    Example:
+        >>> median(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+        tensor(3.)
+    """
+    values = values.flatten()
+    lower = values.median()
+    half = len(values) // 2
+    if len(values) % 2 or (values <= lower).sum() > half:
+        return lower
+    return (lower + values[values > lower].min()) / 2
+
+
+def adjusted_rand_index(a: Tensor, b: Tensor) -> float:
+    """Agreement of two partitions of the same items: 1 equal, about 0 by chance, -0.5 at the least.
+
+    Hubert and Arabie, *Comparing partitions*, 1985.
+
+    Args:
+        a: integer labels, any shape.
+        b: integer labels, of the same shape.
+
+    Example:
+        >>> adjusted_rand_index(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 2, 2]))
+        1.0
+    """
+    _, a = a.flatten().unique(return_inverse=True)
+    _, b = b.flatten().unique(return_inverse=True)
+    counts = torch.bincount(a * (int(b.max()) + 1) + b).double()
+
+    def pairs(n: Tensor) -> float:
+        return float((n * (n - 1) / 2).sum())
+
+    together = pairs(counts)
+    in_a, in_b = pairs(torch.bincount(a).double()), pairs(torch.bincount(b).double())
+    every = len(a) * (len(a) - 1) / 2
+    chance = in_a * in_b / every if every else 0.0
+    most = (in_a + in_b) / 2
+    # two partitions into one set, or into single items, agree
+    return 1.0 if most == chance else (together - chance) / (most - chance)

@@ -1,0 +1,480 @@
+"""Which pixels of an image belong together: kernel alignment of pixels, clustered into regions.
+
+Source: Gruber, Ziegler, Buettner, *Disentangling Mean Embeddings for Better Diagnostics of Image Generators*,
+2024, arXiv 2409.01314.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_gendiag.functional import adjusted_rand_index, exact_matmul, median, squared_distances
+
+BANDWIDTH_IMAGES = 2048
+"""Median distances are taken over at most this many images, spread evenly over those given."""
+
+
+@dataclass(frozen=True, eq=False)
+class RegionMap:
+    """A partition of an image's positions into regions, with what is known about it.
+
+    Bring your own with ``RegionMap(labels)`` or ``RegionMap(labels, names=("face", "hair", "background"))``, or let
+    :func:`find_regions` find one in the data.
+
+    Args:
+        labels: (H, W) integers 0..R-1, each number used.
+        names: R names for people; by default from each region's place ("top left", "centre", "border").
+        alignment: (R, R) mean CKA of pixels, within a region on the diagonal and between regions beside it; nan where
+            unknown, and on the diagonal of a region of a single pixel.
+        dependence: mean CKA over all pairs of pixels in different regions, 0 (independent) to 1; nan where unknown.
+        stability: adjusted Rand index of the maps found on two halves of the images, 1 where they are the same;
+            nan where unknown.
+
+    Raises:
+        ValueError: if labels are no (H, W) integers, leave a number out, or do not match the other arguments.
+    """
+
+    labels: Tensor
+    names: tuple[str, ...] = ()
+    alignment: Tensor | None = None
+    dependence: float = math.nan
+    stability: float = math.nan
+    num_regions: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        labels = torch.as_tensor(self.labels).detach().cpu()
+        if labels.ndim != 2 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(
+                f"labels must be an (H, W) tensor of integers 0..R-1, got {labels.dtype} of shape {tuple(labels.shape)}. "
+                "To fix this, give each position the number of its region."
+            )
+        labels = labels.long()
+        present = labels.unique().tolist()
+        if present != list(range(len(present))):
+            raise ValueError(
+                f"labels must use every number 0..R-1, got the numbers {present[:12]}. "
+                "To fix this, renumber them: labels.unique(return_inverse=True)[1]."
+            )
+        names = tuple(self.names) or _names(labels, len(present))
+        if len(names) != len(present):
+            raise ValueError(f"names must hold one name for each of the {len(present)} regions, got {len(names)}.")
+        alignment = torch.full((len(present), len(present)), math.nan) if self.alignment is None else self.alignment
+        if tuple(alignment.shape) != (len(present), len(present)):
+            raise ValueError(f"alignment must be ({len(present)}, {len(present)}), got {tuple(alignment.shape)}.")
+        for name, value in {
+            "labels": labels,
+            "names": names,
+            "alignment": alignment.detach().cpu(),
+            "num_regions": len(present),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def height(self) -> int:
+        """H, in pixels."""
+        return self.labels.shape[0]
+
+    @property
+    def width(self) -> int:
+        """W, in pixels."""
+        return self.labels.shape[1]
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """(R,) number of positions in each region."""
+        return torch.bincount(self.labels.flatten(), minlength=self.num_regions)
+
+    @cached_property
+    def boxes(self) -> Tensor:
+        """(R, 4) smallest box around each region: top, left, bottom, right; the last two are exclusive."""
+        boxes = []
+        for region in range(self.num_regions):
+            rows, columns = (self.labels == region).nonzero(as_tuple=True)
+            boxes.append([int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1])
+        return torch.tensor(boxes)
+
+    def mask(self, region: int) -> Tensor:
+        """(H, W) bool, true inside the region."""
+        return self.labels == region
+
+    def overlap(self, region: int, mask: Tensor) -> float:
+        """Intersection over union of a region with a mask (H, W), 0 to 1."""
+        inside = self.mask(region)
+        union = (inside | mask.bool().cpu()).sum()
+        return float((inside & mask.bool().cpu()).sum() / union)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers and strings, as ``torch.load(weights_only=True)`` takes them."""
+        return {
+            "labels": self.labels,
+            "names": list(self.names),
+            "alignment": self.alignment,
+            "dependence": self.dependence,
+            "stability": self.stability,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> RegionMap:
+        """The inverse of :meth:`state_dict`."""
+        return cls(**{**state, "names": tuple(state["names"])})
+
+    def save(self, path: str | Path) -> None:
+        """Write the map to a file that :meth:`load` reads."""
+        torch.save(self.state_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RegionMap:
+        """Read a map that :meth:`save` wrote."""
+        return cls.from_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    @classmethod
+    def of(cls, regions: RegionMap | Tensor | str | Path) -> RegionMap:
+        """A map from a map, from (H, W) labels, or from the path of a saved map."""
+        if isinstance(regions, RegionMap):
+            return regions
+        if isinstance(regions, (str, Path)):
+            return cls.load(regions)
+        return cls(regions)
+
+    def __eq__(self, other: object) -> bool:
+        """Same labels and same names."""
+        if not isinstance(other, RegionMap):
+            return NotImplemented
+        return self.names == other.names and torch.equal(self.labels, other.labels)
+
+    def __hash__(self) -> int:
+        return hash((self.names, self.labels.numpy().tobytes()))
+
+    def __str__(self) -> str:
+        total = self.labels.numel()
+        parts = ", ".join(
+            f"{name} {size / total:.0%}" for name, size in zip(self.names, self.sizes.tolist(), strict=True)
+        )
+        known = [
+            f"{word} {value:.2f}"
+            for word, value in (("dependence", self.dependence), ("stability", self.stability))
+            if not math.isnan(value)
+        ]
+        return f"{self.num_regions} regions of {self.height}x{self.width}: {parts}" + "".join(f"; {k}" for k in known)
+
+
+def _names(labels: Tensor, num_regions: int) -> tuple[str, ...]:
+    """Where a person would say that each region is."""
+    height, width = labels.shape
+    frame = torch.cat([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
+    names: list[str] = []
+    for region in range(num_regions):
+        rows, columns = (labels == region).nonzero(as_tuple=True)
+        y, x = (float(rows.double().mean()) + 0.5) / height, (float(columns.double().mean()) + 0.5) / width
+        vertical = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
+        horizontal = "left" if x < 0.4 else "right" if x > 0.6 else ""
+        name = f"{vertical} {horizontal}".strip() or "centre"
+        if name == "centre" and num_regions > 1 and (frame == region).double().mean() > 0.5:
+            name = "border"
+        count = sum(known == name or known.startswith(f"{name} (") for known in names)
+        names.append(f"{name} ({count + 1})" if count else name)
+    return tuple(names)
+
+
+def as_images(images: Tensor, name: str = "images") -> Tensor:
+    """Images as floating-point (N, C, H, W) in float32 or float64; uint8 becomes 0..1.
+
+    Raises:
+        ValueError: if the shape or the type is another.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"{name} must be an (N, C, H, W) tensor, got {got}. "
+            "To fix this, stack single images with torch.stack and give grey ones a channel: images[:, None]."
+        )
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be floating-point or uint8, got {images.dtype}. To fix this, call .float().")
+    return images if images.dtype in (torch.float32, torch.float64) else images.float()
+
+
+def median_bandwidth(x: Tensor) -> Tensor:
+    """The RBF bandwidth ``g = 1 / median |x_i - x_j|^2`` over all pairs, a row with itself included.
+
+    Where more than half of the pairs are equal the mean stands in for the median; where all rows are equal the result
+    is inf.
+
+    Args:
+        x: (N, D), at most ``BANDWIDTH_IMAGES`` of its rows are looked at.
+
+    Returns:
+        ()
+    """
+    if len(x) > BANDWIDTH_IMAGES:
+        x = x[torch.linspace(0, len(x) - 1, BANDWIDTH_IMAGES).round().long()]
+    # not the mean: the smallest shift that keeps equal rows exactly equal
+    x = x - x[:1]
+    distances = squared_distances(x, x)
+    # a matrix product leaves a trace of rounding where rows are equal
+    noise = 8 * torch.finfo(x.dtype).eps * x.square().sum(1).max()
+    typical = median(distances)
+    if typical <= noise:
+        typical = distances.mean()
+    return torch.where(typical > noise, 1 / typical, math.inf)
+
+
+def pixel_cka(
+    images: Tensor,
+    gamma: float | None = None,
+    batch_size: int = 100,
+    *,
+    max_bytes: int = 1 << 30,
+    progress: bool = True,
+) -> Tensor:
+    """Centred kernel alignment of every pair of pixels, 0 (independent) to 1 (the same up to the kernel).
+
+    A pixel is the C-vector at one position, its kernel over a batch of n images is the RBF ``exp(-gamma |x - y|^2)``,
+    and ``CKA_ij = <A K_i A, A K_j A> / (|A K_i A| |A K_j A|)`` with the centring matrix A. The result is the mean over
+    all whole batches. No pair is looped over: centred kernel matrices, flattened and normalised, have all alignments
+    in one matrix product. A pixel that does not vary in a batch is independent of all others there, itself included.
+
+    Source: arXiv 2409.01314, section 3.
+
+    Args:
+        images: (N, C, H, W), on any device; the work is done there.
+        gamma: the bandwidth; by default 1 / median squared distance between two whole images.
+        batch_size: n. Images beyond the last whole batch are left out; fewer than n images make one batch.
+        max_bytes: bound on the working memory beside the result.
+        progress: show a bar where the work takes more than a few seconds.
+
+    Returns:
+        (P, P) with P = H * W, in row-major order of positions.
+
+    Raises:
+        ValueError: if fewer than two images are given, or one is not finite.
+
+    Example:
+        >>> images = torch.rand(100, 1, 1, 2, generator=torch.Generator().manual_seed(0)).double()
+        >>> images[:, :, :, 1] = 1 - images[:, :, :, 0]  # a pixel and its negative have the same kernel
+        >>> pixel_cka(images).round(decimals=6)
+        tensor([[1., 1.],
+                [1., 1.]], dtype=torch.float64)
+    """
+    batches, gamma = _batches(images, gamma, batch_size)
+    total: Tensor | None = None
+    for batch in _progress(batches, "pixel CKA", progress):
+        total = _batch_cka(batch, gamma, max_bytes, total)
+    assert total is not None
+    return _mirror(total).div_(len(batches))
+
+
+def find_regions(
+    images: Tensor,
+    num_regions: int | None = 5,
+    gamma: float | None = None,
+    *,
+    batch_size: int = 100,
+    linkage: str = "average",
+    max_pixels: int = 4096,
+    max_bytes: int = 1 << 30,
+    progress: bool = True,
+) -> RegionMap:
+    """Find regions of pixels that depend on each other and little on the rest.
+
+    Euclidean distances between the rows of :func:`pixel_cka`, agglomerative clustering, cut at ``num_regions``. Regions
+    are numbered by size, the largest first. Where an image has more than ``max_pixels`` positions, square cells of
+    pixels take the place of pixels: a cell is a longer vector under the same kernel, so all else holds.
+
+    Source: arXiv 2409.01314, section 3. The authors use average linkage, 5 regions for CelebA, 5 or 6 for ChestMNIST.
+
+    Args:
+        images: (N, C, H, W), at least two; 400 or more make a steadier map.
+        num_regions: R. With None the data choose: the tree is cut at half of its largest merging distance.
+        gamma: bandwidth, see :func:`pixel_cka`.
+        batch_size: images to a batch, see :func:`pixel_cka`.
+        linkage: any method of ``scipy.cluster.hierarchy.linkage``.
+        max_pixels: largest number of positions or cells that are clustered.
+        max_bytes: bound on the working memory of the alignment beside its (P, P) result.
+        progress: show a bar where the work takes more than a few seconds.
+
+    Returns:
+        The map, with ``dependence`` and, from two halves of the batches, ``stability``.
+
+    Raises:
+        ValueError: if there are fewer than two images, one is not finite, or fewer positions than regions.
+    """
+    images = as_images(images)
+    height, width = images.shape[-2:]
+    cell = max(1, math.ceil(math.sqrt(height * width / max_pixels)))
+    while math.ceil(height / cell) * math.ceil(width / cell) > max_pixels:
+        cell += 1
+    if num_regions is not None and not 1 <= num_regions <= math.ceil(height / cell) * math.ceil(width / cell):
+        raise ValueError(
+            f"num_regions must be between 1 and the number of positions, got {num_regions} for {height}x{width} images."
+        )
+    if cell > 1:
+        padding = (0, -width % cell, 0, -height % cell)
+        images = F.pixel_unshuffle(F.pad(images, padding, mode="replicate"), cell)  # (N, C*s*s, H/s, W/s)
+
+    batches, gamma = _batches(images, gamma, batch_size)
+    if len(batches) == 1:
+        # a single batch has no halves of whole batches; halve it
+        halves = [batches[:0], batches[:0]] if len(batches[0]) < 8 else [[half] for half in batches[0].chunk(2)]
+    else:
+        halves = [batches[0::2], batches[1::2]]
+    sums: list[Tensor | None] = [None, None]
+    work = [(index, batch) for index in (0, 1) for batch in halves[index]]
+    for index, batch in _progress(work, "finding regions", progress):
+        sums[index] = _batch_cka(batch, gamma, max_bytes, sums[index])
+    if len(batches) == 1:
+        whole = _mirror(_batch_cka(batches[0], gamma, max_bytes))
+    else:
+        assert sums[0] is not None and sums[1] is not None
+        whole = _mirror((sums[0] + sums[1]) / len(batches))
+
+    shape = images.shape[-2:]
+    labels = _clusters(whole, num_regions, linkage).view(shape)
+    stability = math.nan
+    if sums[0] is not None and sums[1] is not None:
+        a, b = (
+            _clusters(_mirror(total / len(half)), num_regions, linkage)
+            for total, half in zip(sums, halves, strict=True)
+        )
+        stability = adjusted_rand_index(a, b)
+    alignment, dependence = _alignment(whole, labels.flatten())
+    labels = labels.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[:height, :width]
+    return RegionMap(labels.contiguous(), alignment=alignment, dependence=dependence, stability=stability)
+
+
+def _progress(work: Sequence[Any], words: str, show: bool) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(work, desc=words, delay=3, leave=False, disable=not show)
+
+
+def _batches(images: Tensor, gamma: float | None, batch_size: int) -> tuple[list[Tensor], float]:
+    """Whole batches of pixel vectors (n, C, P), and the bandwidth."""
+    images = as_images(images)
+    if len(images) < 2 or batch_size < 2:
+        raise ValueError(
+            f"images must be at least 2 in batches of at least 2, got {len(images)} in batches of {batch_size}. "
+            "To fix this, collect more images; 400 make a steady map."
+        )
+    if not images.isfinite().all():
+        raise ValueError(
+            "images must be finite, got nan or inf. To fix this, leave such images out: images[images.isfinite()"
+            ".flatten(1).all(1)]."
+        )
+    if gamma is None:
+        with exact_matmul():
+            gamma = float(median_bandwidth(images.flatten(1)))
+        if math.isinf(gamma):
+            warnings.warn("all images are equal: every pixel is independent of all others", stacklevel=3)
+            gamma = 1.0
+    whole = max(1, len(images) // batch_size) * min(batch_size, len(images))
+    return list(images[:whole].flatten(2).split(min(batch_size, len(images)))), gamma
+
+
+def _kernel_rows(pixels: Tensor, gamma: float) -> Tensor:
+    """Centred, normalised kernel matrices of pixels (n, C, B) as rows (B, n (n + 1) / 2), whose products are CKAs.
+
+    A symmetric matrix is stored as its upper triangle, off-diagonal entries times sqrt(2).
+    """
+    n = len(pixels)
+    x = pixels.permute(2, 0, 1)  # (B, n, C)
+    if x.shape[-1] == 1:
+        distances = (x - x.mT).square_()
+    else:
+        distances = torch.zeros(len(x), n, n, dtype=x.dtype, device=x.device)
+        for channel in x.unbind(-1):
+            distances += (channel[:, :, None] - channel[:, None, :]).square_()
+    # centring removes constants, and expm1 keeps the digits that exp would lose beside 1
+    kernels = distances.mul_(-gamma).expm1_()
+    mean = kernels.mean(-1)  # (B, n)
+    kernels.sub_(mean[:, :, None]).sub_(mean[:, None, :]).add_(mean.mean(-1)[:, None, None])
+    i, j = torch.triu_indices(n, n, device=x.device)
+    rows = kernels.flatten(1).index_select(1, i * n + j)
+    rows.mul_(torch.where(i == j, 1.0, math.sqrt(2)).to(rows.dtype))
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows.div_(torch.where(norms > 0, norms, math.inf))
+
+
+def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | None = None) -> Tensor:
+    """Add one batch's alignments to the upper block triangle of ``total`` (P, P)."""
+    n, _, positions = pixels.shape
+    element = pixels.element_size()
+    # rows are held for all positions if they fit, else for two blocks at a time
+    held = n * (n + 1) // 2 * element
+    making = 3 * n * n * element
+    fits = held * positions + making * 256 <= max_bytes
+    block = min(positions, 256 if fits else max(1, max_bytes // (2 * held + making)))
+    starts = range(0, positions, block)
+    if total is None:
+        total = torch.zeros(positions, positions, dtype=pixels.dtype, device=pixels.device)
+
+    with exact_matmul():
+        if fits:
+            rows = torch.cat([_kernel_rows(pixels[..., i : i + block], gamma) for i in starts])
+            # a few wide products: half of the square, at the speed of large matrices
+            wide = max(block, positions // 4)
+            for i in range(0, positions, wide):
+                total[i : i + wide, i:].addmm_(rows[i : i + wide], rows[i:].T)
+            return total
+        for i in starts:
+            a = _kernel_rows(pixels[..., i : i + block], gamma)
+            for j in range(i, positions, block):
+                b = a if i == j else _kernel_rows(pixels[..., j : j + block], gamma)
+                total[i : i + block, j : j + block].addmm_(a, b.T)
+    return total
+
+
+def _mirror(upper: Tensor) -> Tensor:
+    """A symmetric matrix from its upper triangle, whatever stands below."""
+    return torch.triu(upper).add_(torch.triu(upper, 1).T)
+
+
+def _clusters(cka: Tensor, num_regions: int | None, linkage: str) -> Tensor:
+    """(P,) labels 0..R-1 by size, of the clustering of the rows of (P, P)."""
+    import numpy as np
+    from scipy.cluster import hierarchy
+
+    if len(cka) == 1:
+        return torch.zeros(1, dtype=torch.long)
+    rows = cka.double()
+    rows = rows - rows.mean(0)
+    i, j = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
+    condensed = squared_distances(rows, rows).flatten().index_select(0, i * len(rows) + j).sqrt_().cpu().numpy()
+    del rows, i, j
+    tree = hierarchy.linkage(condensed, linkage)
+    if num_regions is None:
+        found = hierarchy.fcluster(tree, tree[:, 2].max() / 2, "distance")
+    else:
+        found = hierarchy.fcluster(tree, num_regions, "maxclust")
+        if found.max() < num_regions:
+            # merging distances tie; the slower cut reaches the number all the same
+            found = hierarchy.cut_tree(tree, num_regions)[:, 0]
+    found = np.unique(found, return_inverse=True)[1]
+    first = np.array([np.argmax(found == label) for label in range(found.max() + 1)])
+    order = np.lexsort((first, -np.bincount(found)))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return torch.from_numpy(rank[found].astype(np.int64))
+
+
+def _alignment(cka: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Mean CKA (R, R) within regions, a pixel with itself left out, and between them; and over all pairs between."""
+    member = F.one_hot(labels).to(cka)  # (P, R)
+    sums = (member.T @ cka @ member).double().cpu()
+    sizes = torch.bincount(labels).double()
+    pairs = sizes[:, None] * sizes[None, :] - torch.diag(sizes)
+    sums -= torch.diag((member.T @ cka.diagonal()).double().cpu())
+    between = ~torch.eye(len(sizes), dtype=torch.bool)
+    dependence = float(sums[between].sum() / pairs[between].sum()) if len(sizes) > 1 else math.nan
+    return (sums / pairs).float(), dependence
