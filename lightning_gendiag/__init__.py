@@ -1,0 +1,70 @@
+"""Which part of a generative model goes wrong, while it trains: metrics and callbacks for Lightning."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_gendiag.detectors import ChangePoint
+    from lightning_gendiag.diagnostic import Diagnostic
+    from lightning_gendiag.diagnostics.cosine_mean_similarity import (
+        CosineMeanSimilarity,
+        CosineMeanSimilarityMonitor,
+        CosineMeanSimilarityResult,
+        cosine_mean_similarity,
+    )
+    from lightning_gendiag.monitor import DiagnosticWarning, Monitor, Reading
+    from lightning_gendiag.probe import Probe
+    from lightning_gendiag.regions import RegionMap, find_regions, pixel_cka
+    from lightning_gendiag.stopping import CollapseStopping, CollapseWarning, Finding
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "detectors": ("ChangePoint",),
+    "diagnostic": ("Diagnostic",),
+    "diagnostics.cosine_mean_similarity": (
+        "CosineMeanSimilarity",
+        "CosineMeanSimilarityMonitor",
+        "CosineMeanSimilarityResult",
+        "cosine_mean_similarity",
+    ),
+    "monitor": ("DiagnosticWarning", "Monitor", "Reading"),
+    "probe": ("Probe",),
+    "regions": ("RegionMap", "find_regions", "pixel_cka"),
+    "stopping": ("CollapseStopping", "CollapseWarning", "Finding"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ChangePoint",
+    "CollapseStopping",
+    "CollapseWarning",
+    "CosineMeanSimilarity",
+    "CosineMeanSimilarityMonitor",
+    "CosineMeanSimilarityResult",
+    "Diagnostic",
+    "DiagnosticWarning",
+    "Finding",
+    "Monitor",
+    "Probe",
+    "Reading",
+    "RegionMap",
+    "cosine_mean_similarity",
+    "find_regions",
+    "pixel_cka",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first asked for, so that the door itself costs nothing."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -25,6 +25,25 @@ def exact_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def as_images(images: Tensor, name: str = "images") -> Tensor:
+    """Images as floating-point (N, C, H, W) in float32 or float64; uint8 becomes 0..1.
+
+    Raises:
+        ValueError: if the shape or the type is another.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"{name} must be an (N, C, H, W) tensor, got {got}. "
+            "To fix this, stack single images with torch.stack and give grey ones a channel: images[:, None]."
+        )
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be floating-point or uint8, got {images.dtype}. To fix this, call .float().")
+    return images if images.dtype in (torch.float32, torch.float64) else images.float()
+
+
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Squared Euclidean distances between rows by one matrix product, at least 0.
 

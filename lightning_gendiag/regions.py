@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gendiag.functional import adjusted_rand_index, exact_matmul, median, squared_distances
+from lightning_gendiag.functional import adjusted_rand_index, as_images, exact_matmul, median, squared_distances
 
 BANDWIDTH_IMAGES = 2048
 """Median distances are taken over at most this many images, spread evenly over those given."""
@@ -184,25 +184,6 @@ def _names(labels: Tensor, num_regions: int) -> tuple[str, ...]:
         count = sum(known == name or known.startswith(f"{name} (") for known in names)
         names.append(f"{name} ({count + 1})" if count else name)
     return tuple(names)
-
-
-def as_images(images: Tensor, name: str = "images") -> Tensor:
-    """Images as floating-point (N, C, H, W) in float32 or float64; uint8 becomes 0..1.
-
-    Raises:
-        ValueError: if the shape or the type is another.
-    """
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
-            f"{name} must be an (N, C, H, W) tensor, got {got}. "
-            "To fix this, stack single images with torch.stack and give grey ones a channel: images[:, None]."
-        )
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    if not images.is_floating_point():
-        raise ValueError(f"{name} must be floating-point or uint8, got {images.dtype}. To fix this, call .float().")
-    return images if images.dtype in (torch.float32, torch.float64) else images.float()
 
 
 def median_bandwidth(x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""One file for each diagnostic: its question, result, mathematics, metric and monitor."""

@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test bench lint clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)  ## train a GAN in which one region of the image breaks, and watch it being stopped
+	$(BIN)/python -m example_models.gan --fault frozen
+
+test: $(READY)  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## each script prints a table; some minutes
+	$(BIN)/python -m benchmarks.pixel_cka
+	$(BIN)/python -m benchmarks.cosine_mean_similarity
+	$(BIN)/python -m benchmarks.alarms
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

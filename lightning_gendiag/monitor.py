@@ -1,0 +1,321 @@
+"""The base of every diagnostic's callback: when to look, what to log, and how its own failures are contained."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from lightning.pytorch.callbacks import Callback
+
+from lightning_gendiag.board import Board
+from lightning_gendiag.diagnostic import Diagnostic, Result
+from lightning_gendiag.probe import Probe, shared_probe
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+FAILURES = 3
+"""So many failures in a row switch a monitor off."""
+
+
+class DiagnosticWarning(UserWarning):
+    """A diagnostic failed, or sees something that makes its numbers doubtful."""
+
+
+class Reading(NamedTuple):
+    """One number of an evaluation, for detectors."""
+
+    value: float
+    """As people know it."""
+    badness: float
+    """The same on a scale on which larger is worse and fluctuations are about equally large everywhere."""
+
+
+class Evaluation(NamedTuple):
+    """What a monitor found at one step."""
+
+    number: int
+    """Counts the monitor's evaluations from 1, over resumes too."""
+    step: int
+    epoch: int
+    readings: dict[str, Reading]
+    """By place: a region's name, a class, a dimension, or the whole."""
+
+
+def batch_step(trainer: Trainer, epoch_over: bool) -> int:
+    """The step that ``self.log`` writes at: batches that led to an optimizer step."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(epoch_over)
+
+
+class Monitor(Callback):
+    """A diagnostic attached to training: looks on a schedule, logs, draws, and never ends a run by an error of its own.
+
+    A subclass says what it ``needs`` of the module, builds a metric, feeds it, and tells readings and pictures.
+    Evaluations run at the end of training epochs, or after training batches, on the module's raw weights, or averaged
+    ones where the probe finds them.
+
+    Args:
+        probe: how the module is looked at; by default one probe that all monitors of the trainer share.
+        every_n_epochs: evaluate at the end of each n-th epoch.
+        every_n_train_steps: evaluate after each n-th batch that stepped an optimizer, instead of at epochs' ends.
+        warmup_epochs: no evaluation before so many epochs are over.
+        on_error: ``"warn"``: a failure is named in a warning and the run goes on, and after three in a row the monitor
+            is switched off; ``"raise"``: for those who debug.
+        name: of this monitor in tags and checkpoints, for two of one kind on a trainer.
+        draw_pictures: whether panels are drawn beside the scalars.
+    """
+
+    stem: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ("sample",)
+    whole: ClassVar[str | None] = None
+    """The reading that the others are parts of."""
+    grain: ClassVar[float] = 0.0
+    """Fluctuations of badness below this are never news."""
+    question: ClassVar[str] = ""
+    """What is measured, in words that fit before "of the centre fell"."""
+
+    def __init__(
+        self,
+        *,
+        probe: Probe | None = None,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        warmup_epochs: int = 0,
+        on_error: Literal["warn", "raise"] = "warn",
+        name: str | None = None,
+        draw_pictures: bool = True,
+    ) -> None:
+        super().__init__()
+        if every_n_epochs < 1 or (every_n_train_steps is not None and every_n_train_steps < 1):
+            raise ValueError(
+                f"every_n_epochs and every_n_train_steps must be at least 1, got {every_n_epochs} and "
+                f"{every_n_train_steps}."
+            )
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}.")
+        self.given_probe = probe
+        self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
+        self.warmup_epochs, self.on_error, self.draw_pictures = warmup_epochs, on_error, draw_pictures
+        self.name = name or self.stem
+        self.probe: Probe | None = None
+        self.metric: Diagnostic | None = None
+        self.latest: Evaluation | None = None
+        self.result: Any = None
+        self.evaluations = 0
+        self.seconds = 0.0
+        self.enabled = True
+        self._failures = 0
+        self._loaded: dict[str, Any] | None = None
+        self._last_step: int | None = None
+        self._unreadable: Exception | None = None
+
+    # ---- what a subclass says ----
+
+    def build(self, probe: Probe) -> Diagnostic:
+        """The metric, made once when the reference is there; on every rank alike."""
+        raise NotImplementedError
+
+    def feed(self, probe: Probe, step: int) -> None:
+        """Give ``self.metric`` this rank's share."""
+        raise NotImplementedError
+
+    def readings(self, result: Any) -> dict[str, Reading]:
+        """What detectors watch."""
+        return {}
+
+    def shares(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+        """How a change of the whole divides among the parts, adding to one; empty where it does not."""
+        return {}
+
+    def draw(self, result: Any, board: Board) -> None:
+        """Pictures and charts; on rank 0 only."""
+
+    def draw_finding(self, where: str, words: str, board: Board) -> None:
+        """A picture of where the fault lies; on rank 0 only."""
+
+    def check(self, probe: Probe) -> None:
+        """Refuse in words, before training, what cannot work.
+
+        Raises:
+            ValueError: for a configuration that cannot work.
+        """
+        if "sample" in self.needs:
+            probe.try_out()
+
+    # ---- Lightning's hooks ----
+
+    @property
+    def state_key(self) -> str:
+        """One for each name, so that two monitors of a kind can be on one trainer."""
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, before anything runs."""
+        if stage != "fit":
+            return
+        given = [c.given_probe for c in trainer.callbacks if isinstance(c, Monitor) and c.given_probe]  # type: ignore[attr-defined]
+        self.probe = self.given_probe or shared_probe(trainer, given)
+        if self.probe.owner is None or self.probe.owner not in trainer.callbacks:  # type: ignore[attr-defined]
+            # the owner keeps the probe's state in its checkpoint
+            self.probe.owner = self
+        self.probe.attach(trainer, pl_module, self.needs)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take up a checkpoint's state and try the sampler, once the module is on its device."""
+        assert self.probe is not None
+        if self._loaded is not None:
+            self._take_up(self.probe, self._loaded)
+            self._loaded = None
+        self.check(self.probe)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect the reference, and evaluate where the schedule counts steps."""
+        if not self.enabled or self.probe is None:
+            return
+        try:
+            self.probe.collect(batch, (trainer.current_epoch, batch_idx))
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            # told at the next evaluation, where all ranks can agree on it
+            self._unreadable = error
+        step = batch_step(trainer, epoch_over=False)
+        if (
+            self.every_n_train_steps is not None
+            and (step + 1) % self.every_n_train_steps == 0
+            and step != self._last_step
+            and trainer.current_epoch >= self.warmup_epochs
+        ):
+            self._evaluate(trainer, pl_module, step, epoch_over=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate where the schedule counts epochs."""
+        if not self.enabled or self.probe is None:
+            return
+        epoch = trainer.current_epoch
+        if (
+            self.every_n_train_steps is None
+            and (epoch + 1) % self.every_n_epochs == 0
+            and epoch + 1 > self.warmup_epochs
+        ):
+            self._evaluate(trainer, pl_module, batch_step(trainer, epoch_over=True), epoch_over=True)
+        else:
+            self.probe.end_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, what the subclass keeps, and the probe's reference if this monitor owns it."""
+        state: dict[str, Any] = {"evaluations": self.evaluations, "seconds": self.seconds, **self.kept()}
+        if self.probe is not None and self.probe.owner is self:
+            state["probe"] = self.probe.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember a checkpoint's state until the probe is there."""
+        self._loaded = dict(state_dict)
+
+    def kept(self) -> dict[str, Any]:
+        """What a subclass wants in the checkpoint: plain Python and tensors."""
+        return {}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`kept`."""
+
+    def _take_up(self, probe: Probe, state: dict[str, Any]) -> None:
+        self.evaluations, self.seconds = state["evaluations"], state["seconds"]
+        if "probe" in state:
+            probe.load_state_dict(state["probe"])
+        self.take_up(state)
+
+    # ---- one evaluation ----
+
+    def _evaluate(self, trainer: Trainer, module: LightningModule, step: int, epoch_over: bool) -> None:
+        started = time.monotonic()
+        self._last_step = step
+        probe = self.probe
+        assert probe is not None
+        error: Exception | None = None
+        ready = True
+        try:
+            if self._unreadable is not None:
+                raise self._unreadable
+            ready = probe.ready(epoch_over)
+            if ready:
+                self.metric = (self.metric or self.build(probe)).to(module.device)
+                self.metric.reset()
+                self.feed(probe, step)
+        except Exception as caught:
+            error = caught
+        # a rank that failed must not leave the others waiting inside a collective
+        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+            self._contain(error or RuntimeError("the diagnostic failed on another process"), trainer)
+            return
+        if not ready:
+            return
+        try:
+            assert self.metric is not None
+            self.result = self.metric.compute()
+            readings = self.readings(self.result)
+        except Exception as caught:
+            self._contain(caught, trainer)
+            return
+        self._failures = 0
+        self.evaluations += 1
+        self.latest = Evaluation(self.evaluations, step, trainer.current_epoch, readings)
+        self._publish(trainer, module, self.result, step, epoch_over, started)
+
+    def _publish(
+        self, trainer: Trainer, module: LightningModule, result: Result, step: int, epoch_over: bool, started: float
+    ) -> None:
+        board = Board(trainer, step, f"gendiag/{self.name}")
+        scalars = {name: float(value) for name, value in result.scalars().items()}
+        for name, value in scalars.items():
+            # loggers are served below: through self.log they would see only every log_every_n_steps
+            tag = f"gendiag/{self.name}/{name}"
+            module.log(tag, value, logger=False, on_step=not epoch_over, on_epoch=epoch_over, batch_size=1)
+        try:
+            if self.draw_pictures and trainer.is_global_zero:
+                self.draw(result, board)
+            seconds = time.monotonic() - started
+            self.seconds += seconds
+            board.scalars(scalars | {"seconds": seconds})
+        except Exception as caught:
+            # on rank 0 alone, so no matter for the others
+            self.draw_pictures = False
+            self._contain(caught, trainer, counts=False)
+
+    def _contain(self, error: Exception, trainer: Trainer, counts: bool = True) -> None:
+        if self.on_error == "raise":
+            raise error
+        self._failures += counts
+        off = self._failures >= FAILURES
+        self.enabled = self.enabled and not off
+        words = (
+            f"{type(self).__name__} failed at step {self._last_step or 0} and the run goes on without it"
+            f"{' from now on' if off else ' this time' if counts else ', with its pictures switched off'}: "
+            f"{type(error).__name__}: {error}"
+        )
+        if off or not counts or self._failures == 1:
+            warnings.warn(words, DiagnosticWarning, stacklevel=2)
+            board = Board(trainer, self._last_step or 0, f"gendiag/{self.name}")
+            try:
+                board.text("failure", words)
+            except Exception as second:
+                warnings.warn(f"and it could not be logged: {second}", DiagnosticWarning, stacklevel=2)
+
+    def broadcast(self, trainer: Trainer, make: Any) -> Any:
+        """What ``make()`` returns on rank 0, on every rank; its exception too."""
+        made: tuple[Any, str | None] = (None, None)
+        if trainer.is_global_zero:
+            try:
+                made = make(), None
+            except Exception as error:
+                made = None, f"{type(error).__name__}: {error}"
+        value, failure = trainer.strategy.broadcast(made) if trainer.world_size > 1 else made
+        if failure is not None:
+            raise ValueError(failure)
+        return value
+
+

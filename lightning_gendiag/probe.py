@@ -1,0 +1,527 @@
+"""How a model is looked at: samples, codes and a reference of real images, without leaving a trace."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_gendiag.diagnostic import Diagnostic
+from lightning_gendiag.functional import as_images
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+LATENT_NAMES = ("latent_dim", "latent_size", "z_dim", "dim_z", "noise_dim", "nz", "n_latent")
+"""Attributes of a module, or of its ``hparams``, that say how long its noise is."""
+
+
+class Images(NamedTuple):
+    """Images and, where they are known, their labels."""
+
+    images: Tensor
+    """(N, C, H, W)"""
+    labels: Tensor | None
+    """(N,) integers"""
+
+
+def images_of(batch: Any) -> Tensor | None:
+    """The images (N, C, H, W) of a batch: a tensor, the first of a tuple, or ``image(s)``, ``x``, ``pixel_values``."""
+    if isinstance(batch, Tensor):
+        return batch if batch.ndim == 4 else None
+    if isinstance(batch, Mapping):
+        named = [batch[key] for key in ("image", "images", "img", "x", "pixel_values", "data") if key in batch]
+        return images_of(named[0]) if named else None
+    if isinstance(batch, (tuple, list)) and batch:
+        return images_of(batch[0])
+    return None
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The labels (N,) of a batch: the second of a tuple, or ``label(s)``, ``y``, ``target(s)``; None where there are none."""
+    if isinstance(batch, Mapping):
+        named = [batch[key] for key in ("label", "labels", "y", "target", "targets") if key in batch]
+    elif isinstance(batch, (tuple, list)):
+        named = list(batch[1:2])
+    else:
+        named = []
+    labels = named[0] if named else None
+    good = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+    return labels if good else None
+
+
+class _Rows(Diagnostic):
+    """Images that passed by on every rank; its sync pools them."""
+
+    images: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("images", default=[], dist_reduce_fx="cat")
+        self.add_state("labels", default=[], dist_reduce_fx="cat")
+
+    def update(self, images: Tensor, labels: Tensor | None) -> None:
+        self.images.append(images)
+        if labels is not None:
+            self.labels.append(labels)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        return self.rows("images"), self.rows("labels")
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Put every random generator that the training loop may use back as it was."""
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        np.random.set_state(state[2])  # noqa: NPY002
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+@contextmanager
+def untouched(module: nn.Module, parameters: bool = False) -> Iterator[None]:
+    """Show a module in evaluation mode, without gradients; put back its modes, buffers and, if asked, parameters.
+
+    Modes are kept for each submodule, since a user may have frozen one.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    kept = [
+        (held, name, tensor, None if tensor is None or nn.parameter.is_lazy(tensor) else tensor.detach().clone())
+        for part in module.modules()
+        for held in ([part._buffers, part._parameters] if parameters else [part._buffers])
+        for name, tensor in held.items()
+    ]
+    try:
+        module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for held, name, tensor, value in kept:
+                held[name] = tensor
+                if tensor is not None and value is not None and not torch.equal(tensor, value):
+                    tensor.copy_(value)
+        for part, mode in modes:
+            part.training = mode
+
+
+class Probe:
+    """How monitors look at a module. One probe serves all monitors of a trainer: one draw, one reference.
+
+    Sampling runs in evaluation mode, without gradients, in the trainer's precision, from its own seed; random
+    generators, buffers and modes are as before afterwards. Samples come in chunks that are seeded one by one and dealt
+    out to the ranks, so they are the same images for any number of processes.
+
+    Args:
+        sample: what makes images: the name of a method or submodule of the module (``"sample"``, ``"generator"``), a
+            callable ``(module, n)``, or None for the module's own ``sample(n)``, else its ``forward`` applied to
+            noise. A submodule, and ``forward``, take standard normal noise (n, latent_dim).
+        encode: name, callable ``(module, images)``, or None for the module's ``encode``.
+        decode: name, callable ``(module, latents)``, or None for the module's ``decode``.
+        num_samples: images a look, over all processes.
+        seed: of the samples; the same at every look, so that curves move with the model only.
+        weights: ``"raw"``, ``"ema"`` (Lightning's ``WeightAveraging``), or ``"auto"``: averaged ones once there are any.
+        reference: the real images: None takes them from training batches as they pass by; or a tensor (N, C, H, W), a
+            pair of images and labels, a dataset or a dataloader.
+        num_reference: how many real images are kept, over all processes.
+        latent_dim: length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
+        conditional: whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
+        images: callable from a batch to its images; by default see :func:`images_of`.
+        labels: callable from a batch to its labels; by default see :func:`labels_of`.
+        chunk_size: images to a call of the sampler.
+
+    Raises:
+        ValueError: if an argument is none of these.
+    """
+
+    def __init__(
+        self,
+        sample: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
+        encode: str | Callable | None = None,  # type: ignore[type-arg]
+        decode: str | Callable | None = None,  # type: ignore[type-arg]
+        num_samples: int = 1024,
+        seed: int = 0,
+        weights: Literal["auto", "raw", "ema"] = "auto",
+        *,
+        reference: Any = None,
+        num_reference: int = 1024,
+        latent_dim: int | None = None,
+        conditional: bool = False,
+        images: Callable | None = None,  # type: ignore[type-arg]
+        labels: Callable | None = None,  # type: ignore[type-arg]
+        chunk_size: int = 128,
+    ) -> None:
+        for name, number, least in (
+            ("num_samples", num_samples, 2),
+            ("num_reference", num_reference, 4),
+            ("chunk_size", chunk_size, 1),
+        ):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}.")
+        if weights not in ("auto", "raw", "ema"):
+            raise ValueError(f"weights must be 'auto', 'raw' or 'ema', got {weights!r}.")
+        self.sample, self.encode, self.decode = sample, encode, decode
+        self.num_samples, self.num_reference, self.chunk_size = num_samples, num_reference, chunk_size
+        self.seed, self.weights, self.conditional = seed, weights, conditional
+        self.given, self.latent_dim = reference, latent_dim
+        self.find_images, self.find_labels = images or images_of, labels or labels_of
+        self.owner: object | None = None
+        self.reference: Images | None = None
+        self._rows: _Rows | None = None
+        self._epoch_seen = False
+        self._last_batch: tuple[int, int] | None = None
+        self._drawn: tuple[int, Images] | None = None
+        self._warned_range = False
+
+    # ---- the module ----
+
+    def attach(self, trainer: Trainer, module: LightningModule, needs: tuple[str, ...]) -> None:
+        """Take hold of a trainer and its module; refuse in words what cannot work.
+
+        Raises:
+            ValueError: if the module lacks what is needed, or the reference given is none.
+        """
+        self.trainer, self.module = trainer, module
+        self._drawn = None
+        for need in needs:
+            self._resolve(need)
+        if self.weights == "ema" and self._averaging() is None:
+            raise ValueError(
+                "weights must be 'raw' or 'auto' where no callback averages weights, got 'ema'. "
+                "To fix this, add lightning.pytorch.callbacks.WeightAveraging to the trainer."
+            )
+        if self.given is not None and self.reference is None:
+            self.reference = self._read(self.given)
+
+    def try_out(self) -> Images:
+        """Two samples, to see that sampling works before training begins; nothing of the module changes.
+
+        Raises:
+            ValueError: if the sampler fails or gives no images.
+        """
+        if self.module.device.type == "meta":
+            raise ValueError("the module must be on a real device before it can be sampled, got 'meta'.")
+        with self.looking(parameters=True):
+            return self._chunk(0, 2)
+
+    def _resolve(self, need: str) -> Callable[..., Any]:
+        """The callable behind ``sample``, ``encode`` or ``decode``."""
+        wanted, module = getattr(self, need), self.module
+        own = type(module).__name__
+        fix = f"To fix this, define {own}.{need}({'n' if need == 'sample' else '...'}), or pass Probe({need}=...)."
+        target: Any = module
+        if wanted is None:
+            target = getattr(module, need, None)
+            if not callable(target):
+                if need != "sample" or _has_no_forward(module):
+                    also = " nor forward" if need == "sample" else ""
+                    raise ValueError(f"{need} must be known, but {own} has no method {need!r}{also}. {fix}")
+                target = module
+        elif isinstance(wanted, str):
+            for part in wanted.split(".") if wanted != "forward" else ():
+                target = getattr(target, part, None)
+            if not callable(target):
+                raise ValueError(f"{need} must name a method or submodule of {own}, got {wanted!r}. {fix}")
+        elif callable(wanted):
+            target = wanted if isinstance(wanted, nn.Module) else partial(wanted, module)
+        else:
+            raise ValueError(f"{need} must be a name or a callable, got {wanted!r}. {fix}")
+        if need == "sample" and isinstance(target, nn.Module):
+            self._noise_length()
+            return lambda n, *labels: target(self._noise(n), *labels)
+        resolved: Callable[..., Any] = target
+        return resolved
+
+    def _noise_length(self) -> int:
+        if self.latent_dim is not None:
+            return self.latent_dim
+        for holder in (self.module, self.module.hparams):
+            for name in LATENT_NAMES:
+                value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+                if isinstance(value, int) and not isinstance(value, bool):
+                    return value
+        raise ValueError(
+            f"latent_dim must be known to draw noise for {type(self.module).__name__}, which has none of "
+            f"{', '.join(LATENT_NAMES)}. To fix this, pass Probe(latent_dim=...) or Probe(sample=...)."
+        )
+
+    def _noise(self, n: int) -> Tensor:
+        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+        return torch.randn(n, self._noise_length(), device=self.module.device, dtype=dtype)
+
+    # ---- looking ----
+
+    @contextmanager
+    def looking(self, parameters: bool = False) -> Iterator[None]:
+        """The module in evaluation mode, with the weights asked for, in the trainer's precision; then all as before."""
+        averaging = self._averaging() if self.averaged else None
+        with ExitStack() as stack:
+            stack.enter_context(random_state_kept(self.module.device))
+            if averaging is not None:
+                averaging._swap_models(self.module)
+                stack.callback(averaging._swap_models, self.module)
+            stack.enter_context(untouched(self.module, parameters))
+            stack.enter_context(self.trainer.precision_plugin.forward_context())
+            yield
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the next look sees averaged weights."""
+        if self.weights == "raw":
+            return False
+        averaging = self._averaging()
+        model = None if averaging is None else averaging._average_model
+        return model is not None and (self.weights == "ema" or int(model.n_averaged) > 0)
+
+    def _averaging(self) -> Any:
+        try:
+            from lightning.pytorch.callbacks import WeightAveraging
+        except ImportError:
+            # Lightning before 2.6
+            return None
+        return next((c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)), None)  # type: ignore[attr-defined]
+
+    def _chunk(self, index: int, n: int) -> Images:
+        """One seeded call of the sampler, as float32 images; inside :meth:`looking`."""
+        torch.manual_seed(self.seed + 7919 * index)
+        np.random.seed((self.seed + 7919 * index) % 2**32)  # noqa: NPY002
+        random.seed(self.seed + 7919 * index)
+        sampler = self._resolve("sample")
+        labels = self._labels(n) if self.conditional else None
+        try:
+            output = sampler(n) if labels is None else sampler(n, labels)
+        except Exception as error:
+            raise ValueError(
+                f"sample must make {n} images when called with {n}{'' if labels is None else ' and labels'}, "
+                f"got {type(error).__name__}: {error}. To fix this, pass Probe(sample=lambda module, n: ...)."
+            ) from error
+        images = images_of(output)
+        if images is None or len(images) != n:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"sample must return ({n}, C, H, W) images when asked for {n}, got {got}. "
+                "To fix this, pass Probe(sample=lambda module, n: ...)."
+            )
+        images = as_images(images.detach(), "generated")
+        return Images(images.float(), labels)
+
+    def _labels(self, n: int) -> Tensor:
+        """Labels (n,) as the reference has them; zeros while there is none."""
+        if self.reference is None:
+            return torch.zeros(n, dtype=torch.long, device=self.module.device)
+        if self.reference.labels is None:
+            raise ValueError(
+                "labels must be known for a conditional sampler, but the batches have none. "
+                "To fix this, pass Probe(labels=lambda batch: ...)."
+            )
+        return self.reference.labels[torch.randint(len(self.reference.labels), (n,))].to(self.module.device)
+
+    def samples(self, step: int) -> Images:
+        """This rank's share of the samples at a step, drawn once and shared by all monitors."""
+        if self._drawn is None or self._drawn[0] != step:
+            self._drawn = None
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            chunks = math.ceil(self.num_samples / self.chunk_size)
+            drawn = []
+            with self.looking():
+                # every rank calls the model equally often, since a sharded model talks to the others in each call
+                for index in range(rank, math.ceil(chunks / world) * world, world):
+                    n = min(self.chunk_size, self.num_samples - index * self.chunk_size)
+                    chunk = self._chunk(index, max(n, 1))
+                    drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
+            images = torch.cat([chunk.images for chunk in drawn])
+            labels = [chunk.labels for chunk in drawn if chunk.labels is not None]
+            self._drawn = (step, Images(images, torch.cat(labels) if labels else None))
+        return self._drawn[1]
+
+    # ---- the real images ----
+
+    def collect(self, batch: Any, key: tuple[int, int]) -> None:
+        """Keep real images of a training batch that passes by, until this rank has its share.
+
+        Args:
+            batch: any batch of the training loop.
+            key: epoch and index of the batch; a second call for the same is without effect.
+
+        Raises:
+            ValueError: if no images are found in the batch.
+        """
+        if self.reference is not None or key == self._last_batch:
+            return
+        self._last_batch = key
+        self._rows = self._rows or _Rows()
+        held = sum(len(rows) for rows in self._rows.images)
+        room = math.ceil(self.num_reference / self.trainer.world_size) - held
+        if room > 0:
+            part = self._part(batch, room)
+            self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu())
+
+    def _part(self, batch: Any, room: int) -> Images:
+        """The first finite images of a batch."""
+        images = self.find_images(batch)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise ValueError(
+                f"a batch must hold (N, C, H, W) images, got {_shape(batch)}. "
+                "To fix this, pass Probe(images=lambda batch: ...)."
+            )
+        images = images.detach()[:room]
+        if images.dtype != torch.uint8:
+            images = as_images(images, "the batch's images")
+        labels = self.find_labels(batch)
+        labels = None if labels is None else labels.detach()[:room]
+        finite = images.flatten(1).isfinite().all(1)
+        return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
+
+    def ready(self, epoch_over: bool) -> bool:
+        """Whether the reference is there; pools it over all ranks once each has its share or an epoch is over."""
+        if self.reference is not None:
+            return True
+        if epoch_over:
+            self.end_epoch()
+        self._rows = self._rows or _Rows()
+        share = math.ceil(self.num_reference / self.trainer.world_size)
+        full = self._epoch_seen or sum(len(rows) for rows in self._rows.images) >= share
+        if not self.trainer.strategy.reduce_boolean_decision(full, all=True):
+            return False
+        # collectives of the accelerator's kind want its tensors
+        rows = self._rows.to(self.module.device)
+        images, labels = rows.compute()
+        self._rows = None
+        if len(images) < 4:
+            raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
+        known = len(labels) == len(images)
+        self.reference = Images(images[: self.num_reference].cpu(), labels[: self.num_reference].cpu() if known else None)
+        return True
+
+    def end_epoch(self) -> None:
+        """Tell that an epoch passed: what was seen by now is all that there is."""
+        self._epoch_seen = True
+
+    def _read(self, given: Any) -> Images:
+        """A reference from what the user gave, the same on every rank."""
+        if isinstance(given, Tensor) or (isinstance(given, (tuple, list)) and isinstance(given[0], Tensor)):
+            return self._checked([self._part(given, self.num_reference)])
+        if isinstance(given, DataLoader):
+            parts: list[Images] = []
+            with random_state_kept(self.module.device):
+                torch.manual_seed(self.seed)
+                for batch in given:
+                    parts.append(self._part(batch, self.num_reference - sum(len(p.images) for p in parts)))
+                    if sum(len(p.images) for p in parts) >= self.num_reference:
+                        break
+            return self._checked(parts)
+        if isinstance(given, Dataset):
+            total = len(given)  # type: ignore[arg-type]
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[: self.num_reference]
+            with random_state_kept(self.module.device):
+                torch.manual_seed(self.seed)
+                items = [given[int(i)] for i in order]
+            batch = torch.utils.data.default_collate(items)
+            return self._checked([self._part(batch, self.num_reference)])
+        raise ValueError(
+            f"reference must be a tensor, a pair of images and labels, a dataset or a dataloader, got {type(given).__name__}."
+        )
+
+    @staticmethod
+    def _checked(parts: list[Images]) -> Images:
+        images = torch.cat([part.images for part in parts]).cpu() if parts else torch.empty(0)
+        if len(images) < 4:
+            raise ValueError(f"reference must hold at least 4 finite images, got {len(images)}.")
+        labels = [part.labels.cpu() for part in parts if part.labels is not None]
+        return Images(images, torch.cat(labels) if len(labels) == len(parts) else None)
+
+    def real_share(self) -> Images:
+        """This rank's rows of the reference; together the ranks have each row once."""
+        assert self.reference is not None
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        images, labels = self.reference
+        return Images(images[rank::world], None if labels is None else labels[rank::world])
+
+    def check_range(self, generated: Tensor) -> None:
+        """Warn once where generated and real images seem to live in different ranges of values."""
+        if self._warned_range or self.reference is None or not len(generated):
+            return
+        real = as_images(self.reference.images)
+        low, high = float(real.min()), float(real.max())
+        finite = generated[generated.isfinite()]
+        if not len(finite) or high == low:
+            return
+        least, most = float(finite.min()), float(finite.max())
+        slack = (high - low) / 4
+        if least < low - slack or most > high + slack or (low < -slack and least >= 0 and most > slack):
+            self._warned_range = True
+            warnings.warn(
+                f"generated images span {least:.3g} to {most:.3g}, real ones {low:.3g} to {high:.3g}. To fix this, bring "
+                "both to one range, with Probe(sample=...) or Probe(images=...).",
+                stacklevel=2,
+            )
+
+    # ---- the checkpoint ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The reference that was collected; one that was given is read again instead."""
+        state: dict[str, Any] = {"epoch_seen": self._epoch_seen}
+        if self.given is None and self.reference is not None:
+            state |= {"images": self.reference.images, "labels": self.reference.labels}
+        elif self._rows is not None and self._rows.images and self.trainer.world_size == 1:
+            # with several ranks each has rows of its own, and one rank writes the checkpoint
+            state |= {"rows": torch.cat(self._rows.images)}
+            state |= {"row_labels": torch.cat(self._rows.labels) if self._rows.labels else None}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._epoch_seen = state["epoch_seen"]
+        if self.given is not None:
+            return
+        if "images" in state:
+            self.reference = Images(state["images"], state["labels"])
+        elif "rows" in state:
+            self._rows = _Rows()
+            self._rows.update(state["rows"], state["row_labels"])
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    from lightning.pytorch import LightningModule
+
+    return type(module).forward is LightningModule.forward
+
+
+def _shape(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return str(tuple(batch.shape))
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {_shape(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (tuple, list)):
+        return "(" + ", ".join(_shape(part) for part in batch) + ")"
+    return type(batch).__name__
+
+
+_SHARED: WeakKeyDictionary[Any, Probe] = WeakKeyDictionary()
+
+
+def shared_probe(trainer: Trainer, probes: list[Probe]) -> Probe:
+    """The probe of monitors that were given none: the first that another was given, or one for the trainer."""
+    if probes:
+        return probes[0]
+    return _SHARED.setdefault(trainer, Probe())

@@ -1,0 +1,275 @@
+"""Stop a run when a part of the model collapses, and say which, since when and how sure."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch.callbacks import EarlyStopping
+
+from lightning_gendiag.board import Board
+from lightning_gendiag.detectors import ChangePoint, Verdict
+from lightning_gendiag.monitor import DiagnosticWarning, Evaluation, Monitor
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+HISTORY = 64
+"""Values that are kept of each series."""
+
+
+class CollapseWarning(UserWarning):
+    """A part of the model collapsed."""
+
+
+@dataclass
+class Finding:
+    """A collapse: what, where, since when, how sure."""
+
+    step: int
+    """At which it was found, on the axis of the logger."""
+    epoch: int
+    diagnostic: str
+    """The monitor's name, as in its tags."""
+    where: str
+    """A region, a class, a dimension, or the whole."""
+    before: float
+    """The diagnostic's value there before the fall: the median of the values that were its level."""
+    after: float
+    """Its value now."""
+    score: float
+    """How clearly it fell, in standard deviations of its own fluctuation."""
+    since: int
+    """The step at which the fall began."""
+    evaluations_to_false_alarm: float
+    """Mean number of healthy evaluations before chance alone shows as much, for independent normal fluctuations."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """How the fall of the whole divides among the parts; they add to one."""
+    question: str = ""
+    """What the diagnostic measures."""
+    series: str = ""
+    """The series whose detector raised the alarm."""
+    recovered: int | None = None
+    """The step at which it was back at its level; None while it is not."""
+
+    def __str__(self) -> str:
+        if self.where == "samples":
+            return f"samples collapsed: {self.after:.1%} of them hold nan or inf at epoch {self.epoch} (step {self.step})."
+        if not math.isfinite(self.after):
+            return (
+                f"{self.where} collapsed: {self.question} is no number any more at epoch {self.epoch} (step {self.step}), "
+                f"after {self.before:.3f}."
+            )
+        odds = self.evaluations_to_false_alarm
+        sure = f"{odds:,.0f}" if odds < 1e6 else "more than a million"
+        words = (
+            f"{self.where} collapsed: {self.question} fell from {self.before:.3f} to {self.after:.3f}, found at epoch "
+            f"{self.epoch} (step {self.step}), falling since step {self.since}. That is {self.score:.1f} standard "
+            f"deviations of its own fluctuation; chance alone shows as much once in {sure} evaluations."
+        )
+        if self.where in self.shares:
+            words += f" It carries {self.shares[self.where]:.0%} of the image's fall."
+        return words
+
+
+class CollapseStopping(EarlyStopping):
+    """Watch what the monitors of a trainer find, and stop the run when a part of the model collapses.
+
+    Each series (each region, and the whole) is judged against its own level and its own fluctuation by
+    :class:`~lightning_gendiag.detectors.ChangePoint`, at fresh evaluations only. When several series fall at once the
+    parts are named, or the whole where more than half of the parts fall. Each finding is told in a warning, and as
+    text and picture in TensorBoard under a tag of its own (``gendiag/alarm_1``, ...).
+
+    Args:
+        action: ``"stop"`` sets ``trainer.should_stop``, agreed by all processes; ``"warn"`` only reports.
+        false_alarm_rate: chance of a false alarm at one evaluation of one diagnostic, over all its series, for
+            independent normal fluctuations.
+        warmup_evaluations: evaluations to learn from before the first judgement.
+
+    Attributes:
+        findings: all that was found, in order.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        action: Literal["stop", "warn"] = "stop",
+        false_alarm_rate: float = 1e-3,
+        warmup_evaluations: int = 6,
+    ) -> None:
+        super().__init__(monitor="gendiag", strict=False, check_on_train_epoch_end=True)
+        if action not in ("stop", "warn"):
+            raise ValueError(f"action must be 'stop' or 'warn', got {action!r}.")
+        # refused here and not at the first evaluation
+        ChangePoint(false_alarm_rate, warmup=warmup_evaluations)
+        self.action, self.false_alarm_rate, self.warmup_evaluations = action, false_alarm_rate, warmup_evaluations
+        self.findings: list[Finding] = []
+        self._seen: dict[str, int] = {}
+        self._detectors: dict[str, dict[str, ChangePoint]] = {}
+        self._history: dict[str, dict[str, list[tuple[int, float]]]] = {}
+
+    @property
+    def state_key(self) -> str:
+        """One, whatever is monitored."""
+        return f"{type(self).__qualname__}[{self.action}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say so where there is nothing to watch."""
+        if stage == "fit" and not any(isinstance(c, Monitor) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "CollapseStopping must have a monitor to watch, got none among the trainer's callbacks. "
+                "To fix this, add CosineMeanSimilarityMonitor()."
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge what monitors on a schedule of steps found."""
+        self._look(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge what monitors on a schedule of epochs found; Lightning calls stoppers after other callbacks."""
+        self._look(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: no monitor evaluates there."""
+
+    def _look(self, trainer: Trainer) -> None:
+        found: list[tuple[Monitor, Finding]] = []
+        fresh = False
+        for monitor in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(monitor, Monitor) and monitor.latest is not None:
+                latest = monitor.latest
+                if latest.number > self._seen.get(monitor.state_key, 0):
+                    fresh = True
+                    self._seen[monitor.state_key] = latest.number
+                    found += [(monitor, finding) for finding in self._judge(monitor, latest)]
+        for monitor, finding in found:
+            self.findings.append(finding)
+            self._report(trainer, monitor, finding)
+        if not fresh or self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.strategy.reduce_boolean_decision(bool(found), all=False):
+            trainer.should_stop = True
+            self.stopped_epoch = trainer.current_epoch
+            self.stopping_reason_message = " ".join(str(finding) for _, finding in found) or None
+
+    # ---- the decision, over floats ----
+
+    def _judge(self, monitor: Monitor, evaluation: Evaluation) -> list[Finding]:
+        key, readings = monitor.state_key, evaluation.readings
+        detectors = self._detectors.setdefault(key, {})
+        history = self._history.setdefault(key, {})
+        verdicts: dict[str, Verdict] = {}
+        for where, reading in readings.items():
+            if where not in detectors:
+                detectors[where] = self._detector(monitor, len(readings))
+            verdicts[where] = detectors[where].update(evaluation.step, reading.badness)
+            history.setdefault(where, []).append((evaluation.step, reading.value))
+            del history[where][:-HISTORY]
+        for finding in self.findings:
+            if finding.diagnostic == monitor.name and finding.recovered is None and verdicts[finding.series].closed:
+                finding.recovered = evaluation.step
+        found = self._findings(monitor, evaluation, verdicts, history)
+        # first the part that carries most of the fall
+        return sorted(found, key=lambda finding: -finding.shares.get(finding.where, 1.0))
+
+    def _detector(self, monitor: Monitor, series: int) -> ChangePoint:
+        # Bonferroni's correction for many series
+        rate = self.false_alarm_rate / max(series, 1)
+        return ChangePoint(rate, warmup=self.warmup_evaluations, grain=monitor.grain)
+
+    def _findings(
+        self,
+        monitor: Monitor,
+        evaluation: Evaluation,
+        verdicts: dict[str, Verdict],
+        history: dict[str, list[tuple[int, float]]],
+    ) -> list[Finding]:
+        whole = monitor.whole
+        parts = [where for where in verdicts if where != whole and where != "samples"]
+        opened = [where for where in parts if verdicts[where].opened]
+        known = {f.where for f in self.findings if f.diagnostic == monitor.name and f.recovered is None}
+
+        def told(where: str, series: str) -> Finding:
+            verdict = verdicts[series]
+            since = evaluation.step if verdict.since is None else verdict.since
+            before = {
+                name: median([value for step, value in values if step < since and math.isfinite(value)][-16:] or [math.nan])
+                for name, values in history.items()
+            }
+            after = {name: reading.value for name, reading in evaluation.readings.items()}
+            return Finding(
+                evaluation.step, evaluation.epoch, monitor.name, where, before[where], after[where], verdict.score, since,
+                verdict.evaluations_to_false_alarm, monitor.shares(before, after), monitor.question, series,
+            )  # fmt: skip
+
+        if "samples" in verdicts and verdicts["samples"].opened:
+            return [told("samples", "samples")]
+        if whole is not None and whole not in known and len(parts) > 1 and len(opened) > len(parts) / 2:
+            series = whole if verdicts[whole].active else max(opened, key=lambda part: verdicts[part].score)
+            return [told(whole, series)]
+        findings = [told(where, where) for where in opened if where not in known and whole not in known]
+        if whole is not None and verdicts[whole].opened and not opened and whole not in known:
+            finding = told(whole, whole)
+            shares = finding.shares
+            # the whole may tell before a part's own fluctuation does: then the part that carries the fall is named
+            lead = max(shares, key=shares.__getitem__) if shares else whole
+            if sum(shares.get(part, 0.0) for part in known) < 0.5:
+                findings.append(told(lead, whole) if shares.get(lead, 0.0) >= 0.5 else finding)
+        return findings
+
+    # ---- telling people ----
+
+    def _report(self, trainer: Trainer, monitor: Monitor, finding: Finding) -> None:
+        words = str(finding)
+        verb = "Training stops" if self.action == "stop" and not trainer.fast_dev_run else "Training goes on"  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
+        warnings.warn(f"{words} {verb}.", CollapseWarning, stacklevel=2)
+        board = Board(trainer, finding.step, f"gendiag/alarm_{len(self.findings)}")
+        try:
+            shares = "".join(f"\n| {where} | {share:.0%} |" for where, share in finding.shares.items())
+            table = f"\n\n| region | share of the fall |\n|---|---|{shares}" if shares else ""
+            board.text("words", f"**{words}** {verb}.{table}")
+            monitor.draw_finding(finding.where, words, board)
+            board.flush()
+        except Exception as error:
+            warnings.warn(f"the alarm could not be drawn: {error}", DiagnosticWarning, stacklevel=2)
+
+    # ---- the checkpoint ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, and Lightning's own."""
+        return {
+            **super().state_dict(),
+            "findings": [asdict(finding) for finding in self.findings],
+            "seen": dict(self._seen),
+            "detectors": {
+                key: {where: detector.state_dict() for where, detector in held.items()}
+                for key, held in self._detectors.items()
+            },
+            "history": {
+                key: {where: [list(pair) for pair in values] for where, values in held.items()}
+                for key, held in self._history.items()
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        super().load_state_dict(state_dict)
+        self.findings = [Finding(**finding) for finding in state_dict["findings"]]
+        self._seen = dict(state_dict["seen"])
+        self._history = {
+            key: {where: [(int(step), float(value)) for step, value in values] for where, values in held.items()}
+            for key, held in state_dict["history"].items()
+        }
+        self._detectors = {
+            key: {where: ChangePoint.from_state_dict(state) for where, state in held.items()}
+            for key, held in state_dict["detectors"].items()
+        }
