@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from example_models.data import digit_batches
 from lightning_gendiag import CollapseStopping, CollapseWarning, CosineMeanSimilarityMonitor
 
+BOX = (24, 20, 32, 32)
+"""Where a fault is planted: top, left, bottom, right, the last two exclusive."""
+
 FAULTS = ("frozen", "blurred", "dark", "noise", "slide")
 
 
@@ -83,10 +86,13 @@ class GAN(LightningModule):
 
 
 class FaultyGAN(GAN):
-    """A GAN whose generator breaks inside a box from some epoch on.
+    """A GAN whose images break inside a box from some epoch on, in evaluation mode only.
+
+    So do statistics of BatchNorm that went bad, a wrong cast at inference, or a broken last layer of a decoder that
+    the loss does not see: training goes on as if nothing were, and no loss moves.
 
     Args:
-        fault: ``frozen``: one image there, whatever the noise; ``blurred``: the batch's mean; ``dark``: half as bright;
+        fault: ``frozen``: one image there, whatever the noise; ``blurred``: the mean; ``dark``: half as bright;
             ``noise``: uniform noise; ``slide``: blurred more and more, by a tenth each epoch.
         start: the epoch from which on.
         box: top, left, bottom, right of the region, the last two exclusive.
@@ -94,7 +100,7 @@ class FaultyGAN(GAN):
     """
 
     def __init__(
-        self, fault: str = "frozen", start: int = 20, box: tuple[int, int, int, int] = (16, 0, 32, 12), **kwargs: Any
+        self, fault: str = "frozen", start: int = 20, box: tuple[int, int, int, int] = BOX, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         if fault not in FAULTS:
@@ -103,25 +109,31 @@ class FaultyGAN(GAN):
 
     def forward(self, z: Tensor) -> Tensor:
         """Images, with the fault in them once it has begun."""
+        images = super().forward(z)
         epoch = self.current_epoch if self._trainer is not None else 0
-        if epoch < self.start:
-            return super().forward(z)
-        # the last image is that of the prior's mean
-        images = super().forward(F.pad(z, (0, 0, 0, 1)))
-        images, still = images[:-1], images[-1:]
+        if self.training or epoch < self.start:
+            return images
+        return torch.where(self.planted(), self.broken(images, epoch), images)
+
+    def planted(self) -> Tensor:
+        """(32, 32) bool, true inside the box."""
         top, left, bottom, right = self.box
-        inside = torch.zeros(images.shape[-2:], dtype=torch.bool, device=images.device)
+        inside = torch.zeros(32, 32, dtype=torch.bool, device=self.device)
         inside[top:bottom, left:right] = True
-        broken = {
-            "frozen": lambda: still.detach().expand_as(images),
-            "blurred": lambda: images.mean(0, keepdim=True).expand_as(images),
-            "dark": lambda: (images - 1) / 2,
-            "noise": lambda: torch.rand_like(images) * 2 - 1,
-            "slide": lambda: torch.lerp(
-                images, images.mean(0, keepdim=True).expand_as(images), min(1.0, 0.1 * (epoch - self.start + 1))
-            ),
-        }[self.fault]()
-        return torch.where(inside, broken, images)
+        return inside
+
+    def broken(self, images: Tensor, epoch: int) -> Tensor:
+        """What stands inside the box."""
+        mean = images.mean(0, keepdim=True).expand_as(images)
+        if self.fault == "frozen":
+            return super().forward(torch.zeros(1, self.hparams["latent_dim"], device=self.device)).expand_as(images)
+        if self.fault == "blurred":
+            return mean
+        if self.fault == "dark":
+            return (images - 1) / 2
+        if self.fault == "noise":
+            return torch.rand_like(images) * 2 - 1
+        return torch.lerp(images, mean, min(1.0, 0.1 * (epoch - self.start + 1)))
 
 
 def _initialise(module: nn.Module) -> None:
@@ -147,11 +159,11 @@ def main(arguments: list[str] | None = None) -> CollapseStopping:
     warnings.filterwarnings("ignore", message=".*litlogger.*|.*litmodels.*")
     seed_everything(options.seed, verbose=False)
     model = FaultyGAN(options.fault, options.start, lr=options.lr) if options.fault else GAN(lr=options.lr)
-    stopping = CollapseStopping()
+    monitor, stopping = CosineMeanSimilarityMonitor(num_regions=5), CollapseStopping()
     trainer = Trainer(
         max_epochs=options.epochs,
         accelerator="cpu",
-        callbacks=[CosineMeanSimilarityMonitor(num_regions=5), stopping],
+        callbacks=[monitor, stopping],
         logger=TensorBoardLogger(options.runs, name=f"gan_{options.fault or 'healthy'}"),
         log_every_n_steps=10,
         enable_model_summary=False,
@@ -168,8 +180,14 @@ def main(arguments: list[str] | None = None) -> CollapseStopping:
             print(f"  {finding}")
     else:
         print(f"HEALTHY: {trainer.current_epoch} epochs, and no region of the image fell from its level.")
-    if options.fault:
-        print(f"The fault was planted: {options.fault} in rows 16-31, columns 0-11, from epoch {options.start} on.")
+    if isinstance(model, FaultyGAN):
+        rows, columns = f"rows {BOX[0]} to {BOX[2] - 1}", f"columns {BOX[1]} to {BOX[3] - 1}"
+        print(f"The fault was planted: {options.fault} in {rows}, {columns}, from epoch {options.start} on.")
+        for finding in stopping.findings:
+            regions = monitor.region_map
+            if regions is not None and finding.where in regions.names:
+                overlap = regions.overlap(regions.names.index(finding.where), model.planted())
+                print(f"  Overlap of {finding.where} with it: {overlap:.2f} (intersection over union).")
         print("A run without it: .venv/bin/python -m example_models.gan")
     print(f"See both:         .venv/bin/tensorboard --logdir {options.runs}    (Custom Scalars and Images)")
     return stopping

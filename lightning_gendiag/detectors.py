@@ -123,7 +123,7 @@ class ChangePoint:
         return verdict
 
     def _while_calm(self) -> Verdict:
-        score, since = -math.inf, None
+        score, clearness, since = -math.inf, -math.inf, None
         for length in range(2, self.recent + 1):
             before = self.values[:-length][-self.baseline :]
             if len(before) < self.warmup:
@@ -137,9 +137,11 @@ class ChangePoint:
             candidate = _normal_deviation(sum(min(r, LIMIT) for r in rise) / length / error, len(before) - 1)
             if candidate > score:
                 score, since = candidate, self.positions[-length]
+                # the limit is for the decision; what is told is what was seen
+                clearness = _normal_deviation(sum(rise) / length / error, len(before) - 1)
         self.since = since
         self.active, self.calm = score > self.threshold, 0
-        return Verdict(self.active, self.active, False, since, score)
+        return Verdict(self.active, self.active, False, since, clearness)
 
     def _while_active(self) -> Verdict:
         level, spread = self._fluctuation(self.healthy)

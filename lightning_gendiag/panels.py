@@ -13,7 +13,7 @@ from torch import Tensor
 
 Colour = tuple[int, int, int]
 
-TILE = 224
+TILE = 232
 """Height of a tile in screen pixels, about."""
 
 INK: Colour = (32, 33, 36)
@@ -148,34 +148,84 @@ def tinted(picture: Tensor, labels: Tensor, colours: Sequence[Colour], strength:
     return (picture.float() * (1 - strength) + tint * strength).round().byte()
 
 
-def panel(title: str, tiles: Sequence[Tile], rows: Sequence[Row] = (), note: str = "") -> Tensor:
-    """Tiles side by side with a title above, a legend to the right and a note below."""
-    margin, gap, line = 14, 12, 22
-    top = margin + 26 + 22
-    width = margin + sum(tile.picture.shape[1] + gap for tile in tiles)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    if rows:
-        longest = max(measure.textlength(row.text, font=_font(14)) for row in rows)
-        width += int(longest) + 30
-    notes = note.splitlines()
-    width = max(width, int(measure.textlength(title, font=_font(18))) + 2 * margin)
-    width = max([width, *(int(measure.textlength(words, font=_font(13))) + 2 * margin for words in notes)])
-    tall = max([tile.picture.shape[0] for tile in tiles] + [line * len(rows)])
-    image = Image.new("RGB", (width, top + tall + margin + 18 * len(notes)), (255, 255, 255))
+def curves(series: Sequence[Sequence[float]], steps: Sequence[int], strong: int | None = None) -> Tensor:
+    """Curves of numbers up to 1 in the regions' colours, on an axis that spreads out what is near to 1.
+
+    Args:
+        series: R sequences of one length; nan leaves a gap.
+        steps: where their values lie.
+        strong: the series that is drawn in the colour of an alarm.
+    """
+    size, left, bottom = TILE, 38, 20
+    image = Image.new("RGB", (size, size), (255, 255, 255))
     draw = ImageDraw.Draw(image)
-    draw.text((margin, margin), title, fill=INK, font=_font(18))
-    x = margin
-    for tile in tiles:
-        draw.text((x, top - 20), tile.caption, fill=FAINT, font=_font(13))
-        image.paste(Image.fromarray(tile.picture.numpy()), (x, top))
-        x += tile.picture.shape[1] + gap
-    for number, row in enumerate(rows):
-        y = top + number * line
-        draw.rectangle((x, y + 2, x + 14, y + 16), fill=row.colour, outline=FAINT)
-        draw.text((x + 22, y), row.text, fill=ALARM if row.strong else INK, font=_font(14))
-    for number, words in enumerate(notes):
-        draw.text((margin, top + tall + 8 + 18 * number), words, fill=FAINT, font=_font(13))
+    places = [[-np.log10(np.clip(1 - value, 1e-4, 1.0)) for value in values] for values in series]
+    top = max(1.2, float(np.nanmax(places, initial=0.0)) * 1.08)
+    span = max(steps[-1] - steps[0], 1)
+
+    def at(step: int, place: float) -> tuple[float, float]:
+        x = left + (step - steps[0]) / span * (size - left - 5)
+        return x, size - bottom - place / top * (size - bottom - 6)
+
+    for value in (0.0, 0.5, 0.9, 0.99, 0.999):
+        x, y = at(steps[0], -np.log10(1 - value))
+        if y >= 4:
+            draw.line((left, y, size, y), fill=(218, 220, 224))
+            draw.text((left - 4, y), f"{value:g}", fill=FAINT, font=_font(12), anchor="rm")
+    draw.text((left, size - 2), str(steps[0]), fill=FAINT, font=_font(12), anchor="lb")
+    draw.text((size - 2, size - 2), f"step {steps[-1]}", fill=FAINT, font=_font(12), anchor="rb")
+    # the alarming one last, on top of the others
+    for number in sorted(range(len(series)), key=lambda n: n == strong):
+        colour, width = (ALARM, 4) if number == strong else (region_colour(number), 2)
+        points = [None if np.isnan(p) else at(step, p) for step, p in zip(steps, places[number], strict=True)]
+        for before, after in zip(points, points[1:], strict=False):
+            if before is not None and after is not None:
+                draw.line((*before, *after), fill=colour, width=width)
+        if points[-1] is not None:
+            x, y = points[-1]
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
     return torch.from_numpy(np.asarray(image).copy())
+
+
+def panel(title: str, tiles: Sequence[Tile], rows: Sequence[Row] = (), note: str = "") -> Tensor:
+    """Tiles two by two, with a title above, a legend and a note below: legible on TensorBoard's narrow cards."""
+    margin, gap, line = 10, 10, 22
+    cells = [(tile.picture.shape[1], tile.picture.shape[0]) for tile in tiles]
+    wide, tall = max(w for w, _ in cells), max(h for _, h in cells)
+    width = 2 * margin + gap + 2 * wide
+    titles, notes = _wrapped(title, 18, width - 2 * margin), _wrapped(note, 14, width - 2 * margin)
+    top = margin + 24 * len(titles)
+    grid = (len(tiles) + 1) // 2 * (tall + 22 + gap)
+    image = Image.new("RGB", (width, top + grid + line * len(rows) + 18 * len(notes) + margin), (255, 255, 255))
+    draw = ImageDraw.Draw(image)
+    for number, words in enumerate(titles):
+        draw.text((margin, margin + 24 * number), words, fill=INK, font=_font(18))
+    for number, tile in enumerate(tiles):
+        x, y = margin + number % 2 * (wide + gap), top + number // 2 * (tall + 22 + gap)
+        draw.text((x, y), tile.caption, fill=FAINT, font=_font(15))
+        image.paste(Image.fromarray(tile.picture.numpy()), (x, y + 22))
+    y = top + grid
+    for row in rows:
+        draw.rectangle((margin, y + 3, margin + 14, y + 17), fill=row.colour, outline=FAINT)
+        draw.text((margin + 22, y), row.text, fill=ALARM if row.strong else INK, font=_font(15))
+        y += line
+    for words in notes:
+        draw.text((margin, y), words, fill=FAINT, font=_font(14))
+        y += 18
+    return torch.from_numpy(np.asarray(image).copy())
+
+
+def _wrapped(words: str, size: int, width: int) -> list[str]:
+    """Lines that fit a width in screen pixels."""
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lines: list[str] = []
+    for word in words.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and measure.textlength(longer, font=_font(size)) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -174,13 +174,15 @@ def _names(labels: Tensor, num_regions: int) -> tuple[str, ...]:
     frame = torch.cat([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
     names: list[str] = []
     for region in range(num_regions):
-        rows, columns = (labels == region).nonzero(as_tuple=True)
+        mask = labels == region
+        rows, columns = mask.nonzero(as_tuple=True)
         y, x = (float(rows.double().mean()) + 0.5) / height, (float(columns.double().mean()) + 0.5) / width
         vertical = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
         horizontal = "left" if x < 0.4 else "right" if x > 0.6 else ""
         name = f"{vertical} {horizontal}".strip() or "centre"
         if name == "centre" and num_regions > 1 and (frame == region).double().mean() > 0.5:
-            name = "border"
+            inner = mask[height // 4 : height - height // 4, width // 4 : width - width // 4]
+            name = "most of the image" if inner.double().mean() > 0.3 else "border"
         count = sum(known == name or known.startswith(f"{name} (") for known in names)
         names.append(f"{name} ({count + 1})" if count else name)
     return tuple(names)
@@ -382,7 +384,7 @@ def _kernel_rows(pixels: Tensor, gamma: float) -> Tensor:
     kernels.sub_(mean[:, :, None]).sub_(mean[:, None, :]).add_(mean.mean(-1)[:, None, None])
     i, j = torch.triu_indices(n, n, device=x.device)
     rows = kernels.flatten(1).index_select(1, i * n + j)
-    rows.mul_(torch.where(i == j, 1.0, math.sqrt(2)).to(rows.dtype))
+    rows.mul_((2 - (i == j).to(rows.dtype)).sqrt_())
     norms = rows.norm(dim=1, keepdim=True)
     return rows.div_(torch.where(norms > 0, norms, math.inf))
 

@@ -71,7 +71,8 @@ class Finding:
             f"deviations of its own fluctuation; chance alone shows as much once in {sure} evaluations."
         )
         if self.where in self.shares:
-            words += f" It carries {self.shares[self.where]:.0%} of the image's fall."
+            # more than all where other parts improved meanwhile
+            words += f" It carries {min(self.shares[self.where], 1.0):.0%} of the fall of the whole."
         return words
 
 
@@ -80,7 +81,7 @@ class CollapseStopping(EarlyStopping):
 
     Each series (each region, and the whole) is judged against its own level and its own fluctuation by
     :class:`~lightning_gendiag.detectors.ChangePoint`, at fresh evaluations only. When several series fall at once the
-    parts are named, or the whole where more than half of the parts fall. Each finding is told in a warning, and as
+    parts are named, or the whole where three quarters of them fall. Each finding is told in a warning, and as
     text and picture in TensorBoard under a tag of its own (``gendiag/alarm_1``, ...).
 
     Args:
@@ -148,10 +149,9 @@ class CollapseStopping(EarlyStopping):
                 if latest.number > self._seen.get(monitor.state_key, 0):
                     fresh = True
                     self._seen[monitor.state_key] = latest.number
-                    found += [(monitor, finding) for finding in self._judge(monitor, latest)]
-        for monitor, finding in found:
-            self.findings.append(finding)
-            self._report(trainer, monitor, finding)
+                    found += [(monitor, finding) for finding in self.judge(monitor, latest)]
+        for number, (monitor, finding) in enumerate(found, len(self.findings) - len(found) + 1):
+            self._report(trainer, monitor, finding, number)
         if not fresh or self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.strategy.reduce_boolean_decision(bool(found), all=False):
@@ -161,7 +161,16 @@ class CollapseStopping(EarlyStopping):
 
     # ---- the decision, over floats ----
 
-    def _judge(self, monitor: Monitor, evaluation: Evaluation) -> list[Finding]:
+    def judge(self, monitor: Monitor, evaluation: Evaluation) -> list[Finding]:
+        """Take in one evaluation and tell what it newly shows; the same on every process, since the numbers are.
+
+        Args:
+            monitor: whose evaluation it is.
+            evaluation: later than all before.
+
+        Returns:
+            New findings, those first that carry most of the fall; also added to ``findings``.
+        """
         key, readings = monitor.state_key, evaluation.readings
         detectors = self._detectors.setdefault(key, {})
         history = self._history.setdefault(key, {})
@@ -177,7 +186,9 @@ class CollapseStopping(EarlyStopping):
                 finding.recovered = evaluation.step
         found = self._findings(monitor, evaluation, verdicts, history)
         # first the part that carries most of the fall
-        return sorted(found, key=lambda finding: -finding.shares.get(finding.where, 1.0))
+        found.sort(key=lambda finding: -finding.shares.get(finding.where, 1.0))
+        self.findings += found
+        return found
 
     def _detector(self, monitor: Monitor, series: int) -> ChangePoint:
         # Bonferroni's correction for many series
@@ -211,7 +222,7 @@ class CollapseStopping(EarlyStopping):
 
         if "samples" in verdicts and verdicts["samples"].opened:
             return [told("samples", "samples")]
-        if whole is not None and whole not in known and len(parts) > 1 and len(opened) > len(parts) / 2:
+        if whole is not None and whole not in known and len(parts) > 1 and len(opened) >= 0.75 * len(parts):
             series = whole if verdicts[whole].active else max(opened, key=lambda part: verdicts[part].score)
             return [told(whole, series)]
         findings = [told(where, where) for where in opened if where not in known and whole not in known]
@@ -226,13 +237,13 @@ class CollapseStopping(EarlyStopping):
 
     # ---- telling people ----
 
-    def _report(self, trainer: Trainer, monitor: Monitor, finding: Finding) -> None:
+    def _report(self, trainer: Trainer, monitor: Monitor, finding: Finding, number: int) -> None:
         words = str(finding)
         verb = "Training stops" if self.action == "stop" and not trainer.fast_dev_run else "Training goes on"  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
         warnings.warn(f"{words} {verb}.", CollapseWarning, stacklevel=2)
-        board = Board(trainer, finding.step, f"gendiag/alarm_{len(self.findings)}")
+        board = Board(trainer, finding.step, f"gendiag/alarm_{number}")
         try:
             shares = "".join(f"\n| {where} | {share:.0%} |" for where, share in finding.shares.items())
             table = f"\n\n| region | share of the fall |\n|---|---|{shares}" if shares else ""

@@ -10,7 +10,6 @@ arXiv 2409.01314.
 from __future__ import annotations
 
 import math
-import textwrap
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -494,6 +493,7 @@ class CosineMeanSimilarityMonitor(Monitor):
         self.num_regions, self.bandwidth, self.unbiased = num_regions, bandwidth, unbiased
         self.per_class, self.map_images, self.null_splits = per_class, map_images, null_splits
         self._map_drawn = False
+        self._history: list[list[float]] = []
 
     def check(self, probe: Probe) -> None:
         """Two samples must have the size that the map, and the reference if it was given, have."""
@@ -579,13 +579,16 @@ class CosineMeanSimilarityMonitor(Monitor):
         return {name: fall / total for name, fall in falls.items()} if total > 0 else {}
 
     def kept(self) -> dict[str, Any]:
-        """The map, which must not change under a run."""
-        return {"regions": None if self.region_map is None else self.region_map.state_dict()}
+        """The map, which must not change under a run, and the curves of the panel."""
+        regions = None if self.region_map is None else self.region_map.state_dict()
+        return {"regions": regions, "history": [list(row) for row in self._history]}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`kept`; a map that the user gives now wins."""
         if self.region_map is None and state["regions"] is not None:
             self.region_map = RegionMap.from_state_dict(state["regions"])
+        if self.region_map is not None and all(len(row) == self.region_map.num_regions + 1 for row in state["history"]):
+            self._history = [list(row) for row in state["history"]]
 
     # ---- pictures ----
 
@@ -599,6 +602,10 @@ class CosineMeanSimilarityMonitor(Monitor):
             self._map_drawn = True
             board.picture("regions", self._map_panel())
             board.text("regions", self._map_table())
+        self._history.append([float(board.step), *result.regions.tolist()])
+        if len(self._history) > 400:
+            # half as fine, and all of the run
+            self._history = self._history[::2]
         board.picture("panel", self._panel(result, board))
 
     def _real(self) -> tuple[Tensor, float, float]:
@@ -658,25 +665,28 @@ class CosineMeanSimilarityMonitor(Monitor):
         values = result.regions.tolist()
         weights = ", averaged weights" if self.probe.averaged else ""
         heats = [panels.heat(value) for value in far]
+        steps = [int(row[0]) for row in self._history]
+        history = list(zip(*(row[1:] for row in self._history), strict=True))
         return panels.panel(
-            f"Step {board.step}: furthest from real is {regions.names[worst]}, at {values[worst]:.3f}{weights}",
+            f"{regions.names[worst]} is furthest from real, at {values[worst]:.3f} (step {board.step}{weights})",
             [
                 panels.Tile("mean real image", panels.outlined(panels.enlarged(panels.as_rgb(real, low, high)), labels)),
                 panels.Tile(
                     "mean generated image",
                     panels.outlined(panels.enlarged(panels.as_rgb(self._mean_generated, low, high)), labels, worst),
                 ),
-                panels.Tile(
-                    "standard deviations below real",
-                    panels.filled(labels, heats, [f"{value:.0f}" for value in far]),
-                ),
+                panels.Tile("deviations below real", panels.filled(labels, heats, [f"{value:.0f}" for value in far])),
+                panels.Tile("similarity, 1 = as real", panels.curves(history, steps, worst)),
             ],
             [
-                panels.Row(heats[r], f"{name}: {values[r]:.3f}, {far[r]:.0f} below real", strong=r == worst)
+                panels.Row(
+                    panels.ALARM if r == worst else panels.region_colour(r),
+                    f"{name}: {values[r]:.3f}, {far[r]:.0f} deviations below real",
+                    strong=r == worst,
+                )
                 for r, name in enumerate(regions.names)
-            ]
-            + [panels.Row((255, 255, 255), f"image: {float(result.image):.3f}")],
-            "cosine mean similarity, 1 = as real; light: as real images differ among themselves, dark red: 1000 times that",
+            ],
+            f"image {float(result.image):.3f}. A deviation is the spread among real images; dark red is 1000 of them.",
         )
 
     def draw_finding(self, where: str, words: str, board: Board) -> None:
@@ -693,7 +703,7 @@ class CosineMeanSimilarityMonitor(Monitor):
                 dim = (picture.float() * 0.45 + 255 * 0.55).byte()
                 picture = torch.where((labels == chosen)[..., None], picture, dim)
             tiles.append(panels.Tile(caption, panels.outlined(picture, labels, chosen)))
-        board.picture("picture", panels.panel(f"{where} collapsed", tiles, note=textwrap.fill(words, 84)))
+        board.picture("picture", panels.panel(f"{where} collapsed", tiles, note=words))
 
 
 def _to(labels: Tensor | None, device: torch.device) -> Tensor | None:

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from example_models.data import digits
+from lightning_gendiag import RegionMap, find_regions, pixel_cka
+from lightning_gendiag.functional import adjusted_rand_index
+
+
+def slow_cka(images: Tensor, i: int, j: int, gamma: float, batch_size: int) -> float:
+    """The formula, word for word, for one pair of pixels."""
+    n, c, _, _ = images.shape
+    flat = images.view(n, c, -1)
+    values = []
+    for start in range(0, n - batch_size + 1, batch_size):
+        kernels = []
+        for pixel in (i, j):
+            x = flat[start : start + batch_size, :, pixel]
+            kernel = torch.empty(batch_size, batch_size, dtype=x.dtype)
+            for a in range(batch_size):
+                for b in range(batch_size):
+                    kernel[a, b] = math.exp(-gamma * float((x[a] - x[b]).square().sum()))
+            centring = torch.eye(batch_size, dtype=x.dtype) - 1 / batch_size
+            kernels.append(centring @ kernel @ centring)
+        k, m = kernels
+        values.append(float((k * m).sum() / (k.norm() * m.norm())))
+    return sum(values) / len(values)
+
+
+def paper_gamma(images: Tensor) -> float:
+    flat = images.flatten(1)
+    return 1 / float((flat[:, None] - flat[None]).square().sum(-1).quantile(0.5))
+
+
+def regional_images(labels: Tensor, n: int, seed: int = 0, channels: int = 1) -> Tensor:
+    """Images whose pixels follow one common number inside a region and independent ones in different regions."""
+    generator = torch.Generator().manual_seed(seed)
+    regions = int(labels.max()) + 1
+    common = torch.randn(n, channels, regions, generator=generator)
+    noise = torch.randn(n, channels, *labels.shape, generator=generator)
+    return common[:, :, labels] + 0.3 * noise
+
+
+def blocks(height: int = 12, width: int = 12) -> Tensor:
+    """Four regions of different sizes."""
+    labels = torch.zeros(height, width, dtype=torch.long)
+    labels[: height // 2, width // 2 :] = 1
+    labels[height // 2 :, : width // 3] = 2
+    labels[-height // 4 :, -width // 4 :] = 3
+    return labels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixel_cka_is_the_formula(channels: int, generator: torch.Generator) -> None:
+    images = torch.randn(25, channels, 3, 4, generator=generator, dtype=torch.float64).cumsum(-1)
+    cka = pixel_cka(images, batch_size=10)
+    gamma = paper_gamma(images)
+    for i, j in [(0, 0), (0, 1), (3, 11), (7, 2), (5, 5)]:
+        assert float(cka[i, j]) == pytest.approx(slow_cka(images[:20], i, j, gamma, 10), abs=1e-10)
+
+
+def test_pixel_cka_in_float32_agrees_on_faint_kernels() -> None:
+    # with the paper's bandwidth a pixel's kernel is almost constant: the worst case for float32
+    images = digits(32)[0][:100]
+    cka = pixel_cka(images)
+    gamma = paper_gamma(images.double())
+    for i, j in [(16 * 32 + 16, 17 * 32 + 15), (10 * 32 + 9, 20 * 32 + 22)]:
+        assert float(cka[i, j]) == pytest.approx(slow_cka(images.double(), i, j, gamma, 100), abs=1e-4)
+
+
+def test_pixel_cka_has_the_same_value_in_little_memory(generator: torch.Generator) -> None:
+    images = torch.randn(20, 1, 6, 6, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(pixel_cka(images, max_bytes=20_000), pixel_cka(images))
+
+
+def test_pixel_cka_is_symmetric_bounded_and_blind_to_order(generator: torch.Generator) -> None:
+    images = torch.randn(30, 2, 4, 4, generator=generator, dtype=torch.float64)
+    cka = pixel_cka(images, batch_size=30)
+    assert torch.equal(cka, cka.T)
+    assert 0 <= float(cka.min())
+    assert float(cka.max()) <= 1 + 1e-12
+    torch.testing.assert_close(cka.diagonal(), torch.ones(16, dtype=torch.float64))
+    order = torch.randperm(30, generator=generator)
+    torch.testing.assert_close(pixel_cka(images[order], batch_size=30), cka)
+
+
+def test_pixel_cka_of_a_constant_pixel_is_zero(generator: torch.Generator) -> None:
+    images = torch.randn(20, 1, 2, 2, generator=generator)
+    images[:, :, 0, 0] = 5
+    cka = pixel_cka(images)
+    assert (cka[0] == 0).all()
+    assert cka.isfinite().all()
+
+
+def test_constant_images_are_flagged() -> None:
+    with pytest.warns(UserWarning, match="all images are equal"):
+        regions = find_regions(torch.ones(20, 1, 4, 4), 2)
+    assert regions.num_regions == 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_independent_regions_are_recovered_exactly(channels: int) -> None:
+    truth = blocks()
+    found = find_regions(regional_images(truth, 1000, channels=channels), num_regions=4)
+    assert adjusted_rand_index(found.labels, truth) == 1.0
+    assert found.stability == 1.0
+    assert found.dependence < 0.05
+    assert float(found.alignment.diagonal().min()) > 0.5
+    # the largest first
+    assert found.sizes.tolist() == sorted(found.sizes.tolist(), reverse=True)
+
+
+def test_the_data_choose_the_number_of_regions() -> None:
+    truth = blocks()
+    assert adjusted_rand_index(find_regions(regional_images(truth, 400), num_regions=None).labels, truth) == 1.0
+
+
+def test_large_images_are_clustered_in_cells() -> None:
+    truth = blocks(24, 24)
+    found = find_regions(regional_images(truth, 400), num_regions=4, max_pixels=200)
+    assert found.labels.shape == (24, 24)
+    assert adjusted_rand_index(found.labels, truth) > 0.9
+
+
+def test_a_map_is_the_same_for_the_same_images() -> None:
+    images = digits(16)[0][:300]
+    assert find_regions(images, 5) == find_regions(images.clone(), 5)
+
+
+def test_a_single_small_batch_still_tells_its_stability() -> None:
+    found = find_regions(regional_images(blocks(), 40), num_regions=4)
+    assert not math.isnan(found.stability)
+
+
+def test_tied_distances_still_give_the_number_asked_for() -> None:
+    images = torch.randn(50, 1, 1, 1).expand(-1, 1, 4, 4)
+    assert find_regions(images.contiguous(), num_regions=3).num_regions == 3
+
+
+def test_a_map_round_trips(tmp_path: Path) -> None:
+    found = find_regions(regional_images(blocks(), 100), 4)
+    found.save(tmp_path / "map.pt")
+    loaded = RegionMap.of(str(tmp_path / "map.pt"))
+    assert loaded == found
+    assert hash(loaded) == hash(found)
+    assert loaded.stability == found.stability
+    assert torch.equal(loaded.alignment, found.alignment)
+    assert loaded != RegionMap(found.labels, names=tuple("abcd"))
+
+
+def test_regions_know_their_place() -> None:
+    labels = torch.zeros(12, 12, dtype=torch.long)
+    labels[2:10, 2:10] = 1
+    labels[3:5, 3:5] = 2
+    labels[8:10, 8:10] = 3
+    regions = RegionMap(labels)
+    assert regions.names == ("border", "centre", "top left", "bottom right")
+    assert regions.sizes.tolist() == [80, 56, 4, 4]
+    assert regions.boxes.tolist()[2] == [3, 3, 5, 5]
+    assert regions.overlap(2, regions.mask(2)) == 1.0
+    half = regions.mask(2).clone()
+    half[3, 3:5] = False
+    assert regions.overlap(2, half) == 0.5
+    assert "top left" in str(regions)
+
+
+def test_equal_names_are_numbered() -> None:
+    labels = torch.tensor([[0, 1, 2, 2, 2, 2, 2, 3, 3, 3]])
+    assert RegionMap(labels).names == ("left", "left (2)", "centre", "right")
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (torch.zeros(4), "labels must be an"),
+        (torch.zeros(4, 4), "labels must be an"),
+        (torch.tensor([[0, 2]]), "every number 0..R-1"),
+    ],
+)
+def test_labels_that_are_none_are_refused(labels: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        RegionMap(labels)
+
+
+def test_bad_input_is_refused_in_words() -> None:
+    images = torch.rand(10, 1, 4, 4)
+    with pytest.raises(ValueError, match="at least 2"):
+        find_regions(images[:1])
+    with pytest.raises(ValueError, match="finite"):
+        find_regions(images / 0)
+    with pytest.raises(ValueError, match="num_regions must be between 1 and"):
+        find_regions(images, 17)
+    with pytest.raises(ValueError, match="names must hold one name for each"):
+        RegionMap(torch.zeros(2, 2, dtype=torch.long), names=("a", "b"))
