@@ -54,6 +54,7 @@ class Recorder(Callback):
         self.still: Tensor | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the samples as they are and with each fault."""
         monitor = self.monitor
         result, metric, regions = monitor.result, monitor.metric, monitor.region_map
         assert isinstance(metric, CosineMeanSimilarity)
@@ -149,7 +150,9 @@ def table(runs: list[dict[str, Any]], **options: Any) -> None:
             delays += [right[0].epoch - START + 1] if right else []
         delay = statistics.median(delays) if delays else math.nan
         longest = max(delays, default=0)
-        print(f"{fault:13s} {len(cases):2d} {found / len(cases):6.0%} {only / len(cases):8.0%} {delay:6.1f} {longest:8d}")
+        print(
+            f"{fault:13s} {len(cases):2d} {found / len(cases):6.0%} {only / len(cases):8.0%} {delay:6.1f} {longest:8d}"
+        )
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ class GAN(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step of the discriminator, one of the generator."""
         real = batch[0]
-        optimizer_d, optimizer_g = self.optimizers()  # type: ignore[attr-defined, misc]
+        optimizer_d, optimizer_g = self.optimizers()  # type: ignore[attr-defined]
         fake = self(torch.randn(len(real), self.hparams["latent_dim"], device=self.device))
 
         loss_d = F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(fake.detach())).mean()

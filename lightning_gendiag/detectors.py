@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from statistics import median
+from itertools import pairwise
+from statistics import median, stdev
 from typing import Any, NamedTuple
 
 LOOKS = 3.0
@@ -26,6 +27,8 @@ class Verdict(NamedTuple):
     """Position of the first value of the rise; None while there is none."""
     score: float
     """How clearly the newest values lie above those before, as a standard normal deviation; -inf while learning."""
+    deviation: float
+    """How far the newest value alone lies above the level, in standard deviations of the series; 0 while learning."""
 
     @property
     def evaluations_to_false_alarm(self) -> float:
@@ -113,7 +116,8 @@ class ChangePoint:
             if self.values:
                 self.active, self.calm = True, 0
                 self.since = position if self.since is None else self.since
-            return Verdict(self.active, opened, False, self.since, math.inf if self.values else -math.inf)
+            far = math.inf if self.values else -math.inf
+            return Verdict(self.active, opened, False, self.since, far, max(far, 0.0))
         self.positions.append(position)
         self.values.append(value)
         verdict = self._while_active() if self.active else self._while_calm()
@@ -123,7 +127,10 @@ class ChangePoint:
         return verdict
 
     def _while_calm(self) -> Verdict:
-        score, clearness, since = -math.inf, -math.inf, None
+        score, clearness, since, deviation = -math.inf, -math.inf, None, 0.0
+        if len(self.values) > self.warmup:
+            level, spread = self._fluctuation(self.values[:-1][-self.baseline :])
+            deviation = (self.values[-1] - level) / spread
         for length in range(2, self.recent + 1):
             before = self.values[:-length][-self.baseline :]
             if len(before) < self.warmup:
@@ -141,25 +148,25 @@ class ChangePoint:
                 clearness = _normal_deviation(sum(rise) / length / error, len(before) - 1)
         self.since = since
         self.active, self.calm = score > self.threshold, 0
-        return Verdict(self.active, self.active, False, since, clearness)
+        return Verdict(self.active, self.active, False, since, clearness, deviation)
 
     def _while_active(self) -> Verdict:
         level, spread = self._fluctuation(self.healthy)
         deviation = (self.values[-1] - level) / spread
         self.calm = self.calm + 1 if deviation < 1 else 0
         if self.calm < 2:
-            return Verdict(True, False, False, self.since, deviation)
+            return Verdict(True, False, False, self.since, deviation, deviation)
         # what was collapse is no example of health
         kept = [(p, v) for p, v in zip(self.positions, self.values, strict=True) if p < (self.since or 0)]
         kept += list(zip(self.positions[-2:], self.values[-2:], strict=True))
         self.positions, self.values = [p for p, _ in kept], [v for _, v in kept]
         self.active, self.since, self.calm = False, None, 0
-        return Verdict(False, False, True, None, deviation)
+        return Verdict(False, False, True, None, deviation, deviation)
 
     def _fluctuation(self, values: list[float]) -> tuple[float, float]:
         """Median and standard deviation, the latter from successive differences and at least ``grain``."""
-        squares = [(b - a) ** 2 for a, b in zip(values, values[1:], strict=False)]
-        spread = math.sqrt(sum(squares) / (2 * max(len(squares), 1)))
+        steps = [after - before for before, after in pairwise(values)]
+        spread = stdev(steps) / math.sqrt(2)
         return median(values), max(spread, self.grain, 1e-12)
 
     def state_dict(self) -> dict[str, Any]:

@@ -94,8 +94,8 @@ def adjusted_rand_index(a: Tensor, b: Tensor) -> float:
         >>> adjusted_rand_index(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 2, 2]))
         1.0
     """
-    _, a = a.flatten().unique(return_inverse=True)
-    _, b = b.flatten().unique(return_inverse=True)
+    _, a = torch.unique(a.flatten(), return_inverse=True)
+    _, b = torch.unique(b.flatten(), return_inverse=True)
     counts = torch.bincount(a * (int(b.max()) + 1) + b).double()
 
     def pairs(n: Tensor) -> float:

@@ -317,5 +317,3 @@ class Monitor(Callback):
         if failure is not None:
             raise ValueError(failure)
         return value
-
-

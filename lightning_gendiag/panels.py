@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -160,7 +161,7 @@ def curves(series: Sequence[Sequence[float]], steps: Sequence[int], strong: int 
     image = Image.new("RGB", (size, size), (255, 255, 255))
     draw = ImageDraw.Draw(image)
     places = [[-np.log10(np.clip(1 - value, 1e-4, 1.0)) for value in values] for values in series]
-    top = max(1.2, float(np.nanmax(places, initial=0.0)) * 1.08)
+    top = max([1.2, *(place * 1.08 for values in places for place in values if not np.isnan(place))])
     span = max(steps[-1] - steps[0], 1)
 
     def at(step: int, place: float) -> tuple[float, float]:
@@ -178,7 +179,7 @@ def curves(series: Sequence[Sequence[float]], steps: Sequence[int], strong: int 
     for number in sorted(range(len(series)), key=lambda n: n == strong):
         colour, width = (ALARM, 4) if number == strong else (region_colour(number), 2)
         points = [None if np.isnan(p) else at(step, p) for step, p in zip(steps, places[number], strict=True)]
-        for before, after in zip(points, points[1:], strict=False):
+        for before, after in pairwise(points):
             if before is not None and after is not None:
                 draw.line((*before, *after), fill=colour, width=width)
         if points[-1] is not None:

@@ -105,11 +105,13 @@ def untouched(module: nn.Module, parameters: bool = False) -> Iterator[None]:
     Modes are kept for each submodule, since a user may have frozen one.
     """
     modes = [(part, part.training) for part in module.modules()]
+    held: list[dict[str, Any]] = [part._buffers for part in module.modules()]
+    if parameters:
+        held += [part._parameters for part in module.modules()]
     kept = [
-        (held, name, tensor, None if tensor is None or nn.parameter.is_lazy(tensor) else tensor.detach().clone())
-        for part in module.modules()
-        for held in ([part._buffers, part._parameters] if parameters else [part._buffers])
-        for name, tensor in held.items()
+        (own, name, tensor, None if tensor is None or nn.parameter.is_lazy(tensor) else tensor.detach().clone())
+        for own in held
+        for name, tensor in own.items()
     ]
     try:
         module.eval()
@@ -117,8 +119,8 @@ def untouched(module: nn.Module, parameters: bool = False) -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            for held, name, tensor, value in kept:
-                held[name] = tensor
+            for own, name, tensor, value in kept:
+                own[name] = tensor
                 if tensor is not None and value is not None and not torch.equal(tensor, value):
                     tensor.copy_(value)
         for part, mode in modes:
@@ -410,7 +412,9 @@ class Probe:
         if len(images) < 4:
             raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
         known = len(labels) == len(images)
-        self.reference = Images(images[: self.num_reference].cpu(), labels[: self.num_reference].cpu() if known else None)
+        self.reference = Images(
+            images[: self.num_reference].cpu(), labels[: self.num_reference].cpu() if known else None
+        )
         return True
 
     def end_epoch(self) -> None:

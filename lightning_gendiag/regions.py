@@ -59,7 +59,7 @@ class RegionMap:
                 "To fix this, give each position the number of its region."
             )
         labels = labels.long()
-        present = labels.unique().tolist()
+        present = torch.unique(labels).tolist()
         if present != list(range(len(present))):
             raise ValueError(
                 f"labels must use every number 0..R-1, got the numbers {present[:12]}. "
@@ -312,24 +312,20 @@ def find_regions(
         halves = [batches[:0], batches[:0]] if len(batches[0]) < 8 else [[half] for half in batches[0].chunk(2)]
     else:
         halves = [batches[0::2], batches[1::2]]
-    sums: list[Tensor | None] = [None, None]
+    sums: dict[int, Tensor] = {}
     work = [(index, batch) for index in (0, 1) for batch in halves[index]]
     for index, batch in _progress(work, "finding regions", progress):
-        sums[index] = _batch_cka(batch, gamma, max_bytes, sums[index])
+        sums[index] = _batch_cka(batch, gamma, max_bytes, sums.get(index))
     if len(batches) == 1:
         whole = _mirror(_batch_cka(batches[0], gamma, max_bytes))
     else:
-        assert sums[0] is not None and sums[1] is not None
         whole = _mirror((sums[0] + sums[1]) / len(batches))
 
     shape = images.shape[-2:]
     labels = _clusters(whole, num_regions, linkage).view(shape)
     stability = math.nan
-    if sums[0] is not None and sums[1] is not None:
-        a, b = (
-            _clusters(_mirror(total / len(half)), num_regions, linkage)
-            for total, half in zip(sums, halves, strict=True)
-        )
+    if sums:
+        a, b = (_clusters(_mirror(sums[half] / len(halves[half])), num_regions, linkage) for half in (0, 1))
         stability = adjusted_rand_index(a, b)
     alignment, dependence = _alignment(whole, labels.flatten())
     labels = labels.repeat_interleave(cell, 0).repeat_interleave(cell, 1)[:height, :width]
@@ -339,7 +335,8 @@ def find_regions(
 def _progress(work: Sequence[Any], words: str, show: bool) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(work, desc=words, delay=3, leave=False, disable=not show)
+    bar: Iterable[Any] = tqdm(work, desc=words, delay=3, leave=False, disable=not show)
+    return bar
 
 
 def _batches(images: Tensor, gamma: float | None, batch_size: int) -> tuple[list[Tensor], float]:
@@ -362,7 +359,9 @@ def _batches(images: Tensor, gamma: float | None, batch_size: int) -> tuple[list
             warnings.warn("all images are equal: every pixel is independent of all others", stacklevel=3)
             gamma = 1.0
     whole = max(1, len(images) // batch_size) * min(batch_size, len(images))
-    return list(images[:whole].flatten(2).split(min(batch_size, len(images)))), gamma
+    size = min(batch_size, len(images))
+    pixels = images[:whole].flatten(2)
+    return [pixels[i : i + size] for i in range(0, whole, size)], gamma
 
 
 def _kernel_rows(pixels: Tensor, gamma: float) -> Tensor:

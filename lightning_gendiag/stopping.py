@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_gendiag.board import Board
-from lightning_gendiag.detectors import ChangePoint, Verdict
+from lightning_gendiag.detectors import LIMIT, ChangePoint, Verdict
 from lightning_gendiag.monitor import DiagnosticWarning, Evaluation, Monitor
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class Finding:
 
     def __str__(self) -> str:
         if self.where == "samples":
-            return f"samples collapsed: {self.after:.1%} of them hold nan or inf at epoch {self.epoch} (step {self.step})."
+            return (
+                f"samples collapsed: {self.after:.1%} of them hold nan or inf at epoch {self.epoch} (step {self.step})."
+            )
         if not math.isfinite(self.after):
             return (
                 f"{self.where} collapsed: {self.question} is no number any more at epoch {self.epoch} (step {self.step}), "
@@ -211,7 +213,9 @@ class CollapseStopping(EarlyStopping):
             verdict = verdicts[series]
             since = evaluation.step if verdict.since is None else verdict.since
             before = {
-                name: median([value for step, value in values if step < since and math.isfinite(value)][-16:] or [math.nan])
+                name: median(
+                    [value for step, value in values if step < since and math.isfinite(value)][-16:] or [math.nan]
+                )
                 for name, values in history.items()
             }
             after = {name: reading.value for name, reading in evaluation.readings.items()}
@@ -222,7 +226,10 @@ class CollapseStopping(EarlyStopping):
 
         if "samples" in verdicts and verdicts["samples"].opened:
             return [told("samples", "samples")]
-        if whole is not None and whole not in known and len(parts) > 1 and len(opened) >= 0.75 * len(parts):
+        # a fault of the whole may show in one part an evaluation before it does in the others
+        fallen = [where for where in parts if verdicts[where].active or verdicts[where].deviation > LIMIT]
+        new = opened and whole not in known
+        if whole is not None and new and len(parts) > 1 and len(fallen) >= 0.75 * len(parts):
             series = whole if verdicts[whole].active else max(opened, key=lambda part: verdicts[part].score)
             return [told(whole, series)]
         findings = [told(where, where) for where in opened if where not in known and whole not in known]

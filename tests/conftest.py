@@ -42,7 +42,12 @@ class TinyGAN(LightningModule):
         self.automatic_optimization = False
         self.latent_dim, self.size = latent_dim, size
         self.generator = nn.Sequential(
-            nn.Linear(latent_dim, 16), nn.BatchNorm1d(16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, size * size), nn.Tanh()
+            nn.Linear(latent_dim, 16),
+            nn.BatchNorm1d(16),
+            nn.Dropout(0.1),
+            nn.ReLU(),
+            nn.Linear(16, size * size),
+            nn.Tanh(),
         )
         self.discriminator = nn.Sequential(nn.Flatten(), nn.Linear(size * size, 16), nn.LeakyReLU(), nn.Linear(16, 1))
         self.still = nn.BatchNorm1d(3).eval()

@@ -9,6 +9,7 @@ from torch import Tensor
 from example_models.data import digits
 from lightning_gendiag import CosineMeanSimilarity, RegionMap, cosine_mean_similarity
 from lightning_gendiag.diagnostics import cosine_mean_similarity as module
+from tests.cases import Case
 from tests.test_regions import blocks, regional_images
 
 
@@ -86,7 +87,9 @@ def test_theorem_1_on_independent_regions_and_not_on_dependent_ones(generator: t
     # one number moves all regions: they are as dependent as can be
     common = torch.randn(4000, 1, 1, 1, generator=generator)
     dependent = common + 0.3 * torch.randn(4000, 1, 8, 8, generator=generator)
-    moved = torch.randn(4000, 1, 1, 1, generator=generator) + 0.7 + 0.3 * torch.randn(4000, 1, 8, 8, generator=generator)
+    moved = (
+        torch.randn(4000, 1, 1, 1, generator=generator) + 0.7 + 0.3 * torch.randn(4000, 1, 8, 8, generator=generator)
+    )
     assert abs(float(cosine_mean_similarity(moved, dependent, labels).residual)) > 0.3
 
 
@@ -248,3 +251,15 @@ class TestMetric:
         metric.update(digits(8)[0][50:90], real=False)
         assert metric.compute().regions.shape == (1,)
         assert float(metric.compute().regions[0]) == pytest.approx(float(metric.compute().image))
+
+
+def _updates() -> list[dict[str, object]]:
+    images, labels = digits(8)
+    real = [{"images": images[i : i + 20], "real": True, "labels": labels[i : i + 20]} for i in range(0, 120, 20)]
+    generated = [
+        {"images": images[i : i + 11] * 0.9, "real": False, "labels": labels[i : i + 11]} for i in range(200, 288, 11)
+    ]
+    return [update for pair in zip(real, generated, strict=False) for update in pair] + generated[6:]
+
+
+CASE = Case(lambda: CosineMeanSimilarity(blocks(8, 8), num_classes=10), _updates())

@@ -90,7 +90,7 @@ class CosineMeanSimilarityResult(NamedTuple):
 
 
 class _Scale(NamedTuple):
-    """How images are prepared: the real mean is taken off, pixels are scaled by the root of their bandwidth."""
+    """How images are prepared: less the real mean, each pixel times the root of its bandwidth."""
 
     labels: Tensor  # (H, W)
     gammas: Tensor  # (R,)
@@ -153,11 +153,10 @@ def _kernels_times(x: list[Tensor], y: list[Tensor], weights: Tensor) -> Tensor:
 
 def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, m: Tensor, n: Tensor, unbiased: bool) -> Tensor:
     """Cosines from kernel sums over all pairs (..., S) and numbers of images (S,)."""
-    if unbiased:
-        # the diagonal of an RBF kernel is one
-        norms = (xx - m) / (m * (m - 1)) * ((yy - n) / (n * (n - 1)))
-    else:
-        norms = xx / m.square() * (yy / n.square())
+    # the diagonal of an RBF kernel is one
+    own_x = (xx - m) / (m * (m - 1)) if unbiased else xx / m.square()
+    own_y = (yy - n) / (n * (n - 1)) if unbiased else yy / n.square()
+    norms = own_x * own_y
     # few images in a wide kernel can leave an unbiased norm at or below zero
     return xy / (m * n) / norms.sqrt().where(norms > 0, math.nan)
 
@@ -385,7 +384,7 @@ class CosineMeanSimilarity(Diagnostic):
         name = "real" if real else "generated"
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             images = as_images(images, name)
-        held = (self.real or self.generated or [None])[0]
+        held = next(iter([*self.real, *self.generated]), None)
         _check_shape(images, name, self.region_map, None if held is None else held.shape[1])
         if self.num_classes:
             if labels is None or labels.shape != images.shape[:1] or labels.is_floating_point():
@@ -398,7 +397,9 @@ class CosineMeanSimilarity(Diagnostic):
         finite = images.flatten(1).isfinite().all(1)
         if not finite.all():
             if real:
-                raise ValueError(f"real must be finite, got nan or inf in {int((~finite).sum())} of {len(images)} images.")
+                raise ValueError(
+                    f"real must be finite, got nan or inf in {int((~finite).sum())} of {len(images)} images."
+                )
             images = images[finite]
             labels = None if labels is None else labels[finite]
         if not real:
@@ -532,7 +533,9 @@ class CosineMeanSimilarityMonitor(Monitor):
         ).to(probe.module.device)  # fmt: skip
         real = probe.real_share()
         metric.update(real.images.to(probe.module.device), real=True, labels=_to(real.labels, probe.module.device))
-        varies = as_images(probe.reference.images).flatten(2).amax(0) > as_images(probe.reference.images).flatten(2).amin(0)
+        varies = as_images(probe.reference.images).flatten(2).amax(0) > as_images(probe.reference.images).flatten(
+            2
+        ).amin(0)
         still = [
             name for r, name in enumerate(self.region_map.names)
             if not varies[:, self.region_map.mask(r).flatten()].any()
@@ -647,7 +650,12 @@ class CosineMeanSimilarityMonitor(Monitor):
     def _map_table(self) -> str:
         regions = self.region_map
         assert regions is not None
-        lines = [f"**{regions}**", "", "| scalar | region | pixels | box (top, left, bottom, right) |", "|---|---|---|---|"]
+        lines = [
+            f"**{regions}**",
+            "",
+            "| scalar | region | pixels | box (top, left, bottom, right) |",
+            "|---|---|---|---|",
+        ]
         lines += [
             f"| region_{r} | {name} | {int(regions.sizes[r])} | {tuple(regions.boxes[r].tolist())} |"
             for r, name in enumerate(regions.names)
@@ -670,7 +678,9 @@ class CosineMeanSimilarityMonitor(Monitor):
         return panels.panel(
             f"{regions.names[worst]} is furthest from real, at {values[worst]:.3f} (step {board.step}{weights})",
             [
-                panels.Tile("mean real image", panels.outlined(panels.enlarged(panels.as_rgb(real, low, high)), labels)),
+                panels.Tile(
+                    "mean real image", panels.outlined(panels.enlarged(panels.as_rgb(real, low, high)), labels)
+                ),
                 panels.Tile(
                     "mean generated image",
                     panels.outlined(panels.enlarged(panels.as_rgb(self._mean_generated, low, high)), labels, worst),

@@ -1,0 +1,90 @@
+"""Two real processes against one: every diagnostic, and a whole run of a trainer."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tests.cases import cases
+from tests.test_laws import close, filled
+
+SPLITS = {
+    "even": lambda index, rank: index % 2 == rank,
+    "uneven": lambda index, rank: (index % 5 == 0) == bool(rank),
+    "idle": lambda index, rank: rank == 0,
+    "idle first": lambda index, rank: rank == 1,
+}
+
+
+def child(rank: int, folder: str) -> None:
+    """Report first: gloo sometimes aborts at the interpreter's exit."""
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        report: Any = {}
+        for stem, case in cases().items():
+            for split, mine in SPLITS.items():
+                metric = filled(case, [u for i, u in enumerate(case.updates) if mine(i, rank)])
+                result = tuple(metric.compute())
+                # after a sync each process has its own rows again, and the next one finds the same
+                metric._computed = None
+                report[stem, split] = (result, tuple(metric.compute()))
+    except Exception:
+        report = traceback.format_exc()
+    torch.save(report, f"{folder}/report_{rank}.pt")
+    os._exit(0)
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=child, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    for rank in range(2):
+        report = torch.load(tmp_path / f"report_{rank}.pt", weights_only=True)
+        assert isinstance(report, dict), report
+        for stem, case in cases().items():
+            expected = tuple(filled(case).compute())
+            for split in SPLITS:
+                for result in report[stem, split]:
+                    close(result, expected)
+
+
+@pytest.mark.parametrize("fault", ["frozen"])
+def test_a_run_on_two_processes_agrees_stops_and_names_the_region(tmp_path: Path, fault: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.run_on_two", str(tmp_path), fault],
+        env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    reports = [tmp_path / f"report_{rank}.pt" for rank in range(2)]
+    assert all(path.exists() for path in reports), done.stderr[-3000:]
+    one, two = (torch.load(path, weights_only=True) for path in reports)
+    assert one == two
+    assert [finding["where"] for finding in one["findings"]] == ["bottom right"]
+    assert one["epoch"] < 29
+    alone = subprocess.run(
+        [sys.executable, "-m", "tests.run_on_two", str(tmp_path / "alone"), fault, "1"],
+        env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    path = tmp_path / "alone" / "report_0.pt"
+    assert path.exists(), alone.stderr[-3000:]
+    single = torch.load(path, weights_only=True)
+    assert single["epoch"] == one["epoch"]
+    for where, value in single["readings"].items():
+        assert value == pytest.approx(one["readings"][where], abs=1e-6)
