@@ -38,7 +38,9 @@ def main() -> None:
     started = time.perf_counter()
     cosine_mean_similarity(generated, real, regions)
     whole = time.perf_counter() - started
-    print(f"2048 against 2048 images of 3x64x64, 4 regions: {whole:.1f} s, {peak() - before:.2f} GiB over the images' own")
+    print(
+        f"2048 against 2048 images of 3x64x64, 4 regions: {whole:.1f} s, {peak() - before:.2f} GiB over the images' own"
+    )
 
     metric = CosineMeanSimilarity(regions, reset_real_features=False)
     metric.update(real, real=True)
@@ -61,7 +63,9 @@ def main() -> None:
     values = [definition(generated[:few], real[:few], labels == r, 1e-3) for r in range(4)]
     slow = time.perf_counter() - started
     error = max(abs(float(a) - b) for a, b in zip(result.regions, values, strict=True))
-    print(f"{few} images: {ours * 1e3:.0f} ms against {slow * 1e3:.0f} ms by the definition, {slow / ours:.0f} times faster")
+    print(
+        f"{few} images: {ours * 1e3:.0f} ms against {slow * 1e3:.0f} ms by the definition, {slow / ours:.0f} times faster"
+    )
     print(f"largest difference: {error:.1e} (float32)")
 
 

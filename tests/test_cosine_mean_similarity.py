@@ -8,7 +8,7 @@ from torch import Tensor
 
 from example_models.data import digits
 from lightning_gendiag import CosineMeanSimilarity, RegionMap, cosine_mean_similarity
-from lightning_gendiag.diagnostics import cosine_mean_similarity as module
+from lightning_gendiag.diagnostics.cosine_mean_similarity import mathematics
 from tests.cases import Case
 from tests.test_regions import blocks, regional_images
 
@@ -38,7 +38,7 @@ def test_it_is_the_definition(
     channels: int, bandwidth: str | float, unbiased: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # several blocks, the last one ragged
-    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(mathematics, "BLOCK", 7)
     labels = torch.randint(0, 3, (5, 6), generator=generator)
     real = torch.rand(23, channels, 5, 6, generator=generator, dtype=torch.float64)
     generated = torch.rand(17, channels, 5, 6, generator=generator, dtype=torch.float64) ** 1.3

@@ -27,18 +27,23 @@ def floor(name: str) -> int:
 
 
 def imported(path: Path) -> set[str]:
-    """First part of the names of this package that a module imports, anywhere in it."""
+    """First part of the names of this package that a module imports, anywhere in it.
+
+    A diagnostic that outgrew one file is a folder, whose files may import each other.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lightning_gendiag"):
             parts = node.module.split(".")[1:]
+            if parts[:2] == list(path.relative_to(ROOT).parts[:2]) and parts[0] == "diagnostics":
+                continue
             names |= {parts[0]} if parts else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
             names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("lightning_gendiag.")}
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_imports_its_own_floor_or_a_higher_one(path: Path) -> None:
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
     assert all(floor(name) < floor(own) for name in imported(path)), imported(path)

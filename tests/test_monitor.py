@@ -420,3 +420,5 @@ def test_classes_are_followed_when_the_sampler_takes_labels() -> None:
     trainer(watched, max_epochs=1).fit(Conditional(), batches(16))
     assert watched.result.classes.shape == (10, 3)
     assert float(watched.result.classes.min()) > 0.9
+    scalars = watched.result.scalars()
+    assert float(scalars["worst_class"]) == min(float(scalars[f"class_{k}"]) for k in range(10))
