@@ -14,6 +14,13 @@ if TYPE_CHECKING:
         CosineMeanSimilarityResult,
         cosine_mean_similarity,
     )
+    from lightning_gendiag.diagnostics.manifold_entropy import (
+        ManifoldEntropy,
+        ManifoldEntropyResult,
+        decoder_gram,
+        manifold_cross_information,
+        manifold_entropy,
+    )
     from lightning_gendiag.monitor import DiagnosticWarning, Monitor, Reading
     from lightning_gendiag.probe import Probe
     from lightning_gendiag.regions import RegionMap, find_regions, pixel_cka
@@ -29,6 +36,13 @@ _HOMES = {
         "CosineMeanSimilarityMonitor",
         "CosineMeanSimilarityResult",
         "cosine_mean_similarity",
+    ),
+    "diagnostics.manifold_entropy": (
+        "ManifoldEntropy",
+        "ManifoldEntropyResult",
+        "decoder_gram",
+        "manifold_cross_information",
+        "manifold_entropy",
     ),
     "monitor": ("DiagnosticWarning", "Monitor", "Reading"),
     "probe": ("Probe",),
@@ -47,12 +61,17 @@ __all__ = [
     "Diagnostic",
     "DiagnosticWarning",
     "Finding",
+    "ManifoldEntropy",
+    "ManifoldEntropyResult",
     "Monitor",
     "Probe",
     "Reading",
     "RegionMap",
     "cosine_mean_similarity",
+    "decoder_gram",
     "find_regions",
+    "manifold_cross_information",
+    "manifold_entropy",
     "pixel_cka",
 ]
 

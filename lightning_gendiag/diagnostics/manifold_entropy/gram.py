@@ -1,0 +1,218 @@
+"""Gram matrices of a decoder's Jacobian, without the Jacobian of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Decode = Callable[[Tensor], Any]
+
+FORWARD_FAILS = (NotImplementedError, RuntimeError)
+"""What torch raises where an operation has no forward-mode derivative."""
+
+
+def decoder_gram(
+    decode: Decode,
+    z: Tensor,
+    *,
+    dims: Tensor | None = None,
+    latent_scale: Tensor | float = 1.0,
+    data_scale: Tensor | float = 1.0,
+    mode: Literal["auto", "forward", "reverse"] = "auto",
+    max_bytes: int = 1 << 28,
+) -> Tensor:
+    """``J'J`` of a decoder at each latent, ``J = dx/dz`` (X x L), exact and without storing J for the batch.
+
+    Forward mode pushes all latent directions of a few samples through the decoder at a time; reverse mode, for
+    decoders with operations that have no forward derivative, adds up ``J'J`` over blocks of outputs and is dearer by
+    about X / L. Samples must not influence each other: evaluation mode. Works under ``no_grad`` and inference mode.
+
+    Args:
+        decode: latents (n, L) to data (n, ...); a tensor, a distribution with a ``mean``, or a tuple whose first is either.
+        z: (N, L), float32 or better.
+        dims: (l,) the latent dimensions wanted; all by default.
+        latent_scale: standard deviation of each latent, (L,) or a number: J's columns are multiplied by it.
+        data_scale: standard deviation that the data were divided by, (...) or a number: J's rows are multiplied by it.
+        mode: ``"auto"`` takes forward mode where it works.
+        max_bytes: bound on the working memory of the Jacobian's rows and tangents, about.
+
+    Returns:
+        (N, L, L), or (N, l, l); float64.
+
+    Raises:
+        ValueError: if z is no (N, L) of floats, or the decoder gives no tensor with a row for each latent.
+        RuntimeError: in words, naming the layer where it is known, if no derivative can be taken.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 2.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> decoder_gram(lambda z: z @ a.T, torch.zeros(1, 2))
+        tensor([[[1., 2.],
+                 [2., 5.]]], dtype=torch.float64)
+    """
+    if z.ndim != 2 or z.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"z must be (N, L) in float32 or float64, got {z.dtype} of shape {tuple(z.shape)}.")
+    wanted = torch.arange(z.shape[1], device=z.device) if dims is None else torch.as_tensor(dims, device=z.device)
+    if wanted.ndim != 1 or len(wanted) == 0 or not 0 <= int(wanted.min()) <= int(wanted.max()) < z.shape[1]:
+        raise ValueError(f"dims must be numbers of latent dimensions, 0 to {z.shape[1] - 1}, got {dims}.")
+    if len(z) == 0:
+        return torch.zeros(0, len(wanted), len(wanted), dtype=torch.float64, device=z.device)
+    row_scale = torch.as_tensor(data_scale, dtype=torch.float64, device=z.device)
+    column_scale = torch.as_tensor(latent_scale, dtype=torch.float64, device=z.device).expand(z.shape[1])[wanted]
+
+    def flat(latents: Tensor) -> Tensor:
+        return _tensor_of(decode(latents), len(latents)).flatten(1)
+
+    with _plain_attention():
+        try:
+            with torch.no_grad():
+                outputs = _tensor_of(decode(z[:1]), 1)
+        except ValueError:
+            raise
+        rows = row_scale.expand(outputs.shape[1:]).flatten() if row_scale.ndim else row_scale
+        size = outputs[0].numel()
+        if mode != "reverse":
+            try:
+                return _forward(flat, z, wanted, size, rows, column_scale, max_bytes)
+            except FORWARD_FAILS as error:
+                if mode == "forward" or isinstance(error, torch.OutOfMemoryError):
+                    raise RuntimeError(_explained(decode, z, error)) from error
+        try:
+            return _reverse(flat, z, wanted, size, rows, column_scale, max_bytes)
+        except FORWARD_FAILS as error:
+            raise RuntimeError(f"the decoder must be differentiable, got {type(error).__name__}: {error}") from error
+
+
+def _forward(
+    flat: Callable[[Tensor], Tensor],
+    z: Tensor,
+    wanted: Tensor,
+    size: int,
+    rows: Tensor,
+    columns: Tensor,
+    max_bytes: int,
+) -> Tensor:
+    directions = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[wanted]  # (l, L)
+    # a decoder's tangents take several times the room of its output; so many samples at a time
+    count = max(1, max_bytes // (16 * len(wanted) * size * z.element_size()))
+    grams = []
+    for some in z.split(count):
+
+        def pushed(direction: Tensor, at: Tensor = some) -> Tensor:
+            out: Tensor = torch.func.jvp(flat, (at,), (direction.expand_as(at),))[1]
+            return out
+
+        jacobian = torch.func.vmap(pushed)(directions).transpose(0, 1)  # (n, l, X)
+        grams.append(_products(jacobian, rows, columns))
+    return torch.cat(grams)
+
+
+def _reverse(
+    flat: Callable[[Tensor], Tensor],
+    z: Tensor,
+    wanted: Tensor,
+    size: int,
+    rows: Tensor,
+    columns: Tensor,
+    max_bytes: int,
+) -> Tensor:
+    count = max(1, min(size, max_bytes // (16 * size * z.element_size())))
+    grams = []
+    for one in z.split(1):
+        _, pull = torch.func.vjp(flat, one)
+        gram = torch.zeros(len(wanted), len(wanted), dtype=torch.float64, device=z.device)
+        for start in range(0, size, count):
+            block = torch.arange(start, min(start + count, size), device=z.device)
+            outputs = torch.zeros(len(block), 1, size, dtype=z.dtype, device=z.device)
+            outputs[torch.arange(len(block)), 0, block] = 1
+            part = torch.func.vmap(lambda v, pull=pull: pull(v)[0])(outputs)[:, 0, wanted].double()  # (B, l)
+            part = part * (rows[block][:, None] if rows.ndim else rows) * columns
+            gram += part.T @ part
+        grams.append(gram)
+    return torch.stack(grams)
+
+
+def _products(jacobian: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(n, l, X) -> (n, l, l), added up in float64, so that a singular Gram matrix shows as one."""
+    j = jacobian.double() * rows * columns[:, None]
+    return j @ j.mT
+
+
+def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed: int = 0) -> Tensor:
+    """The latent dimensions that move the output most, (count,) in ascending order, for latents of many dimensions.
+
+    ``|J_i|^2 = E_v (J'v)_i^2`` over random signs v, a few reverse passes instead of L forward ones; the choice is an
+    estimate, what is then computed for these dimensions is exact.
+
+    Args:
+        decode: see :func:`decoder_gram`.
+        z: (N, L)
+        count: how many, at most L.
+        probes: random vectors to a latent.
+        seed: of these.
+    """
+
+    def flat(latents: Tensor) -> Tensor:
+        return _tensor_of(decode(latents), len(latents)).flatten(1)
+
+    generator = torch.Generator().manual_seed(seed)
+    squares = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
+    with _plain_attention():
+        out, pull = torch.func.vjp(flat, z)
+        for _ in range(probes):
+            signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
+            squares += pull(signs)[0].double().square().sum(0)
+    return squares.topk(min(count, z.shape[1])).indices.sort().values
+
+
+def _tensor_of(output: Any, n: int) -> Tensor:
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
+        output = output.mean
+    if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != n:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"decode must return ({n}, ...) for ({n}, L) latents, got {got}. "
+            "To fix this, pass Probe(decode=lambda module, z: ...)."
+        )
+    return output
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by plain matrix products: the fused kernels have no forward derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _explained(decode: Decode, z: Tensor, error: Exception) -> str:
+    """The layer in which forward mode fails, found by entering the decoder again with hooks."""
+    module = decode if isinstance(decode, nn.Module) else getattr(decode, "__self__", None)
+    where = ""
+    if isinstance(module, nn.Module):
+        entered: list[str] = []
+        hooks = [
+            part.register_forward_pre_hook(lambda _, __, name=f"{name} ({type(part).__name__})": entered.append(name))
+            for name, part in module.named_modules()
+            if name and not list(part.children())
+        ]
+        try:
+            torch.func.jvp(lambda x: _tensor_of(decode(x), len(x)), (z[:1],), (torch.ones_like(z[:1]),))
+        except FORWARD_FAILS:
+            where = f" in {entered[-1]}" if entered else ""
+        finally:
+            for hook in hooks:
+                hook.remove()
+    words = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"forward-mode derivatives must be available for each layer, but they are not{where}: {words} "
+        "To fix this, use mode='auto' or mode='reverse', which is slower."
+    )
+
+

@@ -1,0 +1,289 @@
+"""Entropies of latent dimensions on the data manifold, from Gram matrices of the decoder's Jacobian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HALF_LOG_2PIE = 0.5 * (1 + math.log(2 * math.pi))
+"""Entropy of a standard normal variable, in nats."""
+
+DEAD = 1e-3
+"""A dimension that moves the data less than this fraction of what the strongest does counts as dead."""
+
+RIDGE = 1e-14
+"""A singular Gram matrix is made regular by this fraction of its largest diagonal entry."""
+
+MAX_PAIR_TAGS = 20
+"""Up to so many dimensions each has a scalar of its own."""
+
+
+class ManifoldEntropyResult(NamedTuple):
+    """Entropies in nats of the data that each latent dimension makes, and what dimensions share."""
+
+    entropy: Tensor
+    """(L,) each dimension's entropy H_i, in the decoder's order; finite, very low for a dead dimension."""
+    total: Tensor
+    """() entropy H of all dimensions together, from the flow's own log volumes where they were given."""
+    total_correlation: Tensor
+    """() sum of H_i less H, at least 0; of the partition if one was given."""
+    mutual_information: Tensor
+    """(L, L) I_ij of pairs, at least 0, zero diagonal."""
+    core: Tensor
+    """(L,) entropy of the first 1, 2, ... L dimensions in ``order``; nan where no order was given."""
+    detail: Tensor
+    """(L,) entropy of those that are left: after 0, 1, ... L - 1; nan where no order was given."""
+    order: Tensor
+    """(L,) the order in which core and detail are told, by default that of falling entropy."""
+    classes: Tensor
+    """(K, L) the entropies within each class; (0, L) without labels."""
+    singular: Tensor
+    """() share of the latents whose Gram matrix is singular, 0 to 1."""
+    count: Tensor
+    """() number of latents."""
+
+    @property
+    def spectrum(self) -> Tensor:
+        """(L,) the entropies in falling order."""
+        return self.entropy.sort(descending=True).values
+
+    @property
+    def relative(self) -> Tensor:
+        """(L,) how far each dimension moves the data, as a fraction of what the strongest does, 0 to 1."""
+        return (self.entropy - self.entropy.max()).exp()
+
+    @property
+    def dead(self) -> Tensor:
+        """(L,) bool: dimensions that the decoder does not use, those below a thousandth of the strongest."""
+        return self.relative < DEAD
+
+    @property
+    def effective_dimensions(self) -> Tensor:
+        """() 1 to L: exp of the Shannon entropy of the dimensions' shares of squared movement."""
+        shares = (2 * (self.entropy - self.entropy.max())).softmax(0)
+        return torch.special.entr(shares).sum().exp()
+
+    @property
+    def shared(self) -> Tensor:
+        """(L - 1,) mutual information of the first 1, 2, ... dimensions in ``order`` with the rest."""
+        return self.core[:-1] + self.detail[1:] - self.total_by_gram
+
+    @property
+    def total_by_gram(self) -> Tensor:
+        """() entropy of all dimensions from the Gram matrices; nan where no order was given."""
+        return self.core[-1]
+
+    @property
+    def strongest_pair(self) -> tuple[int, int]:
+        """The pair of dimensions with the largest mutual information."""
+        place = int(self.mutual_information.nan_to_num(-1.0).argmax())
+        length = len(self.entropy)
+        return min(place // length, place % length), max(place // length, place % length)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Whole numbers, and each dimension's entropy where they are few."""
+        i, j = self.strongest_pair
+        values = {
+            "total": self.total,
+            "total_correlation": self.total_correlation,
+            "effective_dimensions": self.effective_dimensions,
+            "dead": self.dead.sum().to(self.entropy),
+            "largest_mutual_information": self.mutual_information[i, j],
+            "highest": self.entropy.max(),
+            "lowest": self.entropy.min(),
+            "singular": self.singular,
+        }
+        if not self.core.isnan().any():
+            half = max(1, round(float(self.effective_dimensions))) - 1
+            values["core"] = self.core[half]
+        if len(self.entropy) <= MAX_PAIR_TAGS:
+            values |= {f"dimension_{i}": value for i, value in enumerate(self.entropy)}
+        return values
+
+
+class Sums(NamedTuple):
+    """What is added up over latents; everything else follows from it."""
+
+    count: Tensor  # (1 + K,) all latents, then those of each class
+    log_norms: Tensor  # (1 + K, L) of log |J_i|
+    log_volume: Tensor  # () of 1/2 log det G, or of what the flow gave
+    log_parts: Tensor  # () of 1/2 log det of the partition's blocks, added
+    log_dependence: Tensor  # (L, L) of -1/2 log(1 - G_ij^2 / (G_ii G_jj))
+    leading: Tensor  # (L,) of 1/2 log det of leading blocks in order
+    trailing: Tensor  # (L,) of trailing ones
+    singular: Tensor  # ()
+
+
+def gram_sums(
+    gram: Tensor,
+    log_volume: Tensor | None,
+    labels: Tensor | None,
+    num_classes: int,
+    order: Tensor | None,
+    partition: Sequence[Sequence[int]] | None,
+) -> Sums:
+    """Sums over Gram matrices (N, L, L) in float64. A singular one is made regular as a whole, so all laws hold for it."""
+    gram = gram.double()
+    n, length = gram.shape[:2]
+    top = gram.diagonal(dim1=1, dim2=2).amax(1)  # (N,)
+    smallest = gram.diagonal(dim1=1, dim2=2).amin(1)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=1, dim2=2).square().amin(1)
+    singular = (info != 0) | (smallest <= RIDGE * top) | (pivots <= RIDGE * top)
+    if singular.any():
+        # an all-zero Jacobian gets the smallest entropy that stays finite
+        ridge = (RIDGE * top).clamp(min=1e-300) * singular
+        gram = gram + torch.diag_embed(ridge[:, None].expand(-1, length))
+    diagonal = gram.diagonal(dim1=1, dim2=2)  # (N, L)
+    log_norms = 0.5 * diagonal.log()
+    weights = torch.ones(n, 1, dtype=torch.float64, device=gram.device)
+    if num_classes:
+        assert labels is not None
+        weights = torch.cat([weights, torch.nn.functional.one_hot(labels, num_classes).to(weights)], 1)
+
+    natural = torch.arange(length, device=gram.device)
+    leading = _log_minors(gram, natural if order is None else order)
+    trailing = _log_minors(gram, (natural if order is None else order).flip(0)).flip(1)
+    volume = leading[:, -1] if log_volume is None else log_volume.double()
+    parts = log_norms.sum(1)
+    if partition is not None:
+        parts = torch.stack([_log_minors(gram, torch.as_tensor(list(p), device=gram.device))[:, -1] for p in partition]).sum(0)
+
+    scaled = gram / (diagonal.sqrt()[:, :, None] * diagonal.sqrt()[:, None, :])
+    # two columns that are the same up to a factor share all that can be told
+    dependence = (-scaled.square()).clamp(min=RIDGE - 1).log1p().mul(-0.5)
+    dependence.diagonal(dim1=1, dim2=2).zero_()
+    return Sums(
+        weights.sum(0), weights.T @ log_norms, volume.sum(), parts.sum(), dependence.sum(0), leading.sum(0),
+        trailing.sum(0), singular.sum().double(),
+    )  # fmt: skip
+
+
+def _log_minors(gram: Tensor, order: Tensor) -> Tensor:
+    """(N, l): 1/2 log det of the blocks of the first 1, 2, ... l dimensions in order."""
+    factor, _ = torch.linalg.cholesky_ex(gram[:, order][:, :, order])
+    return factor.diagonal(dim1=1, dim2=2).clamp(min=1e-160).log().cumsum(1)
+
+
+def entropies(sums: Sums, order: Tensor | None) -> ManifoldEntropyResult:
+    """The result of sums; nan where there was no latent."""
+    count = sums.count[0]
+    length = len(sums.leading)
+    sizes = torch.arange(1, length + 1, device=count.device, dtype=torch.float64)
+    entropy = HALF_LOG_2PIE + sums.log_norms[0] / count
+    total = HALF_LOG_2PIE * length + sums.log_volume / count
+    core = HALF_LOG_2PIE * sizes + sums.leading / count
+    detail = HALF_LOG_2PIE * sizes.flip(0) + sums.trailing / count
+    if order is None:
+        core, detail = core * math.nan, detail * math.nan
+    return ManifoldEntropyResult(
+        entropy=entropy,
+        total=total,
+        total_correlation=(sums.log_parts - sums.log_volume) / count,
+        mutual_information=sums.log_dependence / count,
+        core=core,
+        detail=detail,
+        order=entropy.nan_to_num(0.0).argsort(descending=True, stable=True) if order is None else order,
+        classes=HALF_LOG_2PIE + sums.log_norms[1:] / sums.count[1:, None],
+        singular=sums.singular / count,
+        count=count,
+    )
+
+
+def manifold_entropy(
+    jacobian: Tensor,
+    *,
+    log_volume: Tensor | None = None,
+    latent_scale: Tensor | float = 1.0,
+    data_scale: Tensor | float = 1.0,
+    partition: Sequence[Sequence[int]] | None = None,
+    labels: Tensor | None = None,
+    num_classes: int = 0,
+) -> ManifoldEntropyResult:
+    """Entropy of what each latent dimension does to the data, in nats, and what dimensions share.
+
+    With ``G = J'J``: ``H_S = |S| / 2 (1 + log 2 pi) + E 1/2 log det G_SS`` for a set S of dimensions, so
+    ``H_i = 1/2 (1 + log 2 pi) + E log |J_i|``; total correlation ``sum_S H_S - H``; mutual information of two
+    dimensions ``-1/2 E log(1 - G_ij^2 / (G_ii G_jj))``.
+
+    Source: Galperin and Koethe, *Analyzing Generative Models by Manifold Entropic Metrics*, 2025, arXiv 2410.19426.
+
+    Args:
+        jacobian: (N, X, L), dx/dz at N latents drawn from the prior N(0, 1).
+        log_volume: (N,) a flow's own ``log |det J|``, for the total.
+        latent_scale: standard deviation of each latent, (L,) or a number.
+        data_scale: standard deviation that the data were divided by, (X,) or a number.
+        partition: sets of dimensions for the total correlation; singletons by default.
+        labels: (N,) for the entropies within classes.
+        num_classes: K, with labels.
+
+    Returns:
+        The entropies; dead dimensions and singular Jacobians have finite values and are flagged.
+
+    Raises:
+        ValueError: if the Jacobian is no (N, X, L) of finite numbers.
+
+    Example:
+        >>> rotated = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))).Q
+        >>> result = manifold_entropy((rotated * torch.tensor([4.0, 1.0, 0.0]))[None])
+        >>> (result.entropy - 1.4189).round(decimals=3)[:2], result.dead
+        (tensor([1.3860, 0.0000], dtype=torch.float64), tensor([False, False,  True]))
+    """
+    if jacobian.ndim != 3 or not jacobian.is_floating_point() or not jacobian.isfinite().all():
+        raise ValueError(
+            f"jacobian must be finite (N, X, L), got {jacobian.dtype} of shape {tuple(jacobian.shape)}. "
+            "To fix this, leave latents out whose Jacobian is not finite."
+        )
+    rows = torch.as_tensor(data_scale, dtype=torch.float64, device=jacobian.device)
+    columns = torch.as_tensor(latent_scale, dtype=torch.float64, device=jacobian.device)
+    scaled = jacobian.double() * (rows[:, None] if rows.ndim else rows) * columns
+    gram = scaled.mT @ scaled
+    check_partition(partition, jacobian.shape[2])
+    first = entropies(gram_sums(gram, log_volume, labels, num_classes, None, partition), None)
+    return entropies(gram_sums(gram, log_volume, labels, num_classes, first.order, partition), first.order)
+
+
+def check_partition(partition: Sequence[Sequence[int]] | None, length: int) -> None:
+    """Refuse in words what does not have each dimension once."""
+    if partition is not None and sorted(i for part in partition for i in part) != list(range(length)):
+        raise ValueError(f"partition must hold each of the dimensions 0 to {length - 1} once, got {partition}.")
+
+
+def manifold_cross_information(jacobian_a: Tensor, jacobian_b: Tensor) -> Tensor:
+    """Mutual information in nats of each dimension of one decoder with each of another, at the same data points.
+
+    ``-1/2 E log(1 - cos^2)`` of the angle between the two columns; compares a model with a known ground truth.
+
+    Args:
+        jacobian_a: (N, X, L)
+        jacobian_b: (N, X, M), at the latents that make the same data.
+
+    Returns:
+        (L, M), at least 0; 0 where a column is zero.
+    """
+    if jacobian_a.ndim != 3 or jacobian_b.ndim != 3 or jacobian_a.shape[:2] != jacobian_b.shape[:2]:
+        raise ValueError(
+            f"jacobian_b must be (N, X, M) at the points of jacobian_a {tuple(jacobian_a.shape)}, "
+            f"got {tuple(jacobian_b.shape)}."
+        )
+    a, b = (torch.nn.functional.normalize(j.double(), dim=1) for j in (jacobian_a, jacobian_b))
+    cosine = a.mT @ b  # (N, L, M)
+    return (-cosine.square()).clamp(min=RIDGE - 1).log1p().mul(-0.5).mean(0)
+
+
+def latent_correlation(latents_a: Tensor, latents_b: Tensor) -> Tensor:
+    """Pearson correlation of each latent of one model with each of another, at the same data points.
+
+    Args:
+        latents_a: (N, L)
+        latents_b: (N, M)
+
+    Returns:
+        (L, M), -1 to 1; 0 where a latent does not vary.
+    """
+    a, b = (x.double() - x.double().mean(0) for x in (latents_a, latents_b))
+    return torch.nn.functional.normalize(a, dim=0).T @ torch.nn.functional.normalize(b, dim=0)
