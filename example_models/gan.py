@@ -6,19 +6,16 @@ saturated channel would, so that the alarm has something to find. The fault is p
 
 from __future__ import annotations
 
-import argparse
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from example_models.data import digit_batches
-from lightning_gendiag import CollapseStopping, CollapseWarning, CosineMeanSimilarityMonitor
+from example_models.running import closing_words, options_parser, seeded, watched_run
+from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor
 
 BOX = (24, 20, 32, 32)
 """Where a fault is planted: top, left, bottom, right, the last two exclusive."""
@@ -145,51 +142,21 @@ def _initialise(module: nn.Module) -> None:
 
 def main(arguments: list[str] | None = None) -> CollapseStopping:
     """Train, watch, and say how it ended."""
-    parser = argparse.ArgumentParser(description="A GAN on handwritten digits, watched region by region.")
-    parser.add_argument("--fault", choices=FAULTS, help="break one region in the middle of the run")
-    parser.add_argument("--start", type=int, default=20, help="epoch at which it breaks")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser = options_parser("A GAN on handwritten digits, watched region by region.", FAULTS)
     parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that TensorBoard reads")
     options = parser.parse_args(arguments)
-
-    # Lightning's advice on workers and on logging intervals does not help with data that is in memory
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*litlogger.*|.*litmodels.*")
-    seed_everything(options.seed, verbose=False)
+    seeded(options.seed)
     model = FaultyGAN(options.fault, options.start, lr=options.lr) if options.fault else GAN(lr=options.lr)
-    monitor, stopping = CosineMeanSimilarityMonitor(num_regions=5), CollapseStopping()
-    trainer = Trainer(
-        max_epochs=options.epochs,
-        accelerator="cpu",
-        callbacks=[monitor, stopping],
-        logger=TensorBoardLogger(options.runs, name=f"gan_{options.fault or 'healthy'}"),
-        log_every_n_steps=10,
-        enable_model_summary=False,
-    )
-    with warnings.catch_warnings():
-        # told below
-        warnings.simplefilter("ignore", CollapseWarning)
-        trainer.fit(model, digit_batches())
-
-    print()
-    if stopping.findings:
-        print(f"STOPPED in epoch {stopping.findings[0].epoch}:")
+    monitor = CosineMeanSimilarityMonitor(num_regions=5)
+    stopping = watched_run("gan", model, digit_batches(), [monitor], options)
+    regions = monitor.region_map
+    if isinstance(model, FaultyGAN) and regions is not None:
         for finding in stopping.findings:
-            print(f"  {finding}")
-    else:
-        print(f"HEALTHY: {trainer.current_epoch} epochs, and no region of the image fell from its level.")
-    if isinstance(model, FaultyGAN):
-        rows, columns = f"rows {BOX[0]} to {BOX[2] - 1}", f"columns {BOX[1]} to {BOX[3] - 1}"
-        print(f"The fault was planted: {options.fault} in {rows}, {columns}, from epoch {options.start} on.")
-        for finding in stopping.findings:
-            regions = monitor.region_map
-            if regions is not None and finding.where in regions.names:
+            if finding.where in regions.names:
                 overlap = regions.overlap(regions.names.index(finding.where), model.planted())
-                print(f"  Overlap of {finding.where} with it: {overlap:.2f} (intersection over union).")
-        print("A run without it: .venv/bin/python -m example_models.gan")
-    print(f"See both:         .venv/bin/tensorboard --logdir {options.runs}    (Custom Scalars and Images)")
+                print(f"Overlap of {finding.where} with the planted box: {overlap:.2f} (intersection over union).")
+    rows, columns = f"rows {BOX[0]} to {BOX[2] - 1}", f"columns {BOX[1]} to {BOX[3] - 1}"
+    closing_words("gan", options, f"{options.fault} in {rows}, {columns}")
     return stopping
 
 

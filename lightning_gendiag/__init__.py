@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from lightning_gendiag.diagnostics.manifold_entropy import (
         ManifoldEntropy,
+        ManifoldEntropyMonitor,
         ManifoldEntropyResult,
         decoder_gram,
         manifold_cross_information,
@@ -39,6 +40,7 @@ _HOMES = {
     ),
     "diagnostics.manifold_entropy": (
         "ManifoldEntropy",
+        "ManifoldEntropyMonitor",
         "ManifoldEntropyResult",
         "decoder_gram",
         "manifold_cross_information",
@@ -62,6 +64,7 @@ __all__ = [
     "DiagnosticWarning",
     "Finding",
     "ManifoldEntropy",
+    "ManifoldEntropyMonitor",
     "ManifoldEntropyResult",
     "Monitor",
     "Probe",

@@ -30,6 +30,12 @@ class Reading(NamedTuple):
     """As people know it."""
     badness: float
     """The same on a scale on which larger is worse and fluctuations are about equally large everywhere."""
+    kind: Literal["part", "whole", "other"] = "part"
+    """A fall of the whole is divided among the parts; others stand for themselves."""
+    where: str | None = None
+    """What a finding names, if not the name of the series."""
+    question: str | None = None
+    """What is measured, if not what the monitor's other series measure."""
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +46,7 @@ class Evaluation(NamedTuple):
     step: int
     epoch: int
     readings: dict[str, Reading]
-    """By place: a region's name, a class, a dimension, or the whole."""
+    """By series: a region's name, a class, a dimension, or the whole."""
 
 
 def batch_step(trainer: Trainer, epoch_over: bool) -> int:
@@ -68,8 +74,8 @@ class Monitor(Callback):
 
     stem: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("sample",)
-    whole: ClassVar[str | None] = None
-    """The reading that the others are parts of."""
+    needs_reference: ClassVar[bool] = True
+    """Whether it compares with real images."""
     grain: ClassVar[float] = 0.0
     """Fluctuations of badness below this are never news."""
     question: ClassVar[str] = ""
@@ -131,7 +137,7 @@ class Monitor(Callback):
     def draw(self, result: Any, board: Board) -> None:
         """Pictures and charts; on rank 0 only."""
 
-    def draw_finding(self, where: str, words: str, board: Board) -> None:
+    def draw_finding(self, finding: Any, board: Board) -> None:
         """A picture of where the fault lies; on rank 0 only."""
 
     def check(self, probe: Probe) -> None:
@@ -241,7 +247,7 @@ class Monitor(Callback):
         try:
             if self._unreadable is not None:
                 raise self._unreadable
-            ready = probe.ready(epoch_over)
+            ready = not self.needs_reference or probe.ready(epoch_over)
             if ready:
                 self.metric = (self.metric or self.build(probe)).to(module.device)
                 self.metric.reset()

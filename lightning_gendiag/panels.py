@@ -188,6 +188,89 @@ def curves(series: Sequence[Sequence[float]], steps: Sequence[int], strong: int 
     return torch.from_numpy(np.asarray(image).copy())
 
 
+def bars(values: Sequence[float], names: Sequence[str], strong: Sequence[bool]) -> Tensor:
+    """Bars in the order given, the lowest value a quarter of the axis above its floor; names where they fit."""
+    image, draw = _sheet()
+    finite = [value for value in values if np.isfinite(value)] or [0.0]
+    # a dead dimension lies far below: it must not squeeze the others
+    high = max(finite)
+    low = max(min(finite), high - 10)
+    low -= max(high - low, 1.0) / 4
+    left, bottom = 38, 20
+    width = (TILE - left - 4) / max(len(values), 1)
+    for value in (high, (high + low) / 2, low):
+        y = 8 + (high - value) / (high - low) * (TILE - bottom - 8)
+        draw.line((left, y, TILE, y), fill=(218, 220, 224))
+        draw.text((left - 4, y), f"{value:.1f}", fill=FAINT, font=_font(12), anchor="rm")
+    for number, (value, name) in enumerate(zip(values, names, strict=True)):
+        clipped = float(np.clip(value, low, high)) if np.isfinite(value) else low
+        x, y = left + number * width, 8 + (high - clipped) / (high - low) * (TILE - bottom - 8)
+        colour = ALARM if strong[number] else REGION_COLOURS[0]
+        draw.rectangle((x + 0.1 * width, min(y, TILE - bottom - 2), x + 0.9 * width, TILE - bottom), fill=colour)
+        if width >= 8 * len(name) + 2 or (strong[number] and len(values) <= 64):
+            draw.text((x + width / 2, TILE - 2), name, fill=FAINT, font=_font(12), anchor="mb")
+    return torch.from_numpy(np.asarray(image).copy())
+
+
+def matrix(values: Tensor, most: float) -> Tensor:
+    """A matrix (L, L) of numbers from 0, white, to ``most`` or more, dark red."""
+    place = (values.nan_to_num(0.0).clamp(0, most) / most).numpy() * (len(_HEAT) - 1)
+    channels = [np.interp(place, range(len(_HEAT)), _HEAT[:, channel]) for channel in range(3)]
+    picture = torch.from_numpy(np.stack(channels, -1)).round().byte()
+    return _centred(enlarged(picture))
+
+
+def contact_sheet(images: Tensor) -> Tensor:
+    """Images (rows, columns, C, H, W) side by side, on one scale of values."""
+    low, high = float(images.min()), float(images.max())
+    cells = [
+        torch.cat([F.pad(as_rgb(image, low, high), (0, 0, 0, 1), value=255) for image in row], 1) for row in images
+    ]
+    sheet = torch.cat([F.pad(row, (0, 0, 0, 0, 0, 1), value=255) for row in cells])
+    size = max(sheet.shape[:2])
+    scale = TILE / size
+    shape = (max(1, round(sheet.shape[0] * scale)), max(1, round(sheet.shape[1] * scale)))
+    resized = F.interpolate(sheet.permute(2, 0, 1)[None].float(), size=shape, mode="area" if scale < 1 else "nearest")
+    return _centred(resized[0].permute(1, 2, 0).round().byte())
+
+
+def line(values: Sequence[float], steps: Sequence[int], most: float) -> Tensor:
+    """One curve from 0 to ``most``."""
+    image, draw = _sheet()
+    left, bottom = 38, 20
+    span = max(steps[-1] - steps[0], 1)
+    for value in (0.0, most / 2, most):
+        y = TILE - bottom - value / most * (TILE - bottom - 8)
+        draw.line((left, y, TILE, y), fill=(218, 220, 224))
+        draw.text((left - 4, y), f"{value:g}", fill=FAINT, font=_font(12), anchor="rm")
+    draw.text((left, TILE - 2), str(steps[0]), fill=FAINT, font=_font(12), anchor="lb")
+    draw.text((TILE - 2, TILE - 2), f"step {steps[-1]}", fill=FAINT, font=_font(12), anchor="rb")
+    points = [
+        (left + (step - steps[0]) / span * (TILE - left - 6), TILE - bottom - value / most * (TILE - bottom - 8))
+        for step, value in zip(steps, values, strict=True)
+        if np.isfinite(value)
+    ]
+    if len(points) > 1:
+        draw.line(points, fill=REGION_COLOURS[0], width=3)
+    if points:
+        x, y = points[-1]
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=REGION_COLOURS[0])
+    return torch.from_numpy(np.asarray(image).copy())
+
+
+def _sheet() -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (TILE, TILE), (255, 255, 255))
+    return image, ImageDraw.Draw(image)
+
+
+def _centred(picture: Tensor) -> Tensor:
+    """A picture of at most TILE by TILE on a white tile."""
+    h, w = (min(size, TILE) for size in picture.shape[:2])
+    tile = torch.full((TILE, TILE, 3), 255, dtype=torch.uint8)
+    tile[:h, :w] = picture[:h, :w]
+    return tile
+
+
 def panel(title: str, tiles: Sequence[Tile], rows: Sequence[Row] = (), note: str = "") -> Tensor:
     """Tiles two by two, with a title above, a legend and a note below: legible on TensorBoard's narrow cards."""
     margin, gap, line = 10, 10, 22

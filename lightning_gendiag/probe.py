@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gendiag.diagnostic import Diagnostic
-from lightning_gendiag.functional import as_images
+from lightning_gendiag.functional import as_images, exact_matmul
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 LATENT_NAMES = ("latent_dim", "latent_size", "z_dim", "dim_z", "noise_dim", "nz", "n_latent")
 """Attributes of a module, or of its ``hparams``, that say how long its noise is."""
+
+
+OWN_NAMES = {"sample": ("sample",), "encode": ("encode", "encoder"), "decode": ("decode", "decoder", "generator")}
+"""What is looked for on a module when nothing is said."""
 
 
 class Images(NamedTuple):
@@ -125,6 +129,21 @@ def untouched(module: nn.Module, parameters: bool = False) -> Iterator[None]:
                     tensor.copy_(value)
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def in_full_precision(module: nn.Module) -> Iterator[None]:
+    """A module of half precision in float32, without autocast; then its very tensors again."""
+    low = [t for t in (*module.parameters(), *module.buffers()) if t.dtype in (torch.float16, torch.bfloat16)]
+    kept = [tensor.data for tensor in low]
+    try:
+        for tensor in low:
+            tensor.data = tensor.data.float()
+        with exact_matmul():
+            yield
+    finally:
+        for tensor, data in zip(low, kept, strict=True):
+            tensor.data = data
 
 
 class Probe:
@@ -233,11 +252,14 @@ class Probe:
         fix = f"To fix this, define {own}.{need}({'n' if need == 'sample' else '...'}), or pass Probe({need}=...)."
         target: Any = module
         if wanted is None:
-            target = getattr(module, need, None)
-            if not callable(target):
-                if need != "sample" or _has_no_forward(module):
-                    also = " nor forward" if need == "sample" else ""
-                    raise ValueError(f"{need} must be known, but {own} has no method {need!r}{also}. {fix}")
+            found = (getattr(module, name, None) for name in OWN_NAMES[need])
+            target = next((part for part in found if callable(part)), None)
+            if target is None:
+                # a GAN's forward makes images from noise
+                if need == "encode" or _has_no_forward(module):
+                    names = ", ".join(OWN_NAMES[need])
+                    also = "" if need == "encode" else " and no forward"
+                    raise ValueError(f"{need} must be known, but {own} has none of {names}{also}. {fix}")
                 target = module
         elif isinstance(wanted, str):
             for part in wanted.split(".") if wanted != "forward" else ():
@@ -249,12 +271,15 @@ class Probe:
         else:
             raise ValueError(f"{need} must be a name or a callable, got {wanted!r}. {fix}")
         if need == "sample" and isinstance(target, nn.Module):
-            self._noise_length()
+            # refused at once if unknown
+            _ = self.noise_length
             return lambda n, *labels: target(self._noise(n), *labels)
         resolved: Callable[..., Any] = target
         return resolved
 
-    def _noise_length(self) -> int:
+    @property
+    def noise_length(self) -> int:
+        """L, the length of the noise."""
         if self.latent_dim is not None:
             return self.latent_dim
         for holder in (self.module, self.module.hparams):
@@ -269,13 +294,18 @@ class Probe:
 
     def _noise(self, n: int) -> Tensor:
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
-        return torch.randn(n, self._noise_length(), device=self.module.device, dtype=dtype)
+        return torch.randn(n, self.noise_length, device=self.module.device, dtype=dtype)
 
     # ---- looking ----
 
     @contextmanager
-    def looking(self, parameters: bool = False) -> Iterator[None]:
-        """The module in evaluation mode, with the weights asked for, in the trainer's precision; then all as before."""
+    def looking(self, parameters: bool = False, exact: bool = False) -> Iterator[None]:
+        """The module in evaluation mode, with the weights asked for, in the trainer's precision; then all as before.
+
+        Args:
+            parameters: put the parameters back too.
+            exact: in float32 or better, whatever the trainer's precision.
+        """
         averaging = self._averaging() if self.averaged else None
         with ExitStack() as stack:
             stack.enter_context(random_state_kept(self.module.device))
@@ -283,7 +313,10 @@ class Probe:
                 averaging._swap_models(self.module)
                 stack.callback(averaging._swap_models, self.module)
             stack.enter_context(untouched(self.module, parameters))
-            stack.enter_context(self.trainer.precision_plugin.forward_context())
+            if exact:
+                stack.enter_context(in_full_precision(self.module))
+            else:
+                stack.enter_context(self.trainer.precision_plugin.forward_context())
             yield
 
     @property
@@ -355,6 +388,40 @@ class Probe:
             labels = [chunk.labels for chunk in drawn if chunk.labels is not None]
             self._drawn = (step, Images(images, torch.cat(labels) if labels else None))
         return self._drawn[1]
+
+    def latents(self, n: int, all_ranks: bool = False) -> Iterator[Tensor]:
+        """Seeded draws (., L) of the prior N(0, 1) in float32, in chunks.
+
+        Args:
+            n: how many, over all processes.
+            all_ranks: each process gets all of them, instead of its share.
+        """
+        rank, world = (0, 1) if all_ranks else (self.trainer.global_rank, self.trainer.world_size)
+        size = min(self.chunk_size, 16)
+        for index in range(rank, math.ceil(n / size), world):
+            generator = torch.Generator().manual_seed(self.seed + 7919 * index)
+            z = torch.randn(min(size, n - index * size), self.noise_length, generator=generator)
+            yield z.to(self.module.device)
+
+    def codes(self, images: Tensor) -> Tensor:
+        """Latents (n, L) of images, the posterior's mean where there is one; inside :meth:`looking`."""
+        output = self._resolve("encode")(images)
+        while isinstance(output, (tuple, list)) and output:
+            output = output[0]
+        if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
+            output = output.mean
+        if not isinstance(output, Tensor) or len(output) != len(images):
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"encode must return ({len(images)}, L) latents, got {got}. "
+                "To fix this, pass Probe(encode=lambda module, images: ...)."
+            )
+        return output.flatten(1).detach().float()
+
+    @property
+    def decoder(self) -> Any:
+        """The callable from latents to data."""
+        return self._resolve("decode")
 
     # ---- the real images ----
 

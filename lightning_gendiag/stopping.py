@@ -17,6 +17,9 @@ from lightning_gendiag.monitor import DiagnosticWarning, Evaluation, Monitor
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+MERGED = 3
+"""More parts than these that fall at once are told as one finding."""
+
 HISTORY = 64
 """Values that are kept of each series."""
 
@@ -52,29 +55,28 @@ class Finding:
     """What the diagnostic measures."""
     series: str = ""
     """The series whose detector raised the alarm."""
+    names: list[str] = field(default_factory=list)
+    """The readings that it is about, the clearest first; ``where`` has them in words."""
     recovered: int | None = None
     """The step at which it was back at its level; None while it is not."""
 
     def __str__(self) -> str:
-        if self.where == "samples":
-            return (
-                f"samples collapsed: {self.after:.1%} of them hold nan or inf at epoch {self.epoch} (step {self.step})."
-            )
+        at = f"at epoch {self.epoch} (step {self.step})"
         if not math.isfinite(self.after):
-            return (
-                f"{self.where} collapsed: {self.question} is no number any more at epoch {self.epoch} (step {self.step}), "
-                f"after {self.before:.3f}."
-            )
+            return f"{self.where} collapsed: {self.question} is no number any more {at}, after {self.before:.3f}."
+        if not math.isfinite(self.score):
+            return f"{self.where} collapsed: {self.question} is {self.after:.1%} {at}."
         odds = self.evaluations_to_false_alarm
         sure = f"{odds:,.0f}" if odds < 1e6 else "more than a million"
         words = (
-            f"{self.where} collapsed: {self.question} fell from {self.before:.3f} to {self.after:.3f}, found at epoch "
-            f"{self.epoch} (step {self.step}), falling since step {self.since}. That is {self.score:.1f} standard "
-            f"deviations of its own fluctuation; chance alone shows as much once in {sure} evaluations."
+            f"{self.where} collapsed: {self.question} {'fell' if self.after < self.before else 'rose'} from "
+            f"{self.before:.3f} to {self.after:.3f}, found {at}, since step {self.since}. That is {self.score:.1f} "
+            f"standard deviations of its own fluctuation; chance alone shows as much once in {sure} evaluations."
         )
-        if self.where in self.shares:
+        share = sum(self.shares.get(name, 0.0) for name in self.names)
+        if share > 0:
             # more than all where other parts improved meanwhile
-            words += f" It carries {min(self.shares[self.where], 1.0):.0%} of the fall of the whole."
+            words += f" It carries {min(share, 1.0):.0%} of the fall of the whole."
         return words
 
 
@@ -184,11 +186,12 @@ class CollapseStopping(EarlyStopping):
             history.setdefault(where, []).append((evaluation.step, reading.value))
             del history[where][:-HISTORY]
         for finding in self.findings:
-            if finding.diagnostic == monitor.name and finding.recovered is None and verdicts[finding.series].closed:
+            verdict = verdicts.get(finding.series) if finding.diagnostic == monitor.name else None
+            if finding.recovered is None and verdict is not None and verdict.closed:
                 finding.recovered = evaluation.step
         found = self._findings(monitor, evaluation, verdicts, history)
         # first the part that carries most of the fall
-        found.sort(key=lambda finding: -finding.shares.get(finding.where, 1.0))
+        found.sort(key=lambda finding: -finding.shares.get(finding.names[0], 1.0))
         self.findings += found
         return found
 
@@ -204,42 +207,64 @@ class CollapseStopping(EarlyStopping):
         verdicts: dict[str, Verdict],
         history: dict[str, list[tuple[int, float]]],
     ) -> list[Finding]:
-        whole = monitor.whole
-        parts = [where for where in verdicts if where != whole and where != "samples"]
-        opened = [where for where in parts if verdicts[where].opened]
-        known = {f.where for f in self.findings if f.diagnostic == monitor.name and f.recovered is None}
+        readings = evaluation.readings
+        parts = [name for name, reading in readings.items() if reading.kind == "part"]
+        whole = next((name for name, reading in readings.items() if reading.kind == "whole"), None)
+        opened = [name for name in parts if verdicts[name].opened]
+        open_now = [f for f in self.findings if f.diagnostic == monitor.name and f.recovered is None]
+        known = {name for finding in open_now for name in finding.names}
 
-        def told(where: str, series: str) -> Finding:
-            verdict = verdicts[series]
+        def told(names: list[str], series: str) -> Finding:
+            verdict, reading = verdicts[series], readings[names[0]]
             since = evaluation.step if verdict.since is None else verdict.since
             before = {
                 name: median(
-                    [value for step, value in values if step < since and math.isfinite(value)][-16:] or [math.nan]
+                    [value for step, value in held if step < since and math.isfinite(value)][-16:] or [math.nan]
                 )
-                for name, values in history.items()
+                for name, held in history.items()
             }
-            after = {name: reading.value for name, reading in evaluation.readings.items()}
+            after = {name: reading.value for name, reading in readings.items()}
             return Finding(
-                evaluation.step, evaluation.epoch, monitor.name, where, before[where], after[where], verdict.score, since,
-                verdict.evaluations_to_false_alarm, monitor.shares(before, after), monitor.question, series,
-            )  # fmt: skip
+                step=evaluation.step,
+                epoch=evaluation.epoch,
+                diagnostic=monitor.name,
+                where=_listed([readings[name].where or name for name in names]),
+                before=before[names[0]],
+                after=after[names[0]],
+                score=verdict.score,
+                since=since,
+                evaluations_to_false_alarm=verdict.evaluations_to_false_alarm,
+                shares=monitor.shares(before, after),
+                question=reading.question or monitor.question,
+                series=series,
+                names=names,
+            )
 
-        if "samples" in verdicts and verdicts["samples"].opened:
-            return [told("samples", "samples")]
+        others = [name for name, r in readings.items() if r.kind == "other" and verdicts[name].opened]
+        findings = [told([name], name) for name in others if name not in known]
+        if any(not math.isfinite(readings[name].badness) for name in others):
+            # what the parts show then is a consequence
+            return findings
         # a fault of the whole may show in one part an evaluation before it does in the others
-        fallen = [where for where in parts if verdicts[where].active or verdicts[where].deviation > LIMIT]
-        new = opened and whole not in known
-        if whole is not None and new and len(parts) > 1 and len(fallen) >= 0.75 * len(parts):
-            series = whole if verdicts[whole].active else max(opened, key=lambda part: verdicts[part].score)
-            return [told(whole, series)]
-        findings = [told(where, where) for where in opened if where not in known and whole not in known]
-        if whole is not None and verdicts[whole].opened and not opened and whole not in known:
-            finding = told(whole, whole)
+        fallen = [name for name in parts if verdicts[name].active or verdicts[name].deviation > LIMIT]
+        if whole is not None and whole in known:
+            return findings
+        if whole is not None and opened and len(parts) > 1 and len(fallen) >= 0.75 * len(parts):
+            series = whole if verdicts[whole].active else max(opened, key=lambda name: verdicts[name].score)
+            return [*findings, told([whole], series)]
+        new = [name for name in opened if name not in known]
+        if len(new) > MERGED:
+            new.sort(key=lambda name: -verdicts[name].score)
+            findings.append(told(new, new[0]))
+        else:
+            findings += [told([name], name) for name in new]
+        if whole is not None and verdicts[whole].opened and not opened:
+            finding = told([whole], whole)
             shares = finding.shares
             # the whole may tell before a part's own fluctuation does: then the part that carries the fall is named
             lead = max(shares, key=shares.__getitem__) if shares else whole
-            if sum(shares.get(part, 0.0) for part in known) < 0.5:
-                findings.append(told(lead, whole) if shares.get(lead, 0.0) >= 0.5 else finding)
+            if sum(shares.get(name, 0.0) for name in known) < 0.5:
+                findings.append(told([lead], whole) if shares.get(lead, 0.0) >= 0.5 else finding)
         return findings
 
     # ---- telling people ----
@@ -255,7 +280,7 @@ class CollapseStopping(EarlyStopping):
             shares = "".join(f"\n| {where} | {share:.0%} |" for where, share in finding.shares.items())
             table = f"\n\n| region | share of the fall |\n|---|---|{shares}" if shares else ""
             board.text("words", f"**{words}** {verb}.{table}")
-            monitor.draw_finding(finding.where, words, board)
+            monitor.draw_finding(finding, board)
             board.flush()
         except Exception as error:
             warnings.warn(f"the alarm could not be drawn: {error}", DiagnosticWarning, stacklevel=2)
@@ -291,3 +316,8 @@ class CollapseStopping(EarlyStopping):
             key: {where: ChangePoint.from_state_dict(state) for where, state in held.items()}
             for key, held in state_dict["detectors"].items()
         }
+
+
+def _listed(words: list[str], most: int = 6) -> str:
+    """Words as a list for people, the last ones counted where they are many."""
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

@@ -146,7 +146,7 @@ def test_a_conditional_sampler_gets_the_references_labels() -> None:
 def test_encode_and_decode_are_found_or_asked_for() -> None:
     module = TinyGAN()
     with pytest.raises(
-        ValueError, match=r"encode must be known, but TinyGAN has no method 'encode'. To fix this, define"
+        ValueError, match=r"encode must be known, but TinyGAN has none of encode, encoder. To fix this, define"
     ):
         attached(module, Probe(), ("encode",))
     probe = attached(module, Probe(encode="discriminator", decode=lambda m, z: m(z)), ("encode", "decode"))
@@ -167,7 +167,7 @@ def test_what_cannot_be_sampled_is_refused_in_words() -> None:
         def sample(self, mean: Tensor, log_variance: Tensor) -> Tensor:
             return mean
 
-    with pytest.raises(ValueError, match="Mute has no method 'sample' nor forward"):
+    with pytest.raises(ValueError, match="Mute has none of sample and no forward"):
         attached(Mute(), Probe())
     with pytest.raises(ValueError, match=r"latent_dim must be known .* pass Probe\(latent_dim=...\)"):
         attached(NoNoise(), Probe())

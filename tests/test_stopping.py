@@ -86,7 +86,7 @@ def test_a_fault_everywhere_is_named_so() -> None:
 
 
 def test_samples_with_nan_are_an_alarm_at_once() -> None:
-    with pytest.warns(CollapseWarning, match=r"samples collapsed: 100.0% of them hold nan or inf at epoch 10"):
+    with pytest.warns(CollapseWarning, match=r"samples collapsed: share with nan or inf is 100.0% at epoch 10"):
         own, stopping = run(planted("nan", "top left", 10))
     assert [finding.where for finding in stopping.findings] == ["samples"]
     assert own.current_epoch == 11
@@ -162,18 +162,21 @@ class Watched(Monitor):
     """Two parts and a whole, with numbers from a table."""
 
     stem = "watched"
-    whole = "whole"
     question = "number"
 
     def shares(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-        falls = {part: before[part] - after[part] for part in ("a", "b")}
-        return {part: fall / sum(falls.values()) for part, fall in falls.items()} if sum(falls.values()) > 0 else {}
+        falls = {part: before[part] - after[part] for part in ("a", "b") if part in before}
+        total = sum(falls.values())
+        return {part: fall / total for part, fall in falls.items()} if total > 0 else {}
 
 
 def judged(**series: list[float]) -> list[Finding]:
     monitor, stopping = Watched(), CollapseStopping()
     for i, row in enumerate(zip(*series.values(), strict=True)):
-        readings = {where: Reading(-value, value) for where, value in zip(series, row, strict=True)}
+        readings = {
+            where: Reading(-value, value, "whole" if where == "whole" else "part")
+            for where, value in zip(series, row, strict=True)
+        }
         stopping.judge(monitor, Evaluation(i + 1, i, i, readings))
     return stopping.findings
 
@@ -197,6 +200,15 @@ def test_the_whole_names_the_part_that_carries_its_fall() -> None:
 def test_one_fault_is_told_once() -> None:
     found = judged(a=[*calm(20, 1), *[9.0] * 10], b=calm(30, 2), whole=[*calm(22), *[5.0] * 8])
     assert [finding.where for finding in found] == ["a"]
+
+
+def test_many_parts_at_once_are_one_finding() -> None:
+    monitor, stopping = Watched(), CollapseStopping()
+    for i, value in enumerate([*calm(20), 9.0, 9.1]):
+        readings = {f"part {p}": Reading(-value, value if p < 5 else calm(30, p)[i]) for p in range(10)}
+        stopping.judge(monitor, Evaluation(i + 1, i, i, readings))
+    assert [finding.where for finding in stopping.findings] == ["part 0, part 1, part 2, part 3, part 4"]
+    assert stopping.findings[0].names == [f"part {p}" for p in range(5)]
 
 
 def test_stale_evaluations_are_not_counted_twice() -> None:

@@ -46,7 +46,6 @@ class CosineMeanSimilarityMonitor(Monitor):
 
     stem = "cms"
     needs = ("sample",)
-    whole = "image"
     # changes of the distance from 1 by less than a seventh
     grain = 0.15
     question = "cosine mean similarity"
@@ -139,13 +138,17 @@ class CosineMeanSimilarityMonitor(Monitor):
         assert self.region_map is not None
         values = [*result.regions.tolist(), float(result.image)]
         floors = [3 * std if std == std else 1e-3 for std in result.null_std.tolist()]
-        readings = {
-            where: Reading(value, math.log(max(1 - value, 0.0) + floor) if value == value else math.nan)
-            for where, value, floor in zip([*self.region_map.names, "image"], values, floors, strict=True)
-        }
+        badness = [
+            math.log(max(1 - value, 0.0) + floor) if value == value else math.nan
+            for value, floor in zip(values, floors, strict=True)
+        ]
         # a single sample with nan is news, and no fluctuation
         invalid = float(result.invalid)
-        return readings | {"samples": Reading(invalid, 0.0 if invalid == 0 else math.nan)}
+        return {
+            **{name: Reading(values[r], badness[r]) for r, name in enumerate(self.region_map.names)},
+            "image": Reading(values[-1], badness[-1], "whole"),
+            "samples": Reading(invalid, 0.0 if invalid == 0 else math.nan, "other", question="share with nan or inf"),
+        }
 
     def shares(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
         """Each region's part of the fall of the regions' product, which is the image's where they are independent."""
@@ -276,13 +279,13 @@ class CosineMeanSimilarityMonitor(Monitor):
             f"image {float(result.image):.3f}. A deviation is the spread among real images; dark red is 1000 of them.",
         )
 
-    def draw_finding(self, where: str, words: str, board: Board) -> None:
+    def draw_finding(self, finding: Any, board: Board) -> None:
         """The mean images with the region outlined."""
         regions = self.region_map
         assert regions is not None
         real, low, high = self._real()
         labels = panels.enlarged_labels(regions.labels)
-        chosen = regions.names.index(where) if where in regions.names else None
+        chosen = next((r for r, name in enumerate(regions.names) if name in finding.names), None)
         tiles = []
         for caption, image in (("mean real image", real), ("mean generated image", self._mean_generated)):
             picture = panels.enlarged(panels.as_rgb(image, low, high))
@@ -290,7 +293,7 @@ class CosineMeanSimilarityMonitor(Monitor):
                 dim = (picture.float() * 0.45 + 255 * 0.55).byte()
                 picture = torch.where((labels == chosen)[..., None], picture, dim)
             tiles.append(panels.Tile(caption, panels.outlined(picture, labels, chosen)))
-        board.picture("picture", panels.panel(f"{where} collapsed", tiles, note=words))
+        board.picture("picture", panels.panel(f"{finding.where} collapsed", tiles, note=str(finding)))
 
 
 def _to(labels: Tensor | None, device: torch.device) -> Tensor | None:

@@ -15,9 +15,11 @@ from lightning_gendiag.diagnostics.manifold_entropy.mathematics import (
     manifold_entropy,
 )
 from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntropy
+from lightning_gendiag.diagnostics.manifold_entropy.monitor import ManifoldEntropyMonitor
 
 __all__ = [
     "ManifoldEntropy",
+    "ManifoldEntropyMonitor",
     "ManifoldEntropyResult",
     "active_dims",
     "decoder_gram",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -64,12 +65,12 @@ def decoder_gram(
     column_scale = torch.as_tensor(latent_scale, dtype=torch.float64, device=z.device).expand(z.shape[1])[wanted]
 
     def flat(latents: Tensor) -> Tensor:
-        return _tensor_of(decode(latents), len(latents)).flatten(1)
+        return tensor_of(decode(latents), len(latents)).flatten(1)
 
     with _plain_attention():
         try:
             with torch.no_grad():
-                outputs = _tensor_of(decode(z[:1]), 1)
+                outputs = tensor_of(decode(z[:1]), 1)
         except ValueError:
             raise
         rows = row_scale.expand(outputs.shape[1:]).flatten() if row_scale.ndim else row_scale
@@ -99,7 +100,7 @@ def _forward(
     # a decoder's tangents take several times the room of its output; so many samples at a time
     count = max(1, max_bytes // (16 * len(wanted) * size * z.element_size()))
     grams = []
-    for some in z.split(count):
+    for some in (z[i : i + count] for i in range(0, len(z), count)):
 
         def pushed(direction: Tensor, at: Tensor = some) -> Tensor:
             out: Tensor = torch.func.jvp(flat, (at,), (direction.expand_as(at),))[1]
@@ -121,8 +122,8 @@ def _reverse(
 ) -> Tensor:
     count = max(1, min(size, max_bytes // (16 * size * z.element_size())))
     grams = []
-    for one in z.split(1):
-        _, pull = torch.func.vjp(flat, one)
+    for one in z:
+        pull = torch.func.vjp(flat, one[None])[1]
         gram = torch.zeros(len(wanted), len(wanted), dtype=torch.float64, device=z.device)
         for start in range(0, size, count):
             block = torch.arange(start, min(start + count, size), device=z.device)
@@ -156,19 +157,20 @@ def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed
     """
 
     def flat(latents: Tensor) -> Tensor:
-        return _tensor_of(decode(latents), len(latents)).flatten(1)
+        return tensor_of(decode(latents), len(latents)).flatten(1)
 
     generator = torch.Generator().manual_seed(seed)
     squares = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
     with _plain_attention():
-        out, pull = torch.func.vjp(flat, z)
+        out, pull = torch.func.vjp(flat, z)[:2]
         for _ in range(probes):
             signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
             squares += pull(signs)[0].double().square().sum(0)
     return squares.topk(min(count, z.shape[1])).indices.sort().values
 
 
-def _tensor_of(output: Any, n: int) -> Tensor:
+def tensor_of(output: Any, n: int) -> Tensor:
+    """The data (n, ...) in what a decoder returns."""
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
@@ -198,12 +200,12 @@ def _explained(decode: Decode, z: Tensor, error: Exception) -> str:
     if isinstance(module, nn.Module):
         entered: list[str] = []
         hooks = [
-            part.register_forward_pre_hook(lambda _, __, name=f"{name} ({type(part).__name__})": entered.append(name))
+            part.register_forward_pre_hook(partial(_note, entered, f"{name} ({type(part).__name__})"))
             for name, part in module.named_modules()
             if name and not list(part.children())
         ]
         try:
-            torch.func.jvp(lambda x: _tensor_of(decode(x), len(x)), (z[:1],), (torch.ones_like(z[:1]),))
+            torch.func.jvp(lambda x: tensor_of(decode(x), len(x)), (z[:1],), (torch.ones_like(z[:1]),))
         except FORWARD_FAILS:
             where = f" in {entered[-1]}" if entered else ""
         finally:
@@ -216,3 +218,5 @@ def _explained(decode: Decode, z: Tensor, error: Exception) -> str:
     )
 
 
+def _note(entered: list[str], name: str, *_: Any) -> None:
+    entered.append(name)

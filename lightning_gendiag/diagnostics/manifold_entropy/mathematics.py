@@ -18,7 +18,7 @@ DEAD = 1e-3
 RIDGE = 1e-14
 """A singular Gram matrix is made regular by this fraction of its largest diagonal entry."""
 
-MAX_PAIR_TAGS = 20
+MAX_DIMENSION_TAGS = 20
 """Up to so many dimensions each has a scalar of its own."""
 
 
@@ -43,8 +43,8 @@ class ManifoldEntropyResult(NamedTuple):
     """(K, L) the entropies within each class; (0, L) without labels."""
     singular: Tensor
     """() share of the latents whose Gram matrix is singular, 0 to 1."""
-    count: Tensor
-    """() number of latents."""
+    latents: Tensor
+    """() how many the averages are over."""
 
     @property
     def spectrum(self) -> Tensor:
@@ -54,7 +54,8 @@ class ManifoldEntropyResult(NamedTuple):
     @property
     def relative(self) -> Tensor:
         """(L,) how far each dimension moves the data, as a fraction of what the strongest does, 0 to 1."""
-        return (self.entropy - self.entropy.max()).exp()
+        relative: Tensor = (self.entropy - self.entropy.max()).exp()
+        return relative
 
     @property
     def dead(self) -> Tensor:
@@ -65,7 +66,8 @@ class ManifoldEntropyResult(NamedTuple):
     def effective_dimensions(self) -> Tensor:
         """() 1 to L: exp of the Shannon entropy of the dimensions' shares of squared movement."""
         shares = (2 * (self.entropy - self.entropy.max())).softmax(0)
-        return torch.special.entr(shares).sum().exp()
+        effective: Tensor = torch.special.entr(shares).sum().exp()
+        return effective
 
     @property
     def shared(self) -> Tensor:
@@ -100,7 +102,7 @@ class ManifoldEntropyResult(NamedTuple):
         if not self.core.isnan().any():
             half = max(1, round(float(self.effective_dimensions))) - 1
             values["core"] = self.core[half]
-        if len(self.entropy) <= MAX_PAIR_TAGS:
+        if len(self.entropy) <= MAX_DIMENSION_TAGS:
             values |= {f"dimension_{i}": value for i, value in enumerate(self.entropy)}
         return values
 
@@ -108,7 +110,7 @@ class ManifoldEntropyResult(NamedTuple):
 class Sums(NamedTuple):
     """What is added up over latents; everything else follows from it."""
 
-    count: Tensor  # (1 + K,) all latents, then those of each class
+    latents: Tensor  # (1 + K,) all latents, then those of each class
     log_norms: Tensor  # (1 + K, L) of log |J_i|
     log_volume: Tensor  # () of 1/2 log det G, or of what the flow gave
     log_parts: Tensor  # () of 1/2 log det of the partition's blocks, added
@@ -151,7 +153,9 @@ def gram_sums(
     volume = leading[:, -1] if log_volume is None else log_volume.double()
     parts = log_norms.sum(1)
     if partition is not None:
-        parts = torch.stack([_log_minors(gram, torch.as_tensor(list(p), device=gram.device))[:, -1] for p in partition]).sum(0)
+        parts = torch.stack(
+            [_log_minors(gram, torch.as_tensor(list(p), device=gram.device))[:, -1] for p in partition]
+        ).sum(0)
 
     scaled = gram / (diagonal.sqrt()[:, :, None] * diagonal.sqrt()[:, None, :])
     # two columns that are the same up to a factor share all that can be told
@@ -166,12 +170,13 @@ def gram_sums(
 def _log_minors(gram: Tensor, order: Tensor) -> Tensor:
     """(N, l): 1/2 log det of the blocks of the first 1, 2, ... l dimensions in order."""
     factor, _ = torch.linalg.cholesky_ex(gram[:, order][:, :, order])
-    return factor.diagonal(dim1=1, dim2=2).clamp(min=1e-160).log().cumsum(1)
+    minors: Tensor = factor.diagonal(dim1=1, dim2=2).clamp(min=1e-160).log().cumsum(1)
+    return minors
 
 
 def entropies(sums: Sums, order: Tensor | None) -> ManifoldEntropyResult:
     """The result of sums; nan where there was no latent."""
-    count = sums.count[0]
+    count = sums.latents[0]
     length = len(sums.leading)
     sizes = torch.arange(1, length + 1, device=count.device, dtype=torch.float64)
     entropy = HALF_LOG_2PIE + sums.log_norms[0] / count
@@ -188,9 +193,9 @@ def entropies(sums: Sums, order: Tensor | None) -> ManifoldEntropyResult:
         core=core,
         detail=detail,
         order=entropy.nan_to_num(0.0).argsort(descending=True, stable=True) if order is None else order,
-        classes=HALF_LOG_2PIE + sums.log_norms[1:] / sums.count[1:, None],
+        classes=HALF_LOG_2PIE + sums.log_norms[1:] / sums.latents[1:, None],
         singular=sums.singular / count,
-        count=count,
+        latents=count,
     )
 
 
@@ -272,7 +277,8 @@ def manifold_cross_information(jacobian_a: Tensor, jacobian_b: Tensor) -> Tensor
         )
     a, b = (torch.nn.functional.normalize(j.double(), dim=1) for j in (jacobian_a, jacobian_b))
     cosine = a.mT @ b  # (N, L, M)
-    return (-cosine.square()).clamp(min=RIDGE - 1).log1p().mul(-0.5).mean(0)
+    information: Tensor = (-cosine.square()).clamp(min=RIDGE - 1).log1p().mul(-0.5).mean(0)
+    return information
 
 
 def latent_correlation(latents_a: Tensor, latents_b: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class ManifoldEntropy(Diagnostic):
     """
 
     higher_is_better = None
+    left_out: Tensor
     plotted = ("dimension_", "total_correlation", "effective_dimensions")
 
     def __init__(
@@ -57,9 +58,10 @@ class ManifoldEntropy(Diagnostic):
         if order is not None:
             check_partition([order.tolist()], latent_dim)
         self.latent_dim, self.partition, self.num_classes = latent_dim, partition, num_classes
+        self.order: Tensor | None
         self.register_buffer("order", order, persistent=False)
         shapes = {
-            "count": (1 + num_classes,),
+            "latents": (1 + num_classes,),
             "log_norms": (1 + num_classes, latent_dim),
             "log_volume": (),
             "log_parts": (),

@@ -1,0 +1,134 @@
+"""A VAE on real handwritten digits, watched by what its latent dimensions do: ``python -m example_models.vae``.
+
+``--beta`` weighs the KL term: large values silence one latent dimension after the other, which is no fault and no
+alarm while it happens as training begins. ``--fault`` breaks what the decoder makes of its latents in the middle of the
+run, in evaluation mode, so that the alarm has something to find.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from example_models.data import digit_batches
+from example_models.running import closing_words, options_parser, seeded, watched_run
+from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, ManifoldEntropyMonitor
+
+FAULTS = ("dead", "entangled", "collapse")
+
+
+class VAE(LightningModule):
+    """A small convolutional VAE with Gaussian latents and a Gaussian likelihood, for 32x32 grey images.
+
+    Args:
+        latent_dim: L.
+        beta: weight of the KL term.
+        width: channels of the widest feature maps' half.
+        lr: learning rate.
+        noise: standard deviation of the likelihood.
+    """
+
+    def __init__(
+        self, latent_dim: int = 10, beta: float = 1.0, width: int = 16, lr: float = 1e-3, noise: float = 0.3
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        w = width
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, w, 4, 2, 1), nn.SiLU(),
+            nn.Conv2d(w, 2 * w, 4, 2, 1), nn.SiLU(),
+            nn.Conv2d(2 * w, 2 * w, 4, 2, 1), nn.SiLU(), nn.Flatten(),
+            nn.Linear(32 * w, 2 * latent_dim),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, 32 * w), nn.Unflatten(1, (2 * w, 4, 4)), nn.SiLU(),
+            nn.ConvTranspose2d(2 * w, 2 * w, 4, 2, 1), nn.SiLU(),
+            nn.ConvTranspose2d(2 * w, w, 4, 2, 1), nn.SiLU(),
+            nn.ConvTranspose2d(w, 1, 4, 2, 1),
+        )  # fmt: skip
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (N, L) of the posterior."""
+        mean, log_variance = self.encoder(images).chunk(2, 1)
+        return mean, log_variance
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (N, 1, 32, 32) from latents (N, L)."""
+        images: Tensor = self.decoder(z)
+        return images
+
+    def sample(self, n: int) -> Tensor:
+        """Images of the prior."""
+        return self.decode(torch.randn(n, self.hparams["latent_dim"], device=self.device))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The negative evidence lower bound, in nats per image, with beta before the KL term."""
+        images = batch[0]
+        mean, log_variance = self.encode(images)
+        z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        variance = self.hparams["noise"] ** 2
+        reconstruction = F.mse_loss(self.decode(z), images, reduction="none").flatten(1).sum(1) / (2 * variance)
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+        self.log_dict({"reconstruction": reconstruction.mean(), "kl": kl.mean()}, prog_bar=True)
+        loss: Tensor = (reconstruction + self.hparams["beta"] * kl).mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+
+
+class FaultyVAE(VAE):
+    """A VAE whose decoder misuses its latents from some epoch on, in evaluation mode only.
+
+    Args:
+        fault: ``dead``: dimension 3 does nothing; ``entangled``: dimension 7 does almost what dimension 3 does;
+            ``collapse``: all dimensions but two do a fiftieth of what they did.
+        start: the epoch from which on.
+        kwargs: as for :class:`VAE`.
+    """
+
+    def __init__(self, fault: str = "dead", start: int = 20, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if fault not in FAULTS:
+            raise ValueError(f"fault must be one of {', '.join(FAULTS)}, got {fault!r}.")
+        self.fault, self.start = fault, start
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images, with the fault in them once it has begun."""
+        epoch = self.current_epoch if self._trainer is not None else 0
+        if self.training or epoch < self.start:
+            return super().decode(z)
+        mixing = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        if self.fault == "dead":
+            mixing[3, 3] = 0
+        elif self.fault == "entangled":
+            mixing[7, 7], mixing[7, 3] = 0.2, 1
+        else:
+            mixing *= 0.02
+            mixing[0, 0] = mixing[1, 1] = 1
+        return super().decode(z @ mixing)
+
+
+def main(arguments: list[str] | None = None) -> CollapseStopping:
+    """Train, watch, and say how it ended."""
+    parser = options_parser("A VAE on handwritten digits, watched by its latent dimensions.", FAULTS)
+    parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL term")
+    parser.add_argument("--latent-dim", type=int, default=10)
+    options = parser.parse_args(arguments)
+    seeded(options.seed)
+    own = {"latent_dim": options.latent_dim, "beta": options.beta}
+    model = FaultyVAE(options.fault, options.start, **own) if options.fault else VAE(**own)
+    monitors = [ManifoldEntropyMonitor(), CosineMeanSimilarityMonitor(num_regions=5)]
+    stopping = watched_run("vae", model, digit_batches(), monitors, options)
+    planted = {"dead": "dimension 3 dead", "entangled": "dimension 7 doing what 3 does", "collapse": "all but 0 and 1"}
+    closing_words("vae", options, planted.get(options.fault, ""))
+    return stopping
+
+
+if __name__ == "__main__":
+    main()
