@@ -36,6 +36,8 @@ class Reading(NamedTuple):
     """What a finding names, if not the name of the series."""
     question: str | None = None
     """What is measured, if not what the monitor's other series measure."""
+    fault: str = "collapsed"
+    """What a finding says happened, as a verb."""
 
 
 class Evaluation(NamedTuple):
@@ -182,7 +184,8 @@ class Monitor(Callback):
         if not self.enabled or self.probe is None:
             return
         try:
-            self.probe.collect(batch, (trainer.current_epoch, batch_idx))
+            if self.needs_reference:
+                self.probe.collect(batch, (trainer.current_epoch, batch_idx))
         except Exception as error:
             if self.on_error == "raise":
                 raise

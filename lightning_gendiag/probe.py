@@ -26,7 +26,7 @@ LATENT_NAMES = ("latent_dim", "latent_size", "z_dim", "dim_z", "noise_dim", "nz"
 """Attributes of a module, or of its ``hparams``, that say how long its noise is."""
 
 
-OWN_NAMES = {"sample": ("sample",), "encode": ("encode", "encoder"), "decode": ("decode", "decoder", "generator")}
+OWN_NAMES = {"sample": ("sample",), "encode": ("encode", "encoder"), "decode": ("decode", "decoder")}
 """What is looked for on a module when nothing is said."""
 
 
@@ -256,11 +256,11 @@ class Probe:
             target = next((part for part in found if callable(part)), None)
             if target is None:
                 # a GAN's forward makes images from noise
-                if need == "encode" or _has_no_forward(module):
+                target = getattr(module, "generator", None) if _has_no_forward(module) else module
+                if need == "encode" or not callable(target):
                     names = ", ".join(OWN_NAMES[need])
-                    also = "" if need == "encode" else " and no forward"
+                    also = "" if need == "encode" else ", forward, generator"
                     raise ValueError(f"{need} must be known, but {own} has none of {names}{also}. {fix}")
-                target = module
         elif isinstance(wanted, str):
             for part in wanted.split(".") if wanted != "forward" else ():
                 target = getattr(target, part, None)

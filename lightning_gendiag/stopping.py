@@ -53,6 +53,8 @@ class Finding:
     """How the fall of the whole divides among the parts; they add to one."""
     question: str = ""
     """What the diagnostic measures."""
+    fault: str = "collapsed"
+    """What happened, as a verb."""
     series: str = ""
     """The series whose detector raised the alarm."""
     names: list[str] = field(default_factory=list)
@@ -69,11 +71,13 @@ class Finding:
         odds = self.evaluations_to_false_alarm
         sure = f"{odds:,.0f}" if odds < 1e6 else "more than a million"
         words = (
-            f"{self.where} collapsed: {self.question} {'fell' if self.after < self.before else 'rose'} from "
+            f"{self.where} {self.fault}: {self.question} {'fell' if self.after < self.before else 'rose'} from "
             f"{self.before:.3f} to {self.after:.3f}, found {at}, since step {self.since}. That is {self.score:.1f} "
             f"standard deviations of its own fluctuation; chance alone shows as much once in {sure} evaluations."
         )
-        share = sum(self.shares.get(name, 0.0) for name in self.names)
+        if [self.where] == self.names[:1] and len(self.names) > 1:
+            words += f" It shows in {_listed(self.names[1:], 12)}."
+        share = sum(self.shares.get(name, 0.0) for name in self.names if self.names[0] in self.shares)
         if share > 0:
             # more than all where other parts improved meanwhile
             words += f" It carries {min(share, 1.0):.0%} of the fall of the whole."
@@ -228,7 +232,7 @@ class CollapseStopping(EarlyStopping):
                 step=evaluation.step,
                 epoch=evaluation.epoch,
                 diagnostic=monitor.name,
-                where=_listed([readings[name].where or name for name in names]),
+                where=_listed([readings[name].where or name for name in (names if names[0] != whole else [names[0]])]),
                 before=before[names[0]],
                 after=after[names[0]],
                 score=verdict.score,
@@ -236,6 +240,7 @@ class CollapseStopping(EarlyStopping):
                 evaluations_to_false_alarm=verdict.evaluations_to_false_alarm,
                 shares=monitor.shares(before, after),
                 question=reading.question or monitor.question,
+                fault=reading.fault,
                 series=series,
                 names=names,
             )
@@ -251,7 +256,7 @@ class CollapseStopping(EarlyStopping):
             return findings
         if whole is not None and opened and len(parts) > 1 and len(fallen) >= 0.75 * len(parts):
             series = whole if verdicts[whole].active else max(opened, key=lambda name: verdicts[name].score)
-            return [*findings, told([whole], series)]
+            return [*findings, told([whole, *fallen], series)]
         new = [name for name in opened if name not in known]
         if len(new) > MERGED:
             new.sort(key=lambda name: -verdicts[name].score)

@@ -16,7 +16,9 @@ from lightning_gendiag.board import Board
 
 
 def events(folder: str | Path) -> EventAccumulator:
-    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+    accumulator = EventAccumulator(
+        str(folder), size_guidance={"images": 0, "tensors": 0, "scalars": 0, "histograms": 0}
+    )
     accumulator.Reload()
     return accumulator
 

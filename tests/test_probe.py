@@ -167,7 +167,7 @@ def test_what_cannot_be_sampled_is_refused_in_words() -> None:
         def sample(self, mean: Tensor, log_variance: Tensor) -> Tensor:
             return mean
 
-    with pytest.raises(ValueError, match="Mute has none of sample and no forward"):
+    with pytest.raises(ValueError, match="Mute has none of sample, forward, generator"):
         attached(Mute(), Probe())
     with pytest.raises(ValueError, match=r"latent_dim must be known .* pass Probe\(latent_dim=...\)"):
         attached(NoNoise(), Probe())

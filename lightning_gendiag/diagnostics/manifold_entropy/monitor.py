@@ -137,7 +137,7 @@ class ManifoldEntropyMonitor(Monitor):
         )  # fmt: skip
         readings["pair"] = Reading(
             shared, math.log(shared + 0.1) if shared == shared else math.nan, "other",
-            where=f"{names[i]} with {names[j]}", question="mutual information in nats",
+            where=f"{names[i]} with {names[j]}", question="mutual information in nats", fault="entangled",
         )  # fmt: skip
         return readings
 
