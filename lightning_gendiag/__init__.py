@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         CosineMeanSimilarityResult,
         cosine_mean_similarity,
     )
+    from lightning_gendiag.diagnostics.k_star import KStar, KStarResult, k_star
     from lightning_gendiag.diagnostics.manifold_entropy import (
         ManifoldEntropy,
         ManifoldEntropyMonitor,
@@ -38,6 +39,7 @@ _HOMES = {
         "CosineMeanSimilarityResult",
         "cosine_mean_similarity",
     ),
+    "diagnostics.k_star": ("KStar", "KStarResult", "k_star"),
     "diagnostics.manifold_entropy": (
         "ManifoldEntropy",
         "ManifoldEntropyMonitor",
@@ -63,6 +65,8 @@ __all__ = [
     "Diagnostic",
     "DiagnosticWarning",
     "Finding",
+    "KStar",
+    "KStarResult",
     "ManifoldEntropy",
     "ManifoldEntropyMonitor",
     "ManifoldEntropyResult",
@@ -73,6 +77,7 @@ __all__ = [
     "cosine_mean_similarity",
     "decoder_gram",
     "find_regions",
+    "k_star",
     "manifold_cross_information",
     "manifold_entropy",
     "pixel_cka",

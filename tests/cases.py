@@ -15,6 +15,8 @@ class Case(NamedTuple):
     make: Callable[[], Diagnostic]
     updates: list[dict[str, Any]]
     """Keyword arguments of ``update``, eight or more."""
+    tolerance: float = 1e-6
+    """Of two processes against one."""
 
 
 def cases() -> dict[str, Case]:

@@ -59,7 +59,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
             expected = tuple(filled(case).compute())
             for split in SPLITS:
                 for result in report[stem, split]:
-                    close(result, expected)
+                    close(result, expected, case.tolerance)
 
 
 @pytest.mark.parametrize("fault", ["frozen"])

@@ -364,4 +364,4 @@ def _updates() -> list[dict[str, Any]]:
     return [{"gram": gram[p], "log_volume": gram[p].logdet(), "labels": labels[p]} for p in torch.arange(48).split(5)]
 
 
-CASE = Case(lambda: ManifoldEntropy(4, order=torch.arange(4), num_classes=3), _updates())
+CASE = Case(lambda: ManifoldEntropy(4, order=torch.arange(4), num_classes=3), _updates(), 1e-10)

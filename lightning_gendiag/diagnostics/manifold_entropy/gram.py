@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 Decode = Callable[[Tensor], Any]
 
+WIDENING = 12
+"""Working memory of a decoder beside that of its output."""
+
+BLOCK = 4096
+"""Outputs that are held in float64 at a time."""
+
 FORWARD_FAILS = (NotImplementedError, RuntimeError)
 """What torch raises where an operation has no forward-mode derivative."""
 
@@ -97,8 +103,9 @@ def _forward(
     max_bytes: int,
 ) -> Tensor:
     directions = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[wanted]  # (l, L)
-    # a decoder's tangents take several times the room of its output; so many samples at a time
-    count = max(1, max_bytes // (16 * len(wanted) * size * z.element_size()))
+    # inside a decoder a tangent takes several times the room of its output
+    room = max(1, max_bytes // (WIDENING * size * z.element_size()))
+    count, width = max(1, room // len(wanted)), min(room, len(wanted))
     grams = []
     for some in (z[i : i + count] for i in range(0, len(z), count)):
 
@@ -106,8 +113,10 @@ def _forward(
             out: Tensor = torch.func.jvp(flat, (at,), (direction.expand_as(at),))[1]
             return out
 
-        jacobian = torch.func.vmap(pushed)(directions).transpose(0, 1)  # (n, l, X)
-        grams.append(_products(jacobian, rows, columns))
+        columns_of = [
+            torch.func.vmap(pushed)(directions[i : i + width]).transpose(0, 1) for i in range(0, len(wanted), width)
+        ]
+        grams.append(_products(torch.cat(columns_of, 1), rows, columns))  # (n, l, X)
     return torch.cat(grams)
 
 
@@ -138,8 +147,16 @@ def _reverse(
 
 def _products(jacobian: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(n, l, X) -> (n, l, l), added up in float64, so that a singular Gram matrix shows as one."""
-    j = jacobian.double() * rows * columns[:, None]
-    return j @ j.mT
+    plain = rows.ndim == 0 and float(rows) == 1
+    grams = torch.zeros(
+        len(jacobian), jacobian.shape[1], jacobian.shape[1], dtype=torch.float64, device=jacobian.device
+    )
+    for start in range(0, jacobian.shape[2], BLOCK):
+        block = jacobian[:, :, start : start + BLOCK].double()
+        if not plain:
+            block = block * (rows[start : start + BLOCK] if rows.ndim else rows)
+        grams += block @ block.mT
+    return grams * columns * columns[:, None]
 
 
 def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed: int = 0) -> Tensor:
