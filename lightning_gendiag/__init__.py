@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         CosineMeanSimilarityResult,
         cosine_mean_similarity,
     )
-    from lightning_gendiag.diagnostics.k_star import KStar, KStarResult, k_star
+    from lightning_gendiag.diagnostics.k_star import KStar, KStarMonitor, KStarResult, k_star
     from lightning_gendiag.diagnostics.manifold_entropy import (
         ManifoldEntropy,
         ManifoldEntropyMonitor,
@@ -39,7 +39,7 @@ _HOMES = {
         "CosineMeanSimilarityResult",
         "cosine_mean_similarity",
     ),
-    "diagnostics.k_star": ("KStar", "KStarResult", "k_star"),
+    "diagnostics.k_star": ("KStar", "KStarMonitor", "KStarResult", "k_star"),
     "diagnostics.manifold_entropy": (
         "ManifoldEntropy",
         "ManifoldEntropyMonitor",
@@ -66,6 +66,7 @@ __all__ = [
     "DiagnosticWarning",
     "Finding",
     "KStar",
+    "KStarMonitor",
     "KStarResult",
     "ManifoldEntropy",
     "ManifoldEntropyMonitor",

@@ -212,6 +212,32 @@ def bars(values: Sequence[float], names: Sequence[str], strong: Sequence[bool]) 
     return torch.from_numpy(np.asarray(image).copy())
 
 
+def violins(groups: Sequence[Tensor], names: Sequence[str], marked: Sequence[int]) -> Tensor:
+    """The distribution of each group's values in 0..1 as a mirrored histogram, with a line at its mean."""
+    image, draw = _sheet()
+    left, bottom, bins = 30, 20, 16
+    width = (TILE - left - 4) / max(len(groups), 1)
+    for value in (0.0, 0.5, 1.0):
+        y = 8 + (1 - value) * (TILE - bottom - 8)
+        draw.line((left, y, TILE, y), fill=(218, 220, 224))
+        draw.text((left - 4, y), f"{value:g}", fill=FAINT, font=_font(12), anchor="rm")
+    for number, (group, name) in enumerate(zip(groups, names, strict=True)):
+        middle = left + (number + 0.5) * width
+        colour = ALARM if number in marked else region_colour(number)
+        if len(group):
+            heights = torch.histc(group.double(), bins, 0, 1)
+            for place, height in enumerate((heights / heights.max()).tolist()):
+                top = 8 + (1 - (place + 1) / bins) * (TILE - bottom - 8)
+                half = height * width * 0.45
+                if half > 0:
+                    draw.rectangle((middle - half, top, middle + half, top + (TILE - bottom - 8) / bins), fill=colour)
+            y = 8 + (1 - float(group.mean())) * (TILE - bottom - 8)
+            draw.line((middle - width * 0.45, y, middle + width * 0.45, y), fill=INK, width=2)
+        if width >= 8 * len(name) + 2:
+            draw.text((middle, TILE - 2), name, fill=FAINT, font=_font(12), anchor="mb")
+    return torch.from_numpy(np.asarray(image).copy())
+
+
 def matrix(values: Tensor, most: float) -> Tensor:
     """A matrix (L, L) of numbers from 0, white, to ``most`` or more, dark red."""
     place = (values.nan_to_num(0.0).clamp(0, most) / most).numpy() * (len(_HEAT) - 1)

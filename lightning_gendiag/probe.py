@@ -419,6 +419,11 @@ class Probe:
         return output.flatten(1).detach().float()
 
     @property
+    def encoder(self) -> Any:
+        """The callable from images to latents."""
+        return self._resolve("encode")
+
+    @property
     def decoder(self) -> Any:
         """The callable from latents to data."""
         return self._resolve("decode")

@@ -8,5 +8,6 @@ Source: Kotyan, Ueda, Vargas, *k\\* Distribution*, 2024; Kotyan, Chen, Vargas, a
 
 from lightning_gendiag.diagnostics.k_star.mathematics import KStarResult, k_star
 from lightning_gendiag.diagnostics.k_star.metric import KStar
+from lightning_gendiag.diagnostics.k_star.monitor import KStarMonitor
 
-__all__ = ["KStar", "KStarResult", "k_star"]
+__all__ = ["KStar", "KStarMonitor", "KStarResult", "k_star"]

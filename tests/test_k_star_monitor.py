@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from example_models.data import digits
+from lightning_gendiag import CollapseStopping, CollapseWarning, DiagnosticWarning, KStarMonitor, Probe, k_star
+from tests.conftest import ScriptedGenerator, TinyGAN, batches, trainer
+from tests.test_board_and_panels import events
+from tests.test_monitor import Numbers, state_after_training
+
+
+def monitor(features: Any = "encode", **options: Any) -> KStarMonitor:
+    return KStarMonitor(features, **({"on_error": "raise"} | options))
+
+
+class Encoding(ScriptedGenerator):
+    """An encoder that puts each class of digits in a place of its own, with noise that changes each epoch; one may break."""
+
+    def __init__(self, fault: str | None = None, start: int = 12) -> None:
+        super().__init__()
+        self.fault, self.start = fault, start
+        images, self.labels = digits(16)
+        self.key = {image.numpy().tobytes(): int(label) for image, label in zip(images, self.labels, strict=True)}
+
+    def encode(self, images: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.current_epoch)
+        labels = torch.tensor([self.key[image.numpy().tobytes()] for image in images])
+        z = 2 * torch.eye(10)[labels] + 0.5 * torch.randn(len(images), 10, generator=generator)
+        if self.fault and self.current_epoch >= self.start:
+            # two thirds of class 7 go where class 9 is nearest
+            moved = (labels == 7) & (torch.arange(len(labels)) % 3 > 0)
+            z[moved] += 6 * torch.eye(10)[9] - 2 * torch.eye(10)[7]
+        return z
+
+
+def reference() -> Probe:
+    return Probe(reference=digits(16), num_reference=800)
+
+
+def test_a_class_that_fractures_is_found_and_named() -> None:
+    watched, stopping = monitor(probe=reference()), CollapseStopping()
+    with pytest.warns(CollapseWarning, match="class 7, now next to class 9, fractured: mean k. fell from"):
+        own = trainer(watched, stopping, max_epochs=30)
+        own.fit(Encoding("fractured"), batches(16, 32))
+    assert own.current_epoch < 17
+    assert stopping.findings[0].names == ["class 7"]
+
+
+def test_a_healthy_run_goes_to_its_end() -> None:
+    watched, stopping = monitor(probe=reference()), CollapseStopping()
+    trainer(watched, stopping, max_epochs=25).fit(Encoding(), batches(16, 32))
+    assert stopping.findings == []
+    assert watched.evaluations == 25
+
+
+class WithLayers(TinyGAN):
+    """A discriminator with parts to listen to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.discriminator = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(), nn.Flatten(), nn.Linear(144, 1)
+        )
+        self.unused = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    "features",
+    ["discriminator.2", lambda module, images: module.discriminator[:3](images)],
+    ids=["path", "callable"],
+)
+def test_a_layer_is_heard_by_path_or_callable(features: Any) -> None:
+    images, labels = digits(8)
+    watched, numbers, model = (
+        monitor(features, probe=Probe(reference=(images[:300], labels[:300]))),
+        Numbers(),
+        WithLayers(),
+    )
+    trainer(watched, numbers, max_epochs=1).fit(model, batches())
+    model.eval()
+    with torch.no_grad():
+        expected = k_star(model.discriminator[:3](images[:300]).flatten(1), labels[:300])
+    torch.testing.assert_close(watched.result.mean, expected.mean)
+    assert numbers.rows[0]["gendiag/k_star/true_skewness"] == pytest.approx(float(expected.true_skewness), abs=1e-6)
+    assert numbers.rows[0]["gendiag/k_star/class_3"] == pytest.approx(float(expected.mean[3]))
+    # nothing stays on the model
+    assert all(not part._forward_hooks for part in model.modules())
+
+
+def test_training_is_bit_for_bit_the_same_with_and_without() -> None:
+    watched = monitor("discriminator.2")
+    torch.testing.assert_close(
+        state_after_training(watched, module=WithLayers), state_after_training(module=WithLayers)
+    )
+
+
+def test_generated_images_of_a_conditional_sampler_are_looked_at() -> None:
+    images, labels = digits(16)
+
+    class Conditional(Encoding):
+        def sample(self, n: int, labels: Tensor) -> Tensor:  # type: ignore[override]
+            return torch.stack([images[self.labels == label][int(torch.randint(100, ()))] for label in labels.tolist()])
+
+    probe = Probe(conditional=True, reference=(images, labels), num_samples=300)
+    watched = monitor(images="generated", probe=probe)
+    trainer(watched, max_epochs=1).fit(Conditional(), batches(16, 32))
+    assert len(watched.result.values) == 300
+    assert float(watched.result.scalars()["mean"]) > 0.1
+
+
+def test_the_board_tells_table_histogram_and_panel(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    trainer(monitor(probe=reference()), logger=logger).fit(Encoding(), batches(16, 32))
+    accumulator = events(logger.log_dir)
+    text = accumulator.Tensors("gendiag/k_star/classes/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.count("\n") == 11
+    assert accumulator.Images("gendiag/k_star/panel")[0].width > 400
+    assert len(accumulator.Histograms("gendiag/k_star/values")) == 2
+
+
+def test_what_cannot_be_heard_is_refused_in_words() -> None:
+    with pytest.raises(
+        ValueError, match=r"features must be 'encode', .* got 'nowhere'. Its children are generator, discr"
+    ):
+        trainer(monitor("nowhere")).fit(TinyGAN(), batches())
+    with pytest.raises(ValueError, match="encode must be known, but TinyGAN has none of encode, encoder"):
+        trainer(monitor()).fit(TinyGAN(), batches())
+    with pytest.raises(ValueError, match="images='generated' must go with a sampler that takes labels"):
+        trainer(monitor("discriminator", images="generated")).fit(TinyGAN(), batches())
+    with pytest.raises(ValueError, match="features must be a name or a callable"):
+        monitor(3)
+    with pytest.raises(ValueError, match="images must be 'real' or 'generated'"):
+        monitor(images="both")
+    loader = torch.utils.data.DataLoader(digits(8)[0][:64], batch_size=16)
+    with pytest.warns(DiagnosticWarning, match="labels must be known, but the batches have none"):
+        trainer(monitor("discriminator", on_error="warn"), max_epochs=1).fit(TinyGAN(), loader)
