@@ -23,7 +23,11 @@ lint: $(READY)
 bench: $(READY)  ## each script prints a table; some minutes
 	$(BIN)/python -m benchmarks.pixel_cka
 	$(BIN)/python -m benchmarks.cosine_mean_similarity
+	$(BIN)/python -m benchmarks.manifold_entropy --beta
+	$(BIN)/python -m benchmarks.k_star
 	$(BIN)/python -m benchmarks.alarms
+	$(BIN)/python -m benchmarks.manifold_alarms
+	$(BIN)/python -m benchmarks.class_alarms
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -107,7 +107,7 @@ def betas(latent_dims: tuple[int, ...] = (10, 32), epochs: int = 30) -> None:
     from example_models.vae import VAE
 
     warnings.simplefilter("ignore")
-    values = (0.1, 1.0, 10.0, 30.0, 100.0, 300.0)
+    values = (0.1, 1.0, 10.0, 30.0, 60.0, 100.0)
     print("beta-VAE on digits: effective dimensions / dead dimensions, and total correlation in nats")
     print("     L " + "".join(f"   beta {beta:<9g}" for beta in values))
     for latent_dim in latent_dims:

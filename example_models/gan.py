@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from example_models.data import digit_batches
 from example_models.running import closing_words, options_parser, seeded, watched_run
-from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor
+from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, KStarMonitor
 
 BOX = (24, 20, 32, 32)
 """Where a fault is planted: top, left, bottom, right, the last two exclusive."""
@@ -148,7 +148,9 @@ def main(arguments: list[str] | None = None) -> CollapseStopping:
     seeded(options.seed)
     model = FaultyGAN(options.fault, options.start, lr=options.lr) if options.fault else GAN(lr=options.lr)
     monitor = CosineMeanSimilarityMonitor(num_regions=5)
-    stopping = watched_run("gan", model, digit_batches(), [monitor], options)
+    # and whether the discriminator's last features keep the ten digits apart, which it is never told of
+    classes = KStarMonitor("discriminator.7")
+    stopping = watched_run("gan", model, digit_batches(), [monitor, classes], options)
     regions = monitor.region_map
     if isinstance(model, FaultyGAN) and regions is not None:
         for finding in stopping.findings:

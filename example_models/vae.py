@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from example_models.data import digit_batches
 from example_models.running import closing_words, options_parser, seeded, watched_run
-from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, ManifoldEntropyMonitor
+from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, KStarMonitor, ManifoldEntropyMonitor
 
 FAULTS = ("dead", "entangled", "collapse")
 
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> CollapseStopping:
     seeded(options.seed)
     own = {"latent_dim": options.latent_dim, "beta": options.beta}
     model = FaultyVAE(options.fault, options.start, **own) if options.fault else VAE(**own)
-    monitors = [ManifoldEntropyMonitor(), CosineMeanSimilarityMonitor(num_regions=5)]
+    monitors = [ManifoldEntropyMonitor(), CosineMeanSimilarityMonitor(num_regions=5), KStarMonitor()]
     stopping = watched_run("vae", model, digit_batches(), monitors, options)
     planted = {"dead": "dimension 3 dead", "entangled": "dimension 7 doing what 3 does", "collapse": "all but 0 and 1"}
     closing_words("vae", options, planted.get(options.fault, ""))

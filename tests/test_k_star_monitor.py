@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from benchmarks.class_alarms import RECORDS, START, replay
 from example_models.data import digits
 from lightning_gendiag import CollapseStopping, CollapseWarning, DiagnosticWarning, KStarMonitor, Probe, k_star
 from tests.conftest import ScriptedGenerator, TinyGAN, batches, trainer
@@ -31,7 +33,7 @@ class Encoding(ScriptedGenerator):
     def encode(self, images: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.current_epoch)
         labels = torch.tensor([self.key[image.numpy().tobytes()] for image in images])
-        z = 2 * torch.eye(10)[labels] + 0.5 * torch.randn(len(images), 10, generator=generator)
+        z = 2 * torch.eye(10)[labels] + 0.35 * torch.randn(len(images), 10, generator=generator)
         if self.fault and self.current_epoch >= self.start:
             # two thirds of class 7 go where class 9 is nearest
             moved = (labels == 7) & (torch.arange(len(labels)) % 3 > 0)
@@ -48,7 +50,7 @@ def test_a_class_that_fractures_is_found_and_named() -> None:
     with pytest.warns(CollapseWarning, match="class 7, now next to class 9, fractured: mean k. fell from"):
         own = trainer(watched, stopping, max_epochs=30)
         own.fit(Encoding("fractured"), batches(16, 32))
-    assert own.current_epoch < 17
+    assert own.current_epoch < 18
     assert stopping.findings[0].names == ["class 7"]
 
 
@@ -140,3 +142,23 @@ def test_what_cannot_be_heard_is_refused_in_words() -> None:
     loader = torch.utils.data.DataLoader(digits(8)[0][:64], batch_size=16)
     with pytest.warns(DiagnosticWarning, match="labels must be known, but the batches have none"):
         trainer(monitor("discriminator", on_error="warn"), max_epochs=1).fit(TinyGAN(), loader)
+
+
+class TestRecorded:
+    """Ten VAEs and GANs on digits, recorded by ``python -m benchmarks.class_alarms --record 10``."""
+
+    runs = json.loads(RECORDS.read_text())
+
+    @pytest.mark.parametrize("kind", ["vae", "gan"])
+    def test_ten_healthy_seeds_raise_no_alarm(self, kind: str) -> None:
+        runs = [run for run in self.runs if run["kind"] == kind]
+        assert len({run["seed"] for run in runs}) == 10
+        assert [str(finding) for run in runs for finding in replay(run, "healthy").findings] == []
+
+    @pytest.mark.parametrize("kind", ["vae", "gan"])
+    def test_a_class_that_fractures_is_found_and_named(self, kind: str) -> None:
+        for run in self.runs:
+            if run["kind"] == kind:
+                found = [f for f in replay(run, "fractured").findings if "class 7" in f.names]
+                assert found, run["seed"]
+                assert START <= found[0].epoch < START + 5

@@ -30,7 +30,7 @@ def decoder_gram(
     latent_scale: Tensor | float = 1.0,
     data_scale: Tensor | float = 1.0,
     mode: Literal["auto", "forward", "reverse"] = "auto",
-    max_bytes: int = 1 << 28,
+    max_bytes: int = 1 << 23,
 ) -> Tensor:
     """``J'J`` of a decoder at each latent, ``J = dx/dz`` (X x L), exact and without storing J for the batch.
 
@@ -45,7 +45,7 @@ def decoder_gram(
         latent_scale: standard deviation of each latent, (L,) or a number: J's columns are multiplied by it.
         data_scale: standard deviation that the data were divided by, (...) or a number: J's rows are multiplied by it.
         mode: ``"auto"`` takes forward mode where it works.
-        max_bytes: bound on the working memory of the Jacobian's rows and tangents, about.
+        max_bytes: bound on the working memory of the tangents, about; more is faster on a GPU.
 
     Returns:
         (N, L, L), or (N, l, l); float64.

@@ -21,6 +21,9 @@ from lightning_gendiag.monitor import Monitor, Reading
 if TYPE_CHECKING:
     from lightning_gendiag.probe import Probe
 
+MAX_BYTES = 1 << 26
+"""Working memory of an evaluation, about: more than for a call of its own, since it is faster."""
+
 TRAVERSED = 6
 """How many directions are shown in the strip of images, each at seven places."""
 
@@ -107,7 +110,13 @@ class ManifoldEntropyMonitor(Monitor):
 
     def _grams(self, probe: Probe, z: Tensor) -> Tensor:
         return decoder_gram(
-            probe.decoder, z, dims=self.dims, latent_scale=self.latent_scale, data_scale=self.data_scale, mode=self.mode
+            probe.decoder,
+            z,
+            dims=self.dims,
+            latent_scale=self.latent_scale,
+            data_scale=self.data_scale,
+            mode=self.mode,
+            max_bytes=MAX_BYTES,
         )
 
     def feed(self, probe: Probe, step: int) -> None:
@@ -123,23 +132,32 @@ class ManifoldEntropyMonitor(Monitor):
                 self._strip = self._traverse(probe)
 
     def readings(self, result: ManifoldEntropyResult) -> dict[str, Reading]:
-        """Each dimension's entropy, the number of dimensions in use, and the pair that shares most."""
+        """Each dimension's entropy, their mean, and the pair that shares most."""
         assert self.dims is not None
         self._order = result.order.cpu()
         names = [f"dimension {int(i)}" for i in self.dims]
         values = result.entropy.tolist()
         i, j = result.strongest_pair
-        shared, effective = float(result.mutual_information[i, j]), float(result.effective_dimensions)
+        shared, mean = float(result.mutual_information[i, j]), float(result.entropy.mean())
         readings = {name: Reading(value, -value) for name, value in zip(names, values, strict=True)}
-        readings["all dimensions"] = Reading(
-            effective, -math.log(effective) if effective == effective else math.nan, "whole",
-            question="number of dimensions in use",
-        )  # fmt: skip
+        readings["all dimensions"] = Reading(mean, -mean, "whole", question="mean entropy of a dimension in nats")
         readings["pair"] = Reading(
             shared, math.log(shared + 0.1) if shared == shared else math.nan, "other",
             where=f"{names[i]} with {names[j]}", question="mutual information in nats", fault="entangled",
         )  # fmt: skip
         return readings
+
+    def shares(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+        """Each dimension's part of the fall of their mean entropy."""
+        falls = {
+            name: before[name] - after[name]
+            for name in before
+            if name.startswith("dimension ")
+            and math.isfinite(before[name])
+            and math.isfinite(after.get(name, math.nan))
+        }
+        total = sum(falls.values())
+        return {name: fall / total for name, fall in falls.items()} if total > 0 else {}
 
     def kept(self) -> dict[str, Any]:
         """Which dimensions are followed, in what order, and the curve of the panel."""
