@@ -120,7 +120,7 @@ class CollapseStopping(EarlyStopping):
         self.findings: list[Finding] = []
         self._seen: dict[str, int] = {}
         self._detectors: dict[str, dict[str, ChangePoint]] = {}
-        self._history: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        self._history: dict[str, dict[str, list[tuple[int, int, float]]]] = {}
 
     @property
     def state_key(self) -> str:
@@ -186,8 +186,8 @@ class CollapseStopping(EarlyStopping):
         for where, reading in readings.items():
             if where not in detectors:
                 detectors[where] = self._detector(monitor, len(readings))
-            verdicts[where] = detectors[where].update(evaluation.step, reading.badness)
-            history.setdefault(where, []).append((evaluation.step, reading.value))
+            verdicts[where] = detectors[where].update(evaluation.number, reading.badness)
+            history.setdefault(where, []).append((evaluation.number, evaluation.step, reading.value))
             del history[where][:-HISTORY]
         for finding in self.findings:
             verdict = verdicts.get(finding.series) if finding.diagnostic == monitor.name else None
@@ -209,7 +209,7 @@ class CollapseStopping(EarlyStopping):
         monitor: Monitor,
         evaluation: Evaluation,
         verdicts: dict[str, Verdict],
-        history: dict[str, list[tuple[int, float]]],
+        history: dict[str, list[tuple[int, int, float]]],
     ) -> list[Finding]:
         readings = evaluation.readings
         parts = [name for name, reading in readings.items() if reading.kind == "part"]
@@ -220,10 +220,10 @@ class CollapseStopping(EarlyStopping):
 
         def told(names: list[str], series: str) -> Finding:
             verdict, reading = verdicts[series], readings[names[0]]
-            since = evaluation.step if verdict.since is None else verdict.since
+            since = evaluation.number if verdict.since is None else verdict.since
             before = {
                 name: median(
-                    [value for step, value in held if step < since and math.isfinite(value)][-16:] or [math.nan]
+                    [value for number, _, value in held if number < since and math.isfinite(value)][-16:] or [math.nan]
                 )
                 for name, held in history.items()
             }
@@ -236,7 +236,7 @@ class CollapseStopping(EarlyStopping):
                 before=before[names[0]],
                 after=after[names[0]],
                 score=verdict.score,
-                since=since,
+                since=next((step for number, step, _ in history[series] if number == since), evaluation.step),
                 evaluations_to_false_alarm=verdict.evaluations_to_false_alarm,
                 shares=monitor.shares(before, after),
                 question=reading.question or monitor.question,
@@ -303,7 +303,7 @@ class CollapseStopping(EarlyStopping):
                 for key, held in self._detectors.items()
             },
             "history": {
-                key: {where: [list(pair) for pair in values] for where, values in held.items()}
+                key: {where: [list(entry) for entry in values] for where, values in held.items()}
                 for key, held in self._history.items()
             },
         }
@@ -314,7 +314,10 @@ class CollapseStopping(EarlyStopping):
         self.findings = [Finding(**finding) for finding in state_dict["findings"]]
         self._seen = dict(state_dict["seen"])
         self._history = {
-            key: {where: [(int(step), float(value)) for step, value in values] for where, values in held.items()}
+            key: {
+                where: [(int(number), int(step), float(value)) for number, step, value in values]
+                for where, values in held.items()
+            }
             for key, held in state_dict["history"].items()
         }
         self._detectors = {

@@ -207,3 +207,24 @@ def test_the_example_is_stopped_and_says_why(fault: str) -> None:
     assert found.epoch <= 14
     if fault == "collapse":
         assert "It shows in dimension 2, " in str(found)
+
+
+def test_two_moons_order_as_in_the_papers_first_figure() -> None:
+    """With a reconstruction from one dimension: one high and one low entropy, and little shared; without it, neither."""
+    found = {}
+    for core in (0, 1):
+        torch.manual_seed(0)
+        model = flow.Flow(core=core)
+        trainer(max_epochs=30).fit(model, flow.moon_batches())
+        model.eval()
+        metric = ManifoldEntropy(2)
+        z = torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
+        metric.update(decoder_gram(model.decode, z), model.log_volume(z))
+        found[core] = metric.compute()
+    free, aligned = found[0], found[1]
+    gap = {core: float(result.entropy[0] - result.entropy[1]) for core, result in found.items()}
+    assert gap[1] > 1.2
+    assert gap[1] > abs(gap[0]) + 0.3
+    assert float(aligned.mutual_information[0, 1]) < 0.6 * float(free.mutual_information[0, 1])
+    # of two dimensions total correlation and mutual information are the same
+    assert float(aligned.total_correlation) == pytest.approx(float(aligned.mutual_information[0, 1]), abs=1e-3)

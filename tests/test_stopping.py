@@ -260,3 +260,18 @@ def test_the_words_survive_numbers_that_are_none() -> None:
     assert str(finding) == (
         "centre collapsed: cosine mean similarity is no number any more at epoch 1 (step 5), after 0.900."
     )
+
+
+def test_callbacks_may_serve_a_second_trainer_whose_steps_begin_anew() -> None:
+    stopping = CollapseStopping("warn")
+    monitor = CosineMeanSimilarityMonitor(QUADRANTS, probe=Probe(reference=digits(16)[0], num_samples=500))
+    for script in (None, planted("frozen", "top left", 10)):
+        own = trainer(monitor, stopping, max_epochs=14)
+        if script is None:
+            own.fit(ScriptedGenerator(), batches(16, 32))
+        else:
+            with pytest.warns(CollapseWarning, match="top left collapsed"):
+                own.fit(ScriptedGenerator(script), batches(16, 32))
+    assert [finding.where for finding in stopping.findings] == ["top left"]
+    # two steps an epoch, counted from 0
+    assert stopping.findings[0].since == 10 * 2 + 1
