@@ -30,7 +30,7 @@ def decoder_gram(
     latent_scale: Tensor | float = 1.0,
     data_scale: Tensor | float = 1.0,
     mode: Literal["auto", "forward", "reverse"] = "auto",
-    max_bytes: int = 1 << 23,
+    max_bytes: int = 1 << 24,
 ) -> Tensor:
     """``J'J`` of a decoder at each latent, ``J = dx/dz`` (X x L), exact and without storing J for the batch.
 
@@ -73,12 +73,8 @@ def decoder_gram(
     def flat(latents: Tensor) -> Tensor:
         return tensor_of(decode(latents), len(latents)).flatten(1)
 
-    with _plain_attention():
-        try:
-            with torch.no_grad():
-                outputs = tensor_of(decode(z[:1]), 1)
-        except ValueError:
-            raise
+    with torch.no_grad(), _plain_attention():
+        outputs = tensor_of(decode(z[:1]), 1)
         rows = row_scale.expand(outputs.shape[1:]).flatten() if row_scale.ndim else row_scale
         size = outputs[0].numel()
         if mode != "reverse":
@@ -106,18 +102,21 @@ def _forward(
     # inside a decoder a tangent takes several times the room of its output
     room = max(1, max_bytes // (WIDENING * size * z.element_size()))
     count, width = max(1, room // len(wanted)), min(room, len(wanted))
-    grams = []
-    for some in (z[i : i + count] for i in range(0, len(z), count)):
+    # one room for all, taken before the work: what is kept piece by piece would hold freed memory between its pieces
+    grams = torch.empty(len(z), len(wanted), len(wanted), dtype=torch.float64, device=z.device)
+    jacobian = torch.empty(min(count, len(z)), len(wanted), size, dtype=z.dtype, device=z.device)
+    for start in range(0, len(z), count):
+        at = z[start : start + count]
 
-        def pushed(direction: Tensor, at: Tensor = some) -> Tensor:
+        def pushed(direction: Tensor, at: Tensor = at) -> Tensor:
             out: Tensor = torch.func.jvp(flat, (at,), (direction.expand_as(at),))[1]
             return out
 
-        columns_of = [
-            torch.func.vmap(pushed)(directions[i : i + width]).transpose(0, 1) for i in range(0, len(wanted), width)
-        ]
-        grams.append(_products(torch.cat(columns_of, 1), rows, columns))  # (n, l, X)
-    return torch.cat(grams)
+        for first in range(0, len(wanted), width):
+            tangents = torch.func.vmap(pushed)(directions[first : first + width])  # (w, n, X)
+            jacobian[: len(at), first : first + width] = tangents.transpose(0, 1)
+        grams[start : start + count] = _products(jacobian[: len(at)], rows, columns)
+    return grams
 
 
 def _reverse(
