@@ -7,6 +7,7 @@ of the second table, some minutes.
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing as mp
 import resource
 import time
@@ -107,6 +108,7 @@ def betas(latent_dims: tuple[int, ...] = (10, 32), epochs: int = 30) -> None:
     from example_models.vae import VAE
 
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     values = (0.1, 1.0, 10.0, 30.0, 60.0, 100.0)
     print("beta-VAE on digits: effective dimensions / dead dimensions, and total correlation in nats")
     print("     L " + "".join(f"   beta {beta:<9g}" for beta in values))
