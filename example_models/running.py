@@ -70,9 +70,7 @@ def watched_run(
 def closing_words(name: str, options: argparse.Namespace, planted: str) -> None:
     """What was planted, how to see the other run, and how to look at both."""
     if options.fault:
-        print(
-            f"The fault was planted: {planted}, from epoch {options.start} on, in what the model draws in evaluation mode."
-        )
+        print(f"The fault was planted: {planted}, from epoch {options.start} on.")
         print(f"The run without it:  .venv/bin/python -m example_models.{name}")
     else:
         print(f"A run with a fault:  .venv/bin/python -m example_models.{name} --fault ...   (--help names them)")

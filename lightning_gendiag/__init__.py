@@ -14,7 +14,18 @@ if TYPE_CHECKING:
         CosineMeanSimilarityResult,
         cosine_mean_similarity,
     )
+    from lightning_gendiag.diagnostics.generation_balance import (
+        GenerationBalance,
+        GenerationBalanceMonitor,
+        GenerationBalanceResult,
+    )
     from lightning_gendiag.diagnostics.k_star import KStar, KStarMonitor, KStarResult, k_star
+    from lightning_gendiag.diagnostics.latent_regions import (
+        LatentRegions,
+        LatentRegionsMonitor,
+        LatentRegionsResult,
+        latent_regions,
+    )
     from lightning_gendiag.diagnostics.manifold_entropy import (
         ManifoldEntropy,
         ManifoldEntropyMonitor,
@@ -22,6 +33,12 @@ if TYPE_CHECKING:
         decoder_gram,
         manifold_cross_information,
         manifold_entropy,
+    )
+    from lightning_gendiag.diagnostics.posterior_kl import (
+        PosteriorKL,
+        PosteriorKLMonitor,
+        PosteriorKLResult,
+        posterior_kl,
     )
     from lightning_gendiag.monitor import DiagnosticWarning, Monitor, Reading
     from lightning_gendiag.probe import Probe
@@ -39,7 +56,13 @@ _HOMES = {
         "CosineMeanSimilarityResult",
         "cosine_mean_similarity",
     ),
+    "diagnostics.generation_balance": (
+        "GenerationBalance",
+        "GenerationBalanceMonitor",
+        "GenerationBalanceResult",
+    ),
     "diagnostics.k_star": ("KStar", "KStarMonitor", "KStarResult", "k_star"),
+    "diagnostics.latent_regions": ("LatentRegions", "LatentRegionsMonitor", "LatentRegionsResult", "latent_regions"),
     "diagnostics.manifold_entropy": (
         "ManifoldEntropy",
         "ManifoldEntropyMonitor",
@@ -48,6 +71,7 @@ _HOMES = {
         "manifold_cross_information",
         "manifold_entropy",
     ),
+    "diagnostics.posterior_kl": ("PosteriorKL", "PosteriorKLMonitor", "PosteriorKLResult", "posterior_kl"),
     "monitor": ("DiagnosticWarning", "Monitor", "Reading"),
     "probe": ("Probe",),
     "regions": ("RegionMap", "find_regions", "pixel_cka"),
@@ -65,13 +89,22 @@ __all__ = [
     "Diagnostic",
     "DiagnosticWarning",
     "Finding",
+    "GenerationBalance",
+    "GenerationBalanceMonitor",
+    "GenerationBalanceResult",
     "KStar",
     "KStarMonitor",
     "KStarResult",
+    "LatentRegions",
+    "LatentRegionsMonitor",
+    "LatentRegionsResult",
     "ManifoldEntropy",
     "ManifoldEntropyMonitor",
     "ManifoldEntropyResult",
     "Monitor",
+    "PosteriorKL",
+    "PosteriorKLMonitor",
+    "PosteriorKLResult",
     "Probe",
     "Reading",
     "RegionMap",
@@ -79,9 +112,11 @@ __all__ = [
     "decoder_gram",
     "find_regions",
     "k_star",
+    "latent_regions",
     "manifold_cross_information",
     "manifold_entropy",
     "pixel_cka",
+    "posterior_kl",
 ]
 
 

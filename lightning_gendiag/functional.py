@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,32 @@ def as_images(images: Tensor, name: str = "images") -> Tensor:
     if not images.is_floating_point():
         raise ValueError(f"{name} must be floating-point or uint8, got {images.dtype}. To fix this, call .float().")
     return images if images.dtype in (torch.float32, torch.float64) else images.float()
+
+
+def tensor_of(output: Any, n: int) -> Tensor:
+    """The data (n, ...) in what a decoder returns."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
+        output = output.mean
+    if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != n:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"decode must return ({n}, ...) for ({n}, L) latents, got {got}. "
+            "To fix this, pass Probe(decode=lambda module, z: ...)."
+        )
+    return output
+
+
+def pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """A tensor's rows, at most ``size`` at a time; at least one piece, if an empty one.
+
+    Example:
+        >>> [len(piece) for piece in pieces(torch.zeros(5, 2), 2)]
+        [2, 2, 1]
+    """
+    for start in range(0, max(len(rows), 1), size):
+        yield rows[start : start + size]
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -108,3 +135,31 @@ def adjusted_rand_index(a: Tensor, b: Tensor) -> float:
     most = (in_a + in_b) / 2
     # two partitions into one set, or into single items, agree
     return 1.0 if most == chance else (together - chance) / (most - chance)
+
+
+def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> Tensor:
+    """Squared Fréchet distance of two Gaussians: ``|m_a - m_b|^2 + tr(A + B - 2 (A B)^1/2)``.
+
+    By symmetric eigenvalue problems, so that singular covariances do no harm. Dowson and Landau, 1982.
+
+    Args:
+        mean_a: (..., F)
+        covariance_a: (..., F, F)
+        mean_b: (..., F)
+        covariance_b: (..., F, F)
+
+    Returns:
+        (...), 0 or more up to rounding.
+
+    Example:
+        >>> one = torch.eye(2, dtype=torch.float64)
+        >>> frechet_distance(torch.zeros(2), one, torch.ones(2), 4 * one)
+        tensor(4., dtype=torch.float64)
+    """
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
+    inner = root @ covariance_b @ root
+    cross = torch.linalg.eigvalsh((inner + inner.mT) / 2).clamp(min=0).sqrt().sum(-1)
+    traces = (covariance_a + covariance_b).diagonal(dim1=-2, dim2=-1).sum(-1)
+    distance: Tensor = (mean_a - mean_b).square().sum(-1) + traces - 2 * cross
+    return distance

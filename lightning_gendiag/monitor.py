@@ -38,6 +38,8 @@ class Reading(NamedTuple):
     """What is measured, if not what the monitor's other series measure."""
     fault: str = "collapsed"
     """What a finding says happened, as a verb."""
+    words: str = ""
+    """What a finding says instead, where badness is inf by a rule and no fluctuation."""
 
 
 class Evaluation(NamedTuple):
@@ -127,6 +129,10 @@ class Monitor(Callback):
     def feed(self, probe: Probe, step: int) -> None:
         """Give ``self.metric`` this rank's share."""
         raise NotImplementedError
+
+    def follow(self, probe: Probe, result: Any) -> Any:
+        """The result, with what can be looked at only once it is there; on every rank alike."""
+        return result
 
     def readings(self, result: Any) -> dict[str, Reading]:
         """What detectors watch."""
@@ -265,7 +271,7 @@ class Monitor(Callback):
             return
         try:
             assert self.metric is not None
-            self.result = self.metric.compute()
+            self.result = self.follow(probe, self.metric.compute())
             readings = self.readings(self.result)
         except Exception as caught:
             self._contain(caught, trainer)

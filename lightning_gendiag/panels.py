@@ -188,27 +188,56 @@ def curves(series: Sequence[Sequence[float]], steps: Sequence[int], strong: int 
     return torch.from_numpy(np.asarray(image).copy())
 
 
-def bars(values: Sequence[float], names: Sequence[str], strong: Sequence[bool]) -> Tensor:
-    """Bars in the order given, the lowest value a quarter of the axis above its floor; names where they fit."""
+def bars(
+    values: Sequence[float],
+    names: Sequence[str],
+    strong: Sequence[bool],
+    floor: float | None = None,
+    targets: Sequence[float] | None = None,
+    intervals: Sequence[Sequence[float]] | None = None,
+) -> Tensor:
+    """Bars in the order given, from a floor or from a quarter of the axis below the lowest; names where they fit.
+
+    Args:
+        values: one to a bar.
+        names: written below.
+        strong: which are drawn in the colour of an alarm.
+        floor: where the axis begins.
+        targets: where a line across each bar says it should end.
+        intervals: (low, high) of each bar's whisker.
+    """
     image, draw = _sheet()
-    finite = [value for value in values if np.isfinite(value)] or [0.0]
+    finite = [value for value in (*values, *(targets or ())) if np.isfinite(value)] or [0.0]
     # a dead dimension lies far below: it must not squeeze the others
     high = max(finite)
     low = max(min(finite), high - 10)
     low -= max(high - low, 1.0) / 4
+    if floor is not None:
+        low, high = floor, max(high, floor + 1e-3)
     left, bottom = 38, 20
     width = (TILE - left - 4) / max(len(values), 1)
     for value in (high, (high + low) / 2, low):
         y = 8 + (high - value) / (high - low) * (TILE - bottom - 8)
         draw.line((left, y, TILE, y), fill=(218, 220, 224))
-        draw.text((left - 4, y), f"{value:.1f}", fill=FAINT, font=_font(12), anchor="rm")
+        draw.text(
+            (left - 4, y), f"{value:.1f}" if abs(high) >= 2 else f"{value:.2f}", fill=FAINT, font=_font(12), anchor="rm"
+        )
     for number, (value, name) in enumerate(zip(values, names, strict=True)):
         clipped = float(np.clip(value, low, high)) if np.isfinite(value) else low
         x, y = left + number * width, 8 + (high - clipped) / (high - low) * (TILE - bottom - 8)
         colour = ALARM if strong[number] else REGION_COLOURS[0]
         draw.rectangle((x + 0.1 * width, min(y, TILE - bottom - 2), x + 0.9 * width, TILE - bottom), fill=colour)
-        if width >= 8 * len(name) + 2 or (strong[number] and len(values) <= 64):
+        if width >= draw.textlength(name, font=_font(12)) + 2 or (strong[number] and len(values) <= 64):
             draw.text((x + width / 2, TILE - 2), name, fill=FAINT, font=_font(12), anchor="mb")
+
+        def place(at: float) -> float:
+            return 8 + (high - float(np.clip(at, low, high))) / (high - low) * (TILE - bottom - 8)
+
+        if intervals is not None:
+            middle, (least, most) = x + width / 2, intervals[number]
+            draw.line((middle, place(least), middle, place(most)), fill=FAINT, width=2)
+        if targets is not None:
+            draw.line((x, place(targets[number]), x + width, place(targets[number])), fill=INK, width=3)
     return torch.from_numpy(np.asarray(image).copy())
 
 
@@ -260,6 +289,40 @@ def contact_sheet(images: Tensor) -> Tensor:
     return _centred(resized[0].permute(1, 2, 0).round().byte())
 
 
+class Scatter:
+    """A square of the plane around the origin, points and rings drawn into it in turn.
+
+    Args:
+        reach: half its side.
+    """
+
+    def __init__(self, reach: float) -> None:
+        self.reach = reach
+        self._image, self._draw = _sheet()
+
+    def _at(self, point: Tensor) -> tuple[float, float]:
+        x, y = (point / self.reach).tolist()
+        return (x + 1) / 2 * TILE, (1 - y) / 2 * TILE
+
+    def points(self, points: Tensor, colours: Sequence[Colour], radius: int) -> None:
+        """Spots at points (N, 2)."""
+        for point, colour in zip(points, colours, strict=True):
+            x, y = self._at(point)
+            self._draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+    def ring(self, mean: Tensor, covariance: Tensor) -> None:
+        """The line at two standard deviations around a mean (2,), for a covariance (2, 2)."""
+        values, vectors = torch.linalg.eigh(covariance)
+        root = vectors * values.clamp(min=0).sqrt()
+        angle = torch.linspace(0, 2 * torch.pi, 49, dtype=root.dtype)
+        circle = torch.stack([angle.cos(), angle.sin()], 1)
+        self._draw.line([self._at(point) for point in mean + 2 * circle @ root.T], fill=INK, width=1)
+
+    def picture(self) -> Tensor:
+        """All that was drawn, (H, W, 3) uint8."""
+        return torch.from_numpy(np.asarray(self._image).copy())
+
+
 def line(values: Sequence[float], steps: Sequence[int], most: float) -> Tensor:
     """One curve from 0 to ``most``."""
     image, draw = _sheet()
@@ -268,7 +331,7 @@ def line(values: Sequence[float], steps: Sequence[int], most: float) -> Tensor:
     for value in (0.0, most / 2, most):
         y = TILE - bottom - value / most * (TILE - bottom - 8)
         draw.line((left, y, TILE, y), fill=(218, 220, 224))
-        draw.text((left - 4, y), f"{value:g}", fill=FAINT, font=_font(12), anchor="rm")
+        draw.text((left - 4, y), f"{value:.3g}", fill=FAINT, font=_font(12), anchor="rm")
     draw.text((left, TILE - 2), str(steps[0]), fill=FAINT, font=_font(12), anchor="lb")
     draw.text((TILE - 2, TILE - 2), f"step {steps[-1]}", fill=FAINT, font=_font(12), anchor="rb")
     points = [

@@ -59,15 +59,17 @@ class Finding:
     """The series whose detector raised the alarm."""
     names: list[str] = field(default_factory=list)
     """The readings that it is about, the clearest first; ``where`` has them in words."""
+    words: str = ""
+    """What is said instead of how far it fell, where a rule decided and no fluctuation."""
     recovered: int | None = None
     """The step at which it was back at its level; None while it is not."""
 
     def __str__(self) -> str:
         at = f"at epoch {self.epoch} (step {self.step})"
+        if self.words:
+            return f"{self.words}, found {at}."
         if not math.isfinite(self.after):
             return f"{self.where} collapsed: {self.question} is no number any more {at}, after {self.before:.3f}."
-        if not math.isfinite(self.score):
-            return f"{self.where} collapsed: {self.question} is {self.after:.1%} {at}."
         odds = self.evaluations_to_false_alarm
         sure = f"{odds:,.0f}" if odds < 1e6 else "more than a million"
         words = (
@@ -241,6 +243,7 @@ class CollapseStopping(EarlyStopping):
                 shares=monitor.shares(before, after),
                 question=reading.question or monitor.question,
                 fault=reading.fault,
+                words=reading.words if math.isinf(reading.badness) else "",
                 series=series,
                 names=names,
             )

@@ -14,7 +14,7 @@ import lightning_gendiag
 ROOT = Path(lightning_gendiag.__file__).parent
 FLOORS = [
     {"functional", "detectors", "panels"},
-    {"regions", "diagnostic", "board"},
+    {"regions", "diagnostic", "board", "judges"},
     {"probe"},
     {"monitor"},
     {"diagnostics", "stopping"},

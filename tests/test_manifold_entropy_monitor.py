@@ -202,11 +202,11 @@ def test_the_example_is_stopped_and_says_why(fault: str) -> None:
     with pytest.warns(UserWarning, match="collapsed|entangled"):
         trainer(watched, stopping, max_epochs=20).fit(vae.FaultyVAE(fault, 12, width=4), batches(32, 512, 64))
     found = stopping.findings[0]
-    expected = {"dead": "dimension 3", "entangled": "dimension 3 with dimension 7", "collapse": "all dimensions"}[fault]
+    expected = {"dead": "dimension 1", "entangled": "dimension 0 with dimension 1", "collapse": "all dimensions"}[fault]
     assert found.where == expected
     assert found.epoch <= 14
     if fault == "collapse":
-        assert "It shows in dimension 2, " in str(found)
+        assert "It shows in dimension 1, " in str(found)
 
 
 def test_two_moons_order_as_in_the_papers_first_figure() -> None:

@@ -46,11 +46,11 @@ class Numbers(Callback):
         self.rows.append({key: float(v) for key, v in trainer.callback_metrics.items() if key.startswith("gendiag")})
 
 
-def state_after_training(*callbacks: Any, module: type[TinyGAN] = TinyGAN) -> list[Any]:
+def state_after_training(*callbacks: Any, module: Any = TinyGAN, size: int = 8) -> list[Any]:
     seed_everything(3, verbose=False)
     model = module()
     own = trainer(*callbacks, max_epochs=3)
-    own.fit(model, batches())
+    own.fit(model, batches(size))
     optimizers = [optimizer.state_dict()["state"] for optimizer in own.optimizers]
     return [
         model.state_dict(),

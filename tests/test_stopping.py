@@ -86,7 +86,7 @@ def test_a_fault_everywhere_is_named_so() -> None:
 
 
 def test_samples_with_nan_are_an_alarm_at_once() -> None:
-    with pytest.warns(CollapseWarning, match=r"samples collapsed: share with nan or inf is 100.0% at epoch 10"):
+    with pytest.warns(CollapseWarning, match=r"samples collapsed: share with nan or inf is 100.0%, found at epoch 10"):
         own, stopping = run(planted("nan", "top left", 10))
     assert [finding.where for finding in stopping.findings] == ["samples"]
     assert own.current_epoch == 11

@@ -147,7 +147,12 @@ class CosineMeanSimilarityMonitor(Monitor):
         return {
             **{name: Reading(values[r], badness[r]) for r, name in enumerate(self.region_map.names)},
             "image": Reading(values[-1], badness[-1], "whole"),
-            "samples": Reading(invalid, 0.0 if invalid == 0 else math.nan, "other", question="share with nan or inf"),
+            "samples": Reading(
+                invalid,
+                0.0 if invalid == 0 else math.inf,
+                "other",
+                words=f"samples collapsed: share with nan or inf is {invalid:.1%}",
+            ),
         }
 
     def shares(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_gendiag.functional import tensor_of
+
 Decode = Callable[[Tensor], Any]
 
 WIDENING = 12
@@ -183,21 +185,6 @@ def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed
             signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
             squares += pull(signs)[0].double().square().sum(0)
     return squares.topk(min(count, z.shape[1])).indices.sort().values
-
-
-def tensor_of(output: Any, n: int) -> Tensor:
-    """The data (n, ...) in what a decoder returns."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
-        output = output.mean
-    if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != n:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(
-            f"decode must return ({n}, ...) for ({n}, L) latents, got {got}. "
-            "To fix this, pass Probe(decode=lambda module, z: ...)."
-        )
-    return output
 
 
 @contextmanager

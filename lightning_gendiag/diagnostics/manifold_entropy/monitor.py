@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lightning_gendiag import panels
 from lightning_gendiag.board import Board
-from lightning_gendiag.diagnostics.manifold_entropy.gram import active_dims, decoder_gram, tensor_of
+from lightning_gendiag.diagnostics.manifold_entropy.gram import active_dims, decoder_gram
 from lightning_gendiag.diagnostics.manifold_entropy.mathematics import (
     MAX_DIMENSION_TAGS,
     ManifoldEntropyResult,
 )
 from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntropy
+from lightning_gendiag.functional import tensor_of
 from lightning_gendiag.monitor import Monitor, Reading
 
 if TYPE_CHECKING:

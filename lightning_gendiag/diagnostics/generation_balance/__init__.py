@@ -1,0 +1,10 @@
+"""Are all classes generated, each as often as it should be, and how well?
+
+Source: Zhou, Guo, *Recognition and Interpretation in Dysfunctional Image Generation* (unbalanced generation, data
+composition analysis, FID by class).
+"""
+
+from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance, GenerationBalanceResult
+from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationBalanceMonitor
+
+__all__ = ["GenerationBalance", "GenerationBalanceMonitor", "GenerationBalanceResult"]

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.distributions import Independent, Normal, kl_divergence
+
+from benchmarks.posterior_alarms import KINDS, RECORDS, START, replay, rightly
+from example_models.vae import VAE
+from lightning_gendiag import (
+    CollapseStopping,
+    CollapseWarning,
+    DiagnosticWarning,
+    PosteriorKL,
+    PosteriorKLMonitor,
+    posterior_kl,
+)
+from tests.cases import Case
+from tests.conftest import ScriptedGenerator, batches, trainer
+from tests.test_board_and_panels import events
+from tests.test_monitor import state_after_training
+
+
+def updates(count: int = 10, n: int = 20, dims: int = 5) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "mean": torch.randn(n, dims, generator=generator) * torch.arange(dims),
+            "log_variance": torch.randn(n, dims, generator=generator) - 1,
+        }
+        for _ in range(count)
+    ]
+
+
+CASE = Case(make=lambda: PosteriorKL(5), updates=updates(), tolerance=1e-10)
+
+
+def test_the_divergence_is_that_of_torch_distributions(generator: torch.Generator) -> None:
+    mean = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    log_variance = 2 * torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    expected = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(torch.zeros(()).double(), 1.0))
+    torch.testing.assert_close(posterior_kl(mean, log_variance), expected, rtol=1e-10, atol=1e-12)
+    assert float(posterior_kl(torch.zeros(1), torch.full((1,), 1e-6))[0]) == pytest.approx(0.25e-12, rel=1e-3)
+
+
+def test_sums_are_means_over_all_rows() -> None:
+    metric = PosteriorKL(5)
+    for update in CASE.updates:
+        metric.update(**update)
+    mean, logs = (torch.cat([update[key] for update in CASE.updates]).double() for key in ("mean", "log_variance"))
+    result = metric.compute()
+    torch.testing.assert_close(result.per_dimension, posterior_kl(mean, logs).mean(0))
+    torch.testing.assert_close(result.variance_of_mean, mean.var(0, correction=0))
+    torch.testing.assert_close(result.total, result.per_dimension.sum())
+    covariance = torch.cov(mean.T, correction=0) + logs.exp().mean(0).diag()
+    torch.testing.assert_close(result.aggregate_variance, covariance.diagonal())
+    prior = torch.distributions.MultivariateNormal(torch.zeros(5).double(), torch.eye(5).double())
+    aggregate = torch.distributions.MultivariateNormal(mean.mean(0), covariance)
+    torch.testing.assert_close(result.aggregate_kl, kl_divergence(aggregate, prior))
+    # a mean that is always zero carries nothing, whatever its variance
+    assert result.active.tolist() == [False, True, True, True, True]
+    assert float(result.active_units) == 4
+    assert float(result.dead_share) == pytest.approx(0.2)
+
+
+def test_the_prior_itself_has_no_divergence_and_no_information() -> None:
+    metric = PosteriorKL(3)
+    metric.update(torch.zeros(10, 3), torch.zeros(10, 3))
+    result = metric.compute()
+    assert float(result.total) == 0
+    assert float(result.aggregate_kl) == pytest.approx(0, abs=1e-12)
+    assert float(result.active_units) == 0
+
+
+def test_information_bounds_what_a_linear_gaussian_code_carries(generator: torch.Generator) -> None:
+    """x ~ N(0, 1), z | x ~ N(a x, 1 - a^2): z is the prior, and I(x; z) = -log(1 - a^2) / 2."""
+    x, a = torch.randn(200_000, 1, generator=generator, dtype=torch.float64), 0.9
+    metric = PosteriorKL(1)
+    metric.update(a * x, torch.full_like(x, 1 - a**2).log())
+    expected = -0.5 * torch.log(torch.tensor(1 - a**2, dtype=torch.float64))
+    torch.testing.assert_close(metric.compute().information, expected, rtol=0.01, atol=0.01)
+
+
+def test_many_dimensions_keep_a_diagonal(generator: torch.Generator) -> None:
+    metric = PosteriorKL(600)
+    metric.update(torch.randn(50, 600, generator=generator), torch.zeros(50, 600))
+    assert metric.products.shape == (600,)
+    assert metric.compute().aggregate_kl.isfinite()
+
+
+def test_rows_that_are_not_finite_are_left_out_and_told() -> None:
+    metric = PosteriorKL(2)
+    metric.update(
+        torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0]] * 2 + [[torch.inf, 0.0]])
+    )
+    result = metric.compute()
+    assert float(result.invalid) == pytest.approx(2 / 3)
+    assert result.per_dimension.tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: PosteriorKL(0), "latent_dim must be at least 1, got 0"),
+        (lambda: PosteriorKL(2, threshold=-1), "threshold must be 0 or more, got -1"),
+        (lambda: PosteriorKL(2).update(torch.zeros(3, 4), torch.zeros(3, 4)), r"mean must be \(N, 2\) of floats, got"),
+        (lambda: PosteriorKL(2).update(torch.zeros(3, 2), torch.zeros(3)), r"log_variance must be \(N, 2\) of floats"),
+        (lambda: posterior_kl(torch.zeros(3), torch.zeros(4)), "log_variance must have the shape of mean"),
+        (lambda: PosteriorKLMonitor(spread="sigma"), "spread must be 'log_variance'"),  # type: ignore[arg-type]
+        (lambda: PosteriorKLMonitor(patience=0), "patience must be at least 1"),
+    ],
+)
+def test_bad_input_is_refused_in_words(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+# ---- the monitor ----
+
+
+class Posterior(ScriptedGenerator):
+    """Codes with known divergences that change a little each epoch; dimensions can be switched off."""
+
+    def __init__(self, off: Any = lambda epoch: [], kind: str = "pair", dims: int = 6) -> None:
+        super().__init__()
+        self.off, self.kind, self.dims = off, kind, dims
+
+    def encode(self, images: Tensor) -> Any:
+        generator = torch.Generator().manual_seed(self.current_epoch)
+        mean = images.flatten(1)[:, 40 : 40 + self.dims] * 2 + 0.05 * torch.randn(1, self.dims, generator=generator)
+        std = torch.full_like(mean, 0.2)
+        for dim in self.off(self.current_epoch):
+            mean[:, dim], std[:, dim] = 0, 1
+        if self.kind == "normal":
+            return Normal(mean, std)
+        if self.kind == "independent":
+            return Independent(Normal(mean, std), 1)
+        if self.kind == "three":
+            return mean, mean, std
+        second = {"pair": 2 * std.log(), "std": std, "variance": std**2, "log_std": std.log()}[self.kind]
+        return mean, second
+
+
+@pytest.mark.parametrize("kind", ["pair", "std", "variance", "log_std", "normal", "independent"])
+def test_every_form_of_a_posterior_gives_the_same(kind: str) -> None:
+    spread = kind if kind in ("std", "variance", "log_std") else "log_variance"
+    watched = PosteriorKLMonitor(spread=spread, on_error="raise")  # type: ignore[arg-type]
+    trainer(watched, max_epochs=1).fit(Posterior(kind=kind), batches(16))
+    expected = PosteriorKLMonitor(on_error="raise")
+    trainer(expected, max_epochs=1).fit(Posterior(), batches(16))
+    torch.testing.assert_close(watched.result.per_dimension, expected.result.per_dimension, rtol=1e-4, atol=1e-4)
+    assert float(watched.result.total) > 3
+
+
+def test_three_outputs_are_asked_about_in_words() -> None:
+    watched = PosteriorKLMonitor()
+    with pytest.warns(
+        DiagnosticWarning, match=r"encode must return a pair of mean and log variance.*got 3 of them.*posterior="
+    ):
+        trainer(watched, max_epochs=1).fit(Posterior(kind="three"), batches(16))
+    own = PosteriorKLMonitor(lambda module, images: module.encode(images)[1:], spread="std", on_error="raise")
+    trainer(own, max_epochs=1).fit(Posterior(kind="three"), batches(16))
+    assert own.result is not None
+
+
+def test_a_module_without_an_encoder_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="encode must be known"):
+        trainer(PosteriorKLMonitor(), max_epochs=1).fit(ScriptedGenerator(), batches(16))
+    with pytest.raises(ValueError, match="posterior must be a callable or name a method of Posterior, got 'inference'"):
+        trainer(PosteriorKLMonitor("inference"), max_epochs=1).fit(Posterior(), batches(16))
+
+
+def test_a_dimension_that_dies_is_found_and_named() -> None:
+    watched, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
+    with pytest.warns(CollapseWarning, match="dimension 3 died: KL in nats fell from"):
+        own = trainer(watched, stopping, max_epochs=30)
+        own.fit(Posterior(lambda epoch: [3] if epoch >= 12 else []), batches(16))
+    assert own.current_epoch < 16
+    assert stopping.findings[0].names == ["dimension 3"]
+
+
+def test_a_latent_that_vanishes_is_found_as_a_whole() -> None:
+    watched, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
+    with pytest.warns(CollapseWarning, match="the latent vanished: KL in nats fell from"):
+        trainer(watched, stopping, max_epochs=30).fit(
+            Posterior(lambda epoch: range(6) if epoch >= 12 else []), batches(16)
+        )
+    assert stopping.findings[0].epoch < 15
+
+
+def test_a_latent_that_was_never_used_is_found_too() -> None:
+    watched, stopping = PosteriorKLMonitor(on_error="raise", patience=5), CollapseStopping()
+    with pytest.warns(
+        CollapseWarning, match=r"the latent vanished: KL is 0.000 nats, and none of 6 dimensions has been active in 5"
+    ):
+        own = trainer(watched, stopping, max_epochs=30)
+        own.fit(Posterior(lambda epoch: range(6)), batches(16))
+    assert own.current_epoch == 5
+
+
+def test_a_healthy_posterior_goes_to_its_end() -> None:
+    watched, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
+    trainer(watched, stopping, max_epochs=25).fit(Posterior(), batches(16))
+    assert stopping.findings == []
+
+
+def test_pictures_scalars_and_charts_are_on_the_board(tmp_path: Any) -> None:
+    logger = TensorBoardLogger(tmp_path, name="run")
+    trainer(PosteriorKLMonitor(on_error="raise"), max_epochs=2, logger=logger).fit(Posterior(), batches(16))
+    seen = events(logger.log_dir)
+    assert {
+        "gendiag/posterior_kl/total",
+        "gendiag/posterior_kl/active_units",
+        "gendiag/posterior_kl/dimension_5",
+    } <= set(seen.Tags()["scalars"])
+    assert "gendiag/posterior_kl/panel" in seen.Tags()["images"]
+
+
+def test_training_is_bit_identical_with_and_without() -> None:
+    def run(*callbacks: Any) -> Any:
+        return state_after_training(*callbacks, module=lambda: VAE(3, width=2), size=32)
+
+    torch.testing.assert_close(run(PosteriorKLMonitor(on_error="raise")), run(), rtol=0, atol=0)
+
+
+# ---- recorded runs ----
+
+RUNS = json.loads(RECORDS.read_text())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("healthy")])
+def test_recorded_healthy_runs_raise_no_alarm(kind: str) -> None:
+    runs = [run for run in RUNS if run["kind"] == kind]
+    assert len(runs) == 10
+    assert [str(finding) for run in runs for finding in replay(run).findings] == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("healthy")])
+def test_recorded_collapse_is_found_and_named_in_time(kind: str) -> None:
+    runs = [run for run in RUNS if run["kind"] == kind]
+    assert len(runs) == 10
+    begun = START if "epoch" in kind else 0
+    for run in runs:
+        stopping = replay(run)
+        finding = rightly(kind, stopping)
+        assert finding is not None
+        assert finding is stopping.findings[0]
+        assert finding.epoch - begun < 9
