@@ -1,7 +1,11 @@
-"""Real images that need no download: scikit-learn's 1,797 handwritten digits."""
+"""Real images: scikit-learn's 1,797 handwritten digits, which need no download, and MNIST from a folder."""
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -20,3 +24,30 @@ def digits(size: int = 32) -> tuple[Tensor, Tensor]:
 def digit_batches(batch_size: int = 64, size: int = 32) -> DataLoader[tuple[Tensor, ...]]:
     """Shuffled batches of (images, labels)."""
     return DataLoader(TensorDataset(*digits(size)), batch_size=batch_size, shuffle=True, drop_last=True)
+
+
+def mnist(folder: Path | str, part: str = "t10k") -> tuple[Tensor, Tensor]:
+    """Images (N, 1, 32, 32) in -1..1, padded from 28x28, and their labels (N,), from idx files, gzipped or not.
+
+    Args:
+        folder: that holds ``<part>-images-idx3-ubyte`` and ``<part>-labels-idx1-ubyte``.
+        part: ``"train"`` or ``"t10k"``.
+
+    Raises:
+        FileNotFoundError: if a file is not there.
+        ValueError: if a file is no idx file.
+    """
+    images = _idx(Path(folder), f"{part}-images-idx3-ubyte").float()[:, None] / 127.5 - 1
+    return F.pad(images, (2, 2, 2, 2), value=-1.0), _idx(Path(folder), f"{part}-labels-idx1-ubyte").long()
+
+
+def _idx(folder: Path, name: str) -> Tensor:
+    """The array of bytes in an idx file."""
+    packed, plain = folder / f"{name}.gz", folder / name
+    if not packed.exists() and not plain.exists():
+        raise FileNotFoundError(f"folder must hold {name} or {name}.gz, got {folder}.")
+    held = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
+    if held[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{name} must be an idx file of bytes, got one that begins with {held[:4]!r}.")
+    shape = [int.from_bytes(held[4 + 4 * axis : 8 + 4 * axis], "big") for axis in range(held[3])]
+    return torch.from_numpy(np.frombuffer(held, np.uint8, offset=4 + 4 * len(shape)).reshape(shape).copy())

@@ -1,9 +1,9 @@
 """A VAE on real handwritten digits, watched from its latent side: ``python -m example_models.vae``.
 
 ``--latent-dim 2`` or ``3`` makes a latent space that can be looked at: classes that the prior misses, margins and a grey
-area show at a glance. ``--beta`` weighs the KL term: large values silence one latent dimension after the other, which is no fault and no
-alarm while it happens as training begins. ``--fault`` breaks what the decoder makes of its latents in the middle of the
-run, in evaluation mode, so that the alarm has something to find.
+area show at a glance. ``--beta`` weighs the KL term: large values silence one latent dimension after the other, which is
+no fault and no alarm while it happens as training begins. ``--fault`` breaks what the decoder makes of its latents in the
+middle of the run, so that the alarm has something to find.
 """
 
 from __future__ import annotations

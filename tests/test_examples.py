@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from example_models import gan, vae
-from example_models.data import digits
+from example_models.data import digits, mnist
 from tests.test_board_and_panels import events
 
 
@@ -45,3 +47,23 @@ def test_a_vae_in_two_dimensions_has_all_of_its_diagnostics_and_a_latent_that_va
     tags = set(events(next(tmp_path.rglob("events*")).parent).Tags()["images"])
     stems = ("cms", "generation_balance", "k_star", "latent_regions", "manifold_entropy", "posterior_kl")
     assert {f"gendiag/{stem}/panel" for stem in stems} <= tags
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_idx_files_are_read(tmp_path: Path, packed: bool) -> None:
+    images, labels = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28), np.array([3, 8], dtype=np.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+        held = head + array.tobytes()
+        path = tmp_path / f"t10k-{name}-ubyte{'.gz' if packed else ''}"
+        path.write_bytes(gzip.compress(held) if packed else held)
+    read, told = mnist(tmp_path)
+    assert read.shape == (2, 1, 32, 32)
+    assert told.tolist() == [3, 8]
+    np.testing.assert_allclose(read[:, 0, 2:-2, 2:-2].numpy(), images / 127.5 - 1, atol=1e-6)
+    assert (read[:, :, :2] == -1).all()
+    with pytest.raises(FileNotFoundError, match="folder must hold train-images-idx3-ubyte or"):
+        mnist(tmp_path, "train")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="must be an idx file of bytes"):
+        mnist(tmp_path, "train")
