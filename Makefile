@@ -28,6 +28,9 @@ bench: $(READY)  ## each script prints a table; some minutes
 	$(BIN)/python -m benchmarks.alarms
 	$(BIN)/python -m benchmarks.manifold_alarms
 	$(BIN)/python -m benchmarks.class_alarms
+	$(BIN)/python -m benchmarks.posterior_alarms
+	$(BIN)/python -m benchmarks.balance_alarms
+	$(BIN)/python -m benchmarks.dysfunctions --samples 5000
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

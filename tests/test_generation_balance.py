@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from benchmarks.balance_alarms import KINDS, RECORDS, START, replay
 from example_models.data import digits
 from example_models.vae import VAE
 from lightning_gendiag import (
@@ -343,3 +345,19 @@ def test_training_is_bit_identical_with_and_without() -> None:
     watched = GenerationBalanceMonitor(probe=Probe(num_samples=64), on_error="raise")
     torch.testing.assert_close(run(watched), run(), rtol=0, atol=0)
     assert watched.result is not None
+
+
+# ---- recorded runs ----
+
+RUNS = json.loads(RECORDS.read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_healthy_runs_raise_no_alarm_and_a_dropped_class_is_named(kind: str) -> None:
+    runs = [run for run in RUNS if run["kind"] == kind]
+    assert len(runs) == 10
+    for run in runs:
+        assert [str(finding) for finding in replay(run, "healthy")[0].findings] == []
+        stopping, victim = replay(run, "dropped")
+        assert stopping.findings[0].names == [victim]
+        assert stopping.findings[0].epoch < START + 4

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_gendiag import panels
 from lightning_gendiag.board import Board
-from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance, GenerationBalanceResult
+from lightning_gendiag.diagnostics.generation_balance.metric import COVERED, GenerationBalance, GenerationBalanceResult
 from lightning_gendiag.functional import as_images, pieces
 from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, class_of, in_chunks, judge_of
 from lightning_gendiag.monitor import Monitor, Reading
@@ -163,13 +163,12 @@ class GenerationBalanceMonitor(Monitor):
 
     def readings(self, result: GenerationBalanceResult) -> dict[str, Reading]:
         """Each class of the reference by its share, and the imbalance of all."""
-        n = float(result.generated_count.sum())
         shares, expected = result.generated_share.tolist(), result.real_share.tolist()
         readings = {
             f"class {c}": Reading(
                 share,
-                # one image more, so that none is a number
-                -math.log((share * n + 1) / (n * real + 1)) if share == share else math.nan,
+                # more than its share is no loss, and what is not covered is gone, however little of it is left
+                -math.log(min(max(share / real, COVERED), 1.0)) if share == share else math.nan,
                 fault="was dropped",
             )
             for c, (share, real) in enumerate(zip(shares, expected, strict=True))
