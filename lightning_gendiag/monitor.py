@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_gendiag.board import Board
 from lightning_gendiag.diagnostic import Diagnostic, Result
+from lightning_gendiag.functional import as_images
 from lightning_gendiag.probe import Probe, shared_probe
+from lightning_gendiag.regions import RegionMap, find_regions
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -319,6 +321,17 @@ class Monitor(Callback):
                 board.text("failure", words)
             except Exception as second:
                 warnings.warn(f"and it could not be logged: {second}", DiagnosticWarning, stacklevel=2)
+
+    def found_regions(self, probe: Probe, num_regions: int | None, images: int) -> RegionMap:
+        """The regions of the reference's first images, found once for all monitors and all ranks."""
+        assert probe.reference is not None
+        reference = as_images(probe.reference.images[:images])
+        if (num_regions, images) not in probe.maps:
+            state = self.broadcast(
+                probe.trainer, lambda: find_regions(reference.to(probe.module.device), num_regions).state_dict()
+            )
+            probe.maps[num_regions, images] = RegionMap.from_state_dict(state)
+        return probe.maps[num_regions, images]
 
     def broadcast(self, trainer: Trainer, make: Any) -> Any:
         """What ``make()`` returns on rank 0, on every rank; its exception too."""

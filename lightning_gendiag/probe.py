@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_gendiag.diagnostic import Diagnostic
 from lightning_gendiag.functional import as_images, exact_matmul
+from lightning_gendiag.regions import RegionMap
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -208,6 +209,7 @@ class Probe:
         self.find_images, self.find_labels = images or images_of, labels or labels_of
         self.owner: object | None = None
         self.reference: Images | None = None
+        self.maps: dict[Any, RegionMap] = {}
         self._rows: _Rows | None = None
         self._epoch_seen = False
         self._last_batch: tuple[int, int] | None = None

@@ -20,7 +20,7 @@ from lightning_gendiag.diagnostics.cosine_mean_similarity.mathematics import (
 from lightning_gendiag.diagnostics.cosine_mean_similarity.metric import CosineMeanSimilarity
 from lightning_gendiag.functional import as_images
 from lightning_gendiag.monitor import DiagnosticWarning, Monitor, Reading
-from lightning_gendiag.regions import RegionMap, find_regions
+from lightning_gendiag.regions import RegionMap
 
 if TYPE_CHECKING:
     from lightning_gendiag.probe import Probe
@@ -96,11 +96,7 @@ class CosineMeanSimilarityMonitor(Monitor):
         """Find the regions once, for all ranks, and take in the reference."""
         assert probe.reference is not None
         if self.region_map is None:
-            images = as_images(probe.reference.images[: self.map_images])
-            state = self.broadcast(
-                probe.trainer, lambda: find_regions(images.to(probe.module.device), self.num_regions).state_dict()
-            )
-            self.region_map = RegionMap.from_state_dict(state)
+            self.region_map = self.found_regions(probe, self.num_regions, self.map_images)
         labels = probe.reference.labels
         classes = int(labels.max()) + 1 if self.per_class and labels is not None else None
         metric = CosineMeanSimilarity(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.functional import exact_matmul
+from lightning_gendiag.functional import exact_matmul, pieces
 
 MAX_REGIONS = 12
 """2^n minimal features are optimised: beyond this many regions nobody waits for them."""
@@ -114,7 +114,7 @@ def minimal_features(
     baseline: Tensor,
     regions: Tensor,
     *,
-    penalty: float = 1e-3,
+    penalty: float = 0.1,
     tolerance: float = 1e-3,
     max_steps: int = 20,
     batch_size: int = 512,
@@ -195,7 +195,7 @@ def check_regions(regions: Tensor) -> int:
             f"regions must be (H, W) integers from 0, got {regions.dtype} of shape {tuple(regions.shape)}."
         )
     n = int(regions.max()) + 1
-    missing = sorted(set(range(n)) - set(regions.unique().tolist()))
+    missing = sorted(set(range(n)) - set(torch.unique(regions).tolist()))
     if missing:
         raise ValueError(f"regions must have each number from 0 to {n - 1}, got none of {missing}.")
     if n > MAX_REGIONS:
@@ -231,7 +231,7 @@ def _solve(
         steps += 1
         active = (~converged).nonzero()[:, 0]
         at, w = u[active], weight[active]
-        image, pull = torch.func.vjp(tail, at)
+        image, pull = torch.func.vjp(tail, at)[:2]
 
         def push(v: Tensor, at: Tensor = at) -> Tensor:
             out: Tensor = torch.func.jvp(tail, (at,), (v,))[1]
@@ -239,13 +239,13 @@ def _solve(
 
         gradient = pull(w * (image - target))[0] + penalty * (at - baseline)
         # damping is relative to the curvature along the gradient, so that it has no unit
-        curvature = _dot(push(gradient).square() * w, torch.ones_like(image)) / _dot(gradient, gradient).clamp(
-            min=1e-30
-        )
+        pushed = push(gradient)
+        curvature = _dot(w * pushed, pushed) / _dot(gradient, gradient).clamp(min=1e-30)
         extra = penalty + damping[active] * curvature
 
-        def hessian(v: Tensor, w: Tensor = w, extra: Tensor = extra, push=push, pull=pull) -> Tensor:  # type: ignore[no-untyped-def]
-            return pull(w * push(v))[0] + _wide(extra, v) * v
+        def hessian(v: Tensor, w: Tensor = w, extra: Tensor = extra, push: Any = push, pull: Any = pull) -> Tensor:
+            product: Tensor = pull(w * push(v))[0] + _wide(extra, v) * v
+            return product
 
         move = _conjugate_gradients(hessian, -gradient)
         with torch.no_grad():
@@ -283,7 +283,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _wide(rows: Tensor, like: Tensor) -> Tensor:
-    """(m,) as (m, 1, 1, ...)"""
+    """(m,) as (m, 1, 1, ...)."""
     return rows.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -295,8 +295,6 @@ class Decomposition(NamedTuple):
     effects: Tensor
     """(2^n, n) squared change of each region when a component is added to the baseline, over the whole image's from the
     baseline to the image."""
-    order: Tensor
-    """(2^n - 1,) bit masks of the components, the largest norm first."""
     curve: Tensor
     """(2^n,) squared error of the image after so many components, the largest first; 1 with none."""
     relevant: Tensor
@@ -305,6 +303,16 @@ class Decomposition(NamedTuple):
     """(n,) squared change of a region by all other components, over the same."""
     converged: Tensor
     """() share of the sets whose optimisation converged."""
+
+    @property
+    def order(self) -> Tensor:
+        """(2^n - 1,) bit masks of the components, the largest norm first."""
+        return largest_first(self.norms)
+
+
+def largest_first(norms: Tensor) -> Tensor:
+    """(2^n - 1,) bit masks by falling norm, without the baseline."""
+    return norms[1:].argsort(descending=True, stable=True) + 1
 
 
 def decompose(
@@ -328,7 +336,7 @@ def decompose(
 
     def images(features: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.cat([tail(some) for some in features.split(batch_size)])
+            return torch.cat([tail(some) for some in pieces(features, batch_size)])
 
     def by_region(difference: Tensor) -> Tensor:
         """(m, n) squared sums of (m, C, H, W)."""
@@ -339,13 +347,12 @@ def decompose(
     norms = interactions.flatten(1).norm(dim=1) / (feature - baseline).norm().clamp(min=1e-12)
     norms[0] = 0
     effects = (
-        torch.cat([by_region(images(baseline + some) - empty) for some in interactions.split(batch_size)])
+        torch.cat([by_region(images(baseline + some) - empty) for some in pieces(interactions, batch_size)])
         / change.sum()
     )
     effects[0] = 0
-    order = norms[1:].argsort(descending=True, stable=True) + 1
     running, curve = baseline.clone(), [own.new_ones(())]
-    for some in order.split(batch_size):
+    for some in pieces(largest_first(norms), batch_size):
         steps = running + interactions[some].cumsum(0)
         curve.append(by_region(images(steps) - own).sum(1) / change.sum())
         running = steps[-1]
@@ -355,7 +362,7 @@ def decompose(
     others = torch.stack([baseline + interactions[1:][~meets[1:, i]].sum(0) for i in range(n)])
     irrelevant = by_region(images(others) - empty).diagonal() / change
     return Decomposition(
-        norms, effects, order, torch.cat([part.view(-1) for part in curve]), relevant, irrelevant,
+        norms, effects, torch.cat([part.view(-1) for part in curve]), relevant, irrelevant,
         minimal.converged.double().mean(),
     )  # fmt: skip
 

@@ -1,0 +1,391 @@
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from example_models.gan import GAN
+from example_models.vae import VAE
+from lightning_gendiag import (
+    CollapseStopping,
+    CollapseWarning,
+    DiagnosticWarning,
+    Probe,
+    RegionalPrimitives,
+    RegionalPrimitivesMonitor,
+    decompose,
+    minimal_features,
+    minimal_features_of,
+    or_interactions,
+)
+from lightning_gendiag.diagnostics.regional_primitives.mathematics import importance, memberships
+from tests.cases import Case
+from tests.conftest import batches, trainer
+from tests.test_board_and_panels import events
+from tests.test_monitor import state_after_training
+
+
+def updates(count: int = 10, n: int = 3) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    return [
+        {"norms": draw(2**n), "effects": draw(2**n, n), "curve": draw(2**n), "relevant": draw(n), "irrelevant": draw(n),
+         "converged": draw()}
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+CASE = Case(make=lambda: RegionalPrimitives(3), updates=updates(), tolerance=1e-10)
+
+
+# ---- the transform ----
+
+
+def by_definition(u: Tensor, n: int) -> Tensor:
+    """``I(S) = - sum over T in S of (-1)^(|S|-|T|) u(all without T)``, set by set."""
+    regions = range(n)
+    out = torch.zeros_like(u)
+    out[0] = u[0]
+    for size in range(1, n + 1):
+        for s in itertools.combinations(regions, size):
+            total = torch.zeros_like(u[0])
+            for k in range(size + 1):
+                for t in itertools.combinations(s, k):
+                    rest = sum(2**i for i in regions if i not in t)
+                    total -= (-1) ** (size - k) * u[rest]
+            out[sum(2**i for i in s)] = total
+    return out
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_interactions_are_those_of_the_definition_and_complete(n: int, generator: torch.Generator) -> None:
+    u = torch.randn(2**n, 4, 3, generator=generator, dtype=torch.float64)
+    interactions = or_interactions(u)
+    torch.testing.assert_close(interactions, by_definition(u, n))
+    torch.testing.assert_close(minimal_features_of(interactions), u)
+    meets = memberships(n)
+    for mask in range(2**n):
+        covering = (meets & meets[mask]).any(1)
+        covering[0] = False
+        torch.testing.assert_close(u[0] + interactions[covering].sum(0), u[mask], rtol=0, atol=1e-6)
+
+
+def test_interactions_by_hand() -> None:
+    assert or_interactions(torch.tensor([1.0, 4.0])).tolist() == [1.0, 3.0]
+    # a alone 3, b alone 5, both 6: 2 are shared, and 1 and 3 are their own
+    assert or_interactions(torch.tensor([0.0, 3.0, 5.0, 6.0])).tolist() == [0.0, 1.0, 3.0, 2.0]
+    # three regions drawn by one pattern: any of them needs all of it
+    assert or_interactions(torch.tensor([0.0] + [7.0] * 7)).tolist() == [0.0] * 7 + [7.0]
+
+
+def test_one_component_for_a_set_of_regions_is_recovered_for_any_set(generator: torch.Generator) -> None:
+    true = torch.randn(16, 2, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(or_interactions(minimal_features_of(true)), true)
+
+
+# ---- the features ----
+
+REGIONS = torch.zeros(8, 8, dtype=torch.long)
+REGIONS[:4, 4:], REGIONS[4:, :4], REGIONS[4:, 4:] = 1, 2, 3
+SETS = ((0,), (1, 2), (3,), (0, 3), (0, 1, 2, 3))
+
+
+def patterns(dtype: torch.dtype = torch.float64) -> Tensor:
+    """(5, 1, 8, 8): each draws in its set of regions and nowhere else."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(len(SETS), 1, 8, 8, generator=generator, dtype=dtype)
+    for pattern, regions in zip(drawn, SETS, strict=True):
+        pattern[0][~torch.isin(REGIONS, torch.tensor(regions))] = 0
+    return drawn
+
+
+def linear(u: Tensor) -> Tensor:
+    return (u @ patterns(u.dtype).flatten(1)).view(-1, 1, 8, 8)
+
+
+def squashed(u: Tensor) -> Tensor:
+    return torch.tanh(linear(u) / 3)
+
+
+FEATURE = torch.tensor([1.5, -2.0, 1.0, 0.8, 1.2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tail", [linear, squashed])
+def test_the_components_of_a_generator_built_from_known_patterns_are_recovered(tail: Any) -> None:
+    minimal = minimal_features(tail, FEATURE, 0 * FEATURE, REGIONS, penalty=1e-7, tolerance=1e-9, max_steps=60)
+    assert minimal.converged.all()
+    interactions = or_interactions(minimal.features)
+    found = decompose(tail, FEATURE, REGIONS, minimal)
+    true = [sum(2**r for r in regions) for regions in SETS]
+    for k, mask in enumerate(true):
+        expected = torch.zeros(5, dtype=torch.float64)
+        expected[k] = FEATURE[k]
+        torch.testing.assert_close(interactions[mask], expected, rtol=0, atol=2e-3)
+    absent = [mask for mask in range(1, 16) if mask not in true]
+    assert float(found.norms[absent].max()) < 1e-3
+    metric = RegionalPrimitives(4)
+    metric.update(*found)
+    result = metric.compute()
+    assert set(result.order[:5].tolist()) == set(true)
+    assert float(result.leakage.max()) < 1e-4
+    assert int(result.components) <= 5
+    # growing by the largest, the image is there after five
+    assert float(found.curve[5]) < 1e-4
+    assert float(found.curve[0]) == pytest.approx(1)
+    assert float(found.relevant.max()) < 1e-4
+    assert float(found.irrelevant.max()) < 1e-4
+
+
+def test_a_linear_generator_has_a_closed_form() -> None:
+    penalty = 0.05
+    minimal = minimal_features(linear, FEATURE, 0.3 * FEATURE, REGIONS, penalty=penalty, tolerance=1e-12, max_steps=80)
+    drawn, baseline = patterns().flatten(1).T, 0.3 * FEATURE
+    own = drawn @ FEATURE
+    change = (own - drawn @ baseline).square().sum()
+    ridge = penalty / (FEATURE - baseline).square().sum() * torch.eye(5, dtype=torch.float64)
+    meets = memberships(4)
+    for mask in range(1, 16):
+        w = meets[mask][REGIONS.flatten()].double() / change
+        left = drawn.T @ (w[:, None] * drawn) + ridge
+        expected = torch.linalg.solve(left, drawn.T @ (w * own) + ridge @ baseline)
+        torch.testing.assert_close(minimal.features[mask], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(minimal.features[0], baseline)
+
+
+def test_a_set_optimised_alone_or_in_small_batches_is_the_same() -> None:
+    together = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS)
+    small = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS, batch_size=3)
+    torch.testing.assert_close(small.features, together.features, rtol=0, atol=1e-4)
+    alone = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS, subsets=torch.tensor([6, 0]))
+    torch.testing.assert_close(alone.features, together.features[[6, 0]], rtol=0, atol=1e-4)
+    again = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS, start=together.features, max_steps=1)
+    assert (again.objective <= together.objective + 1e-12).all()
+
+
+def test_what_did_not_converge_is_said() -> None:
+    minimal = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS, penalty=1e-7, max_steps=1)
+    assert minimal.steps == 1
+    assert not minimal.converged[1:].all()
+    assert minimal.converged[0]
+
+
+def test_pixels_outside_all_regions_do_not_count() -> None:
+    inner = torch.where(REGIONS == 3, -1, REGIONS)
+    minimal = minimal_features(linear, FEATURE, 0 * FEATURE, inner, penalty=1e-7, tolerance=1e-9, max_steps=60)
+    found = decompose(linear, FEATURE, inner, minimal)
+    assert found.norms.shape == (8,)
+    # the third pattern draws where nobody looks
+    assert float(minimal.features[-1][2].abs()) < 1e-3
+
+
+def test_importance_is_the_share_of_the_change() -> None:
+    shares = importance(linear, FEATURE, 0 * FEATURE, REGIONS)
+    image = linear(FEATURE[None])[0, 0]
+    expected = torch.stack([image[r == REGIONS].square().sum() for r in range(4)]) / image.square().sum()
+    torch.testing.assert_close(shares, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: or_interactions(torch.zeros(6, 2)), r"there must be 2\^n entries, .* got 6"),
+        (lambda: minimal_features(linear, FEATURE, FEATURE[:2], REGIONS), "baseline must have the feature's shape"),
+        (lambda: minimal_features(linear, FEATURE, FEATURE, REGIONS[:4]), r"tail must make images \(N, C, 4, 8\), got"),
+        (
+            lambda: minimal_features(linear, FEATURE, FEATURE, REGIONS * 2),
+            r"regions must have each number from 0 to 6, got none of",
+        ),
+        (lambda: minimal_features(linear, FEATURE, FEATURE, REGIONS.double()), r"regions must be \(H, W\) integers"),
+        (
+            lambda: minimal_features(linear, FEATURE, FEATURE, torch.arange(64).view(8, 8)),
+            "regions must be at most 12, .* got 64. To fix this",
+        ),
+        (lambda: RegionalPrimitives(13), "num_regions must be 1 to 12, got 13"),
+        (
+            lambda: RegionalPrimitives(2).update(*updates()[0].values()),
+            r"norms must be \(4,\) for 2 regions, got \(8,\)",
+        ),
+        (lambda: RegionalPrimitivesMonitor(max_regions=20), "max_regions must be 1 to 12, got 20"),
+        (lambda: RegionalPrimitivesMonitor(num_images=0), "num_images must be at least 1, got 0"),
+        (lambda: RegionalPrimitivesMonitor(penalty=0), "penalty and max_seconds must be above 0"),
+    ],
+)
+def test_bad_input_is_refused_in_words(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_images_that_are_not_finite_are_left_out_and_told() -> None:
+    metric = RegionalPrimitives(3)
+    first, second = updates(2)
+    second["norms"][2] = torch.nan
+    metric.update(**first)
+    metric.update(**second)
+    result = metric.compute()
+    assert float(result.invalid) == 0.5
+    torch.testing.assert_close(result.norms, first["norms"])
+
+
+# ---- the monitor ----
+
+
+class Painter(LightningModule):
+    """A generator written without us: four quadrants, each drawn by a channel of its own, and one pattern for two."""
+
+    def __init__(self, fault: Any = lambda epoch: None) -> None:
+        super().__init__()
+        self.latent_dim = 10
+        self.front = nn.Sequential(nn.Linear(10, 10), nn.Unflatten(1, (10, 1, 1)), nn.Upsample(4))
+        self.back = nn.Sequential(nn.Conv2d(10, 1, 1, bias=False), nn.Upsample(scale_factor=2))
+        self.fault = fault
+        nn.init.orthogonal_(self.front[0].weight)
+
+    def forward(self, z: Tensor) -> Tensor:
+        features = self.front(z)
+        images = self.back(features)
+        rows = self.fault(self.current_epoch if self._trainer is not None else 0)
+        if rows is not None and not self.training:
+            images = images.clone()
+            images[:, :, :rows, :rows] = 0.1
+        return images
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        # the weights wander a little, as in a run that goes on
+        weight = next(self.back.parameters())
+        return 1e-2 * (weight * torch.randn_like(weight)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+QUADRANTS = REGIONS
+
+
+def monitor(split: str | None = "front", regions: Any = QUADRANTS, **options: Any) -> RegionalPrimitivesMonitor:
+    return RegionalPrimitivesMonitor(
+        split, regions, **({"every_n_epochs": 1, "on_error": "raise", "num_images": 2} | options)
+    )
+
+
+def test_it_takes_a_generator_apart_and_leaves_nothing_behind(tmp_path: Any) -> None:
+    watched, model = monitor(), Painter()
+    logger = TensorBoardLogger(tmp_path, name="run")
+    trainer(watched, max_epochs=2, logger=logger).fit(model, batches())
+    assert float(watched.result.converged) == 1
+    assert float(watched.result.images) == 2
+    assert all(not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
+    assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in model.parameters())
+    seen = events(logger.log_dir)
+    wanted = {
+        f"gendiag/regional_primitives/{name}"
+        for name in ("components", "leakage", "strength_3", "leakage_0", "seconds")
+    }
+    assert wanted <= set(seen.Tags()["scalars"])
+    assert "gendiag/regional_primitives/panel" in seen.Tags()["images"]
+
+
+@pytest.mark.parametrize(
+    ("model", "split"), [(lambda: GAN(8, width=4), "generator.6"), (lambda: VAE(3, width=2), "decoder.4")]
+)
+def test_the_split_is_found_and_regions_too(model: Any, split: str) -> None:
+    watched = monitor(None, None, num_images=1, num_regions=3, max_steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DiagnosticWarning)
+        trainer(watched, max_epochs=1).fit(model(), batches(32))
+    assert watched.split == split
+    assert len(watched.names) == 3
+    assert watched.result.relevant.isfinite().all()
+
+
+def test_training_is_bit_identical_and_parameters_get_no_gradients() -> None:
+    def run(*callbacks: Any) -> Any:
+        return state_after_training(*callbacks, module=lambda: GAN(8, width=4), size=32)
+
+    watched = monitor(None, "grid", num_images=1, max_steps=2, max_regions=4)
+    with pytest.warns(DiagnosticWarning, match="of 9 regions the 4 that change most are looked at"):
+        found = run(watched)
+    torch.testing.assert_close(found, run(), rtol=0, atol=0)
+    assert len(watched.names) == 4
+    assert watched.labels is not None
+    assert int(watched.labels.min()) == -1
+
+
+def test_a_compiled_module_is_taken_apart_as_well() -> None:
+    plain, compiled = Painter(), Painter()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.front = torch.compile(compiled.front, backend="eager")  # type: ignore[assignment]
+    compiled.back = torch.compile(compiled.back, backend="eager")  # type: ignore[assignment]
+    results = []
+    for model in (plain, compiled):
+        torch.manual_seed(0)
+        watched = monitor()
+        trainer(watched, max_epochs=1, limit_train_batches=1).fit(model, batches())
+        results.append(watched.result.norms)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-3)
+
+
+def test_a_region_whose_components_vanish_is_found_and_named() -> None:
+    watched, stopping = monitor(num_images=4), CollapseStopping()
+    with pytest.warns(CollapseWarning, match="top left collapsed: strength of its components fell from"):
+        own = trainer(watched, stopping, max_epochs=25)
+        own.fit(Painter(lambda epoch: 4 if epoch >= 12 else None), batches())
+    assert own.current_epoch < 16
+    assert stopping.findings[0].names == ["top left"]
+
+
+def test_a_healthy_run_goes_to_its_end() -> None:
+    watched, stopping = monitor(), CollapseStopping()
+    trainer(watched, stopping, max_epochs=20).fit(Painter(), batches())
+    assert stopping.findings == []
+
+
+def test_it_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
+    first = monitor()
+    own = trainer(first, max_epochs=2)
+    own.fit(Painter(), batches())
+    own.save_checkpoint(tmp_path / "last.ckpt")
+    second = monitor()
+    trainer(second, max_epochs=3).fit(Painter(), batches(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert second.evaluations == 3
+    assert set(second._warm) == {0, 1}
+
+
+def test_the_time_budget_ends_an_evaluation_after_the_first_image() -> None:
+    watched = monitor(num_images=50, max_seconds=1e-6)
+    trainer(watched, max_epochs=1).fit(Painter(), batches())
+    assert float(watched.result.images) == 1
+
+
+def test_configurations_that_cannot_work_are_refused_before_training() -> None:
+    for options, match in (
+        (
+            {"split": "middle"},
+            r"split must be the path of a submodule of Painter, got 'middle'. Its children are front, back",
+        ),
+        (
+            {"regions": torch.zeros(4, 4, dtype=torch.long)},
+            r"regions must be \(8, 8\), as the images are, got \(4, 4\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            trainer(monitor(**options), max_epochs=1).fit(Painter(), batches())
+
+    class Vectors(Painter):
+        def forward(self, z: Tensor) -> Tensor:
+            return super().forward(z).flatten(1)
+
+    with pytest.raises(ValueError, match=r"decode must make \(N, C, H, W\) images, got \(1, 64\)"):
+        trainer(monitor(), max_epochs=1).fit(Vectors(), batches())
+    with pytest.raises(ValueError, match="split must be given for a decoder without a layer"):
+        flat = GAN(8, width=4)
+        probe = Probe(decode=lambda module, z: z[:, :1, None, None].expand(-1, 1, 8, 8), latent_dim=8)
+        trainer(monitor(None, probe=probe), max_epochs=1).fit(flat, batches(32))
