@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from example_models.data import digit_batches
 from example_models.running import closing_words, options_parser, seeded, watched_run
-from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, KStarMonitor
+from lightning_gendiag import (
+    CollapseStopping,
+    CosineMeanSimilarityMonitor,
+    GenerationBalanceMonitor,
+    KStarMonitor,
+    RegionalPrimitivesMonitor,
+)
 
 BOX = (24, 20, 32, 32)
 """Where a fault is planted: top, left, bottom, right, the last two exclusive."""
@@ -148,9 +154,14 @@ def main(arguments: list[str] | None = None) -> CollapseStopping:
     seeded(options.seed)
     model = FaultyGAN(options.fault, options.start, lr=options.lr) if options.fault else GAN(lr=options.lr)
     monitor = CosineMeanSimilarityMonitor(num_regions=5)
-    # and whether the discriminator's last features keep the ten digits apart, which it is never told of
-    classes = KStarMonitor("discriminator.7")
-    stopping = watched_run("gan", model, digit_batches(), [monitor, classes], options)
+    monitors = [
+        monitor,
+        GenerationBalanceMonitor(),
+        # whether the discriminator's last features keep the ten digits apart, which it is never told of
+        KStarMonitor("discriminator.7"),
+        RegionalPrimitivesMonitor(),
+    ]
+    stopping = watched_run("gan", model, digit_batches(), monitors, options)
     regions = monitor.region_map
     if isinstance(model, FaultyGAN) and regions is not None:
         for finding in stopping.findings:

@@ -265,23 +265,28 @@ class Monitor(Callback):
                 self.feed(probe, step)
         except Exception as caught:
             error = caught
-        # a rank that failed must not leave the others waiting inside a collective
-        if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
-            self._contain(error or RuntimeError("the diagnostic failed on another process"), trainer)
+        if not self._agreed(error, trainer) or not ready:
             return
-        if not ready:
-            return
+        readings: dict[str, Reading] = {}
         try:
             assert self.metric is not None
             self.result = self.follow(probe, self.metric.compute())
             readings = self.readings(self.result)
         except Exception as caught:
-            self._contain(caught, trainer)
+            error = caught
+        if not self._agreed(error, trainer):
             return
         self._failures = 0
         self.evaluations += 1
         self.latest = Evaluation(self.evaluations, step, trainer.current_epoch, readings)
         self._publish(trainer, module, self.result, step, epoch_over, started)
+
+    def _agreed(self, error: Exception | None, trainer: Trainer) -> bool:
+        """Whether no rank failed: one that did must not leave the others waiting inside a collective."""
+        if trainer.strategy.reduce_boolean_decision(error is None, all=True):
+            return True
+        self._contain(error or RuntimeError("the diagnostic failed on another process"), trainer)
+        return False
 
     def _publish(
         self, trainer: Trainer, module: LightningModule, result: Result, step: int, epoch_over: bool, started: float

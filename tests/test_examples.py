@@ -28,7 +28,9 @@ def test_the_demo_is_stopped_and_says_why(tmp_path: Path, capsys: pytest.Capture
     assert "tensorboard --logdir" in printed
     assert stopping.findings[0].where == "bottom right"
     accumulator = events(next(tmp_path.rglob("events*")).parent)
-    assert "gendiag/alarm_1/picture" in accumulator.Tags()["images"]
+    stems = ("cms", "generation_balance", "k_star", "regional_primitives")
+    wanted = {"gendiag/alarm_1/picture", *(f"gendiag/{stem}/panel" for stem in stems)}
+    assert wanted <= set(accumulator.Tags()["images"])
 
 
 def test_an_unknown_fault_is_refused() -> None:

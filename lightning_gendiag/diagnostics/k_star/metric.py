@@ -25,6 +25,7 @@ class KStar(Reservoir):
         ValueError: if an argument is out of its range.
 
     Example:
+        >>> import torch
         >>> metric = KStar()
         >>> metric.update(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), torch.tensor([0, 0, 1, 1]))
         >>> metric.compute().mean

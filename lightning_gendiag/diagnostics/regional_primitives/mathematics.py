@@ -14,8 +14,8 @@ from lightning_gendiag.functional import exact_matmul, pieces
 MAX_REGIONS = 12
 """2^n minimal features are optimised: beyond this many regions nobody waits for them."""
 
-INNER = 12
-"""Iterations of conjugate gradients to a Gauss-Newton step."""
+INNER = 6
+"""Iterations of conjugate gradients to a Gauss-Newton step: few, since the next step sees a new curvature."""
 
 
 def or_interactions(minimal_features: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def minimal_features(
     regions: Tensor,
     *,
     penalty: float = 0.1,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
     max_steps: int = 20,
     batch_size: int = 512,
     start: Tensor | None = None,

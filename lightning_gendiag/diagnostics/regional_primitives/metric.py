@@ -11,7 +11,7 @@ from lightning_gendiag.diagnostic import Diagnostic
 from lightning_gendiag.diagnostics.regional_primitives.mathematics import MAX_REGIONS, largest_first, memberships
 
 CARRIED = 0.9
-"""The components are counted that carry this share of all norms."""
+"""The components are counted that carry this share of all squared norms."""
 
 
 FAINT = 0.01
@@ -50,8 +50,9 @@ class RegionalPrimitivesResult(NamedTuple):
 
     @property
     def components(self) -> Tensor:
-        """() how many components carry nine tenths of all norms."""
-        carried = self.norms[self.order].cumsum(0) / self.norms.sum()
+        """() how many components carry nine tenths of all squared norms."""
+        squares = self.norms[self.order].square()
+        carried = squares.cumsum(0) / squares.sum()
         return (carried < CARRIED).sum() + 1
 
     @property
@@ -108,14 +109,15 @@ class RegionalPrimitives(Diagnostic):
         ValueError: if it is out of its range.
 
     Example:
+        >>> import torch
         >>> from lightning_gendiag import decompose, minimal_features
         >>> regions, tail = torch.tensor([[0, 1]]), lambda u: u[:, None, None]  # each number draws a pixel
         >>> feature, baseline = torch.tensor([2.0, 1.0]), torch.zeros(2)
         >>> minimal = minimal_features(tail, feature, baseline, regions, penalty=1e-6)
         >>> metric = RegionalPrimitives(2)
         >>> metric.update(*decompose(tail, feature, regions, minimal))
-        >>> metric.compute().norms  # none, the first alone, the second alone, both together
-        tensor([0.0000, 0.8944, 0.4472, 0.0000], dtype=torch.float64)
+        >>> [round(norm, 3) for norm in metric.compute().norms.tolist()]  # none, the first, the second, both
+        [0.0, 0.894, 0.447, 0.0]
     """
 
     higher_is_better = None

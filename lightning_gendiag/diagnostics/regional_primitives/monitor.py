@@ -84,7 +84,7 @@ class RegionalPrimitivesMonitor(Monitor):
         max_regions: int = 9,
         num_images: int = 2,
         penalty: float = 0.1,
-        max_steps: int = 10,
+        max_steps: int = 20,
         batch_size: int = 512,
         max_seconds: float = 60.0,
         every_n_epochs: int = 10,
@@ -196,23 +196,27 @@ class RegionalPrimitivesMonitor(Monitor):
                 probe.decoder(z)
         finally:
             handle.remove()
-        if len(heard) != 1 or not isinstance(heard[0], Tensor) or len(heard[0]) != len(z):
-            got = f"{len(heard)} calls" if len(heard) != 1 else type(heard[0]).__name__
-            raise ValueError(f"split must name a module that is called once and gives a tensor (N, ...), got {got}.")
+        if not heard or not isinstance(heard[0], Tensor) or len(heard[0]) != len(z):
+            got = type(heard[0]).__name__ if heard else "no call of it"
+            raise ValueError(
+                f"split must name a module that the decoder runs and that gives a tensor (N, ...), got {got}."
+            )
         return heard[0].detach().float()
 
     @contextmanager
     def _tail(self, probe: Probe, z: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A callable from features (n, ...) to images, the rest of the code ``z`` (1, L) held."""
+        """A callable from features (n, ...) to images, the rest of the code ``z`` (1, L) held.
+
+        The first call of the split module gets them in the place of its output, others are left alone.
+        """
         given: list[Tensor] = []
-        handle = self._module(probe).register_forward_hook(lambda module, inputs, output: given[-1])
+        handle = self._module(probe).register_forward_hook(
+            lambda module, inputs, output: given.pop() if given else None
+        )
 
         def tail(features: Tensor) -> Tensor:
-            given.append(features)
-            try:
-                return tensor_of(probe.decoder(z.expand(len(features), -1)), len(features))
-            finally:
-                given.pop()
+            given[:] = [features]
+            return tensor_of(probe.decoder(z.expand(len(features), -1)), len(features))
 
         try:
             with _eager():
