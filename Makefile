@@ -25,6 +25,7 @@ bench: $(READY)  ## each script prints a table; some minutes
 	$(BIN)/python -m benchmarks.cosine_mean_similarity
 	$(BIN)/python -m benchmarks.manifold_entropy --beta
 	$(BIN)/python -m benchmarks.k_star
+	$(BIN)/python -m benchmarks.regional_primitives
 	$(BIN)/python -m benchmarks.alarms
 	$(BIN)/python -m benchmarks.manifold_alarms
 	$(BIN)/python -m benchmarks.class_alarms
