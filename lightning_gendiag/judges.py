@@ -145,7 +145,7 @@ def judge_of(given: Any, probe: Any) -> Callable[[Tensor], Any] | None:
         return None
     if isinstance(given, nn.Module):
         return given.to(probe.module.device).eval()
-    return lambda images: given(probe.module, images)
+    return lambda images: given(probe.module, probe.as_input(images))
 
 
 def class_of(output: Any, n: int) -> Tensor:

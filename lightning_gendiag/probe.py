@@ -391,6 +391,11 @@ class Probe:
             self._drawn = (step, Images(images, torch.cat(labels) if labels else None))
         return self._drawn[1]
 
+    def as_input(self, x: Tensor) -> Tensor:
+        """Images or latents as the module takes them inside ``looking(exact=True)``: on its device, float64 if it is."""
+        double = any(parameter.dtype == torch.float64 for parameter in self.module.parameters())
+        return x.to(self.module.device, torch.float64 if double else torch.float32)
+
     def latents(self, n: int, all_ranks: bool = False) -> Iterator[Tensor]:
         """Seeded draws (., L) of the prior N(0, 1) in float32, in chunks.
 
@@ -403,7 +408,7 @@ class Probe:
         for index in range(rank, math.ceil(n / size), world):
             generator = torch.Generator().manual_seed(self.seed + 7919 * index)
             z = torch.randn(min(size, n - index * size), self.noise_length, generator=generator)
-            yield z.to(self.module.device)
+            yield self.as_input(z)
 
     def codes(self, images: Tensor) -> Tensor:
         """Latents (n, L) of images, the posterior's mean where there is one; inside :meth:`looking`."""

@@ -303,17 +303,17 @@ class PosteriorKLMonitor(Monitor):
     def build(self, probe: Probe) -> PosteriorKL:
         """A metric for as many dimensions as the encoder gives."""
         assert probe.reference is not None
-        with probe.looking():
-            mean, _ = self._moments(probe, as_images(probe.reference.images[:2]).to(probe.module.device))
+        with probe.looking(exact=True):
+            mean, _ = self._moments(probe, probe.as_input(as_images(probe.reference.images[:2])))
         return PosteriorKL(mean.shape[1], threshold=self.threshold)
 
     def feed(self, probe: Probe, step: int) -> None:
         """This rank's share of the reference."""
         assert self.metric is not None
         images = probe.real_share().images
-        with probe.looking():
+        with probe.looking(exact=True):
             for start in range(0, len(images), CHUNK):
-                chunk = as_images(images[start : start + CHUNK]).to(probe.module.device)
+                chunk = probe.as_input(as_images(images[start : start + CHUNK]))
                 self.metric.update(*self._moments(probe, chunk))
 
     def readings(self, result: PosteriorKLResult) -> dict[str, Reading]:

@@ -84,13 +84,13 @@ class GenerationBalanceMonitor(Monitor):
         """The user's classifier as a callable of images."""
         given = self.classifier
         if isinstance(given, str):
-            given = getattr(probe.module, given, None)
-            if not callable(given):
+            found = getattr(probe.module, given, None)
+            if not callable(found):
                 raise ValueError(
                     f"classifier must be a callable or name a submodule or method of {type(probe.module).__name__}, got "
                     f"{self.classifier!r}."
                 )
-            return given  # type: ignore[no-any-return]
+            return lambda images: found(probe.as_input(images))
         return judge_of(given, probe)
 
     def build(self, probe: Probe) -> GenerationBalance:
@@ -112,7 +112,7 @@ class GenerationBalanceMonitor(Monitor):
             self._classify, self.accuracy = neighbours, neighbours.accuracy
         else:
             self._classify = lambda some: class_of(named(some), len(some)).cpu()
-            with probe.looking():
+            with probe.looking(exact=True):
                 told = self._classes(images.to(device))
             self.accuracy = float((told == labels).double().mean())
         return GenerationBalance(self.num_classes or int(labels.max()) + 1)
@@ -139,7 +139,7 @@ class GenerationBalanceMonitor(Monitor):
         device = probe.module.device
         drawn = probe.samples(step).images
         probe.check_range(drawn)
-        with probe.looking():
+        with probe.looking(exact=True):
             if self._real is None:
                 share = probe.real_share()
                 assert share.labels is not None
@@ -150,7 +150,7 @@ class GenerationBalanceMonitor(Monitor):
             classes = torch.zeros(len(drawn), dtype=torch.long)
             classes[finite.cpu()] = self._classes(drawn[finite])
             # rows of images that are not finite stay so, and the metric leaves them out
-            features = torch.full((len(drawn), features.shape[1]), math.nan, device=device)
+            features = torch.full((len(drawn), features.shape[1]), math.nan, device=device, dtype=features.dtype)
             if finite.any():
                 features[finite] = self._features_of(drawn[finite])
             self.metric.update(classes.to(device), real=False, features=features)

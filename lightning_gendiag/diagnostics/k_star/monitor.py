@@ -121,9 +121,9 @@ class KStarMonitor(Monitor):
         share = probe.real_share() if self.images == "real" else probe.samples(step)
         assert share.labels is not None
         device = probe.module.device
-        with probe.looking():
+        with probe.looking(exact=True):
             for start in range(0, len(share.images), CHUNK):
-                images = as_images(share.images[start : start + CHUNK]).to(device)
+                images = probe.as_input(as_images(share.images[start : start + CHUNK]))
                 self.metric.update(self._features(probe, images), share.labels[start : start + CHUNK].to(device))
 
     def readings(self, result: KStarResult) -> dict[str, Reading]:

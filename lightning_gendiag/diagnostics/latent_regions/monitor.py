@@ -94,7 +94,7 @@ class LatentRegionsMonitor(Monitor):
         self._classify = judge_of(self.classifier, probe)
         if self._classify is None and labels is not None:
             self._classify = NeighbourClassifier(images, labels)
-        with probe.looking():
+        with probe.looking(exact=True):
             self._real = torch.cat([self._featurize(as_images(some).to(device)) for some in pieces(images, CHUNK)])
         return LatentRegions(self.components, max_components=self.max_components, max_rows=self.max_rows)
 
@@ -105,9 +105,9 @@ class LatentRegionsMonitor(Monitor):
         anew = number & (number - 1) == 0 or self._chosen is None
         self.metric.components = self.components or (None if anew else self._chosen)
         share, device = probe.real_share(), probe.module.device
-        with probe.looking():
+        with probe.looking(exact=True):
             for start in range(0, len(share.images), CHUNK):
-                images = as_images(share.images[start : start + CHUNK]).to(device)
+                images = probe.as_input(as_images(share.images[start : start + CHUNK]))
                 labels = None if share.labels is None else share.labels[start : start + CHUNK].to(device)
                 self.metric.update(probe.codes(images), labels)
 
@@ -117,7 +117,7 @@ class LatentRegionsMonitor(Monitor):
         generator = torch.Generator().manual_seed(probe.seed)
         fid, inception = result.fid.clone(), result.inception.clone()
         sheet = []
-        with probe.looking():
+        with probe.looking(exact=True):
             self._points = [result.sample(kind, self.num_points, generator) for kind in KINDS]
             for k, points in enumerate(self._points):
                 images = self._decoded(probe, points)
@@ -139,7 +139,7 @@ class LatentRegionsMonitor(Monitor):
     def _decoded(self, probe: Probe, points: Tensor) -> Tensor:
         """Finite images of points; on the module's device."""
         assert probe.reference is not None
-        z = points.float().to(probe.module.device)
+        z = probe.as_input(points)
         if not len(z):
             return as_images(probe.reference.images[:0]).to(z.device)
         images = torch.cat([tensor_of(probe.decoder(some), len(some)) for some in pieces(z, CHUNK)])

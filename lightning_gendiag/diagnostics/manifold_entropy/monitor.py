@@ -176,7 +176,7 @@ class ManifoldEntropyMonitor(Monitor):
         assert self.dims is not None
         assert self._order is not None
         strongest = self.dims[self._order[:TRAVERSED].cpu()]
-        z = torch.zeros(len(strongest), 7, probe.noise_length, device=probe.module.device)
+        z = probe.as_input(torch.zeros(len(strongest), 7, probe.noise_length))
         for row, dim in enumerate(strongest.tolist()):
             z[row, :, dim] = torch.linspace(-2, 2, 7)
         with torch.no_grad():

@@ -201,7 +201,7 @@ class RegionalPrimitivesMonitor(Monitor):
             raise ValueError(
                 f"split must name a module that the decoder runs and that gives a tensor (N, ...), got {got}."
             )
-        return heard[0].detach().float()
+        return heard[0].detach()
 
     @contextmanager
     def _tail(self, probe: Probe, z: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -1,0 +1,48 @@
+"""Every monitor, in every precision of the trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from example_models.vae import VAE
+from lightning_gendiag import (
+    CosineMeanSimilarityMonitor,
+    GenerationBalanceMonitor,
+    KStarMonitor,
+    LatentRegionsMonitor,
+    ManifoldEntropyMonitor,
+    Monitor,
+    PosteriorKLMonitor,
+    Probe,
+    RegionalPrimitivesMonitor,
+)
+from tests.conftest import batches, trainer
+
+MONITORS = {
+    "cms": lambda: CosineMeanSimilarityMonitor(num_regions=2, null_splits=4),
+    "generation_balance": lambda: GenerationBalanceMonitor(),
+    "classifier": lambda: GenerationBalanceMonitor(lambda module, images: module.encode(images)[0]),
+    "k_star": lambda: KStarMonitor(),
+    "latent_regions": lambda: LatentRegionsMonitor(num_points=20),
+    "manifold_entropy": lambda: ManifoldEntropyMonitor(num_latents=4),
+    "posterior_kl": lambda: PosteriorKLMonitor(),
+    "regional_primitives": lambda: RegionalPrimitivesMonitor(
+        regions="grid", max_regions=2, num_images=1, every_n_epochs=1
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:of 9 regions the 2 that change most")
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("make", MONITORS.values(), ids=MONITORS.keys())
+def test_every_monitor_runs_in_every_precision(make: type[Monitor], precision: str) -> None:
+    watched = make()
+    watched.on_error = "raise"
+    watched.given_probe = Probe(num_samples=64, num_reference=64)
+    model = VAE(10, width=2)
+    trainer(watched, max_epochs=1, precision=precision).fit(model, batches(32))
+    assert watched.evaluations == 1
+    # the weights are what they were
+    expected = {"bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "64-true": torch.float64}[precision]
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
