@@ -88,3 +88,24 @@ def test_a_run_on_two_processes_agrees_stops_and_names_the_region(tmp_path: Path
     assert single["epoch"] == one["epoch"]
     for where, value in single["readings"].items():
         assert value == pytest.approx(one["readings"][where], abs=1e-6)
+
+
+def test_all_monitors_on_two_processes_see_what_one_sees(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    reports = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.all_on_two", str(folder), str(processes)],
+            env=environment, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        paths = [folder / f"report_{rank}.pt" for rank in range(processes)]
+        assert all(path.exists() for path in paths), done.stderr[-3000:]
+        reports += [torch.load(path, weights_only=True) for path in paths]
+    assert set(reports[0]) >= {"cms", "generation_balance", "latent_regions", "posterior_kl", "regional_primitives"}
+    for other in reports[1:]:
+        for stem, scalars in reports[0].items():
+            assert other[stem] == pytest.approx(scalars, abs=1e-6, rel=1e-6, nan_ok=True), stem

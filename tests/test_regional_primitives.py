@@ -25,6 +25,7 @@ from lightning_gendiag import (
     or_interactions,
 )
 from lightning_gendiag.diagnostics.regional_primitives.mathematics import importance, memberships
+from lightning_gendiag.monitor import Evaluation
 from tests.cases import Case
 from tests.conftest import batches, trainer
 from tests.test_board_and_panels import events
@@ -340,6 +341,26 @@ def test_a_region_whose_components_vanish_is_found_and_named() -> None:
         own.fit(Painter(lambda epoch: 4 if epoch >= 12 else None), batches())
     assert own.current_epoch < 16
     assert stopping.findings[0].names == ["top left"]
+
+
+def test_components_that_begin_to_leak_are_found_and_named(generator: torch.Generator) -> None:
+    watched, stopping = monitor(), CollapseStopping()
+    watched.names = ["top", "bottom"]
+    for number in range(1, 20):
+        noise = 1 + 0.05 * torch.rand((), generator=generator, dtype=torch.float64)
+        effects = torch.tensor([[0, 0], [1, 0.01], [0.01, 1], [0.1, 0.1]], dtype=torch.float64) * noise
+        if number > 14:
+            # what draws the bottom draws as much into the top
+            effects[2, 0] = 0.9
+        metric = RegionalPrimitives(2)
+        ones = torch.ones(2, dtype=torch.float64)
+        norms = torch.tensor([0, 1, 1, 0.3], dtype=torch.float64) * noise
+        metric.update(norms, effects, torch.ones(4), 0.01 * ones, 0.01 * ones, torch.ones(()))
+        stopping.judge(watched, Evaluation(number, number, number, watched.readings(metric.compute())))
+    found = stopping.findings[0]
+    assert found.where == "the components of bottom"
+    assert "leak into the rest of the image: share of their effect outside their regions rose from 0.0" in str(found)
+    assert found.epoch < 18
 
 
 def test_a_healthy_run_goes_to_its_end() -> None:

@@ -1,0 +1,62 @@
+"""All monitors on one or two processes: ``python -m tests.all_on_two FOLDER PROCESSES``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch import seed_everything
+
+from example_models.data import digits
+from example_models.vae import VAE
+from lightning_gendiag import (
+    CollapseStopping,
+    CosineMeanSimilarityMonitor,
+    GenerationBalanceMonitor,
+    KStarMonitor,
+    LatentRegionsMonitor,
+    ManifoldEntropyMonitor,
+    PosteriorKLMonitor,
+    Probe,
+    RegionalPrimitivesMonitor,
+)
+from tests.conftest import batches, trainer
+
+
+class Still(VAE):
+    """A VAE that stays as it is, since two processes train on other batches than one does."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def main(folder: Path, processes: int) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    seed_everything(0, verbose=False)
+    options = {"probe": Probe(reference=digits(32), num_samples=200, num_reference=301), "on_error": "raise"}
+    monitors = [
+        CosineMeanSimilarityMonitor(num_regions=3, null_splits=8, **options),
+        GenerationBalanceMonitor(**options),
+        KStarMonitor(**options),
+        LatentRegionsMonitor(5, num_points=40, **options),
+        ManifoldEntropyMonitor(num_latents=8, **options),
+        PosteriorKLMonitor(**options),
+        RegionalPrimitivesMonitor(num_regions=3, every_n_epochs=1, num_images=3, max_steps=5, **options),
+    ]
+    own = trainer(
+        *monitors, CollapseStopping(), max_epochs=1, limit_train_batches=2, devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+    )  # fmt: skip
+    own.fit(Still(3, width=2), batches(32, 128))
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {monitor.stem: {k: float(v) for k, v in monitor.result.scalars().items()} for monitor in monitors}
+    torch.save(report, folder / f"report_{own.global_rank}.pt")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
