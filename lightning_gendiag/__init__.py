@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_gendiag.automatic import GenerativeDiagnostics
     from lightning_gendiag.detectors import ChangePoint
     from lightning_gendiag.diagnostic import Diagnostic
     from lightning_gendiag.diagnostics.cosine_mean_similarity import (
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "automatic": ("GenerativeDiagnostics",),
     "detectors": ("ChangePoint",),
     "diagnostic": ("Diagnostic",),
     "diagnostics.cosine_mean_similarity": (
@@ -115,6 +117,7 @@ __all__ = [
     "GenerationBalance",
     "GenerationBalanceMonitor",
     "GenerationBalanceResult",
+    "GenerativeDiagnostics",
     "KStar",
     "KStarMonitor",
     "KStarResult",

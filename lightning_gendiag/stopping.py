@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning_gendiag.board import Board
 from lightning_gendiag.detectors import LIMIT, ChangePoint, Verdict
 from lightning_gendiag.monitor import DiagnosticWarning, Evaluation, Monitor
+from lightning_gendiag.verdict import last_good, written
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -63,6 +64,10 @@ class Finding:
     """What is said instead of how far it fell, where a rule decided and no fluctuation."""
     recovered: int | None = None
     """The step at which it was back at its level; None while it is not."""
+    moved: list[str] = field(default_factory=list)
+    """What else left its level at the same time, as ``diagnostic: series``; the clearest first."""
+    look_at: list[str] = field(default_factory=list)
+    """Tags on TensorBoard that show it."""
 
     def __str__(self) -> str:
         at = f"at epoch {self.epoch} (step {self.step})"
@@ -123,6 +128,7 @@ class CollapseStopping(EarlyStopping):
         self._seen: dict[str, int] = {}
         self._detectors: dict[str, dict[str, ChangePoint]] = {}
         self._history: dict[str, dict[str, list[tuple[int, int, float]]]] = {}
+        self._deviations: dict[str, dict[str, float]] = {}
 
     @property
     def state_key(self) -> str:
@@ -161,7 +167,11 @@ class CollapseStopping(EarlyStopping):
                     self._seen[monitor.state_key] = latest.number
                     found += [(monitor, finding) for finding in self.judge(monitor, latest)]
         for number, (monitor, finding) in enumerate(found, len(self.findings) - len(found) + 1):
+            finding.moved = self._moved(finding)
+            finding.look_at = [f"gendiag/alarm_{number}/picture", f"gendiag/{monitor.name}/panel"]
             self._report(trainer, monitor, finding, number)
+        if found and trainer.is_global_zero:
+            self._write(trainer)
         if not fresh or self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.strategy.reduce_boolean_decision(bool(found), all=False):
@@ -195,6 +205,7 @@ class CollapseStopping(EarlyStopping):
             verdict = verdicts.get(finding.series) if finding.diagnostic == monitor.name else None
             if finding.recovered is None and verdict is not None and verdict.closed:
                 finding.recovered = evaluation.step
+        self._deviations[monitor.name] = {where: verdict.deviation for where, verdict in verdicts.items()}
         found = self._findings(monitor, evaluation, verdicts, history)
         # first the part that carries most of the fall
         found.sort(key=lambda finding: -finding.shares.get(finding.names[0], 1.0))
@@ -275,7 +286,64 @@ class CollapseStopping(EarlyStopping):
                 findings.append(told([lead], whole) if shares.get(lead, 0.0) >= 0.5 else finding)
         return findings
 
+    def _moved(self, finding: Finding, most: int = 6) -> list[str]:
+        """What else lies far from its level now."""
+        far = [
+            (deviation, f"{name}: {where}")
+            for name, series in self._deviations.items()
+            for where, deviation in series.items()
+            if deviation > LIMIT and not (name == finding.diagnostic and where in finding.names)
+        ]
+        return [words for _, words in sorted(far, reverse=True)[:most]]
+
     # ---- telling people ----
+
+    def verdict(self, trainer: Trainer | None = None) -> dict[str, Any]:
+        """How things stand, as plain Python that JSON takes.
+
+        Args:
+            trainer: to name the last checkpoint from before the first finding that did not recover.
+
+        Returns:
+            ``healthy`` (bool), ``words`` (one paragraph), ``findings`` (a list of dictionaries with the fields of
+            :class:`Finding` and their ``words``), ``evaluations`` (by diagnostic), ``last_good_checkpoint`` (a path or
+            None).
+        """
+        open_now = [finding for finding in self.findings if finding.recovered is None]
+        good = last_good(trainer, min(f.since for f in open_now)) if trainer is not None and open_now else None
+        if not self.findings:
+            words = "Healthy: nothing fell from its level."
+        else:
+            words = " ".join(str(finding) for finding in open_now or self.findings)
+            if not open_now:
+                words = f"Recovered: {words}"
+            moved = list(dict.fromkeys(name for finding in open_now for name in finding.moved))
+            words += f" What else moved: {_listed(moved)}." if moved else ""
+            words += f" To look at: {_listed([tag for f in open_now for tag in f.look_at])}." if open_now else ""
+            words += f" The last good checkpoint is {good}." if good else ""
+        return {
+            "healthy": not open_now,
+            "words": words,
+            "findings": [{**asdict(finding), "said": str(finding)} for finding in self.findings],
+            "evaluations": dict(self._seen),
+            "last_good_checkpoint": good,
+        }
+
+    def _write(self, trainer: Trainer) -> None:
+        """The verdict as JSON beside the loggers' files, and as text on TensorBoard."""
+        try:
+            verdict = self.verdict(trainer)
+            written(trainer, verdict)
+            board = Board(trainer, max((f.step for f in self.findings), default=0), "gendiag")
+            board.text("verdict", verdict["words"])
+            board.flush()
+        except Exception as error:
+            warnings.warn(f"the verdict could not be written: {error}", DiagnosticWarning, stacklevel=2)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the verdict of the whole run."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write(trainer)
 
     def _report(self, trainer: Trainer, monitor: Monitor, finding: Finding, number: int) -> None:
         words = str(finding)

@@ -14,10 +14,11 @@ import lightning_gendiag
 ROOT = Path(lightning_gendiag.__file__).parent
 FLOORS = [
     {"functional", "detectors", "panels"},
-    {"regions", "diagnostic", "board", "judges"},
+    {"regions", "diagnostic", "board", "judges", "verdict"},
     {"probe"},
     {"monitor"},
     {"diagnostics", "stopping"},
+    {"automatic"},
 ]
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 

@@ -300,6 +300,15 @@ class PosteriorKLMonitor(Monitor):
             )
         return pair[0].flatten(1), pair[1].flatten(1)
 
+    def try_out(self, probe: Probe, images: Tensor) -> None:
+        """See whether the encoder gives a mean and a variance for images (n, C, H, W); nothing of the module changes.
+
+        Raises:
+            ValueError: if it gives anything else.
+        """
+        with probe.looking(parameters=True, exact=True):
+            self._moments(probe, probe.as_input(as_images(images)))
+
     def build(self, probe: Probe) -> PosteriorKL:
         """A metric for as many dimensions as the encoder gives."""
         assert probe.reference is not None
