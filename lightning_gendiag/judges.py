@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from lightning_gendiag.functional import as_images, exact_matmul, pieces
 
 CHUNK = 256
-"""Images that are looked at together."""
+"""Images that are looked at together, at most."""
+
+POSITIONS = 1 << 22
+"""Positions of images that are looked at together: 256 images of 128x128, 16 of 512x512."""
+
+PIXELS = 4096
+"""Images of up to so many numbers are compared by their pixels, larger ones by features."""
 
 SKLEARN_MISSING = "{who} needs scikit-learn: pip install 'lightning_gendiag[latent]'"
 
@@ -55,7 +61,7 @@ class FeatureNetwork(nn.Module):
         self.register_buffer("first", first / (25 * channels) ** 0.5)
         self.register_buffer("second", second / (25 * 32) ** 0.5)
         self.to(images.device)
-        answers = torch.cat([self._answers(chunk) for chunk in pieces(images, CHUNK)]).double()
+        answers = torch.cat([self._answers(chunk) for chunk in pieces(images, together(images))]).double()
         centre = answers.mean(0)
         _, singular, directions = torch.linalg.svd(answers - centre, full_matrices=False)
         deviation = singular / (len(images) - 1) ** 0.5
@@ -132,10 +138,20 @@ class NeighbourClassifier:
         return torch.from_numpy(self.model.predict_proba(self._rows(images)))
 
 
+def together(images: Tensor) -> int:
+    """How many images (N, C, H, W) are looked at together."""
+    return max(1, min(CHUNK, POSITIONS // max(1, images.shape[2] * images.shape[3])))
+
+
+def space_for(images: Tensor, network: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """What nearest neighbours are found by: None, the pixels, for small images (N, C, H, W), a network for large ones."""
+    return None if images[0].numel() <= PIXELS else network
+
+
 def in_chunks(judge: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """What a judge says of images, some at a time, without gradients, as (N, F)."""
     with torch.no_grad():
-        parts = [judge(as_images(chunk)).detach() for chunk in pieces(images, CHUNK)]
+        parts = [judge(as_images(chunk)).detach() for chunk in pieces(images, together(images))]
     return torch.cat([part.flatten(1) for part in parts])
 
 

@@ -24,7 +24,7 @@ from lightning_gendiag import (
 )
 from lightning_gendiag.diagnostics.generation_balance.metric import binomial_interval
 from lightning_gendiag.functional import frechet_distance
-from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier
+from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, space_for, together
 from tests.cases import Case
 from tests.conftest import ScriptedGenerator, batches, trainer
 from tests.test_board_and_panels import events
@@ -172,7 +172,7 @@ def test_rows_that_are_not_finite_are_left_out_and_told() -> None:
             r"features must be \(1, F\), got",
         ),
         (lambda: GenerationBalanceMonitor(neighbours=0), "neighbours must be at least 1"),
-        (lambda: GenerationBalanceMonitor(space="latent"), "space must be 'pixels' or 'features'"),  # type: ignore[arg-type]
+        (lambda: GenerationBalanceMonitor(space="latent"), "space must be 'auto', 'pixels' or 'features'"),  # type: ignore[arg-type]
         (lambda: GenerationBalanceMonitor(num_classes=1), "num_classes must be at least 2"),
         (lambda: FeatureNetwork(torch.zeros(2, 1, 8, 8)), "images must be at least 4, got 2"),
     ],
@@ -361,3 +361,19 @@ def test_recorded_healthy_runs_raise_no_alarm_and_a_dropped_class_is_named(kind:
         stopping, victim = replay(run, "dropped")
         assert stopping.findings[0].names == [victim]
         assert stopping.findings[0].epoch < START + 4
+
+
+def test_large_images_are_looked_at_in_small_pieces_and_compared_by_features() -> None:
+    large, small = torch.rand(40, 3, 96, 96), torch.rand(40, 1, 32, 32)
+    assert together(large) == 256
+    assert together(torch.empty(1, 3, 1024, 1024)) == 4
+    assert space_for(small, torch.nn.Identity()) is None
+    watched = GenerationBalanceMonitor(
+        probe=Probe(reference=(large, torch.arange(40) % 2), num_samples=8), on_error="raise"
+    )
+    network = nn.Sequential(nn.Linear(4, 3 * 96 * 96), nn.Unflatten(1, (3, 96, 96)), nn.Sigmoid())
+    model = Classified()
+    model.sample = lambda n: network(torch.randn(n, 4))  # type: ignore[method-assign]
+    trainer(watched, max_epochs=1).fit(model, batches(16, 32))
+    assert isinstance(watched._classify, NeighbourClassifier)
+    assert watched._classify.model.n_features_in_ == 39

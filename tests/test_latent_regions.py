@@ -318,3 +318,14 @@ def test_training_is_bit_identical_with_and_without() -> None:
     watched = LatentRegionsMonitor(probe=Probe(num_samples=64), num_points=50, on_error="raise")
     torch.testing.assert_close(run(watched), run(), rtol=0, atol=0)
     assert watched.result is not None
+
+
+def test_latents_of_many_dimensions_are_sampled_without_a_matrix_for_each_point() -> None:
+    z = torch.randn(400, 256, generator=torch.Generator().manual_seed(0))
+    z[:200] += 3
+    regions = latent_regions(z, components=2)
+    points = regions.sample("cluster", 100, torch.Generator().manual_seed(0))
+    assert points.shape == (100, 256)
+    own = regions.responsibilities(points).argmax(1)
+    for k in range(2):
+        torch.testing.assert_close(points[own == k].mean(0), regions.means[k], rtol=0, atol=0.8)

@@ -250,3 +250,9 @@ def test_recorded_collapse_is_found_and_named_in_time(kind: str) -> None:
         assert finding is not None
         assert finding is stopping.findings[0]
         assert finding.epoch - begun < 9
+
+
+def test_of_very_many_dimensions_the_whole_is_watched() -> None:
+    metric = PosteriorKL(300)
+    metric.update(torch.randn(20, 300), torch.zeros(20, 300))
+    assert set(PosteriorKLMonitor().readings(metric.compute())) == {"the latent", "all of the latent"}

@@ -34,6 +34,9 @@ LEAST = 1e-4
 MAX_DIMENSION_TAGS = 20
 """Up to so many dimensions each has a scalar of its own."""
 
+WATCHED = 256
+"""Up to so many dimensions each is watched for its death; of more, such as spatial latents, the total only."""
+
 FULL_COVARIANCE = 512
 """Up to so many dimensions the aggregate posterior's covariance is kept whole, beyond its diagonal."""
 
@@ -225,7 +228,7 @@ class PosteriorKLMonitor(Monitor):
 
     A dimension dies when its KL falls from what it was to next to nothing; how much a living one carries is no alarm, so
     that a warm-up of the KL term is none. The whole has vanished when no dimension is active in ``patience`` evaluations
-    in a row, from the beginning of training too.
+    in a row, from the beginning of training too. Of more than 256 dimensions the whole alone is watched.
 
     Args:
         posterior: what gives mean and spread (N, L) of images: the name of a method of the module, a callable
@@ -328,7 +331,8 @@ class PosteriorKLMonitor(Monitor):
     def readings(self, result: PosteriorKLResult) -> dict[str, Reading]:
         """Each dimension, as far as it carries little; the total; and whether all is silent for long."""
         values, total = result.per_dimension.tolist(), float(result.total)
-        readings = {f"dimension {i}": Reading(value, _silence(value), fault="died") for i, value in enumerate(values)}
+        watched = values if len(values) <= WATCHED else []
+        readings = {f"dimension {i}": Reading(value, _silence(value), fault="died") for i, value in enumerate(watched)}
         readings["the latent"] = Reading(total, _silence(total), "whole", fault="vanished")
         self.silent = self.silent + 1 if int(result.active_units) == 0 else 0
         gone = self.silent >= self.patience

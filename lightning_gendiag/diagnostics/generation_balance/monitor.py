@@ -13,7 +13,7 @@ from lightning_gendiag import panels
 from lightning_gendiag.board import Board
 from lightning_gendiag.diagnostics.generation_balance.metric import COVERED, GenerationBalance, GenerationBalanceResult
 from lightning_gendiag.functional import as_images, pieces
-from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, class_of, in_chunks, judge_of
+from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, class_of, in_chunks, judge_of, space_for
 from lightning_gendiag.monitor import Monitor, Reading
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class GenerationBalanceMonitor(Monitor):
             ``(module, images)``, giving labels (n,) or scores (n, K); by default the nearest neighbours in the
             reference.
         neighbours: of that default.
-        space: in which the default compares: ``"pixels"`` or ``"features"``.
+        space: in which the default compares: ``"pixels"``, ``"features"``, or ``"auto"``: pixels of images of up to
+            4,096 numbers.
         features: what gives features (n, F) for the FID of each class: a module, or a callable ``(module, images)``; by
             default a :class:`~lightning_gendiag.judges.FeatureNetwork` fitted on the reference.
         num_classes: K; by default the reference's largest label and one.
@@ -53,7 +54,7 @@ class GenerationBalanceMonitor(Monitor):
         classifier: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
         *,
         neighbours: int = 3,
-        space: Literal["pixels", "features"] = "pixels",
+        space: Literal["auto", "pixels", "features"] = "auto",
         features: Callable | None = None,  # type: ignore[type-arg]
         num_classes: int | None = None,
         **kwargs: Any,
@@ -61,8 +62,8 @@ class GenerationBalanceMonitor(Monitor):
         super().__init__(**kwargs)
         if neighbours < 1:
             raise ValueError(f"neighbours must be at least 1, got {neighbours}.")
-        if space not in ("pixels", "features"):
-            raise ValueError(f"space must be 'pixels' or 'features', got {space!r}.")
+        if space not in ("auto", "pixels", "features"):
+            raise ValueError(f"space must be 'auto', 'pixels' or 'features', got {space!r}.")
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
         self.classifier, self.neighbours, self.space = classifier, neighbours, space
@@ -107,7 +108,9 @@ class GenerationBalanceMonitor(Monitor):
         assert self._featurize is not None
         named = self._named(probe)
         if named is None:
-            space = self._on(device) if self.space == "features" else None
+            by_features = self._on(device)
+            chosen = {"auto": space_for(images, by_features), "pixels": None, "features": by_features}
+            space = chosen[self.space]
             neighbours = NeighbourClassifier(images, labels, space, self.neighbours)
             self._classify, self.accuracy = neighbours, neighbours.accuracy
         else:

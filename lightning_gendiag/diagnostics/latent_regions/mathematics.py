@@ -163,7 +163,9 @@ class LatentRegionsResult(NamedTuple):
             else:
                 which = torch.multinomial(own.weights, 4 * n, replacement=True, generator=generator)
                 which = which if component is None else torch.full_like(which, component)
-                z = own.means[which] + (roots[which] @ noise[..., None])[..., 0]
+                z = torch.empty_like(noise)
+                for k, root in enumerate(roots):
+                    z[which == k] = own.means[k] + noise[which == k] @ root.T
             found.append(z[own.inside(kind, z)])
             if sum(map(len, found)) >= n:
                 break

@@ -15,7 +15,7 @@ from lightning_gendiag.board import Board
 from lightning_gendiag.diagnostics.latent_regions.mathematics import KINDS, LatentRegionsResult
 from lightning_gendiag.diagnostics.latent_regions.metric import LatentRegions
 from lightning_gendiag.functional import as_images, pieces, tensor_of
-from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, class_of, in_chunks, judge_of
+from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, class_of, in_chunks, judge_of, space_for
 from lightning_gendiag.monitor import Monitor, Reading
 
 if TYPE_CHECKING:
@@ -93,7 +93,10 @@ class LatentRegionsMonitor(Monitor):
         assert self._featurize is not None
         self._classify = judge_of(self.classifier, probe)
         if self._classify is None and labels is not None:
-            self._classify = NeighbourClassifier(images, labels)
+            judge = self._featurize
+            space = space_for(images, lambda some: in_chunks(judge, some.to(device)).cpu())
+            with probe.looking(exact=True):
+                self._classify = NeighbourClassifier(images, labels, space, accuracy=False)
         with probe.looking(exact=True):
             self._real = torch.cat([self._featurize(as_images(some).to(device)) for some in pieces(images, CHUNK)])
         return LatentRegions(self.components, max_components=self.max_components, max_rows=self.max_rows)
