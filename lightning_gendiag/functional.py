@@ -17,13 +17,33 @@ def exact_matmul() -> Iterator[None]:
     A training script may lower ``torch.set_float32_matmul_precision`` or run under autocast; differences of
     nearly equal squared norms do not survive that.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # a script that chose by the newer setting may not be asked by the older one
+    newer = torch.backends.cuda.matmul if hasattr(torch.backends.cuda.matmul, "fp32_precision") else None
+    chosen = None if newer is None else newer.fp32_precision
+    try:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:
+        precision = None
+        assert newer is not None
+        newer.fp32_precision = "ieee"
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        elif newer is not None:
+            newer.fp32_precision = chosen
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by plain matrix products: the fused kernels have no forward derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def as_images(images: Tensor, name: str = "images") -> Tensor:

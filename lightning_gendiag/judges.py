@@ -114,7 +114,8 @@ class NeighbourClassifier:
             raise ModuleNotFoundError(SKLEARN_MISSING.format(who="a nearest-neighbour classifier")) from error
         self.features = features
         x, y = self._rows(images), labels.cpu().numpy()
-        self.model = KNeighborsClassifier(min(neighbours, len(x)), algorithm="brute")
+        # the folds that measure the accuracy hold four fifths
+        self.model = KNeighborsClassifier(max(1, min(neighbours, len(x) * 4 // 5)), algorithm="brute")
         self.accuracy = float("nan")
         if accuracy and len(x) >= 10:
             from sklearn.model_selection import KFold
@@ -160,6 +161,9 @@ def judge_of(given: Any, probe: Any) -> Callable[[Tensor], Any] | None:
     if given is None:
         return None
     if isinstance(given, nn.Module):
+        if any(part is given for part in probe.module.modules()):
+            # its modes are kept by the probe
+            return lambda images: given(probe.as_input(images))
         return given.to(probe.module.device).eval()
     return lambda images: given(probe.module, probe.as_input(images))
 
@@ -175,7 +179,9 @@ def class_of(output: Any, n: int) -> Tensor:
     if isinstance(output, Tensor) and len(output) == n:
         if output.ndim == 1 and not output.is_floating_point():
             return output.long()
-        if output.ndim == 2:
+        if output.ndim == 2 and output.shape[1] > 1:
             return output.argmax(1)
     got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise ValueError(f"classifier must return ({n},) labels or ({n}, K) scores for {n} images, got {got}.")
+    raise ValueError(
+        f"classifier must return ({n},) labels or ({n}, K) scores of two classes or more for {n} images, got {got}."
+    )

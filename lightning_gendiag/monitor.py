@@ -121,6 +121,7 @@ class Monitor(Callback):
         self._loaded: dict[str, Any] | None = None
         self._last_step: int | None = None
         self._unreadable: Exception | None = None
+        self._module: LightningModule | None = None
 
     # ---- what a subclass says ----
 
@@ -176,6 +177,9 @@ class Monitor(Callback):
             # the owner keeps the probe's state in its checkpoint
             self.probe.owner = self
         self.probe.attach(trainer, pl_module, self.needs)
+        if self._module is not pl_module:
+            # what was built holds parts of the module
+            self.metric, self._module = None, pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up a checkpoint's state and try the sampler, once the module is on its device."""
@@ -255,16 +259,18 @@ class Monitor(Callback):
         assert probe is not None
         error: Exception | None = None
         ready = True
+        unreadable, self._unreadable = self._unreadable, None
         try:
-            if self._unreadable is not None:
-                raise self._unreadable
+            # all ranks ask together, whatever one of them could not read
             ready = not self.needs_reference or probe.ready(epoch_over)
+            if unreadable is not None and not ready:
+                raise unreadable
             if ready:
                 self.metric = (self.metric or self.build(probe)).to(module.device)
                 self.metric.reset()
                 self.feed(probe, step)
         except Exception as caught:
-            error = caught
+            error = unreadable or caught
         if not self._agreed(error, trainer) or not ready:
             return
         readings: dict[str, Reading] = {}

@@ -52,3 +52,17 @@ def test_images_say_what_is_wrong_with_them() -> None:
         as_images(torch.zeros(3, 4, 4))
     with pytest.raises(ValueError, match="floating-point or uint8"):
         as_images(torch.zeros(1, 1, 4, 4, dtype=torch.long))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="older torch has one setting only"
+)
+def test_exact_products_stand_beside_the_newer_setting() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        with exact_matmul():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

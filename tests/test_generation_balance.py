@@ -26,7 +26,7 @@ from lightning_gendiag.diagnostics.generation_balance.metric import binomial_int
 from lightning_gendiag.functional import frechet_distance
 from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, space_for, together
 from tests.cases import Case
-from tests.conftest import ScriptedGenerator, batches, trainer
+from tests.conftest import ScriptedGenerator, TinyGAN, batches, trainer
 from tests.test_board_and_panels import events
 from tests.test_monitor import state_after_training
 
@@ -314,7 +314,7 @@ def test_images_with_nan_are_counted_and_no_crash() -> None:
     watched = GenerationBalanceMonitor(probe=probe(chunk_size=500), on_error="raise")
     trainer(watched, max_epochs=1).fit(ScriptedGenerator(script), batches(16, 32))
     assert float(watched.result.generated_count.sum()) == 400
-    assert float(watched.result.invalid) == pytest.approx(100 / 1300)
+    assert float(watched.result.invalid) == pytest.approx(100 / 500)
 
 
 def test_without_labels_it_says_so() -> None:
@@ -377,3 +377,58 @@ def test_large_images_are_looked_at_in_small_pieces_and_compared_by_features() -
     trainer(watched, max_epochs=1).fit(model, batches(16, 32))
     assert isinstance(watched._classify, NeighbourClassifier)
     assert watched._classify.model.n_features_in_ == 39
+
+
+class Judged(TinyGAN):
+    """A GAN with a classifier of its own that has BatchNorm and dropout, wider than the reference's labels."""
+
+    def __init__(self, favourite: int = 3) -> None:
+        super().__init__()
+        self.judge = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 12))
+        nn.init.zeros_(self.judge[3].weight)
+        with torch.no_grad():
+            self.judge[3].bias.copy_(torch.nn.functional.one_hot(torch.tensor(favourite), 12))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"classifier": "judge"},
+        {"features": lambda module, images: module.judge(images)},
+        {"features": lambda module, images: module.judge(images), "space": "features"},
+        {"classifier": "the module"},
+    ],
+)
+def test_judges_that_are_part_of_the_module_leave_no_trace(options: dict[str, Any]) -> None:
+    class Attached(GenerationBalanceMonitor):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if self.classifier == "the module":
+                self.classifier = pl_module.judge
+            super().setup(trainer, pl_module, stage)
+
+    watched = Attached(probe=Probe(num_samples=32, num_reference=32), on_error="raise", **options)
+    found = state_after_training(watched, module=Judged)
+    torch.testing.assert_close(found, state_after_training(module=Judged), rtol=0, atol=0, equal_nan=True)
+    assert watched.result is not None
+
+
+def test_a_classifier_of_more_classes_than_the_reference_shows_sets_their_number() -> None:
+    watched = GenerationBalanceMonitor("judge", probe=Probe(num_samples=32, num_reference=32), on_error="raise")
+    trainer(watched, max_epochs=1).fit(Judged(11), batches())
+    assert watched.result.generated_count.tolist() == [0.0] * 11 + [32.0]
+
+
+def test_another_model_on_another_trainer_is_judged_by_its_own_classifier() -> None:
+    watched = GenerationBalanceMonitor("judge", probe=Probe(num_samples=32, num_reference=32), on_error="raise")
+    for favourite in (3, 5):
+        trainer(watched, max_epochs=1).fit(Judged(favourite), batches())
+        assert int(watched.result.generated_count.argmax()) == favourite
+
+
+def test_images_that_are_all_nan_are_told() -> None:
+    watched = GenerationBalanceMonitor("classify", probe=probe(), on_error="raise")
+    model = Classified()
+    model.sample = lambda n: torch.full((n, 1, 16, 16), torch.nan)  # type: ignore[method-assign]
+    trainer(watched, max_epochs=1).fit(model, batches(16, 32))
+    assert float(watched.result.invalid) == 1
+    assert not watched.result.dropped.any()

@@ -329,3 +329,21 @@ def test_latents_of_many_dimensions_are_sampled_without_a_matrix_for_each_point(
     own = regions.responsibilities(points).argmax(1)
     for k in range(2):
         torch.testing.assert_close(points[own == k].mean(0), regions.means[k], rtol=0, atol=0.8)
+
+
+def test_points_of_one_component_are_its_own_even_inside_a_broad_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.cat([4 * torch.randn(800, 2, generator=generator), 0.2 * torch.randn(400, 2, generator=generator) + 1])
+    regions = latent_regions(z, components=2)
+    for k in range(2):
+        points = regions.sample("cluster", 300, generator, component=k)
+        assert (regions.responsibilities(points).argmax(1) == k).all()
+
+
+def test_a_decoder_of_vectors_is_refused_before_training() -> None:
+    class Vectors(Coder):
+        def decode(self, z: Tensor) -> Tensor:
+            return z
+
+    with pytest.raises(ValueError, match=r"decoded images must be an \(N, C, H, W\) tensor, got shape \(2, 2\)"):
+        trainer(LatentRegionsMonitor(probe=probe()), max_epochs=1).fit(Vectors(), batches(16, 32))

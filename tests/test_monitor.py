@@ -422,3 +422,15 @@ def test_classes_are_followed_when_the_sampler_takes_labels() -> None:
     assert float(watched.result.classes.min()) > 0.9
     scalars = watched.result.scalars()
     assert float(scalars["worst_class"]) == min(float(scalars[f"class_{k}"]) for k in range(10))
+
+
+def test_one_batch_that_cannot_be_read_costs_nothing_once_there_is_a_reference() -> None:
+    calls = iter(range(1000))
+
+    def images(batch: Any) -> Any:
+        return "nothing" if next(calls) == 2 else batch[0]
+
+    watched = monitor(probe=Probe(images=images, num_samples=64, num_reference=48))
+    trainer(watched, max_epochs=3).fit(TinyGAN(), batches())
+    assert watched.enabled
+    assert watched.evaluations == 3

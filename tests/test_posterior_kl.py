@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -256,3 +257,12 @@ def test_of_very_many_dimensions_the_whole_is_watched() -> None:
     metric = PosteriorKL(300)
     metric.update(torch.randn(20, 300), torch.zeros(20, 300))
     assert set(PosteriorKLMonitor().readings(metric.compute())) == {"the latent", "all of the latent"}
+
+
+def test_posteriors_that_are_all_nan_are_no_collapse() -> None:
+    metric, watched = PosteriorKL(2), PosteriorKLMonitor(patience=1)
+    metric.update(torch.full((5, 2), torch.nan), torch.zeros(5, 2))
+    result = metric.compute()
+    assert float(result.invalid) == 1
+    assert watched.readings(result)["all of the latent"].badness == 0
+    assert math.isnan(watched.readings(result)["the latent"].badness)

@@ -410,3 +410,37 @@ def test_configurations_that_cannot_work_are_refused_before_training() -> None:
         flat = GAN(8, width=4)
         probe = Probe(decode=lambda module, z: z[:, :1, None, None].expand(-1, 1, 8, 8), latent_dim=8)
         trainer(monitor(None, probe=probe), max_epochs=1).fit(flat, batches(32))
+
+
+def test_a_tail_without_a_derivative_is_refused_in_words() -> None:
+    @torch.no_grad()
+    def frozen(u: Tensor) -> Tensor:
+        return linear(u)
+
+    for tail in (frozen, lambda u: linear(u.detach())):
+        with pytest.raises((ValueError, RuntimeError), match=r"tail must depend on the features|does not require grad"):
+            minimal_features(tail, FEATURE, 0 * FEATURE, REGIONS)
+
+
+def test_a_region_that_never_changes_does_not_spoil_the_means() -> None:
+    def dark(u: Tensor) -> Tensor:
+        image = linear(u).clone()
+        # black at the baseline and in the image, and touched on the way
+        image[:, :, :4, :4] = 0.01 * (u[:, 1] * (u[:, 1] + 2))[:, None, None, None]
+        return image
+
+    minimal = minimal_features(dark, FEATURE, 0 * FEATURE, REGIONS)
+    found = decompose(dark, FEATURE, REGIONS, minimal)
+    assert float(found.irrelevant.max()) < 10
+    assert float(found.relevant.max()) < 10
+
+
+def test_without_an_image_all_is_nan() -> None:
+    result = RegionalPrimitives(3).compute()
+    assert result.components.isnan()
+    assert result.sparsity.isnan()
+
+
+def test_maps_with_gaps_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="regions must have each number from 0 to 2, got none of"):
+        monitor(regions=torch.tensor([[-1, 0], [2, 2]]))

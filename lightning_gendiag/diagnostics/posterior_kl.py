@@ -334,7 +334,7 @@ class PosteriorKLMonitor(Monitor):
         watched = values if len(values) <= WATCHED else []
         readings = {f"dimension {i}": Reading(value, _silence(value), fault="died") for i, value in enumerate(watched)}
         readings["the latent"] = Reading(total, _silence(total), "whole", fault="vanished")
-        self.silent = self.silent + 1 if int(result.active_units) == 0 else 0
+        self.silent = self.silent + 1 if total == total and int(result.active_units) == 0 else 0
         gone = self.silent >= self.patience
         readings["all of the latent"] = Reading(
             total,

@@ -38,9 +38,10 @@ class GenerationBalanceResult(NamedTuple):
     fid: Tensor
     """(K,) Fréchet distance of real and generated features of the class; nan with fewer than two of either."""
     invalid: Tensor
-    """() share of rows with nan or inf, which are left out."""
+    """() share of generated images with nan or inf, which are left out."""
     accuracy: Tensor
-    """() of the classifier on held-out reference images, 0 to 1; nan where it is not known."""
+    """() of the classifier, 0 to 1: nearest neighbours on held-out reference images, the user's own on the reference; nan
+    where it is not known."""
 
     @property
     def real_share(self) -> Tensor:
@@ -202,14 +203,14 @@ class GenerationBalance(Diagnostic):
             fid[enough] = frechet_distance(
                 mean[0, enough], covariance[0, enough], mean[1, enough], covariance[1, enough]
             ).clamp(min=0)
-        seen = self.counts.sum() + self.left_out.sum()
+        seen = self.counts[0].sum() + self.left_out[0]
         return GenerationBalanceResult(
             real_count=self.counts[1],
             generated_count=self.counts[0],
             real_interval=binomial_interval(self.counts[1], tail),
             interval=binomial_interval(self.counts[0], tail),
             fid=fid,
-            invalid=self.left_out.sum() / seen if float(seen) else torch.zeros_like(seen),
+            invalid=self.left_out[0] / seen if float(seen) else torch.zeros_like(seen),
             accuracy=torch.full_like(seen, math.nan),
         )
 

@@ -106,19 +106,23 @@ class GenerationBalanceMonitor(Monitor):
         network = self.features or FeatureNetwork(as_images(images).to(device))
         self._featurize = judge_of(network, probe)
         assert self._featurize is not None
-        named = self._named(probe)
+        named, known = self._named(probe), int(labels.max()) + 1
+        self._real = None
         if named is None:
             by_features = self._on(device)
             chosen = {"auto": space_for(images, by_features), "pixels": None, "features": by_features}
             space = chosen[self.space]
-            neighbours = NeighbourClassifier(images, labels, space, self.neighbours)
+            with probe.looking(exact=True):
+                neighbours = NeighbourClassifier(images, labels, space, self.neighbours)
             self._classify, self.accuracy = neighbours, neighbours.accuracy
         else:
             self._classify = lambda some: class_of(named(some), len(some)).cpu()
             with probe.looking(exact=True):
                 told = self._classes(images.to(device))
+                scores = named(as_images(images[:2]).to(device))
             self.accuracy = float((told == labels).double().mean())
-        return GenerationBalance(self.num_classes or int(labels.max()) + 1)
+            known = max(known, int(told.max()) + 1, scores.shape[1] if getattr(scores, "ndim", 0) == 2 else 0)
+        return GenerationBalance(self.num_classes or known)
 
     def _on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         return lambda images: self._features_of(images.to(device)).cpu()
@@ -130,11 +134,13 @@ class GenerationBalanceMonitor(Monitor):
     def _classes(self, images: Tensor) -> Tensor:
         """(n,) on the CPU."""
         assert self._classify is not None
+        if len(images) == 0:
+            return torch.zeros(0, dtype=torch.long)
         if isinstance(self._classify, NeighbourClassifier):
             return self._classify(images).cpu()
         with torch.no_grad():
             parts = [self._classify(as_images(chunk)) for chunk in pieces(images, CHUNK)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+        return torch.cat(parts)
 
     def feed(self, probe: Probe, step: int) -> None:
         """This rank's share of the reference and of the samples."""

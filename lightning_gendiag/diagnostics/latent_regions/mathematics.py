@@ -166,7 +166,11 @@ class LatentRegionsResult(NamedTuple):
                 z = torch.empty_like(noise)
                 for k, root in enumerate(roots):
                     z[which == k] = own.means[k] + noise[which == k] @ root.T
-            found.append(z[own.inside(kind, z)])
+            inside = own.inside(kind, z)
+            if component is not None:
+                # a broad component may lie around a narrow one
+                inside &= own.responsibilities(z).argmax(1) == component
+            found.append(z[inside])
             if sum(map(len, found)) >= n:
                 break
         return torch.cat(found)[:n]
@@ -202,9 +206,9 @@ class LatentRegionsResult(NamedTuple):
         if len(self.margins):
             values |= {"margin_width": self.widths.mean(), "margin_depth": self.depths.mean()}
         if len(self.classes):
-            values["class_entropy"] = (self.weights * self.class_entropy).sum()
+            values["class_entropy"] = weighted(self.class_entropy, self.weights)
         if not self.decoded_share.isnan().all():
-            values["decoded_entropy"] = (self.weights * self.decoded_entropy).sum()
+            values["decoded_entropy"] = weighted(self.decoded_entropy, self.weights)
         for name, numbers in (("fid", self.fid), ("inception_score", self.inception)):
             values |= {f"{name}_{kind}": v for kind, v in zip(KINDS, numbers, strict=True) if not v.isnan()}
         for kind in ("margin", "grey"):
@@ -293,6 +297,12 @@ def entropy(shares: Tensor) -> Tensor:
     """(K,) nats of shares (K, C)."""
     terms: Tensor = torch.special.entr(shares)
     return terms.sum(1)
+
+
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """() mean of values (K,) with weights (K,), over those that are known; nan where none is."""
+    known = ~values.isnan()
+    return (values[known] * weights[known]).sum() / weights[known].sum()
 
 
 def check(latents: Tensor, labels: Tensor | None) -> None:

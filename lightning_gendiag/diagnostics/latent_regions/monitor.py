@@ -15,7 +15,15 @@ from lightning_gendiag.board import Board
 from lightning_gendiag.diagnostics.latent_regions.mathematics import KINDS, LatentRegionsResult
 from lightning_gendiag.diagnostics.latent_regions.metric import LatentRegions
 from lightning_gendiag.functional import as_images, pieces, tensor_of
-from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, class_of, in_chunks, judge_of, space_for
+from lightning_gendiag.judges import (
+    SKLEARN_MISSING,
+    FeatureNetwork,
+    NeighbourClassifier,
+    class_of,
+    in_chunks,
+    judge_of,
+    space_for,
+)
 from lightning_gendiag.monitor import Monitor, Reading
 
 if TYPE_CHECKING:
@@ -82,6 +90,20 @@ class LatentRegionsMonitor(Monitor):
         self._real: Tensor | None = None
         self._points: list[Tensor] = []
         self._sheet: Tensor | None = None
+
+    def check(self, probe: Probe) -> None:
+        """scikit-learn must be there, and the decoder make images."""
+        try:
+            import sklearn  # noqa: F401
+        except ImportError as error:
+            raise ValueError(SKLEARN_MISSING.format(who="a Gaussian mixture")) from error
+        try:
+            z = next(probe.latents(2, all_ranks=True))
+        except ValueError:
+            # how long latents are is seen in those of the first images
+            return
+        with probe.looking(parameters=True, exact=True):
+            as_images(tensor_of(probe.decoder(z), len(z)), "decoded images")
 
     def build(self, probe: Probe) -> LatentRegions:
         """Judges and a metric, once the reference is there."""

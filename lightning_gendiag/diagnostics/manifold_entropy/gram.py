@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gendiag.functional import tensor_of
+from lightning_gendiag.functional import plain_attention, tensor_of
 
 Decode = Callable[[Tensor], Any]
 
@@ -75,7 +74,7 @@ def decoder_gram(
     def flat(latents: Tensor) -> Tensor:
         return tensor_of(decode(latents), len(latents)).flatten(1)
 
-    with torch.no_grad(), _plain_attention():
+    with torch.no_grad(), plain_attention():
         outputs = tensor_of(decode(z[:1]), 1)
         rows = row_scale.expand(outputs.shape[1:]).flatten() if row_scale.ndim else row_scale
         size = outputs[0].numel()
@@ -179,21 +178,12 @@ def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed
 
     generator = torch.Generator().manual_seed(seed)
     squares = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
-    with _plain_attention():
+    with plain_attention():
         out, pull = torch.func.vjp(flat, z)[:2]
         for _ in range(probes):
             signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
             squares += pull(signs)[0].double().square().sum(0)
     return squares.topk(min(count, z.shape[1])).indices.sort().values
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention by plain matrix products: the fused kernels have no forward derivative."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 def _explained(decode: Decode, z: Tensor, error: Exception) -> str:

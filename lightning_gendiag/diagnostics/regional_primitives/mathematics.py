@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gendiag.functional import exact_matmul, pieces
+from lightning_gendiag.functional import exact_matmul, pieces, plain_attention
 
 MAX_REGIONS = 12
 """2^n minimal features are optimised: beyond this many regions nobody waits for them."""
+
+FAINT = 0.01
+"""Share of an image's change that is too small to ask what part of it is right, or where it leaks."""
 
 INNER = 6
 """Iterations of conjugate gradients to a Gauss-Newton step: few, since the next step sees a new curvature."""
@@ -164,7 +167,7 @@ def minimal_features(
     distance = (feature - baseline).square().sum().clamp(min=1e-12)
     begin = baseline.expand(len(masks), *baseline.shape) if start is None else start[masks].to(feature)
     parts = []
-    with exact_matmul():
+    with torch.no_grad(), exact_matmul(), plain_attention():
         for some in range(0, len(masks), batch_size):
             rows = slice(some, some + batch_size)
             # (m, 1, H, W) weights of the pixels' squared errors
@@ -237,7 +240,13 @@ def _solve(
             out: Tensor = torch.func.jvp(tail, (at,), (v,))[1]
             return out
 
-        gradient = pull(w * (image - target))[0] + penalty * (at - baseline)
+        drawn = pull(w * (image - target))[0]
+        if steps == 1 and not drawn.any() and bool((w * (image - target)).any()):
+            raise ValueError(
+                "tail must depend on the features by operations that can be differentiated, but its derivative is zero. "
+                "To fix this, take torch.no_grad or detach out of the decoder, or choose another layer."
+            )
+        gradient = drawn + penalty * (at - baseline)
         # damping is relative to the curvature along the gradient, so that it has no unit
         pushed = push(gradient)
         curvature = _dot(w * pushed, pushed) / _dot(gradient, gradient).clamp(min=1e-30)
@@ -343,7 +352,9 @@ def decompose(
         return difference.square().sum(1).flatten(1) @ cover
 
     own, empty = images(torch.stack([feature, baseline]))
-    change = by_region((own - empty)[None])[0].clamp(min=1e-12)
+    change = by_region((own - empty)[None])[0]
+    # a region that is the same in both is no measure of what changes in it
+    change = change.clamp(min=max(FAINT / n * float(change.sum()), 1e-12))
     norms = interactions.flatten(1).norm(dim=1) / (feature - baseline).norm().clamp(min=1e-12)
     norms[0] = 0
     effects = (

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostic import Diagnostic
-from lightning_gendiag.diagnostics.regional_primitives.mathematics import MAX_REGIONS, largest_first, memberships
+from lightning_gendiag.diagnostics.regional_primitives.mathematics import FAINT, MAX_REGIONS, largest_first, memberships
 
 CARRIED = 0.9
 """The components are counted that carry this share of all squared norms."""
-
-
-FAINT = 0.01
-"""Share of an image's change that is too small to ask where it leaks."""
 
 
 class RegionalPrimitivesResult(NamedTuple):
@@ -50,10 +46,10 @@ class RegionalPrimitivesResult(NamedTuple):
 
     @property
     def components(self) -> Tensor:
-        """() how many components carry nine tenths of all squared norms."""
+        """() how many components carry nine tenths of all squared norms; nan where there are none."""
         squares = self.norms[self.order].square()
         carried = squares.cumsum(0) / squares.sum()
-        return (carried < CARRIED).sum() + 1
+        return torch.where(carried[-1].isnan(), carried[-1], (carried < CARRIED).sum() + 1.0)
 
     @property
     def sparsity(self) -> Tensor:

@@ -17,6 +17,7 @@ from lightning_gendiag.board import Board
 from lightning_gendiag.diagnostics.regional_primitives.mathematics import (
     MAX_REGIONS,
     MinimalFeatures,
+    check_regions,
     decompose,
     importance,
     largest_first,
@@ -128,6 +129,7 @@ class RegionalPrimitivesMonitor(Monitor):
             and (regions < 0).any()
         ):
             # a map covers all of an image: here some of it may be left out
+            check_regions(regions)
             self.labels = regions.long()
             self.names = [f"region {r}" for r in range(int(regions.max()) + 1)]
             return
@@ -179,7 +181,7 @@ class RegionalPrimitivesMonitor(Monitor):
         least = min(h for _, h in tall)
         return [name for name, h in tall if h == least][-1].replace("_orig_mod.", "")
 
-    def _module(self, probe: Probe) -> nn.Module:
+    def _split_module(self, probe: Probe) -> nn.Module:
         target: Any = probe.module
         for name in str(self.split).split("."):
             target = getattr(getattr(target, "_orig_mod", target), name, None)
@@ -196,7 +198,7 @@ class RegionalPrimitivesMonitor(Monitor):
     def _feature(self, probe: Probe, z: Tensor) -> Tensor:
         """Features (n, ...) at the split for codes (n, L)."""
         heard: list[Any] = []
-        handle = self._module(probe).register_forward_hook(lambda module, inputs, output: heard.append(output))
+        handle = self._split_module(probe).register_forward_hook(lambda module, inputs, output: heard.append(output))
         try:
             with _eager():
                 probe.decoder(z)
@@ -216,7 +218,7 @@ class RegionalPrimitivesMonitor(Monitor):
         The first call of the split module gets them in the place of its output, others are left alone.
         """
         given: list[Tensor] = []
-        handle = self._module(probe).register_forward_hook(
+        handle = self._split_module(probe).register_forward_hook(
             lambda module, inputs, output: given.pop() if given else None
         )
 
@@ -316,13 +318,12 @@ class RegionalPrimitivesMonitor(Monitor):
         return readings
 
     def kept(self) -> dict[str, Any]:
-        """The regions, where features are split, and where the optimisation goes on."""
-        return {"labels": self.labels, "names": list(self.names), "split": self.split, "warm": dict(self._warm)}
+        """The regions, and where features are split."""
+        return {"labels": self.labels, "names": list(self.names), "split": self.split}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`kept`."""
-        self.labels, self.names = state["labels"], list(state["names"])
-        self.split, self._warm = state["split"], dict(state["warm"])
+        self.labels, self.names, self.split = state["labels"], list(state["names"]), state["split"]
 
     # ---- pictures ----
 
@@ -364,7 +365,7 @@ class RegionalPrimitivesMonitor(Monitor):
             )
         )
         tiles.append(panels.Tile("drawn together (regions)", panels.matrix(result.together.cpu(), most=1.0)))
-        count, leak = int(result.components), result.leakage
+        count, leak = f"{float(result.components):.0f}", result.leakage
         worst = int(leak.nan_to_num(-1.0).argmax())
         pair = int(result.together.argmax())
         i, j = pair // len(self.names), pair % len(self.names)
