@@ -1,8 +1,9 @@
-"""Real images: scikit-learn's 1,797 handwritten digits, which need no download, and MNIST from a folder."""
+"""Images: scikit-learn's 1,797 handwritten digits, which need no download, MNIST from a folder, and scenes of known regions."""
 
 from __future__ import annotations
 
 import gzip
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,52 @@ def digits(size: int = 32) -> tuple[Tensor, Tensor]:
 def digit_batches(batch_size: int = 64, size: int = 32) -> DataLoader[tuple[Tensor, ...]]:
     """Shuffled batches of (images, labels)."""
     return DataLoader(TensorDataset(*digits(size)), batch_size=batch_size, shuffle=True, drop_last=True)
+
+
+def scenes(n: int, num_regions: int = 4, size: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images whose regions are known: rectangles that vary each for itself, and inside which all pixels vary together.
+
+    Each rectangle holds a wave of an own direction and length, with a random phase and strength in each image.
+
+    Args:
+        n: how many images.
+        num_regions: R, 2 to 8.
+        size: of the images: 8, 16 or 32.
+        seed: of the rectangles and of the images.
+
+    Returns:
+        Images (n, 1, size, size) in -1..1, and the regions (size, size) int64 in 0..R-1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    # the largest rectangle on a grid of 4x4 cells is cut across its longer side, until there are enough
+    boxes = [(0, 0, 4, 4)]
+    while len(boxes) < num_regions:
+        boxes.sort(key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+        top, left, bottom, right = boxes.pop()
+        across = bottom - top > right - left
+        cut = 1 + int(drawn() * (max(bottom - top, right - left) - 1))
+        boxes += (
+            [(top, left, top + cut, right), (top + cut, left, bottom, right)]
+            if across
+            else [(top, left, bottom, left + cut), (top, left + cut, bottom, right)]
+        )
+    fine = 32
+    labels = torch.zeros(fine, fine, dtype=torch.long)
+    images = torch.zeros(n, fine, fine)
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, fine), torch.linspace(0, 1, fine), indexing="ij")
+    for region, box in enumerate(boxes):
+        top, left, bottom, right = (8 * edge for edge in box)
+        labels[top:bottom, left:right] = region
+        angle, waves = drawn() * math.pi, 1 + drawn()
+        along = 2 * math.pi * waves * (angle.cos() * columns + angle.sin() * rows)
+        wave = (0.4 + 0.6 * drawn(n, 1, 1)) * torch.cos(along + 2 * math.pi * drawn(n, 1, 1))
+        images = torch.where(labels == region, wave, images)
+    step = fine // size
+    return F.avg_pool2d(images[:, None], step), labels[::step, ::step]
 
 
 def mnist(folder: Path | str, part: str = "t10k") -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lightning.pytorch.callbacks import Callback
@@ -84,6 +85,8 @@ class Monitor(Callback):
     """Whether it compares with real images."""
     grain: ClassVar[float] = 0.0
     """Fluctuations of badness below this are never news."""
+    tolerance: ClassVar[Mapping[str, float]] = {}
+    """By kind of reading: rises of badness up to this are no news, however lasting."""
     question: ClassVar[str] = ""
     """What is measured, in words that fit before "of the centre fell"."""
 

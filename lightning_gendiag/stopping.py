@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_gendiag.board import Board
-from lightning_gendiag.detectors import LIMIT, ChangePoint, Verdict
+from lightning_gendiag.detectors import DETECTORS, LIMIT, Detector, Verdict
 from lightning_gendiag.monitor import DiagnosticWarning, Evaluation, Monitor
 from lightning_gendiag.verdict import last_good, written
 
@@ -94,8 +94,8 @@ class Finding:
 class CollapseStopping(EarlyStopping):
     """Watch what the monitors of a trainer find, and stop the run when a part of the model collapses.
 
-    Each series (each region, and the whole) is judged against its own level and its own fluctuation by
-    :class:`~lightning_gendiag.detectors.ChangePoint`, at fresh evaluations only. When several series fall at once the
+    Each series (each region, and the whole) is judged against its own level and its own fluctuation by a
+    :class:`~lightning_gendiag.detectors.Detector`, at fresh evaluations only. When several series fall at once the
     parts are named, or the whole where three quarters of them fall. Each finding is told in a warning, and as
     text and picture in TensorBoard under a tag of its own (``gendiag/alarm_1``, ...).
 
@@ -104,6 +104,7 @@ class CollapseStopping(EarlyStopping):
         false_alarm_rate: chance of a false alarm at one evaluation of one diagnostic, over all its series, for
             independent normal fluctuations.
         warmup_evaluations: evaluations to learn from before the first judgement.
+        detector: of each series: ``"change_point"``, ``"cusum"`` or ``"page_hinkley"``.
 
     Attributes:
         findings: all that was found, in order.
@@ -115,18 +116,22 @@ class CollapseStopping(EarlyStopping):
     def __init__(
         self,
         action: Literal["stop", "warn"] = "stop",
-        false_alarm_rate: float = 1e-3,
+        false_alarm_rate: float = 3e-4,
         warmup_evaluations: int = 6,
+        detector: Literal["change_point", "cusum", "page_hinkley"] = "change_point",
     ) -> None:
         super().__init__(monitor="gendiag", strict=False, check_on_train_epoch_end=True)
         if action not in ("stop", "warn"):
             raise ValueError(f"action must be 'stop' or 'warn', got {action!r}.")
+        if detector not in DETECTORS:
+            raise ValueError(f"detector must be one of {', '.join(DETECTORS)}, got {detector!r}.")
+        self.detector = detector
         # refused here and not at the first evaluation
-        ChangePoint(false_alarm_rate, warmup=warmup_evaluations)
+        DETECTORS[detector](false_alarm_rate, warmup=warmup_evaluations)
         self.action, self.false_alarm_rate, self.warmup_evaluations = action, false_alarm_rate, warmup_evaluations
         self.findings: list[Finding] = []
         self._seen: dict[str, int] = {}
-        self._detectors: dict[str, dict[str, ChangePoint]] = {}
+        self._detectors: dict[str, dict[str, Detector]] = {}
         self._history: dict[str, dict[str, list[tuple[int, int, float]]]] = {}
         self._deviations: dict[str, dict[str, float]] = {}
 
@@ -197,7 +202,7 @@ class CollapseStopping(EarlyStopping):
         verdicts: dict[str, Verdict] = {}
         for where, reading in readings.items():
             if where not in detectors:
-                detectors[where] = self._detector(monitor, len(readings))
+                detectors[where] = self._detector(monitor, reading.kind, len(readings))
             verdicts[where] = detectors[where].update(evaluation.number, reading.badness)
             history.setdefault(where, []).append((evaluation.number, evaluation.step, reading.value))
             del history[where][:-HISTORY]
@@ -212,10 +217,12 @@ class CollapseStopping(EarlyStopping):
         self.findings += found
         return found
 
-    def _detector(self, monitor: Monitor, series: int) -> ChangePoint:
+    def _detector(self, monitor: Monitor, kind: str, series: int) -> Detector:
         # Bonferroni's correction for many series
         rate = self.false_alarm_rate / max(series, 1)
-        return ChangePoint(rate, warmup=self.warmup_evaluations, grain=monitor.grain)
+        return DETECTORS[self.detector](
+            rate, warmup=self.warmup_evaluations, grain=monitor.grain, tolerance=monitor.tolerance.get(kind, 0.0)
+        )
 
     def _findings(
         self,
@@ -392,7 +399,7 @@ class CollapseStopping(EarlyStopping):
             for key, held in state_dict["history"].items()
         }
         self._detectors = {
-            key: {where: ChangePoint.from_state_dict(state) for where, state in held.items()}
+            key: {where: DETECTORS[self.detector].from_state_dict(state) for where, state in held.items()}
             for key, held in state_dict["detectors"].items()
         }
 

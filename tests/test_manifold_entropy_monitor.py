@@ -204,7 +204,7 @@ def test_the_example_is_stopped_and_says_why(fault: str) -> None:
     found = stopping.findings[0]
     expected = {"dead": "dimension 1", "entangled": "dimension 0 with dimension 1", "collapse": "all dimensions"}[fault]
     assert found.where == expected
-    assert found.epoch <= 14
+    assert found.epoch <= 15
     if fault == "collapse":
         assert "It shows in dimension 1, " in str(found)
 
