@@ -127,6 +127,18 @@ def test_large_images_are_clustered_in_cells() -> None:
     assert adjusted_rand_index(found.labels, truth) > 0.9
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_of_cells_at_borders_go_where_they_belong(channels: int) -> None:
+    # borders at 11, 13 and 17 cut through cells of 4 pixels
+    truth = torch.zeros(32, 32, dtype=torch.long)
+    truth[:13, 11:], truth[13:, :17], truth[13:, 17:] = 1, 2, 3
+    images = regional_images(truth, 400, channels=channels)
+    found = find_regions(images, num_regions=4, max_pixels=64)
+    in_cells = truth[2::4, 2::4].repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert adjusted_rand_index(in_cells, truth) < 0.9
+    assert adjusted_rand_index(found.labels, truth) > 0.99
+
+
 def test_a_map_is_the_same_for_the_same_images() -> None:
     images = digits(16)[0][:300]
     assert find_regions(images, 5) == find_regions(images.clone(), 5)
