@@ -50,6 +50,8 @@ class GenerativeDiagnostics(Callback):
         every_n_train_steps: the same in steps.
         num_regions: see :class:`CosineMeanSimilarityMonitor`.
         skip: stems of diagnostics that are not wanted, such as ``("k_star",)``.
+        max_share: of the training's time that they may take together: they look as often as it allows, and say so. A run
+            of seconds or minutes is looked at more often with ``None``, which also finds more.
         kwargs: for all monitors, as for :class:`Monitor`.
 
     Attributes:
@@ -66,6 +68,7 @@ class GenerativeDiagnostics(Callback):
         every_n_train_steps: int | None = None,
         num_regions: int | None = 5,
         skip: tuple[str, ...] = (),
+        max_share: float | None = 0.05,
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -86,6 +89,7 @@ class GenerativeDiagnostics(Callback):
             stem: make(
                 probe=self.probe,
                 every_n_epochs=every_n_epochs * RARE.get(stem, 1),
+                max_share=max_share,
                 every_n_train_steps=None if every_n_train_steps is None else every_n_train_steps * RARE.get(stem, 1),
                 **kwargs,
             )

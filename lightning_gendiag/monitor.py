@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_gendiag.board import Board
+from lightning_gendiag.budget import budget_of
 from lightning_gendiag.diagnostic import Diagnostic, Result
 from lightning_gendiag.functional import as_images
 from lightning_gendiag.probe import Probe, shared_probe
@@ -77,6 +79,8 @@ class Monitor(Callback):
             is switched off; ``"raise"``: for those who debug.
         name: of this monitor in tags and checkpoints, for two of one kind on a trainer.
         draw_pictures: whether panels are drawn beside the scalars.
+        max_share: of the training's time that all monitors of the trainer which have such a limit may take together, in
+            (0, 1]: where they take more, what is due waits; by default each looks whenever it is due.
     """
 
     stem: ClassVar[str] = ""
@@ -100,6 +104,7 @@ class Monitor(Callback):
         on_error: Literal["warn", "raise"] = "warn",
         name: str | None = None,
         draw_pictures: bool = True,
+        max_share: float | None = None,
     ) -> None:
         super().__init__()
         if every_n_epochs < 1 or (every_n_train_steps is not None and every_n_train_steps < 1):
@@ -109,6 +114,9 @@ class Monitor(Callback):
             )
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}.")
+        if max_share is not None and not 0 < max_share <= 1:
+            raise ValueError(f"max_share must be in (0, 1] or None, got {max_share}.")
+        self.max_share = max_share
         self.given_probe = probe
         self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
         self.warmup_epochs, self.on_error, self.draw_pictures = warmup_epochs, on_error, draw_pictures
@@ -125,6 +133,7 @@ class Monitor(Callback):
         self._last_step: int | None = None
         self._unreadable: Exception | None = None
         self._module: LightningModule | None = None
+        self._waiting = False
 
     # ---- what a subclass says ----
 
@@ -192,6 +201,10 @@ class Monitor(Callback):
             self._loaded = None
         self.check(self.probe)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count the time."""
+        budget_of(trainer, anew=True)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -207,12 +220,13 @@ class Monitor(Callback):
             # told at the next evaluation, where all ranks can agree on it
             self._unreadable = error
         step = batch_step(trainer, epoch_over=False)
-        if (
+        due = (
             self.every_n_train_steps is not None
             and (step + 1) % self.every_n_train_steps == 0
             and step != self._last_step
             and trainer.current_epoch >= self.warmup_epochs
-        ):
+        )
+        if self.every_n_train_steps is not None and self._granted(trainer, step, due):
             self._evaluate(trainer, pl_module, step, epoch_over=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,12 +234,14 @@ class Monitor(Callback):
         if not self.enabled or self.probe is None:
             return
         epoch = trainer.current_epoch
-        if (
+        step = batch_step(trainer, epoch_over=True)
+        due = (
             self.every_n_train_steps is None
             and (epoch + 1) % self.every_n_epochs == 0
             and epoch + 1 > self.warmup_epochs
-        ):
-            self._evaluate(trainer, pl_module, batch_step(trainer, epoch_over=True), epoch_over=True)
+        )
+        if self.every_n_train_steps is None and self._granted(trainer, step, due):
+            self._evaluate(trainer, pl_module, step, epoch_over=True)
         else:
             self.probe.end_epoch()
 
@@ -255,9 +271,40 @@ class Monitor(Callback):
 
     # ---- one evaluation ----
 
+    def _granted(self, trainer: Trainer, step: int, due: bool) -> bool:
+        """Whether to look now: when it is due, or was, and the time that all may take allows it; agreed by all ranks."""
+        if self.max_share is None:
+            return due
+        budget = budget_of(trainer)
+        if not due:
+            # what waits goes along with the others
+            return self._waiting and budget.step == step and budget.granted
+        if budget.step != step:
+            budget.ask(step, self.max_share)
+            if trainer.world_size > 1:
+                budget.granted = trainer.strategy.broadcast(budget.granted)
+        self._waiting = not budget.granted
+        if self._waiting and not budget.told:
+            budget.told = True
+            words = (
+                f"The monitors took {budget.spent:.1f} s of the first {budget.training + budget.spent:.0f} s. From now on they "
+                f"look less often, so that they take at most {self.max_share:.0%}; max_share=None lets them look whenever "
+                "they are due."
+            )
+            rank_zero_info(words)
+            Board(trainer, step, "gendiag").text("budget", words)
+        return budget.granted
+
     def _evaluate(self, trainer: Trainer, module: LightningModule, step: int, epoch_over: bool) -> None:
         started = time.monotonic()
-        self._last_step = step
+        self._last_step, self._waiting = step, False
+        try:
+            self._look(trainer, module, step, epoch_over, started)
+        finally:
+            if self.max_share is not None:
+                budget_of(trainer).pay(time.monotonic() - started)
+
+    def _look(self, trainer: Trainer, module: LightningModule, step: int, epoch_over: bool, started: float) -> None:
         probe = self.probe
         assert probe is not None
         error: Exception | None = None

@@ -119,10 +119,10 @@ def test_what_the_trainer_has_already_is_left_alone_and_order_is_kept(tmp_path: 
 
 
 def test_it_goes_on_from_a_checkpoint_and_fits_again(tmp_path: Any) -> None:
-    own = trainer(GenerativeDiagnostics(probe=small()), max_epochs=2)
+    own = trainer(GenerativeDiagnostics(probe=small(), max_share=None), max_epochs=2)
     own.fit(VAE(3, width=2), batches(32))
     own.save_checkpoint(tmp_path / "last.ckpt")
-    watched = GenerativeDiagnostics(probe=small())
+    watched = GenerativeDiagnostics(probe=small(), max_share=None)
     trainer(watched, max_epochs=3).fit(
         VAE(3, width=2), batches(32), ckpt_path=tmp_path / "last.ckpt", weights_only=True
     )

@@ -13,7 +13,7 @@ import lightning_gendiag
 
 ROOT = Path(lightning_gendiag.__file__).parent
 FLOORS = [
-    {"functional", "detectors", "panels"},
+    {"functional", "detectors", "panels", "budget"},
     {"regions", "diagnostic", "board", "judges", "verdict"},
     {"probe"},
     {"monitor"},

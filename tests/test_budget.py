@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightning_gendiag import CosineMeanSimilarityMonitor, GenerativeDiagnostics, Monitor, Probe
+from lightning_gendiag import budget as budgets
+from lightning_gendiag.budget import Budget
+from tests.conftest import ScriptedGenerator, batches, trainer
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(budgets, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_the_share_is_kept_once_the_first_look_is_paid_off(clock: Clock, share: float) -> None:
+    budget, looks = Budget(), 0
+    for step in range(1000):
+        clock.now += 1.0
+        if budget.ask(step, share):
+            looks += 1
+            # the first look costs more
+            seconds = 5.0 if looks == 1 else 0.4
+            clock.now += seconds
+            budget.pay(seconds)
+    assert budget.spent <= share * budget.training
+    # and it is made use of
+    assert budget.spent > 0.9 * min(share * budget.training, 5 + 999 * 0.4)
+
+
+def test_all_that_is_due_at_a_step_is_granted_together(clock: Clock) -> None:
+    budget = Budget()
+    clock.now += 1
+    assert budget.ask(0, 0.05)
+    budget.pay(10)
+    assert budget.ask(0, 0.05)
+    assert not budget.ask(1, 0.05)
+
+
+class Slow(CosineMeanSimilarityMonitor):
+    """Takes a while."""
+
+    def feed(self, probe: Probe, step: int) -> None:
+        super().feed(probe, step)
+        time.sleep(0.03)
+
+
+class Steady(ScriptedGenerator):
+    """Takes 10 ms a step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep(0.01)
+        return super().training_step(batch, batch_idx)
+
+
+def watched(max_share: float | None, epochs: int = 30) -> tuple[Monitor, Monitor, Any]:
+    probe = Probe(num_samples=32, num_reference=64)
+    often = Slow(probe=probe, num_regions=2, max_share=max_share, draw_pictures=False)
+    rarely = Slow(probe=probe, num_regions=2, max_share=max_share, draw_pictures=False, name="rare", every_n_epochs=7)
+    own = trainer(often, rarely, max_epochs=epochs)
+    own.fit(Steady(size=8), batches(8, 64))
+    return often, rarely, own
+
+
+def test_without_a_limit_every_look_is_taken() -> None:
+    often, rarely, _ = watched(None)
+    assert (often.evaluations, rarely.evaluations) == (30, 4)
+
+
+def test_what_would_take_too_long_waits_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        often, rarely, own = watched(0.2, 60)
+    assert 2 <= often.evaluations < 20
+    # one that is rarely due does not wait for ever
+    assert rarely.evaluations >= 1
+    assert own.current_epoch == 60
+    told = [record.message for record in caplog.records if "look less often" in record.message]
+    assert len(told) == 1
+    assert "take at most 20%" in told[0]
+
+
+def test_a_share_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_share must be in"):
+        CosineMeanSimilarityMonitor(max_share=0)
+    assert all(monitor.max_share == 0.05 for monitor in GenerativeDiagnostics().monitors.values())
