@@ -1,4 +1,4 @@
-"""What does it cost to look? Example models trained with nothing, with torchmetrics' FID, with each monitor and the default set.
+"""What does it cost to look? Examples trained with nothing, with torchmetrics' FID, with each monitor, with the default set.
 
 Each arm trains in a process of its own, one after the other, and is measured there: seconds of ``trainer.fit``, peak memory,
 and the size of the event files. Monitors alone look at every epoch; FID, from a small network on as many samples, too. The
@@ -142,9 +142,8 @@ def main() -> None:
     for model in options.models:
         names = list(ARMS) if "all" in options.arms else options.arms
         names = [name for name in names if name not in NOT_FOR[model]]
-        print(
-            f"{model}, {options.epochs} epochs{'':12s} {'seconds':>8s} {'ratio':>6s} {'peak MiB':>9s} {'ratio':>6s} {'events MiB':>11s}"
-        )
+        titles = f"{'seconds':>8s} {'ratio':>6s} {'peak MiB':>9s} {'ratio':>6s} {'events MiB':>11s}"
+        print(f"{f'{model}, {options.epochs} epochs':28s} {titles}")
         runs = [{name: measured(model, name, options.epochs) for name in names} for _ in range(options.repeats)]
         found = {name: least([run[name] for run in runs]) for name in names}
         for name in names:

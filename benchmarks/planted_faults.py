@@ -36,8 +36,8 @@ from lightning_gendiag.monitor import Evaluation, Reading
 
 RECORDS = Path(__file__).parent / "records"
 
-TUNING, REPORTING = range(100, 102), range(200, 207)
-"""Seeds of each model and each kind of data."""
+TUNING, REPORTING, HEALTHY = (*range(100, 102), *range(200, 207)), range(400, 407), range(403, 407)
+"""Seeds of each model and each kind of data; faults are planted in all but the last ones."""
 
 SOON = 3
 """A sudden fault must be found within so many looks."""
@@ -356,7 +356,7 @@ def main() -> None:
         wanted = [(f, kind, seed) for seed in seeds for f in FAMILIES for kind in ("scenes", "digits")]
         for one in wanted[part::parts]:
             if not path_of(*one).exists():
-                keep(record(*one))
+                keep(record(*one, faults=one[2] not in HEALTHY))
                 print("recorded", *one, flush=True)
         return
     tuning = recorded(TUNING)

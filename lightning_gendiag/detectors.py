@@ -228,6 +228,9 @@ class ChangePoint(Detector):
             before = self.values[:-length][-self.memory :]
             if len(before) < self.warmup:
                 break
+            if min(self.values[-2:]) - median(before[-self.baseline :]) < self.grain:
+                # most series at most times, at little cost
+                continue
             rise = self._above(self.values[-length:], before)
             if min(rise[-2:]) < 1:
                 continue

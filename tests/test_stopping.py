@@ -127,7 +127,7 @@ def test_a_run_resumed_in_the_middle_of_a_slide_alarms_at_the_same_step(tmp_path
     script = planted("slide", "top left", 14)
     with pytest.warns(CollapseWarning):
         _, whole = run(script)
-    assert whole.findings[0].epoch in (16, 17)
+    assert 16 <= whole.findings[0].epoch <= 18
     _, first = run(script, ModelCheckpoint(tmp_path), epochs=cut, enable_checkpointing=True)
     assert first.findings == []
     monitor = CosineMeanSimilarityMonitor(QUADRANTS, probe=Probe(reference=digits(16)[0], num_samples=500))

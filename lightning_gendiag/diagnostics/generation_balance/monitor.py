@@ -45,8 +45,8 @@ class GenerationBalanceMonitor(Monitor):
     """
 
     stem = "generation_balance"
-    # a quarter more or less of a class is no news
-    grain = 0.25
+    # a third more or less of a class is no news
+    grain = 0.3
     question = "share of generated images"
 
     def __init__(

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from benchmarks import planted_faults
+from benchmarks.planted_faults import below, judge, plateau, recorded, summary
+from benchmarks.planting import record
+from example_models.data import scenes
+from lightning_gendiag import find_regions
+from lightning_gendiag.functional import adjusted_rand_index
+
+
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_the_regions_of_scenes_are_known(size: int) -> None:
+    images, labels = scenes(800, 4, size, seed=2)
+    assert images.shape == (800, 1, size, size)
+    assert labels.unique().tolist() == [0, 1, 2, 3]
+    assert float(images.abs().max()) <= 1
+    found = find_regions(images, 4, progress=False)
+    assert adjusted_rand_index(found.labels, labels) == pytest.approx(1)
+
+
+def test_scenes_vary_each_region_for_itself() -> None:
+    images, labels = scenes(2000, 5, 16, seed=3)
+    # the energy of a region, which follows the strength of its wave
+    energy = torch.stack([images[:, 0, labels == r].square().mean(1) for r in range(5)])
+    off = energy.corrcoef()[~torch.eye(5, dtype=torch.bool)]
+    assert float(off.abs().max()) < 0.1
+
+
+def test_a_plateau_is_where_lightning_stops() -> None:
+    series = [5.0, 4.0, 3.0, 3.1, 3.2, 2.9, 3.0, 3.0, 3.0, 1.0]
+    assert plateau(series, 3) == 8
+    assert plateau(series, 4) is None
+    assert plateau([1.0, math.nan], 3) == 1
+    assert EarlyStopping("it").patience == 3
+
+
+def test_a_threshold_arms_itself() -> None:
+    assert below([0.1, 0.3, 0.6, 0.7, 0.4, 0.8], 0.5) == 4
+    assert below([0.1, 0.3], 0.5) is None
+    assert below([0.6, math.nan], 0.5) == 1
+
+
+def test_a_short_run_is_recorded_and_judged() -> None:
+    run = json.loads(json.dumps(record("flow", "scenes", 1, looks=16, start=12, after=3)))
+    assert len(run["healthy"]["loss"]) == len(run["healthy"]["cms"]) == 16
+    assert len(run["faults"]["region frozen"]["cms"]) == 4
+    assert len(run["faults"]["weight is nan"]["cms"]) == 3
+    # what is frozen is further from real than what was drawn
+    frozen, healthy = run["faults"]["region frozen"]["cms"][-1], run["healthy"]["cms"][-1]
+    assert min(frozen[name][0] - healthy[name][0] for name in frozen) < -0.1
+    _, faults = judge(run)
+    found = {one.fault: one for one in faults}
+    assert found["weight is nan"].found
+    assert found["image frozen"].named
+
+
+def test_recorded_runs_are_judged_as_the_readme_says() -> None:
+    """One seed of each family and each kind of data; the whole table is a benchmark."""
+    figures, wrong, _ = summary(recorded(planted_faults.REPORTING[:1]))
+    assert figures["regional_found"] >= 0.9
+    assert figures["regional_iou"] >= 0.8
+    assert figures["named"] >= 0.9
+    assert figures["delay"] <= 3
+    assert len(wrong) <= 1
