@@ -32,6 +32,8 @@ bench: $(READY)  ## each script prints a table; some minutes
 	$(BIN)/python -m benchmarks.posterior_alarms
 	$(BIN)/python -m benchmarks.balance_alarms
 	$(BIN)/python -m benchmarks.dysfunctions --samples 5000
+	$(BIN)/python -m benchmarks.planted_faults --small
+	$(BIN)/python -m benchmarks.overhead
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lightning_gendiag.detectors import ChangePoint
+from lightning_gendiag.detectors import DETECTORS, ChangePoint, Cusum, Detector, PageHinkley
 
 
 def normal(n: int, seed: int, sigma: float = 1.0) -> list[float]:
@@ -13,8 +13,8 @@ def normal(n: int, seed: int, sigma: float = 1.0) -> list[float]:
     return [source.gauss(0, sigma) for _ in range(n)]
 
 
-def alarms(series: list[float], **options: float) -> list[int]:
-    detector = ChangePoint(**({"false_alarm_rate": 1e-3} | options))
+def alarms(series: list[float], kind: type[Detector] = ChangePoint, **options: float) -> list[int]:
+    detector = kind(**({"false_alarm_rate": 1e-3} | options))
     return [i for i, value in enumerate(series) if detector.update(i, value).opened]
 
 
@@ -35,6 +35,46 @@ def test_a_sudden_rise_is_found_in_two_evaluations(rise: float) -> None:
         series = normal(40, seed)
         assert alarms(series) == []
         assert alarms(series[:30] + [value + rise for value in series[30:]])[0] <= 32
+
+
+@pytest.mark.parametrize("kind", [Cusum, PageHinkley])
+def test_cumulative_sums_alarm_about_as_often_as_stated(kind: type[Detector]) -> None:
+    rate, runs, length = 5e-3, 60, 200
+    # a level that is estimated from few values costs the textbook's threshold a factor
+    count = sum(len(alarms(normal(length, seed), kind, false_alarm_rate=rate, baseline=64, memory=64)) for seed in range(runs))
+    assert 0 < count < 3 * rate * runs * length
+
+
+@pytest.mark.parametrize("kind", [Cusum, PageHinkley])
+def test_cumulative_sums_find_sudden_rises_and_slides(kind: type[Detector]) -> None:
+    for seed in range(10):
+        series = normal(60, seed)
+        sudden = alarms(series[:40] + [value + 6 for value in series[40:]], kind)
+        assert 40 <= next(i for i in sudden if i >= 40) <= 44
+        slide = alarms([value + max(0.0, 0.5 * (i - 25)) for i, value in enumerate(series)], kind)
+        assert 25 < next(i for i in slide if i >= 25) < 42
+
+
+def test_a_series_that_has_been_rising_all_along_is_expected_to_go_on() -> None:
+    for seed in range(20):
+        rising = [0.3 * i + value for i, value in enumerate(normal(60, seed))]
+        assert alarms(rising, false_alarm_rate=1e-4) == []
+        # but not faster
+        assert alarms(rising[:40] + [value + 8 for value in rising[40:]], false_alarm_rate=1e-4)[0] <= 43
+
+
+def test_a_climb_that_has_ended_hides_no_fault() -> None:
+    for seed in range(10):
+        climb = [10 * (1 - math.exp(-i / 4)) + 0.1 * value for i, value in enumerate(normal(40, seed))]
+        assert [i for i in alarms(climb[:30] + [value + 2 for value in climb[30:]]) if i >= 30][:1] in ([31], [32])
+
+
+def test_rises_that_are_tolerated_are_no_news_however_lasting() -> None:
+    for seed in range(10):
+        series = normal(30, seed, 0.1) + [0.8 + value for value in normal(60, seed + 100, 0.1)]
+        assert alarms(series)
+        assert alarms(series, tolerance=0.8) == []
+        assert alarms([value + 2 * (i >= 30) for i, value in enumerate(series)], tolerance=0.8)
 
 
 def test_a_slow_slide_is_found() -> None:
@@ -92,14 +132,15 @@ def test_what_is_no_number_is_an_alarm_by_itself_but_not_at_the_start(value: flo
     assert not detector.update(3, value).opened
 
 
-def test_it_goes_on_where_it_was() -> None:
+@pytest.mark.parametrize("kind", DETECTORS.values())
+def test_it_goes_on_where_it_was(kind: type[Detector]) -> None:
     series = [value + max(0.0, 0.5 * (i - 25)) for i, value in enumerate(normal(60, 4))]
-    whole = ChangePoint(1e-3)
+    whole = kind(1e-3)
     expected = [whole.update(i, value) for i, value in enumerate(series)]
     for cut in (3, 20, 28, 33, 50):
-        first = ChangePoint(1e-3)
+        first = kind(1e-3)
         verdicts = [first.update(i, value) for i, value in enumerate(series[:cut])]
-        second = ChangePoint.from_state_dict(first.state_dict())
+        second = kind.from_state_dict(first.state_dict())
         verdicts += [second.update(cut + i, value) for i, value in enumerate(series[cut:])]
         assert verdicts == expected
 
