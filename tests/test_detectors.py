@@ -58,10 +58,10 @@ def test_cumulative_sums_find_sudden_rises_and_slides(kind: type[Detector]) -> N
 def test_a_series_that_has_been_rising_all_along_is_expected_to_go_on() -> None:
     wrong = 0
     for seed in range(20):
-        rising = [0.3 * i + value for i, value in enumerate(normal(60, seed))]
-        wrong += bool(alarms(rising, false_alarm_rate=1e-4))
+        rising = [0.07 * i + value for i, value in enumerate(normal(60, seed, 0.03))]
+        wrong += bool(alarms(rising, grain=0.2))
         # but not faster
-        assert alarms(rising[:40] + [value + 8 for value in rising[40:]], false_alarm_rate=1e-4)[-1] <= 43
+        assert 40 < alarms(rising[:40] + [value + 2 for value in rising[40:]], grain=0.2)[-1] <= 43
     assert wrong <= 1
 
 
