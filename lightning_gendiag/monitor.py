@@ -19,6 +19,7 @@ from lightning_gendiag.regions import RegionMap, find_regions
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
 
 FAILURES = 3
 """So many failures in a row switch a monitor off."""
@@ -156,6 +157,11 @@ class Monitor(Callback):
     def shares(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
         """How a change of the whole divides among the parts, adding to one; empty where it does not."""
         return {}
+
+    def scalars(self, result: Any) -> dict[str, Tensor]:
+        """What is logged, by name."""
+        named: dict[str, Tensor] = result.scalars()
+        return named
 
     def draw(self, result: Any, board: Board) -> None:
         """Pictures and charts; on rank 0 only."""
@@ -348,7 +354,7 @@ class Monitor(Callback):
         self, trainer: Trainer, module: LightningModule, result: Result, step: int, epoch_over: bool, started: float
     ) -> None:
         board = Board(trainer, step, f"gendiag/{self.name}")
-        scalars = {name: float(value) for name, value in result.scalars().items()}
+        scalars = {name: float(value) for name, value in self.scalars(result).items()}
         for name, value in scalars.items():
             # loggers are served below: through self.log they would see only every log_every_n_steps
             tag = f"gendiag/{self.name}/{name}"

@@ -226,7 +226,10 @@ def bars(
         clipped = float(np.clip(value, low, high)) if np.isfinite(value) else low
         x, y = left + number * width, 8 + (high - clipped) / (high - low) * (TILE - bottom - 8)
         colour = ALARM if strong[number] else REGION_COLOURS[0]
-        draw.rectangle((x + 0.1 * width, min(y, TILE - bottom - 2), x + 0.9 * width, TILE - bottom), fill=colour)
+        if np.isfinite(value):
+            draw.rectangle((x + 0.1 * width, min(y, TILE - bottom - 2), x + 0.9 * width, TILE - bottom), fill=colour)
+        elif width >= 8:
+            draw.text((x + width / 2, TILE - bottom - 2), "?", fill=colour, font=_font(12), anchor="mb")
         if width >= draw.textlength(name, font=_font(12)) + 2 or (strong[number] and len(values) <= 64):
             draw.text((x + width / 2, TILE - 2), name, fill=FAINT, font=_font(12), anchor="mb")
 

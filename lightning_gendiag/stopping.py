@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -324,9 +325,10 @@ class CollapseStopping(EarlyStopping):
             words = " ".join(str(finding) for finding in open_now or self.findings)
             if not open_now:
                 words = f"Recovered: {words}"
-            moved = list(dict.fromkeys(name for finding in open_now for name in finding.moved))
+            told = {f"{finding.diagnostic}: {name}" for finding in open_now for name in finding.names}
+            moved = [name for name in _once(name for f in open_now for name in f.moved) if name not in told]
             words += f" What else moved: {_listed(moved)}." if moved else ""
-            words += f" To look at: {_listed([tag for f in open_now for tag in f.look_at])}." if open_now else ""
+            words += f" To look at: {_listed(_once(tag for f in open_now for tag in f.look_at))}." if open_now else ""
             words += f" The last good checkpoint is {good}." if good else ""
         return {
             "healthy": not open_now,
@@ -361,7 +363,7 @@ class CollapseStopping(EarlyStopping):
         board = Board(trainer, finding.step, f"gendiag/alarm_{number}")
         try:
             shares = "".join(f"\n| {where} | {share:.0%} |" for where, share in finding.shares.items())
-            table = f"\n\n| region | share of the fall |\n|---|---|{shares}" if shares else ""
+            table = f"\n\n| part | share of the fall |\n|---|---|{shares}" if shares else ""
             board.text("words", f"**{words}** {verb}.{table}")
             monitor.draw_finding(finding, board)
             board.flush()
@@ -402,6 +404,11 @@ class CollapseStopping(EarlyStopping):
             key: {where: DETECTORS[self.detector].from_state_dict(state) for where, state in held.items()}
             for key, held in state_dict["detectors"].items()
         }
+
+
+def _once(words: Iterable[str]) -> list[str]:
+    """Each word where it stands first."""
+    return list(dict.fromkeys(words))
 
 
 def _listed(words: list[str], most: int = 6) -> str:

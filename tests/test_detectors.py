@@ -41,7 +41,9 @@ def test_a_sudden_rise_is_found_in_two_evaluations(rise: float) -> None:
 def test_cumulative_sums_alarm_about_as_often_as_stated(kind: type[Detector]) -> None:
     rate, runs, length = 5e-3, 60, 200
     # a level that is estimated from few values costs the textbook's threshold a factor
-    count = sum(len(alarms(normal(length, seed), kind, false_alarm_rate=rate, baseline=64, memory=64)) for seed in range(runs))
+    count = sum(
+        len(alarms(normal(length, seed), kind, false_alarm_rate=rate, baseline=64, memory=64)) for seed in range(runs)
+    )
     assert 0 < count < 3 * rate * runs * length
 
 

@@ -394,7 +394,7 @@ class PosteriorKLMonitor(Monitor):
         steps, totals = [int(row[0]) for row in self._history], [row[1] for row in self._history]
         most = max([value for value in totals if math.isfinite(value)] or [1.0]) * 1.05 or 1.0
         return panels.panel(
-            f"{int(result.active_units)} of {len(order)} latent dimensions are active (step {step})",
+            f"{float(result.total):.1f} nats in {int(result.active_units)} of {len(order)} latent dimensions (step {step})",
             [
                 panels.Tile(
                     "KL of each dimension, nats",

@@ -185,12 +185,18 @@ class ManifoldEntropyMonitor(Monitor):
             images = tensor_of(probe.decoder(z.flatten(0, 1)), z[..., 0].numel())
         return images.view(*z.shape[:2], *images.shape[1:]).cpu() if images.ndim == 4 else None
 
+    def scalars(self, result: ManifoldEntropyResult) -> dict[str, Tensor]:
+        """With the latents' own numbers, where some of them are looked at."""
+        assert self.dims is not None
+        own = {f"dimension_{place}": f"dimension_{i}" for place, i in enumerate(self.dims.tolist())}
+        return {own.get(name, name): value for name, value in result.scalars().items()}
+
     def draw(self, result: ManifoldEntropyResult, board: Board) -> None:
         """The spectrum over time, the chart of all dimensions, and the panel."""
         assert self.dims is not None
         board.histogram("spectrum", result.entropy)
         if len(self.dims) <= MAX_DIMENSION_TAGS:
-            board.chart("every dimension", "Multiline", [f"dimension_{i}" for i in range(len(self.dims))])
+            board.chart("every dimension", "Multiline", [f"dimension_{i}" for i in self.dims.tolist()])
         board.chart("dimensions in use", "Multiline", ["effective_dimensions"])
         self._history.append([float(board.step), float(result.effective_dimensions)])
         if len(self._history) > 400:

@@ -16,7 +16,6 @@ from lightning_gendiag import panels
 from lightning_gendiag.board import Board
 from lightning_gendiag.diagnostics.regional_primitives.mathematics import (
     MAX_REGIONS,
-    MinimalFeatures,
     check_regions,
     decompose,
     importance,
@@ -112,7 +111,6 @@ class RegionalPrimitivesMonitor(Monitor):
         self.batch_size, self.max_seconds = batch_size, max_seconds
         self.needs_regions = regions is None
         self.together = 1
-        self._warm: dict[int, Tensor] = {}
         self._shown: dict[str, Tensor] = {}
 
     # what is collected from batches is needed only where regions are found in it
@@ -281,24 +279,15 @@ class RegionalPrimitivesMonitor(Monitor):
                 code = codes[number : number + 1]
                 feature = self._feature(probe, code)[0]
                 with self._tail(probe, code) as tail:
-                    minimal = self._minimal(tail, feature, baseline, number)
+                    # from nothing each time: from where the last look ended, components that are gone linger
+                    minimal = minimal_features(
+                        tail, feature, baseline, self.labels, penalty=self.penalty, max_steps=self.max_steps,
+                        batch_size=self.together,
+                    )  # fmt: skip
                     found = decompose(tail, feature, self.labels, minimal, self.together)
                     self.metric.update(*found)
                     if number == 0 and self.draw_pictures:
                         self._shown = _pictures(tail, feature, or_interactions(minimal.features), found.norms)
-
-    def _minimal(
-        self, tail: Callable[[Tensor], Tensor], feature: Tensor, baseline: Tensor, number: int
-    ) -> MinimalFeatures:
-        """From where the same code's minimal features were at the last evaluation."""
-        assert self.labels is not None
-        warm = self._warm.get(number)
-        minimal = minimal_features(
-            tail, feature, baseline, self.labels, penalty=self.penalty, max_steps=self.max_steps, batch_size=self.together,
-            start=None if warm is None or warm.shape[1:] != feature.shape else warm.to(feature.device) + baseline,
-        )  # fmt: skip
-        self._warm[number] = (minimal.features - baseline).cpu()
-        return minimal
 
     def readings(self, result: RegionalPrimitivesResult) -> dict[str, Reading]:
         """Each region by the strength of its components and by their leakage."""
