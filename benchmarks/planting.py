@@ -124,7 +124,12 @@ FAMILIES = {
     "gan": Family(lambda kind: HarmedGAN(16, width=10, lr=4e-4), 32, "loss_g", 2e-2),
     # with fewer latents than the scenes have freedoms, none dies of itself
     "vae": Family(
-        lambda kind: HarmedVAE(6 if kind == "scenes" else 10, width=10, noise=0.8, lr=5e-3), 32, "loss", 1e-1
+        lambda kind: (
+            HarmedVAE(8, width=10, noise=0.5, lr=5e-3) if kind == "scenes" else HarmedVAE(width=10, noise=0.8, lr=5e-3)
+        ),
+        32,
+        "loss",
+        1e-1,
     ),
     "flow": Family(lambda kind: HarmedFlow(64, (1, 8, 8), hidden=96, transforms=4), 8, "nll", 5e-2),
     "diffusion": Family(lambda kind: HarmedDiffusion(width=8, steps=6), 16, "loss", 3e-1),
