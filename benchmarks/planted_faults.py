@@ -385,7 +385,7 @@ def small() -> list[dict[str, Any]]:
     """A short run of each family on scenes and one on digits, of a seed that nothing was chosen by."""
     runs = []
     for family, kind in (*((family, "scenes") for family in FAMILIES), ("gan", "digits")):
-        runs.append(record(family, kind, 300, looks=40, start=24, after=4))
+        runs.append(record(family, kind, 300, looks=44, start=32, after=4))
         print("trained", family, "on", kind, flush=True)
     return runs
 

@@ -47,6 +47,8 @@ def test_a_threshold_arms_itself() -> None:
     assert below([0.6, math.nan], 0.5) == 1
 
 
+# a flow of a few hundred steps
+@pytest.mark.filterwarnings("ignore:generated images span")
 def test_a_short_run_is_recorded_and_judged() -> None:
     run = json.loads(json.dumps(record("flow", "scenes", 1, looks=16, start=12, after=3)))
     assert len(run["healthy"]["loss"]) == len(run["healthy"]["cms"]) == 16
@@ -58,7 +60,9 @@ def test_a_short_run_is_recorded_and_judged() -> None:
     _, faults = judge(run)
     found = {one.fault: one for one in faults}
     assert found["weight is nan"].found
-    assert found["image frozen"].named
+    # after so few looks an alarm takes one more
+    assert found["image frozen"].delay <= 4
+    assert found["image frozen"].overlap == 1
 
 
 def test_recorded_runs_are_judged_as_the_readme_says() -> None:
