@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from lightning_gendiag.diagnostics.manifold_entropy import ManifoldEntropyMonito
 from lightning_gendiag.diagnostics.posterior_kl import PosteriorKLMonitor
 from lightning_gendiag.diagnostics.regional_primitives import RegionalPrimitivesMonitor
 from lightning_gendiag.monitor import Monitor, batch_step
-from lightning_gendiag.probe import Probe, images_of
+from lightning_gendiag.probe import Probe, images_of, is_kind
 from lightning_gendiag.stopping import CollapseStopping
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class GenerativeDiagnostics(Callback):
             place += 1
         if self.stopping is not None and not any(isinstance(c, CollapseStopping) for c in callbacks):
             # stoppers come after all others, and before those that write checkpoints
-            last = [at for at, c in enumerate(callbacks) if isinstance(c, (EarlyStopping, Checkpoint))]
+            last = [at for at, c in enumerate(callbacks) if is_kind(c, "EarlyStopping", "Checkpoint")]
             callbacks.insert(last[0] if last else len(callbacks), self.stopping)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,14 +162,17 @@ class GenerativeDiagnostics(Callback):
         elif labels is None:
             for stem in LABELLED:
                 self._detach(trainer, stem, "the batches hold no labels; pass Probe(labels=lambda batch: ...)")
-        posterior = self.monitors.get("posterior_kl")
-        if isinstance(posterior, PosteriorKLMonitor) and isinstance(images, Tensor):
-            self._try(trainer, "posterior_kl", partial(posterior.try_out, self.probe, images[:2]))
+        if isinstance(images, Tensor):
+            posterior = self.monitors.get("posterior_kl")
+            if isinstance(posterior, PosteriorKLMonitor):
+                self._try(trainer, "posterior_kl", partial(posterior.try_out, self.probe, images[:2]))
+            self._try(trainer, "k_star", partial(self.probe.try_codes, images[:2]))
+            self._try(trainer, "latent_regions", partial(self.probe.try_codes, images[:2], decoded=True))
         self._tell(trainer)
 
     def _try(self, trainer: Trainer, stem: str, attempt: Callable[[], Any]) -> None:
         """Take a monitor away, on all processes, if an attempt fails on any."""
-        if self.monitors[stem] not in trainer.callbacks:  # type: ignore[attr-defined]
+        if self.monitors.get(stem) not in trainer.callbacks:  # type: ignore[attr-defined]
             return
         reason: Exception | str | None = None
         try:

@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gendiag.diagnostic import Diagnostic
-from lightning_gendiag.functional import as_images, exact_matmul
+from lightning_gendiag.functional import as_images, exact_matmul, tensor_of
 from lightning_gendiag.regions import RegionMap
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-LATENT_NAMES = ("latent_dim", "latent_size", "z_dim", "dim_z", "noise_dim", "nz", "n_latent")
-"""Attributes of a module, or of its ``hparams``, that say how long its noise is."""
+LATENT_NAMES = ("latent_dim", "latent_size", "z_dim", "z_size", "dim_z", "noise_dim", "noise_size", "nz", "n_latent")
+"""Attributes of a module, of its ``hparams`` or of its generator that say how long its noise is."""
 
+DECODERS = ("decode", "decoder")
+GENERATORS = ("forward", "generator", "gen", "netG", "G")
+"""What makes data from latents: a GAN's ``forward`` does, where it has one."""
 
-OWN_NAMES = {"sample": ("sample",), "encode": ("encode", "encoder"), "decode": ("decode", "decoder")}
-"""What is looked for on a module when nothing is said."""
+OWN_NAMES = {
+    "sample": ("sample", *DECODERS, *GENERATORS),
+    "encode": ("encode", "encoder"),
+    "decode": (*DECODERS, *GENERATORS),
+}
+"""What is looked for on a module when nothing is said; what does not take what it would be given is passed over."""
+
+LINES = {
+    "sample": "Probe(sample=lambda module, n: ...)",
+    "encode": "Probe(encode=lambda module, images: ...)",
+    "decode": "Probe(decode=lambda module, z: ...)",
+}
+"""What to write where nothing fits."""
 
 
 class Images(NamedTuple):
@@ -156,10 +172,12 @@ class Probe:
 
     Args:
         sample: what makes images: the name of a method or submodule of the module (``"sample"``, ``"generator"``), a
-            callable ``(module, n)``, or None for the module's own ``sample(n)``, else its ``forward`` applied to
-            noise. A submodule, and ``forward``, take standard normal noise (n, latent_dim).
-        encode: name, callable ``(module, images)``, or None for the module's ``encode``.
-        decode: name, callable ``(module, latents)``, or None for the module's ``decode``.
+            callable ``(module, n)``, or None for the module's own ``sample(n)``, else its ``decode``, ``decoder``,
+            ``forward`` or ``generator`` applied to noise. A submodule, ``decode`` and ``forward`` take standard normal
+            noise (n, latent_dim), or (n, latent_dim, 1, 1) where a generator begins with a convolution.
+        encode: name, callable ``(module, images)``, or None for the module's ``encode`` or ``encoder``.
+        decode: name, callable ``(module, latents)``, or None for the module's ``decode``, ``decoder``, or what a GAN
+            makes images with.
         num_samples: images a look, over all processes.
         seed: of the samples; the same at every look, so that curves move with the model only.
         weights: ``"raw"``, ``"ema"`` (Lightning's ``WeightAveraging``), or ``"auto"``: averaged ones once there are any.
@@ -214,6 +232,8 @@ class Probe:
         self._epoch_seen = False
         self._last_batch: tuple[int, int] | None = None
         self._drawn: tuple[int, Images] | None = None
+        self._tried: Images | None = None
+        self._tall: dict[str, bool] = {}
         self._warned_range = False
 
     # ---- the module ----
@@ -225,9 +245,12 @@ class Probe:
             ValueError: if the module lacks what is needed, or the reference given is none.
         """
         self.trainer, self.module = trainer, module
-        self._drawn = None
+        self._drawn, self._tried, self._tall = None, None, {}
         for need in needs:
-            self._resolve(need)
+            target = self._resolve(need)
+            if need == "sample" and _takes_noise(target):
+                # refused at once if unknown
+                _ = self.noise_length
         if self.weights == "ema" and self._averaging() is None:
             raise ValueError(
                 "weights must be 'raw' or 'auto' where no callback averages weights, got 'ema'. "
@@ -237,61 +260,145 @@ class Probe:
             self.reference = self._read(self.given)
 
     def try_out(self) -> Images:
-        """Two samples, to see that sampling works before training begins; nothing of the module changes.
+        """Two samples, to see once that sampling works before training begins; nothing of the module changes.
 
         Raises:
             ValueError: if the sampler fails or gives no images.
         """
         if self.module.device.type == "meta":
             raise ValueError("the module must be on a real device before it can be sampled, got 'meta'.")
-        with self.looking(parameters=True):
-            return self._chunk(0, 2)
+        if self._tried is None:
+            with self.looking(parameters=True):
+                self._tried = self._chunk(0, 2)
+            if self.sample is None and _takes_noise(self._resolve("sample")):
+                rank_zero_info(f"Samples are made by {self.sampled_by}; Probe(sample=...) says otherwise.")
+        return self._tried
+
+    def try_codes(self, images: Tensor, decoded: bool = False) -> None:
+        """See whether images (n, C, H, W) have latents, and if asked whether they decode; nothing of the module changes.
+
+        Raises:
+            ValueError: if they have none, or what decodes takes others.
+        """
+        with self.looking(parameters=True, exact=True):
+            codes = self.codes(self.as_input(as_images(images)))
+            if not decoded:
+                return
+            try:
+                tensor_of(self.decoder(self.as_input(codes)), len(codes))
+            except Exception as error:
+                raise ValueError(
+                    f"encode must give the latents that decode takes, got {tuple(codes.shape)}, of which decode makes "
+                    f"{type(error).__name__}: {error}. To fix this, pass {LINES['encode']}."
+                ) from error
 
     def _resolve(self, need: str) -> Callable[..., Any]:
-        """The callable behind ``sample``, ``encode`` or ``decode``."""
+        """What stands behind ``sample``, ``encode`` or ``decode``."""
+        return self._found(need)[1]
+
+    def _found(self, need: str) -> tuple[str, Callable[..., Any]]:
+        """Its name on the module, empty for a callable that was given, and what stands behind it."""
         wanted, module = getattr(self, need), self.module
         own = type(module).__name__
-        fix = f"To fix this, define {own}.{need}({'n' if need == 'sample' else '...'}), or pass Probe({need}=...)."
-        target: Any = module
         if wanted is None:
-            found = (getattr(module, name, None) for name in OWN_NAMES[need])
-            target = next((part for part in found if callable(part)), None)
-            if target is None:
-                # a GAN's forward makes images from noise
-                target = getattr(module, "generator", None) if _has_no_forward(module) else module
-                if need == "encode" or not callable(target):
-                    names = ", ".join(OWN_NAMES[need])
-                    also = "" if need == "encode" else ", forward, generator"
-                    raise ValueError(f"{need} must be known, but {own} has none of {names}{also}. {fix}")
-        elif isinstance(wanted, str):
+            return self._guessed(need)
+        target: Any = module
+        if isinstance(wanted, str):
             for part in wanted.split(".") if wanted != "forward" else ():
                 target = getattr(target, part, None)
             if not callable(target):
-                raise ValueError(f"{need} must name a method or submodule of {own}, got {wanted!r}. {fix}")
-        elif callable(wanted):
-            target = wanted if isinstance(wanted, nn.Module) else partial(wanted, module)
-        else:
-            raise ValueError(f"{need} must be a name or a callable, got {wanted!r}. {fix}")
-        if need == "sample" and isinstance(target, nn.Module):
-            # refused at once if unknown
-            _ = self.noise_length
-            return lambda n, *labels: target(self._noise(n), *labels)
-        resolved: Callable[..., Any] = target
-        return resolved
+                raise ValueError(
+                    f"{need} must name a method or submodule of {own}, got {wanted!r}. To fix this, pass {LINES[need]}."
+                )
+            return wanted, target
+        if not callable(wanted):
+            raise ValueError(f"{need} must be a name or a callable, got {wanted!r}. To fix this, pass {LINES[need]}.")
+        return "", wanted if isinstance(wanted, nn.Module) else partial(wanted, module)
+
+    def _guessed(self, need: str) -> tuple[str, Callable[..., Any]]:
+        """The first of the module's own that takes what it would be given."""
+        module, names = self.module, OWN_NAMES[need]
+        own = type(module).__name__
+        given = 2 if need == "sample" and self.conditional else 1
+        others, line = [], LINES[need]
+        for name in names:
+            found = getattr(module, name, None) if name != "forward" else module if _has_forward(module) else None
+            if not callable(found):
+                continue
+            parameters = _parameters(found)
+            if parameters is None or _takes(parameters, given):
+                return name, found
+            others.append(f"{own}.{name} takes {parameters}")
+            if need == "sample" and not self.conditional and _takes(parameters, 2) and _of_labels(parameters):
+                line = "Probe(conditional=True)"
+        argument = {"sample": "n", "encode": "images", "decode": "z"}[need]
+        passed_over = f" that takes it alone ({', '.join(others)})" if others else ""
+        raise ValueError(
+            f"{need} must be known, but {own} has none of {', '.join(names)}{passed_over}. "
+            f"To fix this, define {own}.{need}({argument}), or pass {line}."
+        )
+
+    def _fitted(self, need: str) -> Callable[..., Any]:
+        """What takes latents (n, L); tried once, since a generator may want (n, L, 1, 1); inside :meth:`looking`."""
+        name, target = self._found(need)
+        if isinstance(target, partial):
+            return target
+        if need not in self._tall:
+            with random_state_kept(self.module.device):
+                self._tall[need] = self._wants_tall(need, name, target)
+        if self._tall[need]:
+            return lambda z, *labels: target(z[:, :, None, None], *labels)
+        return target
+
+    def _wants_tall(self, need: str, name: str, target: Callable[..., Any]) -> bool:
+        z = self._noise(2)
+        labels = (self._labels(2),) if need == "sample" and self.conditional else ()
+        try:
+            target(z, *labels)
+        except Exception as error:
+            # any convolution takes latents of one pixel: what decodes codes of many would make a wrong, small image
+            if name not in DECODERS or getattr(self, need) is not None:
+                with suppress(Exception):
+                    target(z[:, :, None, None], *labels)
+                    return True
+            raise ValueError(
+                f"{need} must take normal noise {tuple(z.shape)}{' and labels' if labels else ''}, but "
+                f"{type(self.module).__name__}.{name} gave {type(error).__name__}: {error}. "
+                f"To fix this, pass {LINES[need]}."
+            ) from error
+        return False
+
+    def _sampler(self) -> Callable[..., Any]:
+        """The callable from a number, and labels, to images; inside :meth:`looking`."""
+        target = self._resolve("sample")
+        if not _takes_noise(target):
+            return target
+        generator = self._fitted("sample")
+        return lambda n, *labels: generator(self._noise(n), *labels)
+
+    @property
+    def sampled_by(self) -> str:
+        """In words, how images are made."""
+        name, target = self._found("sample")
+        own = f"{type(self.module).__name__}.{name}" if name else "what Probe(sample=...) was given"
+        if not _takes_noise(target):
+            return own
+        return f"{own} from normal noise (n, {self.noise_length}{', 1, 1' if self._tall.get('sample') else ''})"
 
     @property
     def noise_length(self) -> int:
         """L, the length of the noise."""
         if self.latent_dim is not None:
             return self.latent_dim
-        for holder in (self.module, self.module.hparams):
+        parts = (getattr(self.module, name, None) for name in (*DECODERS, *GENERATORS) if name != "forward")
+        for holder in (self.module, self.module.hparams, *(part for part in parts if isinstance(part, nn.Module))):
             for name in LATENT_NAMES:
                 value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
                 if isinstance(value, int) and not isinstance(value, bool):
                     return value
         raise ValueError(
             f"latent_dim must be known to draw noise for {type(self.module).__name__}, which has none of "
-            f"{', '.join(LATENT_NAMES)}. To fix this, pass Probe(latent_dim=...) or Probe(sample=...)."
+            f"{', '.join(LATENT_NAMES)}. To fix this, pass Probe(latent_dim=...) or {LINES['sample']}."
         )
 
     def _noise(self, n: int) -> Tensor:
@@ -331,36 +438,61 @@ class Probe:
         return model is not None and (self.weights == "ema" or int(model.n_averaged) > 0)
 
     def _averaging(self) -> Any:
-        try:
-            from lightning.pytorch.callbacks import WeightAveraging
-        except ImportError:
-            # Lightning before 2.6
-            return None
-        return next((c for c in self.trainer.callbacks if isinstance(c, WeightAveraging)), None)  # type: ignore[attr-defined]
+        return next((c for c in self.trainer.callbacks if is_kind(c, "WeightAveraging")), None)  # type: ignore[attr-defined]
 
     def _chunk(self, index: int, n: int) -> Images:
         """One seeded call of the sampler, as float32 images; inside :meth:`looking`."""
+        sampler = self._sampler()
         torch.manual_seed(self.seed + 7919 * index)
         np.random.seed((self.seed + 7919 * index) % 2**32)  # noqa: NPY002
         random.seed(self.seed + 7919 * index)
-        sampler = self._resolve("sample")
         labels = self._labels(n) if self.conditional else None
         try:
             output = sampler(n) if labels is None else sampler(n, labels)
         except Exception as error:
             raise ValueError(
                 f"sample must make {n} images when called with {n}{'' if labels is None else ' and labels'}, "
-                f"got {type(error).__name__}: {error}. To fix this, pass Probe(sample=lambda module, n: ...)."
+                f"got {type(error).__name__}: {error}. To fix this, pass {LINES['sample']}."
             ) from error
+        images = self._images_in(output, n)
+        return Images(as_images(images.detach(), "generated").float(), labels)
+
+    def _images_in(self, output: Any, n: int) -> Tensor:
+        """The images (n, C, H, W) that a sampler returned; refused where it is not sure which they are."""
+        if isinstance(output, torch.distributions.Distribution):
+            with suppress(NotImplementedError):
+                # a decoder's, as in functional.tensor_of
+                output = output.mean
         images = images_of(output)
+        call = self._call()
         if images is None or len(images) != n:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"sample must return ({n}, C, H, W) images when asked for {n}, got {got}. "
-                "To fix this, pass Probe(sample=lambda module, n: ...)."
+            if isinstance(output, torch.distributions.Distribution):
+                call += ".sample((n,))"
+            flat = isinstance(output, torch.distributions.Distribution) or (
+                isinstance(output, Tensor) and output.ndim == 2 and len(output) == n
             )
-        images = as_images(images.detach(), "generated")
-        return Images(images.float(), labels)
+            line = f"Probe(sample=lambda module, n: {call}.view(n, C, H, W))" if flat else LINES["sample"]
+            raise ValueError(
+                f"sample must return ({n}, C, H, W) images when asked for {n}, got {got}. To fix this, pass {line}."
+            )
+        if isinstance(output, (tuple, list)):
+            alike = sum(isinstance(part, Tensor) and part.shape == images.shape for part in output)
+            if alike > 1:
+                raise ValueError(
+                    f"sample must return one batch of images, got {alike} of {tuple(images.shape)}. "
+                    f"To fix this, pass Probe(sample=lambda module, n: {call}[-1]) if the last are meant."
+                )
+        return images
+
+    def _call(self) -> str:
+        """The call of the sampler, as a line of code."""
+        name, target = self._found("sample")
+        if not name:
+            return "..."
+        tall = ", 1, 1" if self._tall.get("sample") else ""
+        noise = f"torch.randn(n, {self.noise_length}{tall}, device=module.device)" if _takes_noise(target) else "n"
+        return f"module{'' if name == 'forward' else f'.{name}'}({noise}{', labels' if self.conditional else ''})"
 
     def _labels(self, n: int) -> Tensor:
         """Labels (n,) as the reference has them; zeros while there is none."""
@@ -432,8 +564,13 @@ class Probe:
 
     @property
     def decoder(self) -> Any:
-        """The callable from latents to data."""
-        return self._resolve("decode")
+        """The callable from latents (n, L) to data; inside :meth:`looking`."""
+        try:
+            _ = self.noise_length
+        except ValueError:
+            # seen in codes of images instead
+            return self._resolve("decode")
+        return self._fitted("decode")
 
     # ---- the real images ----
 
@@ -584,10 +721,43 @@ class Probe:
             self._rows.update(state["rows"], state["row_labels"])
 
 
-def _has_no_forward(module: nn.Module) -> bool:
-    from lightning.pytorch import LightningModule
+def is_kind(callback: object, *names: str) -> bool:
+    """Whether a callback is of a Lightning class, whether it comes from ``lightning`` or from ``pytorch_lightning``."""
+    return any(base.__name__ in names for base in type(callback).__mro__)
 
-    return type(module).forward is LightningModule.forward
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether a module has a ``forward`` of its own, and not only Lightning's, of whichever package."""
+    first = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return first is not nn.Module and first.__name__ != "LightningModule"
+
+
+def _takes_noise(target: Callable[..., Any]) -> bool:
+    """Whether what was found takes noise, and not the number of images."""
+    return isinstance(target, nn.Module) or getattr(target, "__name__", "") in (*DECODERS, *GENERATORS)
+
+
+def _parameters(target: Callable[..., Any]) -> inspect.Signature | None:
+    """What a callable takes, where it can be known."""
+    if isinstance(target, nn.Module):
+        target = getattr(target, "_orig_mod", target).forward
+    try:
+        return inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes(parameters: inspect.Signature, given: int) -> bool:
+    try:
+        parameters.bind(*range(given))
+    except TypeError:
+        return False
+    return True
+
+
+def _of_labels(parameters: inspect.Signature) -> bool:
+    """Whether the second is called as labels are."""
+    return list(parameters.parameters)[1] in ("y", "label", "labels", "cls", "classes", "target", "targets")
 
 
 def _shape(batch: Any) -> str:

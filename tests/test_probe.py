@@ -164,10 +164,10 @@ def test_what_cannot_be_sampled_is_refused_in_words() -> None:
             return x
 
     class Other(TinyGAN):
-        def sample(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-            return mean
+        def sample(self, z: Tensor) -> Tensor:
+            return self(z)
 
-    with pytest.raises(ValueError, match="Mute has none of sample, forward, generator"):
+    with pytest.raises(ValueError, match="Mute has none of sample, decode, decoder, forward, generator"):
         attached(Mute(), Probe())
     with pytest.raises(ValueError, match=r"latent_dim must be known .* pass Probe\(latent_dim=...\)"):
         attached(NoNoise(), Probe())
