@@ -9,13 +9,14 @@ from weakref import WeakKeyDictionary
 class Budget:
     """Wall time that the monitors of a trainer took, beside the time that passed since training began.
 
-    All that is due at a step is granted or refused together, so that monitors share what they draw.
+    All that is due at a step is granted or refused together, a round, so that monitors share what they draw. The first
+    round sets everything up, so it is written off in the course of the run.
     """
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.spent = 0.0
-        self.cost = 0.0
+        self.first = 0.0
         self.rounds = 0
         self.step: int | None = None
         self.granted = False
@@ -26,19 +27,27 @@ class Budget:
         """Seconds since training began, without those that monitors took."""
         return time.monotonic() - self.started - self.spent
 
-    def ask(self, step: int, share: float) -> bool:
-        """Whether monitors may look at a step: the first time, and when one more look like the last stays within a share."""
+    def ask(self, step: int, share: float, progress: float = 1.0) -> bool:
+        """Whether monitors may look at a step: the first time, and when one more round stays within a share.
+
+        Args:
+            step: of the run; asked again at the same step the answer is the same.
+            share: of the training's time.
+            progress: how much of the run is done, 0 to 1; 1 where its length is not known.
+        """
         if step != self.step:
             self.step = step
-            self.granted = self.rounds == 0 or self.spent + self.cost <= share * self.training
-            if self.granted:
-                self.rounds, self.cost = self.rounds + 1, 0.0
+            later = self.spent - self.first
+            usual = later / max(self.rounds - 1, 1)
+            self.granted = self.rounds == 0 or self.first * progress + later + usual <= share * self.training
+            self.rounds += self.granted
         return self.granted
 
     def pay(self, seconds: float) -> None:
         """Add what a monitor took."""
         self.spent += seconds
-        self.cost += seconds
+        if self.rounds == 1:
+            self.first += seconds
 
 
 _BUDGETS: WeakKeyDictionary[object, Budget] = WeakKeyDictionary()

@@ -63,13 +63,13 @@ class FeatureNetwork(nn.Module):
         self.to(images.device)
         answers = torch.cat([self._answers(chunk) for chunk in pieces(images, together(images))]).double()
         centre = answers.mean(0)
-        _, singular, directions = torch.linalg.svd(answers - centre, full_matrices=False)
-        deviation = singular / (len(images) - 1) ** 0.5
         kept = min(num_features, len(images) - 1)
+        variance, directions = torch.linalg.eigh((answers - centre).T.cov())
+        variance, directions = variance.flip(0)[:kept], directions.flip(1)[:, :kept]
         # what hardly varies among real images is not blown up
-        deviation = deviation[:kept].clamp(min=max(0.2 * float(deviation[0]), 1e-6))
+        deviation = variance.clamp(min=max(0.04 * float(variance[0]), 1e-12)).sqrt()
         self.register_buffer("centre", centre.float())
-        self.register_buffer("components", (directions[:kept].T / deviation).float())
+        self.register_buffer("components", (directions / deviation).float())
         self.num_features = kept
 
     def _answers(self, images: Tensor) -> Tensor:

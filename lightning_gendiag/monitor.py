@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FAILURES = 3
 """So many failures in a row switch a monitor off."""
 
+CURVE = 400
+"""A panel's curve has at most so many points; beyond, each second one is left out."""
+
 
 class DiagnosticWarning(UserWarning):
     """A diagnostic failed, or sees something that makes its numbers doubtful."""
@@ -59,6 +62,15 @@ class Evaluation(NamedTuple):
     """By series: a region's name, a class, a dimension, or the whole."""
 
 
+def run_progress(trainer: Trainer) -> float:
+    """How much of a run is done, 0 to 1; 1 where its length is not known."""
+    epochs, steps = trainer.max_epochs or 0, trainer.max_steps
+    epoch = trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_idx + 1) / max(trainer.num_training_batches, 1)
+    shares = [epoch / epochs] if epochs > 0 else []
+    shares += [trainer.global_step / steps] if steps > 0 else []
+    return min(max(shares, default=1.0), 1.0)
+
+
 def batch_step(trainer: Trainer, epoch_over: bool) -> int:
     """The step that ``self.log`` writes at: batches that led to an optimizer step."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(epoch_over)
@@ -79,9 +91,10 @@ class Monitor(Callback):
         on_error: ``"warn"``: a failure is named in a warning and the run goes on, and after three in a row the monitor
             is switched off; ``"raise"``: for those who debug.
         name: of this monitor in tags and checkpoints, for two of one kind on a trainer.
-        draw_pictures: whether panels are drawn beside the scalars.
+        draw_pictures: whether panels are drawn beside the scalars: at each of the first twenty evaluations, then whenever
+            there are a tenth more, and at the end; not where nothing has changed.
         max_share: of the training's time that all monitors of the trainer which have such a limit may take together, in
-            (0, 1]: where they take more, what is due waits; by default each looks whenever it is due.
+            (0, 1]: where they take more, all look less often in proportion; by default each looks whenever it is due.
     """
 
     stem: ClassVar[str] = ""
@@ -135,6 +148,10 @@ class Monitor(Callback):
         self._unreadable: Exception | None = None
         self._module: LightningModule | None = None
         self._waiting = False
+        self._round = 0
+        self._next_picture = 0
+        self._drawn: dict[str, Reading] | None = None
+        self._curve: list[list[float]] = []
 
     # ---- what a subclass says ----
 
@@ -163,8 +180,12 @@ class Monitor(Callback):
         named: dict[str, Tensor] = result.scalars()
         return named
 
+    def curve(self, result: Any) -> list[float]:
+        """Numbers that the panel draws over time."""
+        return []
+
     def draw(self, result: Any, board: Board) -> None:
-        """Pictures and charts; on rank 0 only."""
+        """Pictures and charts; on rank 0 only, and not at every evaluation."""
 
     def draw_finding(self, finding: Any, board: Board) -> None:
         """A picture of where the fault lies; on rank 0 only."""
@@ -210,6 +231,7 @@ class Monitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count the time."""
         budget_of(trainer, anew=True)
+        self._round = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -251,9 +273,16 @@ class Monitor(Callback):
         else:
             self.probe.end_epoch()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw what was found last, if it was not."""
+        latest = self.latest
+        if latest is not None and self._is_news(latest.readings) and self._draws(trainer):
+            self._draw(trainer, Board(trainer, latest.step, f"gendiag/{self.name}"))
+
     def state_dict(self) -> dict[str, Any]:
         """Counts, what the subclass keeps, and the probe's reference if this monitor owns it."""
         state: dict[str, Any] = {"evaluations": self.evaluations, "seconds": self.seconds, **self.kept()}
+        state["curve"] = [list(row) for row in self._curve]
         if self.probe is not None and self.probe.owner is self:
             state["probe"] = self.probe.state_dict()
         return state
@@ -271,6 +300,7 @@ class Monitor(Callback):
 
     def _take_up(self, probe: Probe, state: dict[str, Any]) -> None:
         self.evaluations, self.seconds = state["evaluations"], state["seconds"]
+        self._curve = [list(row) for row in state["curve"]]
         if "probe" in state:
             probe.load_state_dict(state["probe"])
         self.take_up(state)
@@ -282,15 +312,17 @@ class Monitor(Callback):
         if self.max_share is None:
             return due
         budget = budget_of(trainer)
-        if not due:
-            # what waits goes along with the others
-            return self._waiting and budget.step == step and budget.granted
+        # what waits goes along with the others
+        if not due and not (self._waiting and budget.step == step):
+            return False
         if budget.step != step:
-            budget.ask(step, self.max_share)
+            granted = budget.ask(step, self.max_share, run_progress(trainer))
             if trainer.world_size > 1:
-                budget.granted = trainer.strategy.broadcast(budget.granted)
-        self._waiting = not budget.granted
-        if self._waiting and not budget.told:
+                budget.granted = trainer.strategy.broadcast(granted)
+                budget.rounds += budget.granted - granted
+        # in proportion: one that looks a tenth as often as another goes along with each tenth round
+        self._waiting = not budget.granted or budget.rounds - self._round < self._rarity(trainer)
+        if not budget.granted and not budget.told:
             budget.told = True
             words = (
                 f"The monitors took {budget.spent:.1f} s of the first {budget.training + budget.spent:.0f} s. From now on they "
@@ -299,11 +331,24 @@ class Monitor(Callback):
             )
             rank_zero_info(words)
             Board(trainer, step, "gendiag").text("budget", words)
-        return budget.granted
+        return not self._waiting
+
+    def _rarity(self, trainer: Trainer) -> int:
+        """How many times as often as this one the monitor that looks most often looks; 1 where that is not to be said."""
+        by_steps = self.every_n_train_steps is not None
+        periods = [
+            monitor.every_n_train_steps or monitor.every_n_epochs
+            for monitor in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(monitor, Monitor)
+            and monitor.max_share is not None
+            and (monitor.every_n_train_steps is not None) == by_steps
+        ]
+        return (self.every_n_train_steps or self.every_n_epochs) // min(periods)
 
     def _evaluate(self, trainer: Trainer, module: LightningModule, step: int, epoch_over: bool) -> None:
         started = time.monotonic()
         self._last_step, self._waiting = step, False
+        self._round = budget_of(trainer).rounds
         try:
             self._look(trainer, module, step, epoch_over, started)
         finally:
@@ -359,12 +404,35 @@ class Monitor(Callback):
             # loggers are served below: through self.log they would see only every log_every_n_steps
             tag = f"gendiag/{self.name}/{name}"
             module.log(tag, value, logger=False, on_step=not epoch_over, on_epoch=epoch_over, batch_size=1)
+        curve = self.curve(result)
+        if curve:
+            self._curve.append([float(step), *curve])
+            if len(self._curve) > CURVE:
+                self._curve = self._curve[::2]
+        assert self.latest is not None
+        if self.evaluations >= self._next_picture and self._is_news(self.latest.readings) and self._draws(trainer):
+            self._draw(trainer, board)
+        seconds = time.monotonic() - started
+        self.seconds += seconds
         try:
-            if self.draw_pictures and trainer.is_global_zero:
-                self.draw(result, board)
-            seconds = time.monotonic() - started
-            self.seconds += seconds
             board.scalars(scalars | {"seconds": seconds})
+        except Exception as caught:
+            self._contain(caught, trainer, counts=False)
+
+    def _draws(self, trainer: Trainer) -> bool:
+        return self.draw_pictures and trainer.is_global_zero
+
+    def _is_news(self, readings: dict[str, Reading]) -> bool:
+        """Whether they are others than those that were drawn."""
+        return not readings or readings != self._drawn
+
+    def _draw(self, trainer: Trainer, board: Board) -> None:
+        """Pictures of the latest evaluation, fewer and fewer: TensorBoard keeps ten of a tag."""
+        assert self.latest is not None
+        self._next_picture = self.evaluations + max(1, self.evaluations // 10)
+        self._drawn = self.latest.readings
+        try:
+            self.draw(self.result, board)
         except Exception as caught:
             # on rank 0 alone, so no matter for the others
             self.draw_pictures = False

@@ -449,7 +449,9 @@ def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | Non
 
     with exact_matmul():
         if fits:
-            rows = torch.cat([_kernel_rows(pixels[..., i : i + block], gamma) for i in starts])
+            rows = torch.empty(positions, n * (n + 1) // 2, dtype=pixels.dtype, device=pixels.device)
+            for i in starts:
+                rows[i : i + block] = _kernel_rows(pixels[..., i : i + block], gamma)
             # a few wide products: half of the square, at the speed of large matrices
             wide = max(block, positions // 4)
             for i in range(0, positions, wide):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,22 @@ def test_the_share_is_kept_once_the_first_look_is_paid_off(clock: Clock, share: 
     assert budget.spent > 0.9 * min(share * budget.training, 5 + 999 * 0.4)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_setting_up_is_written_off_over_a_run_of_known_length(clock: Clock, known: bool) -> None:
+    budget, looks = Budget(), []
+    for step in range(400):
+        clock.now += 1.0
+        if budget.ask(step, 0.05, (step + 1) / 400 if known else 1.0):
+            looks.append(step)
+            seconds = 5.0 if len(looks) == 1 else 0.4
+            clock.now += seconds
+            budget.pay(seconds)
+    assert budget.spent <= 0.05 * budget.training
+    # what was set up is made use of at once, where else 100 steps must pay for it first
+    assert (looks[3] < 40) == known
+    assert max(b - a for a, b in itertools.pairwise(looks[1:])) <= (25 if known else 100)
+
+
 def test_all_that_is_due_at_a_step_is_granted_together(clock: Clock) -> None:
     budget = Budget()
     clock.now += 1
@@ -71,7 +88,7 @@ class Steady(ScriptedGenerator):
 def watched(max_share: float | None, epochs: int = 30) -> tuple[Monitor, Monitor, Any]:
     probe = Probe(num_samples=32, num_reference=64)
     often = Slow(probe=probe, num_regions=2, max_share=max_share, draw_pictures=False)
-    rarely = Slow(probe=probe, num_regions=2, max_share=max_share, draw_pictures=False, name="rare", every_n_epochs=7)
+    rarely = Slow(probe=probe, num_regions=2, max_share=max_share, draw_pictures=False, name="rare", every_n_epochs=3)
     own = trainer(often, rarely, max_epochs=epochs)
     own.fit(Steady(size=8), batches(8, 64))
     return often, rarely, own
@@ -79,15 +96,15 @@ def watched(max_share: float | None, epochs: int = 30) -> tuple[Monitor, Monitor
 
 def test_without_a_limit_every_look_is_taken() -> None:
     often, rarely, _ = watched(None)
-    assert (often.evaluations, rarely.evaluations) == (30, 4)
+    assert (often.evaluations, rarely.evaluations) == (30, 10)
 
 
-def test_what_would_take_too_long_waits_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_would_take_too_long_waits_in_proportion_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         often, rarely, own = watched(0.2, 60)
-    assert 2 <= often.evaluations < 20
-    # one that is rarely due does not wait for ever
-    assert rarely.evaluations >= 1
+    assert 3 <= often.evaluations < 25
+    # one that is rarely due neither waits for ever nor looks as often as the other
+    assert rarely.evaluations == often.evaluations // 3
     assert own.current_epoch == 60
     told = [record.message for record in caplog.records if "look less often" in record.message]
     assert len(told) == 1

@@ -133,7 +133,7 @@ def test_state_travels(tmp_path: Path) -> None:
             Wide(), batches(), ckpt_path=one.checkpoint_callback.best_model_path
         )
     assert torch.equal(second.dims, first.dims)  # type: ignore[arg-type]
-    assert len(second._history) == 3
+    assert len(second._curve) == 3
     assert second.evaluations == 3
 
 

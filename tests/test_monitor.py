@@ -370,7 +370,7 @@ class TestCheckpoints:
         assert first.probe is not None
         assert second.probe is not None
         assert torch.equal(first.probe.reference.images, second.probe.reference.images)  # type: ignore[union-attr]
-        assert len(second._history) == 3
+        assert len(second._curve) == 3
 
     def test_the_plugin_may_be_added_later(self, tmp_path: Path) -> None:
         path = self.fit(tmp_path, epochs=1).checkpoint_callback.best_model_path

@@ -261,7 +261,6 @@ class PosteriorKLMonitor(Monitor):
             raise ValueError(f"patience must be at least 1, got {patience}.")
         self.posterior, self.spread, self.threshold, self.patience = posterior, spread, threshold, patience
         self.silent = 0
-        self._history: list[list[float]] = []
 
     def check(self, probe: Probe) -> None:
         """The encoder must be there."""
@@ -353,14 +352,18 @@ class PosteriorKLMonitor(Monitor):
         return {name: fall / total for name, fall in falls.items()} if total > 0 else {}
 
     def kept(self) -> dict[str, Any]:
-        """How long all has been silent, and the curve of the panel."""
-        return {"silent": self.silent, "history": [list(row) for row in self._history]}
+        """How long all has been silent."""
+        return {"silent": self.silent}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`kept`."""
-        self.silent, self._history = state["silent"], [list(row) for row in state["history"]]
+        self.silent = state["silent"]
 
     # ---- pictures ----
+
+    def curve(self, result: PosteriorKLResult) -> list[float]:
+        """The total."""
+        return [float(result.total)]
 
     def draw(self, result: PosteriorKLResult, board: Board) -> None:
         """Histogram, charts and panel."""
@@ -368,9 +371,6 @@ class PosteriorKLMonitor(Monitor):
         if len(result.per_dimension) <= MAX_DIMENSION_TAGS:
             board.chart("every dimension", "Multiline", [f"dimension_{i}" for i in range(len(result.per_dimension))])
         board.chart("active units", "Multiline", ["active_units"])
-        self._history.append([float(board.step), float(result.total)])
-        if len(self._history) > 400:
-            self._history = self._history[::2]
         board.picture("panel", self._panel(result, board.step, []))
 
     def draw_finding(self, finding: Any, board: Board) -> None:
@@ -391,7 +391,7 @@ class PosteriorKLMonitor(Monitor):
         if dead:
             shown = ", ".join(dead[:12]) + (f" and {len(dead) - 12} more" if len(dead) > 12 else "")
             rows.insert(0, panels.Row(panels.ALARM, f"not active: {shown}", strong=True))
-        steps, totals = [int(row[0]) for row in self._history], [row[1] for row in self._history]
+        steps, totals = [int(row[0]) for row in self._curve], [row[1] for row in self._curve]
         most = max([value for value in totals if math.isfinite(value)] or [1.0]) * 1.05 or 1.0
         return panels.panel(
             f"{float(result.total):.1f} nats in {int(result.active_units)} of {len(order)} latent dimensions (step {step})",

@@ -70,7 +70,6 @@ class CosineMeanSimilarityMonitor(Monitor):
         self.num_regions, self.bandwidth, self.unbiased = num_regions, bandwidth, unbiased
         self.per_class, self.map_images, self.null_splits = per_class, map_images, null_splits
         self._map_drawn = False
-        self._history: list[list[float]] = []
 
     def check(self, probe: Probe) -> None:
         """Two samples must have the size that the map, and the reference if it was given, have."""
@@ -163,18 +162,21 @@ class CosineMeanSimilarityMonitor(Monitor):
         return {name: fall / total for name, fall in falls.items()} if total > 0 else {}
 
     def kept(self) -> dict[str, Any]:
-        """The map, which must not change under a run, and the curves of the panel."""
-        regions = None if self.region_map is None else self.region_map.state_dict()
-        return {"regions": regions, "history": [list(row) for row in self._history]}
+        """The map, which must not change under a run."""
+        return {"regions": None if self.region_map is None else self.region_map.state_dict()}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`kept`; a map that the user gives now wins."""
         if self.region_map is None and state["regions"] is not None:
             self.region_map = RegionMap.from_state_dict(state["regions"])
-        if self.region_map is not None and all(len(row) == self.region_map.num_regions + 1 for row in state["history"]):
-            self._history = [list(row) for row in state["history"]]
+        if self.region_map is not None and any(len(row) != self.region_map.num_regions + 1 for row in self._curve):
+            self._curve = []
 
     # ---- pictures ----
+
+    def curve(self, result: CosineMeanSimilarityResult) -> list[float]:
+        """Each region's."""
+        return result.regions.tolist()
 
     def draw(self, result: CosineMeanSimilarityResult, board: Board) -> None:
         """The map once, the panel each time."""
@@ -186,10 +188,6 @@ class CosineMeanSimilarityMonitor(Monitor):
             self._map_drawn = True
             board.picture("regions", self._map_panel())
             board.text("regions", self._map_table())
-        self._history.append([float(board.step), *result.regions.tolist()])
-        if len(self._history) > 400:
-            # half as fine, and all of the run
-            self._history = self._history[::2]
         board.picture("panel", self._panel(result, board))
 
     def _real(self) -> tuple[Tensor, float, float]:
@@ -254,8 +252,8 @@ class CosineMeanSimilarityMonitor(Monitor):
         values = result.regions.tolist()
         weights = ", averaged weights" if self.probe.averaged else ""
         heats = [panels.heat(value) for value in far]
-        steps = [int(row[0]) for row in self._history]
-        history = list(zip(*(row[1:] for row in self._history), strict=True))
+        steps = [int(row[0]) for row in self._curve]
+        history = list(zip(*(row[1:] for row in self._curve), strict=True))
         return panels.panel(
             f"{regions.names[worst]} is furthest from real, at {values[worst]:.3f} (step {board.step}{weights})",
             [

@@ -77,7 +77,6 @@ class ManifoldEntropyMonitor(Monitor):
         self.latent_scale, self.data_scale, self.mode = latent_scale, data_scale, mode
         self.dims: Tensor | None = None
         self._order: Tensor | None = None
-        self._history: list[list[float]] = []
         self._strip: Tensor | None = None
 
     def check(self, probe: Probe) -> None:
@@ -163,13 +162,12 @@ class ManifoldEntropyMonitor(Monitor):
         return {name: fall / total for name, fall in falls.items()} if total > 0 else {}
 
     def kept(self) -> dict[str, Any]:
-        """Which dimensions are followed, in what order, and the curve of the panel."""
-        return {"dims": self.dims, "order": self._order, "history": [list(row) for row in self._history]}
+        """Which dimensions are followed, and in what order."""
+        return {"dims": self.dims, "order": self._order}
 
     def take_up(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`kept`."""
         self.dims, self._order = state["dims"], state["order"]
-        self._history = [list(row) for row in state["history"]]
 
     # ---- pictures ----
 
@@ -191,6 +189,10 @@ class ManifoldEntropyMonitor(Monitor):
         own = {f"dimension_{place}": f"dimension_{i}" for place, i in enumerate(self.dims.tolist())}
         return {own.get(name, name): value for name, value in result.scalars().items()}
 
+    def curve(self, result: ManifoldEntropyResult) -> list[float]:
+        """Dimensions in use."""
+        return [float(result.effective_dimensions)]
+
     def draw(self, result: ManifoldEntropyResult, board: Board) -> None:
         """The spectrum over time, the chart of all dimensions, and the panel."""
         assert self.dims is not None
@@ -198,9 +200,6 @@ class ManifoldEntropyMonitor(Monitor):
         if len(self.dims) <= MAX_DIMENSION_TAGS:
             board.chart("every dimension", "Multiline", [f"dimension_{i}" for i in self.dims.tolist()])
         board.chart("dimensions in use", "Multiline", ["effective_dimensions"])
-        self._history.append([float(board.step), float(result.effective_dimensions)])
-        if len(self._history) > 400:
-            self._history = self._history[::2]
         board.picture("panel", self._panel(result, board.step, []))
 
     def draw_finding(self, finding: Any, board: Board) -> None:
@@ -231,7 +230,7 @@ class ManifoldEntropyMonitor(Monitor):
         tiles.append(
             panels.Tile(
                 "dimensions in use",
-                panels.line([row[1] for row in self._history], [int(row[0]) for row in self._history], len(dims)),
+                panels.line([row[1] for row in self._curve], [int(row[0]) for row in self._curve], len(dims)),
             )
         )
         dead = [str(int(dim)) for dim, gone in zip(self.dims, result.dead.tolist(), strict=True) if gone]
