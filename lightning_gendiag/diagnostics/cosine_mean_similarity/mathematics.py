@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gendiag.functional import as_images, exact_matmul, squared_distances
+from lightning_gendiag.functional import as_images, exact_matmul, pieces, squared_distances
 from lightning_gendiag.regions import RegionMap, median_bandwidth
 
 Bandwidth = Literal["region", "image"] | float
@@ -19,6 +19,9 @@ MAX_CLASS_TAGS = 20
 
 BLOCK = 2048
 """Rows and columns of a kernel matrix that are held at a time."""
+
+PIECE = 64
+"""Images that are converted at a time."""
 
 
 class CosineMeanSimilarityResult(NamedTuple):
@@ -84,33 +87,46 @@ class CosineMeanSimilarityResult(NamedTuple):
 
 
 class _Scale(NamedTuple):
-    """How images are prepared: less the real mean, each pixel times the root of its bandwidth."""
+    """How images are prepared: their numbers sorted by region, less the real mean, times the root of the bandwidth."""
 
-    labels: Tensor  # (H, W)
-    gammas: Tensor  # (R,)
-    centre: Tensor  # (1, C, H, W)
+    order: Tensor  # (D,) of the numbers of an image, region by region
+    sizes: list[int]  # (R,) D_r, how many belong to each
+    centre: Tensor  # (D,) sorted
+    weight: Tensor  # (D,) sorted
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """R tensors (N, D_r) whose squared distances are the exponents of the regions' kernels."""
-        x = images.to(self.centre) - self.centre
-        return [x[:, :, self.labels == r].flatten(1) * gamma.sqrt() for r, gamma in enumerate(self.gammas)]
+        rows = self.centre.new_empty(len(images), len(self.order))
+        for start in range(0, len(images), PIECE):
+            piece = as_images(images[start : start + PIECE]).to(self.centre).flatten(1)
+            rows[start : start + PIECE] = (piece.index_select(1, self.order) - self.centre) * self.weight
+        return list(torch.split(rows, self.sizes, 1))
 
 
-def _scale(real: Tensor, regions: RegionMap, bandwidth: Bandwidth) -> _Scale:
-    """Bandwidths from the real images; a region that never varies takes the image's, an image that never varies 1 / D."""
-    labels = regions.labels.to(real.device)
-    centre = real.mean(0, keepdim=True)
+def _scale(real: Tensor, regions: RegionMap, bandwidth: Bandwidth) -> tuple[_Scale, list[Tensor]]:
+    """Bandwidths from the real images, and these by them; a region that never varies takes the image's, an image 1 / D."""
+    channels = real.shape[1]
+    labels = regions.labels.to(real.device).flatten().repeat(channels)
+    order = labels.argsort(stable=True)
+    sizes = (channels * regions.sizes).tolist()
+    total = sum(as_images(piece).double().sum(0).flatten() for piece in pieces(real, PIECE))
+    assert isinstance(total, Tensor)
+    dtype = as_images(real[:1]).dtype
+    centre = (total / len(real)).to(dtype)[order]
+    scale = _Scale(order, sizes, centre, torch.ones_like(centre))
+    rows = scale(real)
     if not isinstance(bandwidth, str):
-        return _Scale(labels, centre.new_full((regions.num_regions,), float(bandwidth)), centre)
-    x = real - centre
-    image = median_bandwidth(x.flatten(1))
-    if image.isinf():
-        image = torch.full_like(image, 1 / x[0].numel())
-    gammas = [image] * regions.num_regions
-    if bandwidth == "region":
-        own = [median_bandwidth(x[:, :, labels == r].flatten(1)) for r in range(regions.num_regions)]
-        gammas = [image if gamma.isinf() else gamma for gamma in own]
-    return _Scale(labels, torch.stack(gammas), centre)
+        gammas = [centre.new_tensor(float(bandwidth))] * len(sizes)
+    else:
+        gammas = [median_bandwidth(part) for part in rows] if bandwidth == "region" else [centre.new_tensor(math.inf)]
+        if any(gamma.isinf() for gamma in gammas):
+            image = median_bandwidth(torch.cat(rows, 1))
+            image = image if image.isfinite() else torch.full_like(image, 1 / len(order))
+            gammas = [image if gamma.isinf() else gamma for gamma in gammas] * (len(sizes) // len(gammas))
+    weight = torch.cat([gamma.sqrt().expand(size) for gamma, size in zip(gammas, sizes, strict=True)])
+    for part, gamma in zip(rows, gammas, strict=True):
+        part *= gamma.sqrt()
+    return scale._replace(weight=weight), rows
 
 
 def _kernels_times(x: list[Tensor], y: list[Tensor], weights: Tensor) -> Tensor:
@@ -157,9 +173,9 @@ def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, m: Tensor, n: Tensor, unbiased: 
 
 def canonical_order(images: Tensor) -> Tensor:
     """(N,) an order that depends on the images alone and not on how they came."""
-    flat = images.flatten(1)
-    direction = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(0)).to(flat)
-    return (flat * direction).sum(1, dtype=torch.float64).argsort()
+    direction = torch.randn(images[0].numel(), generator=torch.Generator().manual_seed(0)).to(images.device)
+    keys = [(as_images(piece).flatten(1) * direction).sum(1, dtype=torch.float64) for piece in pieces(images, PIECE)]
+    return torch.cat(keys).argsort()
 
 
 class RealSide(NamedTuple):
@@ -173,13 +189,13 @@ class RealSide(NamedTuple):
     null_std: Tensor  # (R + 1,) of halves
 
 
-def _columns(images: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
+def _columns(rows: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
     """(N, 1 + K) weights: all images, then those of each class."""
-    columns = torch.ones(len(images), 1).to(images)
+    columns = rows.new_ones(len(rows), 1)
     if not num_classes:
         return columns
     assert labels is not None
-    return torch.cat([columns, F.one_hot(labels, num_classes).to(images)], 1)
+    return torch.cat([columns, F.one_hot(labels, num_classes).to(rows)], 1)
 
 
 def real_side(
@@ -194,9 +210,8 @@ def real_side(
 ) -> RealSide:
     """Bandwidths, kernel sums and the null of real images (N, C, H, W); labels (N,) where there are classes."""
     with exact_matmul():
-        scale = _scale(real, regions, bandwidth)
-        rows = scale(real)
-        weights = _columns(real, labels, num_classes)
+        scale, rows = _scale(real, regions, bandwidth)
+        weights = _columns(rows[0], labels, num_classes)
         generator = torch.Generator().manual_seed(seed)
         half = len(real) // 2
         splits = [torch.randperm(len(real), generator=generator) < half for _ in range(null_splits)]
@@ -220,7 +235,7 @@ def compare(
     """The cosines of generated images (M, C, H, W) with a real side."""
     with exact_matmul():
         rows = real.scale(generated)
-        weights = _columns(generated.to(real.weights), labels, real.weights.shape[1] - 1)
+        weights = _columns(rows[0], labels, real.weights.shape[1] - 1)
         xy = (_kernels_times(rows, real.rows, real.weights) * weights).sum(1)
         xx = (_kernels_times(rows, rows, weights) * weights).sum(1)
     m, n = weights.double().sum(0), real.weights.double().sum(0)

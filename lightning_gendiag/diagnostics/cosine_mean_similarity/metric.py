@@ -79,7 +79,7 @@ class CosineMeanSimilarity(Diagnostic):
         for state in ("real", "generated", "real_labels", "generated_labels"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
         self.add_state("invalid", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        self._real_side: tuple[Any, RealSide] | None = None
+        self._real_side: tuple[Tensor, RealSide] | None = None
 
     def update(self, images: Tensor, real: bool, labels: Tensor | None = None) -> None:
         """Take images of one side.
@@ -122,20 +122,18 @@ class CosineMeanSimilarity(Diagnostic):
         real, generated = self.rows("real"), self.rows("generated")
         if len(real) == 0 or len(generated) == 0:
             return self._nothing()
-        real, generated = as_images(real), as_images(generated)
-        real_labels, labels = self.rows("real_labels"), self.rows("generated_labels")
-        # the null's halves must not depend on the order in which processes bring the images
-        order = canonical_order(real)
-        real = real[order]
-        real_labels = real_labels[order] if self.num_classes else real_labels
-        # a sum tells whether the images are those of last time
-        key = (real.shape, real.dtype, real.device, float(real.double().sum()))
-        if self._real_side is None or self._real_side[0] != key:
+        labels = self.rows("generated_labels")
+        # sums tell whether the images are those of last time
+        known = real.flatten(1).sum(1)
+        if self._real_side is None or not _same(self._real_side[0], known):
+            # the null's halves must not depend on the order in which processes bring the images
+            order = canonical_order(real)
+            real_labels = self.rows("real_labels")[order] if self.num_classes else None
             side = real_side(
-                real, real_labels, self.num_classes, self.region_map, self.bandwidth, self.unbiased,
+                real[order], real_labels, self.num_classes, self.region_map, self.bandwidth, self.unbiased,
                 self.null_splits, self.seed,
             )  # fmt: skip
-            self._real_side = (key, side)
+            self._real_side = (known, side)
         invalid = (self.invalid[0] / self.invalid[1]).float()
         return compare(generated, labels, self._real_side[1], self.unbiased, invalid)
 
@@ -154,3 +152,7 @@ class CosineMeanSimilarity(Diagnostic):
             self._real_side = None
         else:
             self.real, self.real_labels = kept
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)
