@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 LATENT_NAMES = ("latent_dim", "latent_size", "z_dim", "z_size", "dim_z", "noise_dim", "noise_size", "nz", "n_latent")
 """Attributes of a module, of its ``hparams`` or of its generator that say how long its noise is."""
 
+LABELS = ("y", "label", "labels", "cls", "classes", "target", "targets")
+"""What a parameter is called that takes classes."""
+
 DECODERS = ("decode", "decoder")
 GENERATORS = ("forward", "generator", "gen", "netG", "G")
 """What makes data from latents: a GAN's ``forward`` does, where it has one."""
@@ -45,6 +49,9 @@ LINES = {
     "decode": "Probe(decode=lambda module, z: ...)",
 }
 """What to write where nothing fits."""
+
+MEAN_HEAD, SPREAD_HEAD = re.compile(r"(^|_|2)(mu|mean)(_|$)"), re.compile(r"var(_|$)|sigma|std")
+"""Layers that make a posterior of an encoder's features."""
 
 
 class Images(NamedTuple):
@@ -171,13 +178,14 @@ class Probe:
     out to the ranks, so they are the same images for any number of processes.
 
     Args:
-        sample: what makes images: the name of a method or submodule of the module (``"sample"``, ``"generator"``), a
+        sample: what makes images: the name of a method or submodule (``"generator"``, ``"model.decode"``), a
             callable ``(module, n)``, or None for the module's own ``sample(n)``, else its ``decode``, ``decoder``,
             ``forward`` or ``generator`` applied to noise. A submodule, ``decode`` and ``forward`` take standard normal
             noise (n, latent_dim), or (n, latent_dim, 1, 1) where a generator begins with a convolution.
-        encode: name, callable ``(module, images)``, or None for the module's ``encode`` or ``encoder``.
-        decode: name, callable ``(module, latents)``, or None for the module's ``decode``, ``decoder``, or what a GAN
-            makes images with.
+        encode: name, callable ``(module, images)``, or None for the module's ``encode`` or ``encoder``, if that gives
+            latents and no features for layers such as ``fc_mu``.
+        decode: name, callable ``(module, latents)``, or None for the module's ``decode``, ``decoder``, what ``sample``
+            names, or what a GAN makes images with.
         num_samples: images a look, over all processes.
         seed: of the samples; the same at every look, so that curves move with the model only.
         weights: ``"raw"``, ``"ema"`` (Lightning's ``WeightAveraging``), or ``"auto"``: averaged ones once there are any.
@@ -300,9 +308,15 @@ class Probe:
         """Its name on the module, empty for a callable that was given, and what stands behind it."""
         wanted, module = getattr(self, need), self.module
         own = type(module).__name__
+        target: Any
+        if wanted is None and need == "decode" and isinstance(self.sample, str) and not self._own_decoder():
+            # what was named for samples, if it takes latents
+            name, target = self._found("sample")
+            if _takes_noise(target):
+                return name, target
         if wanted is None:
             return self._guessed(need)
-        target: Any = module
+        target = module
         if isinstance(wanted, str):
             for part in wanted.split(".") if wanted != "forward" else ():
                 target = getattr(target, part, None)
@@ -320,23 +334,66 @@ class Probe:
         module, names = self.module, OWN_NAMES[need]
         own = type(module).__name__
         given = 2 if need == "sample" and self.conditional else 1
-        others, line = [], LINES[need]
+        others = []
         for name in names:
             found = getattr(module, name, None) if name != "forward" else module if _has_forward(module) else None
             if not callable(found):
                 continue
             parameters = _parameters(found)
-            if parameters is None or _takes(parameters, given):
+            if parameters is not None and not _takes(parameters, given):
+                others.append(f"{own}.{name} takes {parameters}")
+            elif name == "encoder" and (heads := self._heads()):
+                others.append(f"{own}.encoder gives features, of which {' and '.join(heads)} make a posterior")
+            else:
                 return name, found
-            others.append(f"{own}.{name} takes {parameters}")
-            if need == "sample" and not self.conditional and _takes(parameters, 2) and _of_labels(parameters):
-                line = "Probe(conditional=True)"
         argument = {"sample": "n", "encode": "images", "decode": "z"}[need]
         passed_over = f" that takes it alone ({', '.join(others)})" if others else ""
         raise ValueError(
             f"{need} must be known, but {own} has none of {', '.join(names)}{passed_over}. "
-            f"To fix this, define {own}.{need}({argument}), or pass {line}."
+            f"To fix this, define {own}.{need}({argument}), or pass {self._line(need)}."
         )
+
+    def _own_decoder(self) -> bool:
+        return any(callable(getattr(self.module, name, None)) for name in DECODERS)
+
+    def _heads(self) -> list[str]:
+        """The layers beside an ``encoder`` that make a mean, and a log variance, of its features."""
+        names = [name for name, _ in self.module.named_children()]
+        mean = [name for name in names if MEAN_HEAD.search(name)][:1]
+        return mean + [name for name in names if SPREAD_HEAD.search(name) and name not in mean][:1] if mean else []
+
+    def _line(self, need: str) -> str:
+        """The line of code to write where nothing fits, as far as the module tells it."""
+        module = self.module
+        if need == "encode" and (heads := self._heads()) and callable(getattr(module, "encoder", None)):
+            features = f"module.encoder(images){'.flatten(1)' * isinstance(getattr(module, heads[0]), nn.Linear)}"
+            layers = ", ".join(f"module.{head}" for head in heads)
+            made = f"{layers}({features})" if len(heads) == 1 else f"[head({features}) for head in ({layers})]"
+            return f"Probe(encode=lambda module, images: {made})"
+        for name in OWN_NAMES[need]:
+            found = getattr(module, name, None) if name != "forward" else module if _has_forward(module) else None
+            parameters = _parameters(found) if callable(found) else None
+            call = "module" if name == "forward" else f"module.{name}"
+            if parameters is None or not _takes(parameters, 2) or _takes(parameters, 1):
+                continue
+            second = list(parameters.parameters)[1]
+            if second in LABELS and need == "sample" and not self.conditional:
+                return "Probe(conditional=True)"
+            if second in LABELS and need == "decode":
+                one_class = "torch.zeros(len(z), dtype=torch.long, device=z.device)"
+                return f"Probe(decode=lambda module, z: {call}(z, {one_class}))"
+            if "device" in second and name == "sample":
+                return "Probe(sample=lambda module, n: module.sample(n, module.device))"
+        inner = dict(module.named_children())
+        for path, part in (("", module), *inner.items()):
+            if need == "sample" and (path or _has_forward(module)) and _gives_distribution(part):
+                return f"Probe(sample=lambda module, n: module{path and '.'}{path}().sample((n,)))"
+        for path, part in inner.items():
+            for name in OWN_NAMES[need]:
+                found = None if name in GENERATORS else getattr(part, name, None)
+                if callable(found) and (parameters := _parameters(found)) is not None and _takes(parameters, 1):
+                    return f'Probe({need}="{path}.{name}")'
+        return LINES[need]
 
     def _fitted(self, need: str) -> Callable[..., Any]:
         """What takes latents (n, L); tried once, since a generator may want (n, L, 1, 1); inside :meth:`looking`."""
@@ -364,7 +421,7 @@ class Probe:
             raise ValueError(
                 f"{need} must take normal noise {tuple(z.shape)}{' and labels' if labels else ''}, but "
                 f"{type(self.module).__name__}.{name} gave {type(error).__name__}: {error}. "
-                f"To fix this, pass {LINES[need]}."
+                f"To fix this, pass {self._line(need)}."
             ) from error
         return False
 
@@ -388,18 +445,30 @@ class Probe:
     @property
     def noise_length(self) -> int:
         """L, the length of the noise."""
+        length = self._length()
+        if length is None:
+            raise ValueError(
+                f"latent_dim must be known to draw noise for {type(self.module).__name__}, which has none of "
+                f"{', '.join(LATENT_NAMES)}. To fix this, pass Probe(latent_dim=...) or {self._line('sample')}."
+            )
+        return length
+
+    def _length(self) -> int | None:
         if self.latent_dim is not None:
             return self.latent_dim
-        parts = (getattr(self.module, name, None) for name in (*DECODERS, *GENERATORS) if name != "forward")
-        for holder in (self.module, self.module.hparams, *(part for part in parts if isinstance(part, nn.Module))):
-            for name in LATENT_NAMES:
+        holders: list[Any] = [self.module, self.module.hparams]
+        holders += [getattr(self.module, name, None) for name in (*DECODERS, *GENERATORS) if name != "forward"]
+        for wanted in (self.sample, self.decode):
+            part: Any = self.module
+            for step in wanted.split(".") if isinstance(wanted, str) else ():
+                part = getattr(part, step, None)
+                holders.append(part)
+        for holder in holders:
+            for name in LATENT_NAMES if isinstance(holder, (Mapping, nn.Module)) else ():
                 value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
                 if isinstance(value, int) and not isinstance(value, bool):
                     return value
-        raise ValueError(
-            f"latent_dim must be known to draw noise for {type(self.module).__name__}, which has none of "
-            f"{', '.join(LATENT_NAMES)}. To fix this, pass Probe(latent_dim=...) or {LINES['sample']}."
-        )
+        return None
 
     def _noise(self, n: int) -> Tensor:
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
@@ -422,6 +491,7 @@ class Probe:
                 averaging._swap_models(self.module)
                 stack.callback(averaging._swap_models, self.module)
             stack.enter_context(untouched(self.module, parameters))
+            stack.enter_context(_uncompiled())
             if exact:
                 stack.enter_context(in_full_precision(self.module))
             else:
@@ -467,12 +537,11 @@ class Probe:
         call = self._call()
         if images is None or len(images) != n:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            flat = isinstance(output, Tensor) and output.ndim == 2 and len(output) == n
             if isinstance(output, torch.distributions.Distribution):
-                call += ".sample((n,))"
-            flat = isinstance(output, torch.distributions.Distribution) or (
-                isinstance(output, Tensor) and output.ndim == 2 and len(output) == n
-            )
-            line = f"Probe(sample=lambda module, n: {call}.view(n, C, H, W))" if flat else LINES["sample"]
+                call, flat = f"{call}.sample((n,))", True
+            shape = "C, H, W" if self.reference is None else ", ".join(map(str, self.reference.images.shape[1:]))
+            line = f"Probe(sample=lambda module, n: {call}.view(n, {shape}))" if flat else self._line("sample")
             raise ValueError(
                 f"sample must return ({n}, C, H, W) images when asked for {n}, got {got}. To fix this, pass {line}."
             )
@@ -489,7 +558,7 @@ class Probe:
         """The call of the sampler, as a line of code."""
         name, target = self._found("sample")
         if not name:
-            return "..."
+            return f"given(module, n{', labels' if self.conditional else ''})"
         tall = ", 1, 1" if self._tall.get("sample") else ""
         noise = f"torch.randn(n, {self.noise_length}{tall}, device=module.device)" if _takes_noise(target) else "n"
         return f"module{'' if name == 'forward' else f'.{name}'}({noise}{', labels' if self.conditional else ''})"
@@ -544,7 +613,8 @@ class Probe:
 
     def codes(self, images: Tensor) -> Tensor:
         """Latents (n, L) of images, the posterior's mean where there is one; inside :meth:`looking`."""
-        output = self._resolve("encode")(images)
+        output = self.encoder(images)
+        single = isinstance(output, Tensor)
         while isinstance(output, (tuple, list)) and output:
             output = output[0]
         if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
@@ -555,19 +625,43 @@ class Probe:
                 f"encode must return ({len(images)}, L) latents, got {got}. "
                 "To fix this, pass Probe(encode=lambda module, images: ...)."
             )
-        return output.flatten(1).detach().float()
+        codes = output.flatten(1).detach().float()
+        length = self._length()
+        if self.encode is None and length is not None and length not in (codes.shape[1], *output.shape[1:2]):
+            name = self._found("encode")[0]
+            both = single and output.shape[1:] == (2 * length,)
+            if both or name == "encoder":
+                halves = f"Probe(encode=lambda module, images: module.{name}(images).chunk(2, 1))"
+                raise ValueError(
+                    f"encode must return ({len(images)}, {length}) latents, got {tuple(output.shape)} of "
+                    f"{type(self.module).__name__}.{name}. To fix this, pass {halves if both else LINES['encode']}."
+                )
+        return codes
 
     @property
     def encoder(self) -> Any:
-        """The callable from images to latents."""
-        return self._resolve("encode")
+        """The callable from images to latents; inside :meth:`looking`."""
+        name, target = self._found("encode")
+
+        def encoded(images: Tensor) -> Any:
+            try:
+                return target(images)
+            except Exception as error:
+                line = LINES["encode"]
+                with suppress(Exception):
+                    target(images.flatten(1))
+                    line = f"Probe(encode=lambda module, images: module.{name}(images.flatten(1)))" if name else line
+                raise ValueError(
+                    f"encode must take images {tuple(images.shape)}, but {name or 'what was given'} gave "
+                    f"{type(error).__name__}: {error}. To fix this, pass {line}."
+                ) from error
+
+        return encoded
 
     @property
     def decoder(self) -> Any:
         """The callable from latents (n, L) to data; inside :meth:`looking`."""
-        try:
-            _ = self.noise_length
-        except ValueError:
+        if self._length() is None:
             # seen in codes of images instead
             return self._resolve("decode")
         return self._fitted("decode")
@@ -755,9 +849,16 @@ def _takes(parameters: inspect.Signature, given: int) -> bool:
     return True
 
 
-def _of_labels(parameters: inspect.Signature) -> bool:
-    """Whether the second is called as labels are."""
-    return list(parameters.parameters)[1] in ("y", "label", "labels", "cls", "classes", "target", "targets")
+def _gives_distribution(module: nn.Module) -> bool:
+    """Whether a module is called without data, as a flow is that gives a distribution."""
+    parameters = _parameters(module)
+    # what is not written takes anything
+    return parameters is not None and "*" not in str(parameters) and _takes(parameters, 0)
+
+
+def _uncompiled() -> Any:
+    """Without ``torch.compile``: a look at other sizes would make it compile the training anew, for other numbers."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 def _shape(batch: Any) -> str:

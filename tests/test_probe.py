@@ -185,6 +185,66 @@ def test_what_cannot_be_sampled_is_refused_in_words() -> None:
         Probe(weights="best")  # type: ignore[arg-type]
 
 
+class WithEncoder(LightningModule):
+    """Latents of length 4, and an encoder whose output may be something else."""
+
+    def __init__(self, length: int, **layers: nn.Module) -> None:
+        super().__init__()
+        self.latent_dim, self.encoder = 4, nn.Sequential(nn.Flatten(), nn.Linear(64, length))
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+def test_an_encoder_is_taken_for_what_makes_latents_only_where_it_is() -> None:
+    def probed(module: LightningModule, **options: Any) -> Tensor:
+        probe = attached(module, Probe(**options), ("encode",))
+        with probe.looking():
+            return probe.codes(torch.zeros(2, 1, 8, 8))
+
+    assert probed(WithEncoder(4)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"encode must return \(2, 4\) latents, got \(2, 7\) of WithEncoder.encoder"):
+        probed(WithEncoder(7))
+    # what is named is taken at its word
+    assert probed(WithEncoder(7), encode="encoder").shape == (2, 7)
+    with pytest.raises(
+        ValueError, match=r"pass Probe\(encode=lambda module, images: module.encoder\(images\).chunk\(2, 1\)"
+    ):
+        probed(WithEncoder(8))
+    with pytest.raises(ValueError, match=r"images: module.to_mu\(module.encoder\(images\).flatten\(1\)\)\)"):
+        probed(WithEncoder(4, to_mu=nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"head in \(module.mu_conv, module.log_var_conv\)"):
+        probed(WithEncoder(4, log_var_conv=nn.Conv2d(1, 1, 1), mu_conv=nn.Conv2d(1, 1, 1)))
+    # names that only look like it
+    assert probed(WithEncoder(4, num=nn.Linear(4, 4), museum=nn.Linear(4, 4))).shape == (2, 4)
+
+
+def test_what_is_named_for_samples_lends_its_length_and_decodes() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.z_dim, self.layer = 3, nn.Linear(3, 64)
+
+        def paint(self, n: int) -> Tensor:
+            return self(torch.randn(n, 3))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.layer(z).view(-1, 1, 8, 8)
+
+    class Outer(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Inner()
+
+    probe = attached(Outer(), Probe("model", num_samples=4), ("sample", "decode"))
+    assert probe.noise_length == 3
+    assert probe.samples(0).images.shape == (4, 1, 8, 8)
+    with probe.looking():
+        assert probe.decoder(torch.zeros(2, 3)).shape == (2, 1, 8, 8)
+    # what takes a number decodes nothing
+    with pytest.raises(ValueError, match="decode must be known"):
+        attached(Outer(), Probe("model.paint"), ("sample", "decode"))
+
+
 class TestReference:
     images, labels = digits(8)
 
