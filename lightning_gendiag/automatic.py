@@ -131,6 +131,7 @@ class GenerativeDiagnostics(Callback):
                 continue
             callbacks.insert(place, monitor)
             place += 1
+        self._refuse_if_nothing(trainer, pl_module)
         if self.stopping is not None and not any(isinstance(c, CollapseStopping) for c in callbacks):
             # stoppers come after all others, and before those that write checkpoints
             last = [at for at, c in enumerate(callbacks) if is_kind(c, "EarlyStopping", "Checkpoint")]
@@ -140,6 +141,7 @@ class GenerativeDiagnostics(Callback):
         """Let each try what it needs; what cannot work leaves before it can stop the run."""
         for stem, monitor in self.monitors.items():
             self._try(trainer, stem, partial(monitor.check, self.probe))
+        self._refuse_if_nothing(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """See in the first batch whether there are images and labels, and what the encoder gives; and say so."""
@@ -168,7 +170,13 @@ class GenerativeDiagnostics(Callback):
                 self._try(trainer, "posterior_kl", partial(posterior.try_out, self.probe, images[:2]))
             self._try(trainer, "k_star", partial(self.probe.try_codes, images[:2]))
             self._try(trainer, "latent_regions", partial(self.probe.try_codes, images[:2], decoded=True))
+        self._refuse_if_nothing(trainer, pl_module)
         self._tell(trainer)
+
+    def _refuse_if_nothing(self, trainer: Trainer, module: LightningModule) -> None:
+        if not any(isinstance(callback, Monitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            reason = self.left_out.get("cms") or next(iter(self.left_out.values()))
+            raise ValueError(f"GenerativeDiagnostics found nothing to look at in {type(module).__name__}: {reason}")
 
     def _try(self, trainer: Trainer, stem: str, attempt: Callable[[], Any]) -> None:
         """Take a monitor away, on all processes, if an attempt fails on any."""

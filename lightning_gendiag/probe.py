@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_gendiag.diagnostic import Diagnostic
 from lightning_gendiag.functional import as_images, exact_matmul, tensor_of
+from lightning_gendiag.judges import FeatureNetwork
 from lightning_gendiag.regions import RegionMap
 
 if TYPE_CHECKING:
@@ -86,6 +87,16 @@ def labels_of(batch: Any) -> Tensor | None:
     labels = named[0] if named else None
     good = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
     return labels if good else None
+
+
+class Encoded(NamedTuple):
+    """What the encoder gave for some real images."""
+
+    output: Any
+    size: int
+    """How many images."""
+    labels: Tensor | None
+    """(size,) on the module's device."""
 
 
 class _Rows(Diagnostic):
@@ -240,6 +251,8 @@ class Probe:
         self._epoch_seen = False
         self._last_batch: tuple[int, int] | None = None
         self._drawn: tuple[int, Images] | None = None
+        self._encoded: tuple[int, list[Encoded]] | None = None
+        self._judge: FeatureNetwork | None = None
         self._tried: Images | None = None
         self._tall: dict[str, bool] = {}
         self._warned_range = False
@@ -253,7 +266,7 @@ class Probe:
             ValueError: if the module lacks what is needed, or the reference given is none.
         """
         self.trainer, self.module = trainer, module
-        self._drawn, self._tried, self._tall = None, None, {}
+        self._drawn, self._encoded, self._tried, self._tall = None, None, None, {}
         for need in needs:
             target = self._resolve(need)
             if need == "sample" and _takes_noise(target):
@@ -590,6 +603,7 @@ class Probe:
             images = torch.cat([chunk.images for chunk in drawn])
             labels = [chunk.labels for chunk in drawn if chunk.labels is not None]
             self._drawn = (step, Images(images, torch.cat(labels) if labels else None))
+            self._check_range(images)
         return self._drawn[1]
 
     def as_input(self, x: Tensor) -> Tensor:
@@ -613,16 +627,19 @@ class Probe:
 
     def codes(self, images: Tensor) -> Tensor:
         """Latents (n, L) of images, the posterior's mean where there is one; inside :meth:`looking`."""
-        output = self.encoder(images)
+        return self.codes_in(self.encoder(images), len(images))
+
+    def codes_in(self, output: Any, n: int) -> Tensor:
+        """Latents (n, L) in what the encoder gave for n images."""
         single = isinstance(output, Tensor)
         while isinstance(output, (tuple, list)) and output:
             output = output[0]
         if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
             output = output.mean
-        if not isinstance(output, Tensor) or len(output) != len(images):
+        if not isinstance(output, Tensor) or len(output) != n:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"encode must return ({len(images)}, L) latents, got {got}. "
+                f"encode must return ({n}, L) latents, got {got}. "
                 "To fix this, pass Probe(encode=lambda module, images: ...)."
             )
         codes = output.flatten(1).detach().float()
@@ -633,10 +650,25 @@ class Probe:
             if both or name == "encoder":
                 halves = f"Probe(encode=lambda module, images: module.{name}(images).chunk(2, 1))"
                 raise ValueError(
-                    f"encode must return ({len(images)}, {length}) latents, got {tuple(output.shape)} of "
+                    f"encode must return ({n}, {length}) latents, got {tuple(output.shape)} of "
                     f"{type(self.module).__name__}.{name}. To fix this, pass {halves if both else LINES['encode']}."
                 )
         return codes
+
+    def encoded(self, step: int) -> list[Encoded]:
+        """What the encoder gives for this rank's share of the reference at a step, once for all monitors."""
+        if self._encoded is None or self._encoded[0] != step:
+            self._encoded = None
+            images, labels = self.real_share()
+            parts = []
+            with self.looking(exact=True):
+                encoder = self.encoder
+                for start in range(0, len(images), self.chunk_size):
+                    some = self.as_input(as_images(images[start : start + self.chunk_size]))
+                    own = None if labels is None else labels[start : start + self.chunk_size].to(some.device)
+                    parts.append(Encoded(encoder(some), len(some), own))
+            self._encoded = (step, parts)
+        return self._encoded[1]
 
     @property
     def encoder(self) -> Any:
@@ -666,7 +698,31 @@ class Probe:
             return self._resolve("decode")
         return self._fitted("decode")
 
+    def decoded_images(self, z: Tensor) -> Tensor:
+        """Images (n, C, H, W) of latents (n, L); inside :meth:`looking`.
+
+        Raises:
+            ValueError: if what decodes gives no images.
+        """
+        output = tensor_of(self.decoder(z), len(z))
+        if output.ndim != 4:
+            name = self._found("decode")[0]
+            call = f"module{'' if name == 'forward' else f'.{name}'}(z)" if name else "given(module, z)"
+            shape = "C, H, W" if self.reference is None else ", ".join(map(str, self.reference.images.shape[1:]))
+            line = f"Probe(decode=lambda module, z: {call}.view(-1, {shape}))" if output.ndim == 2 else LINES["decode"]
+            raise ValueError(
+                f"decode must make ({len(z)}, C, H, W) images, got {tuple(output.shape)}. To fix this, pass {line}."
+            )
+        return as_images(output)
+
     # ---- the real images ----
+
+    @property
+    def feature_network(self) -> FeatureNetwork:
+        """Features of images for those who bring no network, fitted on the reference once for all monitors."""
+        assert self.reference is not None
+        self._judge = self._judge or FeatureNetwork(as_images(self.reference.images).to(self.module.device))
+        return self._judge
 
     def collect(self, batch: Any, key: tuple[int, int]) -> None:
         """Keep real images of a training batch that passes by, until this rank has its share.
@@ -771,16 +827,20 @@ class Probe:
         images, labels = self.reference
         return Images(images[rank::world], None if labels is None else labels[rank::world])
 
-    def check_range(self, generated: Tensor) -> None:
+    def _check_range(self, generated: Tensor) -> None:
         """Warn once where generated and real images seem to live in different ranges of values."""
         if self._warned_range or self.reference is None or not len(generated):
             return
         real = as_images(self.reference.images)
         low, high = float(real.min()), float(real.max())
-        finite = generated[generated.isfinite()]
-        if not len(finite) or high == low:
+        least, most = (float(end) for end in generated.aminmax())
+        if not math.isfinite(most - least):
+            finite = generated[generated.isfinite()]
+            if not len(finite):
+                return
+            least, most = float(finite.min()), float(finite.max())
+        if high == low:
             return
-        least, most = float(finite.min()), float(finite.max())
         slack = (high - low) / 4
         if least < low - slack or most > high + slack or (low < -slack and least >= 0 and most > slack):
             self._warned_range = True
@@ -809,7 +869,7 @@ class Probe:
         if self.given is not None:
             return
         if "images" in state:
-            self.reference = Images(state["images"], state["labels"])
+            self.reference, self._judge = Images(state["images"], state["labels"]), None
         elif "rows" in state:
             self._rows = _Rows()
             self._rows.update(state["rows"], state["row_labels"])

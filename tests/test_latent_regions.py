@@ -345,5 +345,5 @@ def test_a_decoder_of_vectors_is_refused_before_training() -> None:
         def decode(self, z: Tensor) -> Tensor:
             return z
 
-    with pytest.raises(ValueError, match=r"decoded images must be an \(N, C, H, W\) tensor, got shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"decode must make \(2, C, H, W\) images, got \(2, 2\)"):
         trainer(LatentRegionsMonitor(probe=probe()), max_epochs=1).fit(Vectors(), batches(16, 32))

@@ -404,7 +404,9 @@ def test_configurations_that_cannot_work_are_refused_before_training() -> None:
         def forward(self, z: Tensor) -> Tensor:
             return super().forward(z).flatten(1)
 
-    with pytest.raises(ValueError, match=r"decode must make \(N, C, H, W\) images, got \(1, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"decode must make \(1, C, H, W\) images, got \(1, 64\). .*module\(z\).view\(-1, C, H, W\)"
+    ):
         trainer(monitor(), max_epochs=1).fit(Vectors(), batches())
     with pytest.raises(ValueError, match="split must be given for a decoder without a layer"):
         flat = GAN(8, width=4)

@@ -10,6 +10,7 @@ from torch import Tensor
 from example_models.data import digits
 from lightning_gendiag import RegionMap, find_regions, pixel_cka
 from lightning_gendiag.functional import adjusted_rand_index
+from lightning_gendiag.regions import SERIES, _differ_little, _series_cka
 
 
 def slow_cka(images: Tensor, i: int, j: int, gamma: float, batch_size: int) -> float:
@@ -113,6 +114,22 @@ def test_independent_regions_are_recovered_exactly(channels: int) -> None:
     assert float(found.alignment.diagonal().min()) > 0.5
     # the largest first
     assert found.sizes.tolist() == sorted(found.sizes.tolist(), reverse=True)
+
+
+def test_the_series_of_grey_pixels_is_the_kernel(generator: torch.Generator) -> None:
+    images = digits(16)[0][:50].double() + 0.1 * torch.randn(50, 1, 16, 16, generator=generator)
+    images[:, :, 0, :2] = 0.3
+    pixels = images.flatten(2)
+    # as far from their means as is let through
+    gamma = 0.99 * SERIES / (2 * float((pixels - pixels.mean(0)).square().max()))
+    assert _differ_little([pixels], gamma)
+    assert not _differ_little([pixels], 1.02 * gamma)
+    assert not _differ_little([pixels.expand(-1, 3, -1)], gamma)
+    expected = pixel_cka(images, gamma, batch_size=50)
+    for max_bytes in (1 << 30, 1 << 14):
+        found = _series_cka(pixels, gamma, max_bytes).triu()
+        assert float((found - expected.triu()).abs().max()) < 1e-4
+    assert found[0].count_nonzero() == 0
 
 
 def test_the_data_choose_the_number_of_regions() -> None:

@@ -279,15 +279,14 @@ class PosteriorKLMonitor(Monitor):
         given = self.posterior
         return lambda images: given(probe.module, images)
 
-    def _moments(self, probe: Probe, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (n, L)."""
-        output = self._encoder(probe)(images)
+    def _moments(self, output: Any, n: int) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (n, L) in what the encoder gave."""
         if isinstance(getattr(output, "mean", None), Tensor) and isinstance(getattr(output, "variance", None), Tensor):
             pair = output.mean, output.variance.log()
         elif (
             isinstance(output, (tuple, list))
             and len(output) == 2
-            and all(isinstance(part, Tensor) and len(part) == len(images) for part in output)
+            and all(isinstance(part, Tensor) and len(part) == n for part in output)
             and output[0].shape == output[1].shape
         ):
             raw = output[1].double()
@@ -309,23 +308,29 @@ class PosteriorKLMonitor(Monitor):
             ValueError: if it gives anything else.
         """
         with probe.looking(parameters=True, exact=True):
-            self._moments(probe, probe.as_input(as_images(images)))
+            self._moments(self._encoder(probe)(probe.as_input(as_images(images))), len(images))
 
     def build(self, probe: Probe) -> PosteriorKL:
         """A metric for as many dimensions as the encoder gives."""
         assert probe.reference is not None
         with probe.looking(exact=True):
-            mean, _ = self._moments(probe, probe.as_input(as_images(probe.reference.images[:2])))
+            images = probe.as_input(as_images(probe.reference.images[:2]))
+            mean, _ = self._moments(self._encoder(probe)(images), 2)
         return PosteriorKL(mean.shape[1], threshold=self.threshold)
 
     def feed(self, probe: Probe, step: int) -> None:
         """This rank's share of the reference."""
         assert self.metric is not None
-        images = probe.real_share().images
+        if self.posterior is None:
+            for part in probe.encoded(step):
+                self.metric.update(*self._moments(part.output, part.size))
+            return
+        encoder = self._encoder(probe)
         with probe.looking(exact=True):
+            images = probe.real_share().images
             for start in range(0, len(images), CHUNK):
-                chunk = probe.as_input(as_images(images[start : start + CHUNK]))
-                self.metric.update(*self._moments(probe, chunk))
+                some = probe.as_input(as_images(images[start : start + CHUNK]))
+                self.metric.update(*self._moments(encoder(some), len(some)))
 
     def readings(self, result: PosteriorKLResult) -> dict[str, Reading]:
         """Each dimension, as far as it carries little; the total; and whether all is silent for long."""

@@ -166,9 +166,9 @@ def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, m: Tensor, n: Tensor, unbiased: 
     # the diagonal of an RBF kernel is one
     own_x = (xx - m) / (m * (m - 1)) if unbiased else xx / m.square()
     own_y = (yy - n) / (n * (n - 1)) if unbiased else yy / n.square()
-    norms = own_x * own_y
-    # few images in a wide kernel can leave an unbiased norm at or below zero
-    return xy / (m * n) / norms.sqrt().where(norms > 0, math.nan)
+    # images that have nothing in common leave no more of an unbiased norm than rounding
+    norms = own_x.clamp(min=1 / m.square()) * own_y.clamp(min=1 / n.square())
+    return xy / (m * n) / norms.sqrt()
 
 
 def canonical_order(images: Tensor) -> Tensor:

@@ -124,9 +124,8 @@ class CosineMeanSimilarityMonitor(Monitor):
         assert self.metric is not None
         drawn = probe.samples(step)
         self.metric.update(drawn.images, real=False, labels=drawn.labels)
-        probe.check_range(drawn.images)
         finite = drawn.images[drawn.images.flatten(1).isfinite().all(1)]
-        self._mean_generated = finite.mean(0) if len(finite) else torch.zeros_like(drawn.images[0])
+        self._mean_generated = finite.mean(0) if len(finite) else drawn.images.new_zeros(drawn.images.shape[1:])
 
     def readings(self, result: CosineMeanSimilarityResult) -> dict[str, Reading]:
         """Regions and image by their distance from 1, on a log scale that ends where real images differ."""

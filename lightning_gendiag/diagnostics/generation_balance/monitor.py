@@ -13,7 +13,7 @@ from lightning_gendiag import panels
 from lightning_gendiag.board import Board
 from lightning_gendiag.diagnostics.generation_balance.metric import COVERED, GenerationBalance, GenerationBalanceResult
 from lightning_gendiag.functional import as_images, pieces
-from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier, class_of, in_chunks, judge_of, space_for
+from lightning_gendiag.judges import NeighbourClassifier, class_of, in_chunks, judge_of, space_for
 from lightning_gendiag.monitor import Monitor, Reading
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ class GenerationBalanceMonitor(Monitor):
                 "labels must be known, but the batches have none. To fix this, pass Probe(labels=lambda batch: ...)."
             )
         device = probe.module.device
-        network = self.features or FeatureNetwork(as_images(images).to(device))
-        self._featurize = judge_of(network, probe)
+        self._featurize = judge_of(self.features or probe.feature_network, probe)
         assert self._featurize is not None
         named, known = self._named(probe), int(labels.max()) + 1
         self._real = None
@@ -147,7 +146,6 @@ class GenerationBalanceMonitor(Monitor):
         assert isinstance(self.metric, GenerationBalance)
         device = probe.module.device
         drawn = probe.samples(step).images
-        probe.check_range(drawn)
         with probe.looking(exact=True):
             if self._real is None:
                 share = probe.real_share()

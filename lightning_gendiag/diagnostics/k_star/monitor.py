@@ -118,6 +118,10 @@ class KStarMonitor(Monitor):
     def feed(self, probe: Probe, step: int) -> None:
         """Features of this rank's images."""
         assert self.metric is not None
+        if self.features == "encode" and self.images == "real":
+            for part in probe.encoded(step):
+                self.metric.update(probe.codes_in(part.output, part.size), part.labels)
+            return
         share = probe.real_share() if self.images == "real" else probe.samples(step)
         assert share.labels is not None
         device = probe.module.device

@@ -17,7 +17,6 @@ from lightning_gendiag.diagnostics.latent_regions.metric import LatentRegions
 from lightning_gendiag.functional import as_images, pieces, tensor_of
 from lightning_gendiag.judges import (
     SKLEARN_MISSING,
-    FeatureNetwork,
     NeighbourClassifier,
     class_of,
     in_chunks,
@@ -103,15 +102,14 @@ class LatentRegionsMonitor(Monitor):
             # how long latents are is seen in those of the first images
             return
         with probe.looking(parameters=True, exact=True):
-            as_images(tensor_of(probe.decoder(z), len(z)), "decoded images")
+            probe.decoded_images(z)
 
     def build(self, probe: Probe) -> LatentRegions:
         """Judges and a metric, once the reference is there."""
         assert probe.reference is not None
         images, labels = probe.reference
         device = probe.module.device
-        network = self.features or FeatureNetwork(as_images(images).to(device))
-        self._featurize = judge_of(network, probe)
+        self._featurize = judge_of(self.features or probe.feature_network, probe)
         assert self._featurize is not None
         self._classify = judge_of(self.classifier, probe)
         if self._classify is None and labels is not None:
@@ -129,12 +127,8 @@ class LatentRegionsMonitor(Monitor):
         number = self.evaluations + 1
         anew = number & (number - 1) == 0 or self._chosen is None
         self.metric.components = self.components or (None if anew else self._chosen)
-        share, device = probe.real_share(), probe.module.device
-        with probe.looking(exact=True):
-            for start in range(0, len(share.images), CHUNK):
-                images = probe.as_input(as_images(share.images[start : start + CHUNK]))
-                labels = None if share.labels is None else share.labels[start : start + CHUNK].to(device)
-                self.metric.update(probe.codes(images), labels)
+        for part in probe.encoded(step):
+            self.metric.update(probe.codes_in(part.output, part.size), part.labels)
 
     def follow(self, probe: Probe, result: LatentRegionsResult) -> LatentRegionsResult:
         """The result with the quality of what each kind of point decodes to."""

@@ -37,7 +37,7 @@ class ManifoldEntropyMonitor(Monitor):
     mutual information of dimensions, what the strongest directions do to an image, and the number of dimensions in use.
 
     Args:
-        num_latents: draws of the prior to an evaluation, over all processes.
+        num_latents: draws of the prior to an evaluation, over all processes; the same ones each time, so few are enough.
         log_volume: what gives a flow's own ``log |det J|``: the name of a method of the module or a callable
             ``(module, z)``, (N,) from (N, L); by default the Gram matrix does.
         max_dims: of a latent space with more dimensions, only so many are followed: those that move the data most at the
@@ -59,7 +59,7 @@ class ManifoldEntropyMonitor(Monitor):
 
     def __init__(
         self,
-        num_latents: int = 64,
+        num_latents: int = 32,
         *,
         log_volume: Any = None,
         max_dims: int = 128,

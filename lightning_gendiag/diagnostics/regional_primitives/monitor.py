@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -139,10 +140,8 @@ class RegionalPrimitivesMonitor(Monitor):
         z = next(probe.latents(2, all_ranks=True))
         with probe.looking(parameters=True, exact=True):
             with _eager():
-                image = tensor_of(probe.decoder(z[:1]), 1)
+                image = probe.decoded_images(z[:1])
             self.together = self.batch_size or max(1, min(512, NUMBERS // image[0].numel()))
-            if image.ndim != 4:
-                raise ValueError(f"decode must make (N, C, H, W) images, got {tuple(image.shape)}.")
             if self.labels is not None and image.shape[2:] != self.labels.shape:
                 raise ValueError(
                     f"regions must be {tuple(image.shape[2:])}, as the images are, got {tuple(self.labels.shape)}."
@@ -156,11 +155,7 @@ class RegionalPrimitivesMonitor(Monitor):
         """The last layer of those with the smallest features that have a quarter of the image's height or more."""
         seen: list[tuple[str, int]] = []
         handles = [
-            part.register_forward_hook(
-                lambda module, inputs, output, name=name: (
-                    seen.append((name, output.shape[2])) if isinstance(output, Tensor) and output.ndim == 4 else None
-                )
-            )
+            part.register_forward_hook(partial(_note_height, seen, name.replace("_orig_mod.", "")))
             for name, part in probe.module.named_modules()
             if name and not list(part.children())
         ]
@@ -172,12 +167,13 @@ class RegionalPrimitivesMonitor(Monitor):
                 handle.remove()
         tall = [(name, h) for name, h in seen if height / DEPTH <= h < height]
         if not tall:
+            middle = repr(seen[len(seen) // 2][0]) if seen else "..."
             raise ValueError(
                 "split must be given for a decoder without a layer whose features have a quarter of the image's height. "
-                "To fix this, pass RegionalPrimitivesMonitor(split='generator.3')."
+                f"To fix this, pass RegionalPrimitivesMonitor(split={middle}), or the path of another layer."
             )
         least = min(h for _, h in tall)
-        return [name for name, h in tall if h == least][-1].replace("_orig_mod.", "")
+        return [name for name, h in tall if h == least][-1]
 
     def _split_module(self, probe: Probe) -> nn.Module:
         target: Any = probe.module
@@ -409,6 +405,11 @@ def grid(height: int, width: int, cells: int = 3) -> Tensor:
     """(H, W) labels of cells x cells equal cells, row by row."""
     rows, columns = torch.arange(height) * cells // height, torch.arange(width) * cells // width
     return rows[:, None] * cells + columns
+
+
+def _note_height(seen: list[tuple[str, int]], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    if isinstance(output, Tensor):
+        seen.append((name, output.shape[2] if output.ndim == 4 else 0))
 
 
 def _eager() -> Any:
