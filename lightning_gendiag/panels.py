@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -65,12 +66,13 @@ def heat(magnitude: float, most: float = 1000.0) -> Colour:
 
 
 def as_rgb(image: Tensor, low: float, high: float) -> Tensor:
-    """An image (C, H, W) as (H, W, 3) uint8, ``low`` black and ``high`` white; other than 3 channels become grey."""
+    """Images (..., C, H, W) as (..., H, W, 3) uint8, ``low`` black and ``high`` white; other than 3 channels become grey."""
     image = image.detach().float().cpu()
-    if len(image) != 3:
-        image = image.mean(0, keepdim=True).expand(3, -1, -1)
-    scaled = (image - low) / max(high - low, 1e-12)
-    return (scaled.nan_to_num(0.0).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    scaled = ((image - low) / max(high - low, 1e-12)).nan_to_num(0.0)
+    if image.shape[-3] != 3:
+        scaled = scaled.mean(-3, keepdim=True)
+    bytes_ = (scaled.clamp(0, 1) * 255).round().byte()
+    return bytes_.movedim(-3, -1).expand(*image.shape[:-3], *image.shape[-2:], 3)
 
 
 def enlarged(picture: Tensor, height: int = TILE) -> Tensor:
@@ -281,10 +283,8 @@ def matrix(values: Tensor, most: float) -> Tensor:
 def contact_sheet(images: Tensor) -> Tensor:
     """Images (rows, columns, C, H, W) side by side, on one scale of values."""
     low, high = float(images.min()), float(images.max())
-    cells = [
-        torch.cat([F.pad(as_rgb(image, low, high), (0, 0, 0, 1), value=255) for image in row], 1) for row in images
-    ]
-    sheet = torch.cat([F.pad(row, (0, 0, 0, 0, 0, 1), value=255) for row in cells])
+    cells = F.pad(as_rgb(images, low, high), (0, 0, 0, 1, 0, 1), value=255)  # (r, c, H + 1, W + 1, 3)
+    sheet = cells.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     size = max(sheet.shape[:2])
     scale = TILE / size
     shape = (max(1, round(sheet.shape[0] * scale)), max(1, round(sheet.shape[1] * scale)))
@@ -404,5 +404,6 @@ def _wrapped(words: str, size: int, width: int) -> list[str]:
     return lines
 
 
+@lru_cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)

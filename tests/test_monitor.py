@@ -322,7 +322,7 @@ class TestFailures:
     def test_images_of_another_size_than_the_batches_are_told(self) -> None:
         class Larger(TinyGAN):
             def sample(self, n: int) -> Tensor:
-                return torch.rand(n, 1, 9, 9)
+                return 2 * torch.rand(n, 1, 9, 9) - 1
 
         with pytest.warns(DiagnosticWarning, match=r"generated must be \(N, 1, 8, 8\) to match the region map"):
             trainer(monitor(), max_epochs=1).fit(Larger(), batches())

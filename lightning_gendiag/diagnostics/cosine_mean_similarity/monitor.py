@@ -71,6 +71,9 @@ class CosineMeanSimilarityMonitor(Monitor):
         self.per_class, self.map_images, self.null_splits = per_class, map_images, null_splits
         self._map_drawn = False
 
+    _real: tuple[Tensor, float, float]
+    """Mean real image, and the values that are drawn black and white."""
+
     def check(self, probe: Probe) -> None:
         """Two samples must have the size that the map, and the reference if it was given, have."""
         if self.per_class and not probe.conditional:
@@ -104,13 +107,11 @@ class CosineMeanSimilarityMonitor(Monitor):
         ).to(probe.module.device)  # fmt: skip
         real = probe.real_share()
         metric.update(real.images.to(probe.module.device), real=True, labels=_to(real.labels, probe.module.device))
-        varies = as_images(probe.reference.images).flatten(2).amax(0) > as_images(probe.reference.images).flatten(
-            2
-        ).amin(0)
-        still = [
-            name for r, name in enumerate(self.region_map.names)
-            if not varies[:, self.region_map.mask(r).flatten()].any()
-        ]  # fmt: skip
+        images = as_images(probe.reference.images)
+        least, most = images.amin(0), images.amax(0)
+        self._real = images.mean(0), float(least.min()), float(most.max())
+        varies = (most > least).any(0)
+        still = [name for r, name in enumerate(self.region_map.names) if not varies[self.region_map.mask(r)].any()]
         if still:
             warnings.warn(
                 f"the reference images never vary in {', '.join(still)}: there any variation of the model counts",
@@ -189,19 +190,12 @@ class CosineMeanSimilarityMonitor(Monitor):
             board.text("regions", self._map_table())
         board.picture("panel", self._panel(result, board))
 
-    def _real(self) -> tuple[Tensor, float, float]:
-        """Mean real image, and the values that are drawn black and white."""
-        assert self.probe is not None
-        assert self.probe.reference is not None
-        images = as_images(self.probe.reference.images)
-        return images.mean(0), float(images.min()), float(images.max())
-
     def _map_panel(self) -> Tensor:
         regions = self.region_map
         assert regions is not None
         labels = panels.enlarged_labels(regions.labels)
         colours = [panels.region_colour(r) for r in range(regions.num_regions)]
-        grey = panels.enlarged(panels.as_rgb(*self._real()))
+        grey = panels.enlarged(panels.as_rgb(*self._real))
         rows = [
             panels.Row(
                 colours[r],
@@ -245,7 +239,7 @@ class CosineMeanSimilarityMonitor(Monitor):
         assert regions is not None
         assert self.probe is not None
         labels = panels.enlarged_labels(regions.labels)
-        real, low, high = self._real()
+        real, low, high = self._real
         far = [-value if value == value else math.inf for value in z]
         worst = max(range(len(far)), key=far.__getitem__)
         values = result.regions.tolist()
@@ -281,7 +275,7 @@ class CosineMeanSimilarityMonitor(Monitor):
         """The mean images with the region outlined."""
         regions = self.region_map
         assert regions is not None
-        real, low, high = self._real()
+        real, low, high = self._real
         labels = panels.enlarged_labels(regions.labels)
         chosen = next((r for r, name in enumerate(regions.names) if name in finding.names), None)
         tiles = []
