@@ -1,8 +1,12 @@
 """What does it cost to look? Examples trained with nothing, with torchmetrics' FID, with each monitor, with the default set.
 
-Each arm trains in a process of its own, one after the other, and is measured there: seconds of ``trainer.fit``, peak memory,
-and the size of the event files. Monitors alone look at every epoch; FID, from a small network on as many samples, too. The
-default set is ``GenerativeDiagnostics()`` with its limit of 5 % of the training's time, which a long run keeps to, and without.
+Each arm trains in a process of its own and is measured there: seconds of ``trainer.fit``, peak memory, and the size of the
+event files. Monitors alone look at every epoch; FID, from a small network on as many samples, too. The default set is
+``GenerativeDiagnostics()`` with its limit of 5 % of the training's time, and without.
+
+The arms take turns, an epoch each, so that a machine that slows down slows all of them; "none, again" tells how far two
+runs of the same differ. Where another process had the machine, which shows in an epoch whose batches took more than twice
+the median, that epoch's batches count as the median; what the callbacks took always counts in full.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import argparse
 import json
 import logging
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,9 +41,11 @@ from lightning_gendiag import (
     KStarMonitor,
     LatentRegionsMonitor,
     ManifoldEntropyMonitor,
+    Monitor,
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
 )
+from lightning_gendiag.budget import budget_of
 from lightning_gendiag.judges import FeatureNetwork
 
 MODELS: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
@@ -47,6 +54,35 @@ MODELS: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
     "flow": lambda: (flow.Flow(64, (1, 8, 8), hidden=128), flow.digit_batches()),
     "diffusion": lambda: (Diffusion(), data.digit_batches(size=16)),
 }
+
+
+class Turns(Callback):
+    """Wait for this arm's turn before each epoch; the first of the callbacks, so that other epoch ends are not its batches'."""
+
+    def __init__(self) -> None:
+        self.epochs: list[float] = []
+        self.waited = 0.0
+        self.started = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand over, and go on when told."""
+        paused = time.monotonic()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        self.started = time.monotonic()
+        self.waited += self.started - paused
+        # no training passes while others have their turn
+        budget_of(trainer).started += self.started - paused
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the batches took."""
+        self.epochs.append(time.monotonic() - self.started)
+
+    @property
+    def disturbed(self) -> float:
+        """Seconds by which epochs were longer than the median, where they were more than twice as long."""
+        median = statistics.median(self.epochs)
+        return sum(seconds - median for seconds in self.epochs if seconds > 2 * median)
 
 
 class FID(Callback):
@@ -74,6 +110,7 @@ class FID(Callback):
 
 ARMS: dict[str, Callable[[str], list[Callback]]] = {
     "none": lambda model: [],
+    "none, again": lambda model: [],
     "fid": lambda model: [FID(data.digits({"flow": 8, "diffusion": 16}.get(model, 32))[0])],
     "cms": lambda model: [CosineMeanSimilarityMonitor()],
     "generation_balance": lambda model: [GenerationBalanceMonitor()],
@@ -100,38 +137,63 @@ def arm(model: str, name: str, epochs: int) -> dict[str, float]:
         logging.getLogger(logger).setLevel(logging.ERROR)
     seed_everything(0, verbose=False)
     module, batches = MODELS[model]()
+    turns = Turns()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            max_epochs=epochs, accelerator="cpu", callbacks=ARMS[name](model), enable_model_summary=False,
+            max_epochs=epochs, accelerator="cpu", callbacks=[turns, *ARMS[name](model)], enable_model_summary=False,
             logger=TensorBoardLogger(folder), log_every_n_steps=10, enable_checkpointing=False, enable_progress_bar=False,
         )  # fmt: skip
         started = time.monotonic()
         trainer.fit(module, batches)
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started - turns.waited - turns.disturbed
         events = sum(path.stat().st_size for path in Path(folder).rglob("*events*"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "peak_mib": peak, "events_mib": events / 2**20}
+    looks = [monitor.evaluations for monitor in trainer.callbacks if isinstance(monitor, Monitor)]  # type: ignore[attr-defined]
+    found = {"seconds": seconds, "peak_mib": peak, "events_mib": events / 2**20}
+    return found | {"looks": epochs if name == "fid" else max(looks, default=0), "disturbed": turns.disturbed}
 
 
-def measured(model: str, name: str, epochs: int) -> dict[str, float]:
-    """The same in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.overhead", "--arm", model, name, "--epochs", str(epochs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def measured(model: str, names: list[str], epochs: int) -> dict[str, dict[str, float]]:
+    """All arms, each in a process of its own, an epoch in turn."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--epochs", str(epochs), "--arm", model]
+    arms = {
+        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in names
+    }
+    for process in arms.values():
+        _answer(process)
+    for _ in range(epochs - 1):
+        for process in arms.values():
+            _go(process)
+            _answer(process)
+    found = {}
+    for name, process in arms.items():
+        # the last epoch ends with the process
+        _go(process)
+        found[name] = json.loads(_answer(process))
+        process.wait()
     return found
 
 
-def least(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Of several measurements of one thing, what was least disturbed."""
-    return {name: min(run[name] for run in runs) for name in runs[0]}
+def _go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def _answer(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"an arm ended with {process.wait()}")
+    return line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--models", nargs="+", default=["gan"], choices=MODELS)
-    parser.add_argument("--arms", nargs="+", default=["none", "fid", "default"], help="names, or 'all'")
-    parser.add_argument("--repeats", type=int, default=2, help="of each arm, of which the fastest counts")
+    parser.add_argument("--arms", nargs="+", default=["none", "none, again", "fid", "default"], help="names, or 'all'")
     parser.add_argument("--arm", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON, about the first model")
     options = parser.parse_args()
@@ -142,15 +204,16 @@ def main() -> None:
     for model in options.models:
         names = list(ARMS) if "all" in options.arms else options.arms
         names = [name for name in names if name not in NOT_FOR[model]]
-        titles = f"{'seconds':>8s} {'ratio':>6s} {'peak MiB':>9s} {'ratio':>6s} {'events MiB':>11s}"
-        print(f"{f'{model}, {options.epochs} epochs':28s} {titles}")
-        runs = [{name: measured(model, name, options.epochs) for name in names} for _ in range(options.repeats)]
-        found = {name: least([run[name] for run in runs]) for name in names}
+        titles = ("seconds", "ratio", "looks", "s a look", "peak MiB", "ratio", "events MiB")
+        print(f"{f'{model}, {options.epochs} epochs':28s}" + "".join(f"{title:>11s}" for title in titles))
+        found = measured(model, names, options.epochs)
         for name in names:
             own, none = found[name], found.get("none", found[name])
+            each = f"{(own['seconds'] - none['seconds']) / own['looks']:11.2f}" if own["looks"] else " " * 11
             print(
-                f"  {name:26s} {own['seconds']:8.1f} {own['seconds'] / none['seconds']:6.2f} {own['peak_mib']:9.0f} "
-                f"{own['peak_mib'] / none['peak_mib']:6.2f} {own['events_mib']:11.2f}",
+                f"  {name:26s}{own['seconds']:11.1f}{own['seconds'] / none['seconds']:11.3f}{own['looks']:11.0f}{each}"
+                f"{own['peak_mib']:11.0f}{own['peak_mib'] / none['peak_mib']:11.2f}{own['events_mib']:11.2f}"
+                + (f"   {own['disturbed']:.1f} s of batches left out as disturbed" if own["disturbed"] else ""),
                 flush=True,
             )
         if not figures and {"none", "fid", "default"} <= set(found):

@@ -209,6 +209,12 @@ class TestMetric:
         single.update(torch.rand(10, 1, 8, 8), real=True)
         single.update(torch.rand(1, 1, 8, 8), real=False)
         assert single.compute().image.isnan()
+        # no two of these are alike, so that an unbiased norm is zero up to rounding
+        noise = CosineMeanSimilarity(regions)
+        noise.update(torch.rand(50, 1, 8, 8), real=True)
+        noise.update(100 * torch.randn(50, 1, 8, 8), real=False)
+        assert float(noise.compute().regions.max()) < 1e-6
+        assert noise.compute().residual.isfinite() or float(noise.compute().image) == 0
         broken = CosineMeanSimilarity(regions)
         broken.update(torch.rand(10, 1, 8, 8), real=True)
         images = torch.rand(8, 1, 8, 8)

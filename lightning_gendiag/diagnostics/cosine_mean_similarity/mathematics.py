@@ -163,12 +163,14 @@ def _kernels_times(x: list[Tensor], y: list[Tensor], weights: Tensor) -> Tensor:
 
 def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, m: Tensor, n: Tensor, unbiased: bool) -> Tensor:
     """Cosines from kernel sums over all pairs (..., S) and numbers of images (S,)."""
-    # the diagonal of an RBF kernel is one
-    own_x = (xx - m) / (m * (m - 1)) if unbiased else xx / m.square()
-    own_y = (yy - n) / (n * (n - 1)) if unbiased else yy / n.square()
-    # images that have nothing in common leave no more of an unbiased norm than rounding
-    norms = own_x.clamp(min=1 / m.square()) * own_y.clamp(min=1 / n.square())
-    return xy / (m * n) / norms.sqrt()
+
+    def norm(own: Tensor, size: Tensor) -> Tensor:
+        if not unbiased:
+            return own / size.square()
+        # the diagonal of an RBF kernel is one; images that have nothing in common leave no more than rounding
+        return ((own - size) / (size * (size - 1))).clamp(min=1 / size.square()).where(size > 1, math.nan)
+
+    return xy / (m * n) / (norm(xx, m) * norm(yy, n)).sqrt()
 
 
 def canonical_order(images: Tensor) -> Tensor:
