@@ -6,7 +6,8 @@ event files. Monitors alone look at every epoch; FID, from a small network on as
 
 The arms take turns, an epoch each, so that a machine that slows down slows all of them; "none, again" tells how far two
 runs of the same differ. Where another process had the machine, which shows in an epoch whose batches took more than twice
-the median, that epoch's batches count as the median; what the callbacks took always counts in full.
+the median, that epoch's batches count as the median; what the callbacks took always counts in full. "looking" is what
+the callbacks say that they took themselves, all in all and for a look, as a share of the training without.
 """
 
 from __future__ import annotations
@@ -93,9 +94,11 @@ class FID(Callback):
         network = FeatureNetwork((255 * self.images).byte())
         self.metric = FrechetInceptionDistance(network, reset_real_features=False, normalize=True)
         self.metric.update(self.images, real=True)
+        self.seconds, self.evaluations = 0.0, 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure."""
+        started = time.monotonic()
         pl_module.eval()
         with torch.no_grad():
             if hasattr(pl_module, "sample"):
@@ -106,6 +109,7 @@ class FID(Callback):
         pl_module.train()
         self.log("fid", self.metric.compute())
         self.metric.reset()
+        self.seconds, self.evaluations = self.seconds + time.monotonic() - started, self.evaluations + 1
 
 
 ARMS: dict[str, Callable[[str], list[Callback]]] = {
@@ -148,9 +152,15 @@ def arm(model: str, name: str, epochs: int) -> dict[str, float]:
         seconds = time.monotonic() - started - turns.waited - turns.disturbed
         events = sum(path.stat().st_size for path in Path(folder).rglob("*events*"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    looks = [monitor.evaluations for monitor in trainer.callbacks if isinstance(monitor, Monitor)]  # type: ignore[attr-defined]
-    found = {"seconds": seconds, "peak_mib": peak, "events_mib": events / 2**20}
-    return found | {"looks": epochs if name == "fid" else max(looks, default=0), "disturbed": turns.disturbed}
+    looking = [callback for callback in trainer.callbacks if isinstance(callback, (Monitor, FID))]  # type: ignore[attr-defined]
+    return {
+        "seconds": seconds,
+        "peak_mib": peak,
+        "events_mib": events / 2**20,
+        "disturbed": turns.disturbed,
+        "looks": max((callback.evaluations for callback in looking), default=0),
+        "looking": sum(callback.seconds for callback in looking),
+    }
 
 
 def measured(model: str, names: list[str], epochs: int) -> dict[str, dict[str, float]]:
@@ -204,23 +214,25 @@ def main() -> None:
     for model in options.models:
         names = list(ARMS) if "all" in options.arms else options.arms
         names = [name for name in names if name not in NOT_FOR[model]]
-        titles = ("seconds", "ratio", "looks", "s a look", "peak MiB", "ratio", "events MiB")
+        titles = ("seconds", "ratio", "looks", "looking", "s a look", "peak MiB", "ratio", "events MiB")
         print(f"{f'{model}, {options.epochs} epochs':28s}" + "".join(f"{title:>11s}" for title in titles))
         found = measured(model, names, options.epochs)
         for name in names:
             own, none = found[name], found.get("none", found[name])
-            each = f"{(own['seconds'] - none['seconds']) / own['looks']:11.2f}" if own["looks"] else " " * 11
-            print(
-                f"  {name:26s}{own['seconds']:11.1f}{own['seconds'] / none['seconds']:11.3f}{own['looks']:11.0f}{each}"
-                f"{own['peak_mib']:11.0f}{own['peak_mib'] / none['peak_mib']:11.2f}{own['events_mib']:11.2f}"
-                + (f"   {own['disturbed']:.1f} s of batches left out as disturbed" if own["disturbed"] else ""),
-                flush=True,
-            )
+            share, each = own["looking"] / none["seconds"], own["looking"] / max(own["looks"], 1)
+            cells = (
+                f"{own['seconds']:.1f}", f"{own['seconds'] / none['seconds']:.3f}", f"{own['looks']:.0f}", f"{share:.1%}",
+                f"{each:.2f}", f"{own['peak_mib']:.0f}", f"{own['peak_mib'] / none['peak_mib']:.2f}", f"{own['events_mib']:.2f}",
+            )  # fmt: skip
+            left_out = f"   {own['disturbed']:.1f} s of batches left out as disturbed" if own["disturbed"] else ""
+            print(f"  {name:26s}" + "".join(f"{cell:>11s}" for cell in cells) + left_out, flush=True)
         if not figures and {"none", "fid", "default"} <= set(found):
             none = found["none"]
             figures = {
                 "default_over_none": found["default"]["seconds"] / none["seconds"],
                 "fid_over_none": found["fid"]["seconds"] / none["seconds"],
+                "default_looking_share": found["default"]["looking"] / none["seconds"],
+                "fid_looking_share": found["fid"]["looking"] / none["seconds"],
                 "peak_memory_ratio": found["default"]["peak_mib"] / none["peak_mib"],
             }
     if options.json:

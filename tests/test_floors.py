@@ -30,13 +30,14 @@ def floor(name: str) -> int:
 def imported(path: Path) -> set[str]:
     """First part of the names of this package that a module imports, anywhere in it.
 
-    A diagnostic that outgrew one file is a folder, whose files may import each other.
+    What outgrew one file is a folder, whose files may import each other.
     """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lightning_gendiag"):
             parts = node.module.split(".")[1:]
-            if parts[:2] == list(path.relative_to(ROOT).parts[:2]) and parts[0] == "diagnostics":
+            home = list(path.relative_to(ROOT).parts[:-1])
+            if home not in ([], ["diagnostics"]) and parts[: len(home)] == home:
                 continue
             names |= {parts[0]} if parts else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
