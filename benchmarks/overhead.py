@@ -222,7 +222,8 @@ def main() -> None:
             share, each = own["looking"] / none["seconds"], own["looking"] / max(own["looks"], 1)
             cells = (
                 f"{own['seconds']:.1f}", f"{own['seconds'] / none['seconds']:.3f}", f"{own['looks']:.0f}", f"{share:.1%}",
-                f"{each:.2f}", f"{own['peak_mib']:.0f}", f"{own['peak_mib'] / none['peak_mib']:.2f}", f"{own['events_mib']:.2f}",
+                f"{each:.2f}", f"{own['peak_mib']:.0f}", f"{own['peak_mib'] / none['peak_mib']:.2f}",
+                f"{own['events_mib']:.2f}",
             )  # fmt: skip
             left_out = f"   {own['disturbed']:.1f} s of batches left out as disturbed" if own["disturbed"] else ""
             print(f"  {name:26s}" + "".join(f"{cell:>11s}" for cell in cells) + left_out, flush=True)

@@ -13,7 +13,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from example_models.data import digits
 from lightning_gendiag import (
@@ -406,6 +406,30 @@ def test_monitors_share_one_draw() -> None:
     trainer(one, two, max_epochs=1).fit(Counting(), batches())
     # tried once with two, then eight chunks for both
     assert calls == [2] + [128] * 8
+
+
+def test_a_feature_space_takes_the_place_of_pixels() -> None:
+    # features that do not care where things stand, as the README has it
+    network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+
+    def features(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return network(images).flatten(1)[:, :, None, None]
+
+    class Shifted(ScriptedGenerator):
+        def sample(self, n: int) -> Tensor:
+            return super().sample(n).roll((2, 3), (2, 3))
+
+    probe = Probe(
+        sample=lambda module, n: features(module.sample(n)), images=lambda batch: features(batch[0]), num_samples=500
+    )
+    where = CosineMeanSimilarityMonitor(num_regions=1, probe=Probe(num_samples=500), name="pixels")
+    what = CosineMeanSimilarityMonitor(num_regions=1, probe=probe, name="features")
+    trainer(where, what, max_epochs=1).fit(Shifted(size=16), batches(16, 500))
+    # images that were moved are as real to the features, and not to the pixels
+    assert float(what.result.image) > 0.99
+    assert abs(float(what.result.image_z)) < 4
+    assert float(where.result.image_z) < -50
 
 
 def test_classes_are_followed_when_the_sampler_takes_labels() -> None:

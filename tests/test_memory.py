@@ -1,0 +1,81 @@
+"""Memory is bounded: what would be an N x N or a P x P matrix is met in blocks."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_gendiag import CosineMeanSimilarity, decoder_gram, find_regions, k_star
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def gram() -> Callable[[], Any]:
+    z = torch.randn(32, 64, generator=GENERATOR)
+    decoder = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 12288))
+    return lambda: decoder_gram(decoder, z, max_bytes=1 << 22)
+
+
+def cosines() -> Callable[[], Any]:
+    metric = CosineMeanSimilarity(torch.arange(64).repeat(64, 1) // 16)
+    for real in (True, False):
+        metric.update((255 * torch.rand(512, 3, 64, 64, generator=GENERATOR)).byte(), real=real)
+    return metric.compute
+
+
+def regions() -> Callable[[], Any]:
+    images = torch.rand(100, 1, 128, 128, generator=GENERATOR)
+    return lambda: find_regions(images, 5, max_pixels=1024, max_bytes=1 << 26, progress=False)
+
+
+def neighbours() -> Callable[[], Any]:
+    latents, labels = torch.rand(20000, 8, generator=GENERATOR), torch.arange(20000) % 10
+    return lambda: k_star(latents, labels)
+
+
+# in the order of their peaks, since a process has one
+CASES: dict[str, tuple[Callable[[], Callable[[], Any]], int]] = {
+    # the Jacobians would take 96 MiB in float32, and tangents several times as much
+    "decoder_gram": (gram, 60),
+    # all differences would take 3,072 MiB for a region; a side is 24 MiB in float32
+    "cosine_mean_similarity": (cosines, 150),
+    # all alignments of pixels would take 1,024 MiB
+    "find_regions": (regions, 250),
+    # all distances would take 1,526 MiB
+    "k_star": (neighbours, 400),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads what Linux tells of a process")
+def test_peaks_are_those_of_a_block() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_memory"], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    for name, peak in json.loads(done.stdout).items():
+        assert peak < CASES[name][1], name
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    peaks = {}
+    for name, (make, _) in CASES.items():
+        work = make()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        work()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks[name] = (peak - pages * resource.getpagesize()) / 2**20
+    print(json.dumps(peaks))
+
+
+if __name__ == "__main__":
+    main()
