@@ -54,6 +54,12 @@ class GenerativeDiagnostics(Callback):
             of seconds or minutes is looked at more often with ``None``, which also finds more.
         kwargs: for all monitors, as for :class:`Monitor`.
 
+    Raises:
+        ValueError: for an argument out of its range; before training starts, where nothing can be looked at.
+
+    Example:
+        >>> callbacks = [GenerativeDiagnostics("warn", every_n_epochs=2, skip=("k_star",))]  # of a Trainer
+
     Attributes:
         attached: stems of what was attached.
         left_out: stem to reason of the rest.

@@ -27,6 +27,9 @@ BANDWIDTH_IMAGES = 2048
 SERIES = 0.05
 """Largest exponent ``2 g x^2`` for which three terms of the kernel's series stand for it."""
 
+ROWS = 512
+"""Positions whose distances to the others are held at a time."""
+
 REFINING = 4
 """Batches that pixels at the borders of regions are assigned by."""
 
@@ -49,6 +52,10 @@ class RegionMap:
 
     Raises:
         ValueError: if labels are no (H, W) integers, leave a number out, or do not match the other arguments.
+
+    Example:
+        >>> print(RegionMap(torch.arange(4).repeat(4, 1) // 2))
+        2 regions of 4x4: left 50%, right 50%
     """
 
     labels: Tensor
@@ -301,6 +308,13 @@ def find_regions(
 
     Raises:
         ValueError: if there are fewer than two images, one is not finite, or fewer positions than regions.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> halves = torch.arange(8).repeat(8, 1) // 4  # left, right
+        >>> common = torch.randn(200, 1, 2, generator=generator)[:, :, halves]
+        >>> print(find_regions(common + 0.3 * torch.randn(200, 1, 8, 8, generator=generator), 2))
+        2 regions of 8x8: left 50%, right 50%; dependence 0.01; stability 1.00
     """
     images = as_images(images)
     height, width = images.shape[-2:]
@@ -513,9 +527,11 @@ def _clusters(cka: Tensor, num_regions: int | None, linkage: str) -> Tensor:
         return torch.zeros(1, dtype=torch.long)
     rows = cka.double()
     rows = rows - rows.mean(0)
-    i, j = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
-    condensed = squared_distances(rows, rows).flatten().index_select(0, i * len(rows) + j).sqrt_().cpu().numpy()
-    del rows, i, j
+    parts = []
+    for i in range(0, len(rows), ROWS):
+        distances = squared_distances(rows[i : i + ROWS], rows[i:]).sqrt_()
+        parts.append(distances[torch.ones_like(distances, dtype=torch.bool).triu_(1)].cpu())
+    condensed = torch.cat(parts).numpy()
     tree = hierarchy.linkage(condensed, linkage)
     if num_regions is None:
         found = hierarchy.fcluster(tree, tree[:, 2].max() / 2, "distance")

@@ -111,7 +111,12 @@ class CollapseStopping(EarlyStopping):
         findings: all that was found, in order.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range; before training starts, where there is no monitor to watch.
+
+    Example:
+        >>> stopping = CollapseStopping("warn", false_alarm_rate=1e-4)  # after monitors, among a Trainer's callbacks
+        >>> stopping.findings
+        []
     """
 
     def __init__(

@@ -237,6 +237,12 @@ class PosteriorKLMonitor(Monitor):
         threshold: see :class:`PosteriorKL`.
         patience: evaluations without an active dimension before the whole counts as vanished.
         kwargs: as for :class:`Monitor`.
+
+    Raises:
+        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+
+    Example:
+        >>> callbacks = [PosteriorKLMonitor(spread="std")]  # of a Trainer
     """
 
     stem = "posterior_kl"

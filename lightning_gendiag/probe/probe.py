@@ -67,6 +67,10 @@ class Probe(Parts):
 
     Raises:
         ValueError: if an argument is none of these.
+
+    Example:
+        >>> probe = Probe(sample="generator", latent_dim=100, num_samples=512)
+        >>> probe = Probe(sample=lambda module, n: module.ema(module.noise(n)))  # of a monitor, or of several
     """
 
     def __init__(

@@ -42,6 +42,12 @@ class CosineMeanSimilarityMonitor(Monitor):
         map_images: at most this many reference images are looked at to find regions.
         null_splits: seeded splits of the reference in halves for the real-against-real null.
         kwargs: as for :class:`Monitor`.
+
+    Raises:
+        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+
+    Example:
+        >>> callbacks = [CosineMeanSimilarityMonitor(num_regions=5, every_n_epochs=2)]  # of a Trainer
     """
 
     stem = "cms"

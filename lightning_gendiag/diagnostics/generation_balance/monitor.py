@@ -42,6 +42,12 @@ class GenerationBalanceMonitor(Monitor):
             default a :class:`~lightning_gendiag.judges.FeatureNetwork` fitted on the reference.
         num_classes: K; by default the reference's largest label and one.
         kwargs: as for :class:`Monitor`.
+
+    Raises:
+        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+
+    Example:
+        >>> callbacks = [GenerationBalanceMonitor(neighbours=5)]  # of a Trainer
     """
 
     stem = "generation_balance"

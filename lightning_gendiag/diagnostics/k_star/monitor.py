@@ -34,6 +34,12 @@ class KStarMonitor(Monitor):
         distance: see :func:`k_star`.
         max_rows: at most so many images.
         kwargs: as for :class:`Monitor`.
+
+    Raises:
+        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+
+    Example:
+        >>> callbacks = [KStarMonitor("discriminator.7")]  # of a Trainer
     """
 
     stem = "k_star"

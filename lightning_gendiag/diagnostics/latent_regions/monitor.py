@@ -60,6 +60,12 @@ class LatentRegionsMonitor(Monitor):
         max_components: see :class:`LatentRegions`.
         max_rows: see :class:`LatentRegions`.
         kwargs: as for :class:`Monitor`.
+
+    Raises:
+        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+
+    Example:
+        >>> callbacks = [LatentRegionsMonitor(every_n_epochs=5)]  # of a Trainer
     """
 
     stem = "latent_regions"

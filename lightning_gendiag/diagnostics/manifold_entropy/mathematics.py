@@ -269,6 +269,15 @@ def manifold_cross_information(jacobian_a: Tensor, jacobian_b: Tensor) -> Tensor
 
     Returns:
         (L, M), at least 0; 0 where a column is zero.
+
+    Raises:
+        ValueError: if the shapes do not match.
+
+    Example:
+        >>> model = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+        >>> truth = torch.tensor([[[1.0], [1.0]]])  # between the two
+        >>> manifold_cross_information(model, truth).squeeze()
+        tensor([0.3466, 0.3466], dtype=torch.float64)
     """
     if jacobian_a.ndim != 3 or jacobian_b.ndim != 3 or jacobian_a.shape[:2] != jacobian_b.shape[:2]:
         raise ValueError(

@@ -46,6 +46,12 @@ class ManifoldEntropyMonitor(Monitor):
         data_scale: standard deviation that the data were divided by, see :func:`decoder_gram`.
         mode: ``"auto"``, ``"forward"`` or ``"reverse"``, see :func:`decoder_gram`.
         kwargs: as for :class:`Monitor`.
+
+    Raises:
+        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+
+    Example:
+        >>> callbacks = [ManifoldEntropyMonitor(every_n_train_steps=500)]  # of a Trainer
     """
 
     stem = "manifold_entropy"

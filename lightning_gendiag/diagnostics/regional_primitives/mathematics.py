@@ -149,6 +149,15 @@ def minimal_features(
 
     Raises:
         ValueError: if shapes do not match or there are too many regions.
+
+    Example:
+        >>> pixels = lambda features: features.view(-1, 1, 1, 2)  # a generator that draws each number in a pixel
+        >>> found = minimal_features(pixels, torch.ones(2), torch.zeros(2), torch.tensor([[0, 1]]), penalty=1e-6)
+        >>> found.features.round(decimals=3)  # of no region, the first, the second, both
+        tensor([[0., 0.],
+                [1., 0.],
+                [0., 1.],
+                [1., 1.]])
     """
     regions = regions.to(feature.device)
     n = check_regions(regions)
@@ -335,6 +344,16 @@ def decompose(
         regions: (H, W)
         minimal: of all sets of regions.
         batch_size: images at a time.
+
+    Returns:
+        Norms, effects and errors by component.
+
+    Example:
+        >>> pixels = lambda features: features.view(-1, 1, 1, 2)
+        >>> regions = torch.tensor([[0, 1]])
+        >>> found = minimal_features(pixels, torch.ones(2), torch.zeros(2), regions, penalty=1e-6)
+        >>> decompose(pixels, torch.ones(2), regions, found).norms.round(decimals=3)  # nothing is drawn together
+        tensor([0.0000, 0.7070, 0.7070, 0.0000])
     """
     regions = regions.to(feature.device)
     n = check_regions(regions)

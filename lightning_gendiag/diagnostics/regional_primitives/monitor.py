@@ -70,6 +70,12 @@ class RegionalPrimitivesMonitor(Monitor):
             a million numbers: 512 of 32x32, 42 of 3x64x64.
         max_seconds: time budget of an evaluation on each process.
         kwargs: as for :class:`Monitor`.
+
+    Raises:
+        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+
+    Example:
+        >>> callbacks = [RegionalPrimitivesMonitor(split="generator.6")]  # of a Trainer
     """
 
     stem = "regional_primitives"
