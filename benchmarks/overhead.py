@@ -4,10 +4,11 @@ Each arm trains in a process of its own and is measured there: seconds of ``trai
 event files. Monitors alone look at every epoch; FID, from a small network on as many samples, too. The default set is
 ``GenerativeDiagnostics()`` with its limit of 5 % of the training's time, and without.
 
-The arms take turns, an epoch each, so that a machine that slows down slows all of them; "none, again" tells how far two
-runs of the same differ. Where another process had the machine, which shows in an epoch whose batches took more than twice
-the median, that epoch's batches count as the median; what the callbacks took always counts in full. "looking" is what
-the callbacks say that they took themselves, all in all and for a look, as a share of the training without.
+The arms take turns, an epoch each, so that a machine that slows down slows all of them. All train the same batches, bit for
+bit, and yet two processes without any callback differ by some hundredths: "batches" has the median seconds of each arm's
+epochs, "none, again" is a second process without. For the ratio an epoch's batches count as the median over all arms, and
+what lies between them, all that callbacks take among it, in full. "looking" is what the callbacks say that they took
+themselves, as a share of the training without, and for a look.
 """
 
 from __future__ import annotations
@@ -79,12 +80,6 @@ class Turns(Callback):
         """Note what the batches took."""
         self.epochs.append(time.monotonic() - self.started)
 
-    @property
-    def disturbed(self) -> float:
-        """Seconds by which epochs were longer than the median, where they were more than twice as long."""
-        median = statistics.median(self.epochs)
-        return sum(seconds - median for seconds in self.epochs if seconds > 2 * median)
-
 
 class FID(Callback):
     """torchmetrics' FID of 1,024 samples at every epoch, with features of a small network."""
@@ -149,15 +144,15 @@ def arm(model: str, name: str, epochs: int) -> dict[str, float]:
         )  # fmt: skip
         started = time.monotonic()
         trainer.fit(module, batches)
-        seconds = time.monotonic() - started - turns.waited - turns.disturbed
+        between = time.monotonic() - started - turns.waited - sum(turns.epochs)
         events = sum(path.stat().st_size for path in Path(folder).rglob("*events*"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     looking = [callback for callback in trainer.callbacks if isinstance(callback, (Monitor, FID))]  # type: ignore[attr-defined]
     return {
-        "seconds": seconds,
+        "batches": statistics.median(turns.epochs),
+        "between": between,
         "peak_mib": peak,
         "events_mib": events / 2**20,
-        "disturbed": turns.disturbed,
         "looks": max((callback.evaluations for callback in looking), default=0),
         "looking": sum(callback.seconds for callback in looking),
     }
@@ -201,7 +196,7 @@ def _answer(process: subprocess.Popen[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--models", nargs="+", default=["gan"], choices=MODELS)
     parser.add_argument("--arms", nargs="+", default=["none", "none, again", "fid", "default"], help="names, or 'all'")
     parser.add_argument("--arm", nargs=2, help=argparse.SUPPRESS)
@@ -214,19 +209,21 @@ def main() -> None:
     for model in options.models:
         names = list(ARMS) if "all" in options.arms else options.arms
         names = [name for name in names if name not in NOT_FOR[model]]
-        titles = ("seconds", "ratio", "looks", "looking", "s a look", "peak MiB", "ratio", "events MiB")
+        titles = ("batches", "seconds", "ratio", "looks", "looking", "s a look", "peak MiB", "ratio", "events MiB")
         print(f"{f'{model}, {options.epochs} epochs':28s}" + "".join(f"{title:>11s}" for title in titles))
         found = measured(model, names, options.epochs)
+        batches = statistics.median(own["batches"] for own in found.values())
+        for own in found.values():
+            own["seconds"] = options.epochs * batches + own["between"]
         for name in names:
             own, none = found[name], found.get("none", found[name])
             share, each = own["looking"] / none["seconds"], own["looking"] / max(own["looks"], 1)
             cells = (
-                f"{own['seconds']:.1f}", f"{own['seconds'] / none['seconds']:.3f}", f"{own['looks']:.0f}", f"{share:.1%}",
+                f"{own['batches']:.2f}", f"{own['seconds']:.1f}", f"{own['seconds'] / none['seconds']:.3f}", f"{own['looks']:.0f}", f"{share:.1%}",
                 f"{each:.2f}", f"{own['peak_mib']:.0f}", f"{own['peak_mib'] / none['peak_mib']:.2f}",
                 f"{own['events_mib']:.2f}",
             )  # fmt: skip
-            left_out = f"   {own['disturbed']:.1f} s of batches left out as disturbed" if own["disturbed"] else ""
-            print(f"  {name:26s}" + "".join(f"{cell:>11s}" for cell in cells) + left_out, flush=True)
+            print(f"  {name:26s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
         if not figures and {"none", "fid", "default"} <= set(found):
             none = found["none"]
             figures = {
