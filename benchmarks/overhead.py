@@ -219,9 +219,9 @@ def main() -> None:
             own, none = found[name], found.get("none", found[name])
             share, each = own["looking"] / none["seconds"], own["looking"] / max(own["looks"], 1)
             cells = (
-                f"{own['batches']:.2f}", f"{own['seconds']:.1f}", f"{own['seconds'] / none['seconds']:.3f}", f"{own['looks']:.0f}", f"{share:.1%}",
-                f"{each:.2f}", f"{own['peak_mib']:.0f}", f"{own['peak_mib'] / none['peak_mib']:.2f}",
-                f"{own['events_mib']:.2f}",
+                f"{own['batches']:.2f}", f"{own['seconds']:.1f}", f"{own['seconds'] / none['seconds']:.3f}",
+                f"{own['looks']:.0f}", f"{share:.1%}", f"{each:.2f}", f"{own['peak_mib']:.0f}",
+                f"{own['peak_mib'] / none['peak_mib']:.2f}", f"{own['events_mib']:.2f}",
             )  # fmt: skip
             print(f"  {name:26s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
         if not figures and {"none", "fid", "default"} <= set(found):
