@@ -20,7 +20,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## each script prints a table; some minutes
+bench: $(READY)  ## each script prints a table; an hour
 	$(BIN)/python -m benchmarks.pixel_cka
 	$(BIN)/python -m benchmarks.cosine_mean_similarity
 	$(BIN)/python -m benchmarks.manifold_entropy --beta
@@ -34,6 +34,8 @@ bench: $(READY)  ## each script prints a table; some minutes
 	$(BIN)/python -m benchmarks.dysfunctions --samples 5000
 	$(BIN)/python -m benchmarks.planted_faults --small
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.overhead --models vae --arms all --epochs 24
+	$(BIN)/python -m benchmarks.scale
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -19,8 +19,8 @@ from lightning_gendiag.diagnostics.latent_regions import LatentRegionsMonitor
 from lightning_gendiag.diagnostics.manifold_entropy import ManifoldEntropyMonitor
 from lightning_gendiag.diagnostics.posterior_kl import PosteriorKLMonitor
 from lightning_gendiag.diagnostics.regional_primitives import RegionalPrimitivesMonitor
-from lightning_gendiag.monitor import Monitor, batch_step
-from lightning_gendiag.probe import Probe, images_of, is_kind
+from lightning_gendiag.monitor import Monitor, batch_step, tell
+from lightning_gendiag.probe import Probe, images_of, is_kind, shared_probe
 from lightning_gendiag.stopping import CollapseStopping
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ class GenerativeDiagnostics(Callback):
         every_n_train_steps: the same in steps.
         num_regions: see :class:`CosineMeanSimilarityMonitor`.
         skip: stems of diagnostics that are not wanted, such as ``("k_star",)``.
-        max_share: of the training's time that they may take together: they look as often as it allows, and say so. A run
-            of seconds or minutes is looked at more often with ``None``, which also finds more.
+        max_share: of the training's time that they may take together after the first look, which sets them up: they look
+            as often as it allows, and say so. A run of seconds or minutes is looked at more often with ``None``, which
+            also finds more.
         kwargs: for all monitors, as for :class:`Monitor`.
 
     Raises:
@@ -78,6 +79,7 @@ class GenerativeDiagnostics(Callback):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        self.given_probe = probe
         self.probe = probe or Probe()
         kinds: dict[str, Callable[..., Monitor]] = {
             "cms": lambda **options: CosineMeanSimilarityMonitor(num_regions=num_regions, **options),
@@ -119,12 +121,17 @@ class GenerativeDiagnostics(Callback):
         self.left_out = dict.fromkeys(self.skipped, "it was not wanted")
         self._told = False
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        own = {id(monitor) for monitor in self.monitors.values()}
-        present = {callback.stem for callback in callbacks if isinstance(callback, Monitor) and id(callback) not in own}
+        for monitor in self.monitors.values():
+            if monitor in callbacks:
+                # of an earlier fit, maybe of another module
+                callbacks.remove(monitor)
+        others = [callback for callback in callbacks if isinstance(callback, Monitor)]
+        if self.given_probe is None:
+            self.probe = shared_probe(trainer, [other.given_probe for other in others if other.given_probe])
+        present = {callback.stem for callback in others}
         place = callbacks.index(self) + 1
         for stem, monitor in self.monitors.items():
-            if monitor in callbacks:
-                continue
+            monitor.given_probe = self.probe
             try:
                 if stem in present:
                     raise ValueError("the trainer has one already")
@@ -147,6 +154,7 @@ class GenerativeDiagnostics(Callback):
         """Let each try what it needs; what cannot work leaves before it can stop the run."""
         for stem, monitor in self.monitors.items():
             self._try(trainer, stem, partial(monitor.check, self.probe))
+            monitor.checked = True
         self._refuse_if_nothing(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -154,23 +162,24 @@ class GenerativeDiagnostics(Callback):
         if self._told:
             return
         self._told = True
-        images, labels = self.probe.find_images(batch), self.probe.find_labels(batch)
-        if images_of(images) is None:
-            for stem in (
-                "cms",
-                "generation_balance",
-                "k_star",
-                "posterior_kl",
-                "latent_regions",
-                "regional_primitives",
-            ):
-                self._detach(
-                    trainer, stem, "the batches hold no (N, C, H, W) images; pass Probe(images=lambda batch: ...)"
-                )
-        elif labels is None:
-            for stem in LABELLED:
-                self._detach(trainer, stem, "the batches hold no labels; pass Probe(labels=lambda batch: ...)")
-        if isinstance(images, Tensor):
+        images: Tensor | None = None
+
+        def found() -> None:
+            nonlocal images
+            images = images_of(self.probe.reference.images if self.probe.reference else self.probe.seen(batch)[0])
+            if images is None:
+                raise ValueError("the batches hold no (N, C, H, W) images; pass Probe(images=lambda batch: ...)")
+
+        def labelled() -> None:
+            if (self.probe.reference.labels if self.probe.reference else self.probe.seen(batch)[1]) is None:
+                raise ValueError("the batches hold no labels; pass Probe(labels=lambda batch: ...)")
+
+        for stem, monitor in self.monitors.items():
+            if monitor.needs_reference:
+                self._try(trainer, stem, found)
+            if stem in LABELLED:
+                self._try(trainer, stem, labelled)
+        if images is not None:
             posterior = self.monitors.get("posterior_kl")
             if isinstance(posterior, PosteriorKLMonitor):
                 self._try(trainer, "posterior_kl", partial(posterior.try_out, self.probe, images[:2]))
@@ -207,4 +216,4 @@ class GenerativeDiagnostics(Callback):
         words = [f"GenerativeDiagnostics looks at {', '.join(self.attached) or 'nothing'}."]
         words += [f"Without {stem}: {reason}" for stem, reason in self.left_out.items()]
         rank_zero_info("\n".join(words))
-        Board(trainer, batch_step(trainer, epoch_over=False), "gendiag").text("attached", "\n\n".join(words))
+        tell(Board(trainer, batch_step(trainer, epoch_over=False), "gendiag"), "attached", "\n\n".join(words))

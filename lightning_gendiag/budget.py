@@ -18,6 +18,7 @@ class Budget:
         self.spent = 0.0
         self.first = 0.0
         self.rounds = 0
+        self.ready = False
         self.step: int | None = None
         self.granted = False
         self.told = False
@@ -37,15 +38,18 @@ class Budget:
         """
         if step != self.step:
             self.step = step
+            # rounds in which none had its real images yet are no rounds
+            self.rounds *= self.ready
             later = self.spent - self.first
             usual = later / max(self.rounds - 1, 1)
             self.granted = self.rounds == 0 or self.first * progress + later + usual <= share * self.training
             self.rounds += self.granted
         return self.granted
 
-    def pay(self, seconds: float) -> None:
-        """Add what a monitor took."""
+    def pay(self, seconds: float, ready: bool = True) -> None:
+        """Add what a monitor took, and whether it could look."""
         self.spent += seconds
+        self.ready |= ready
         if self.rounds == 1:
             self.first += seconds
 

@@ -168,6 +168,13 @@ def judge_of(given: Any, probe: Any) -> Callable[[Tensor], Any] | None:
     return lambda images: given(probe.module, probe.as_input(images))
 
 
+def moves(given: Any, probe: Any) -> bool:
+    """Whether what a judge says may change as the model trains: a callable's, or a part of the model's."""
+    if isinstance(given, nn.Module):
+        return any(part is given for part in probe.module.modules())
+    return given is not None
+
+
 def class_of(output: Any, n: int) -> Tensor:
     """Labels (n,) in what a classifier returns: labels, or a score (n, K) for each class.
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_gendiag.board import Board
 from lightning_gendiag.budget import budget_of
-from lightning_gendiag.diagnostic import Diagnostic, Result
+from lightning_gendiag.diagnostic import Diagnostic
 from lightning_gendiag.functional import as_images
 from lightning_gendiag.probe import Probe, shared_probe
 from lightning_gendiag.regions import RegionMap, find_regions
@@ -71,6 +71,14 @@ def run_progress(trainer: Trainer) -> float:
     return min(max(shares, default=1.0), 1.0)
 
 
+def tell(board: Board, name: str, words: str) -> None:
+    """Text on a board; a warning where it cannot be written, and never an error."""
+    try:
+        board.text(name, words)
+    except Exception as error:
+        warnings.warn(f"{name} could not be logged: {error}", DiagnosticWarning, stacklevel=2)
+
+
 def batch_step(trainer: Trainer, epoch_over: bool) -> int:
     """The step that ``self.log`` writes at: batches that led to an optimizer step."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(epoch_over)
@@ -93,8 +101,9 @@ class Monitor(Callback):
         name: of this monitor in tags and checkpoints, for two of one kind on a trainer.
         draw_pictures: whether panels are drawn beside the scalars: at each of the first twenty evaluations, then whenever
             there are a tenth more, and at the end; not where nothing has changed.
-        max_share: of the training's time that all monitors of the trainer which have such a limit may take together, in
-            (0, 1]: where they take more, all look less often in proportion; by default each looks whenever it is due.
+        max_share: of the training's time that all monitors of the trainer which have such a limit may take together after
+            the first look, which sets them up, in (0, 1]: where they take more, all look less often in proportion; by
+            default each looks whenever it is due.
     """
 
     stem: ClassVar[str] = ""
@@ -147,6 +156,8 @@ class Monitor(Callback):
         self._last_step: int | None = None
         self._unreadable: Exception | None = None
         self._module: LightningModule | None = None
+        self.checked = False
+        """Whether :meth:`check` has passed already."""
         self._waiting = False
         self._round = 0
         self._next_picture = 0
@@ -212,26 +223,31 @@ class Monitor(Callback):
             return
         given = [c.given_probe for c in trainer.callbacks if isinstance(c, Monitor) and c.given_probe]  # type: ignore[attr-defined]
         self.probe = self.given_probe or shared_probe(trainer, given)
-        if self.probe.owner is None or self.probe.owner not in trainer.callbacks:  # type: ignore[attr-defined]
-            # the owner keeps the probe's state in its checkpoint
-            self.probe.owner = self
         self.probe.attach(trainer, pl_module, self.needs)
+        self.checked = False
         if self._module is not pl_module:
-            # what was built holds parts of the module
-            self.metric, self._module = None, pl_module
+            if self._module is not None:
+                self.forget()
+            self._module = pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take up a checkpoint's state and try the sampler, once the module is on its device."""
         assert self.probe is not None
-        if self._loaded is not None:
-            self._take_up(self.probe, self._loaded)
-            self._loaded = None
-        self.check(self.probe)
+        self._take_up(self.probe)
+        if not self.checked:
+            self.check(self.probe)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count the time."""
+        """Begin to count the time; take up a checkpoint's state where the strategy loads it late."""
         budget_of(trainer, anew=True)
         self._round = 0
+        if self.probe is not None:
+            self._take_up(self.probe)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let go of what was drawn: it was of the module as it is no more."""
+        if self.probe is not None:
+            self.probe.forget()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -283,8 +299,11 @@ class Monitor(Callback):
         """Counts, what the subclass keeps, and the probe's reference if this monitor owns it."""
         state: dict[str, Any] = {"evaluations": self.evaluations, "seconds": self.seconds, **self.kept()}
         state["curve"] = [list(row) for row in self._curve]
-        if self.probe is not None and self.probe.owner is self:
-            state["probe"] = self.probe.state_dict()
+        if self.probe is not None:
+            # the first of those that share it
+            others = (c for c in self.probe.trainer.callbacks if isinstance(c, Monitor) and c.probe is self.probe)  # type: ignore[attr-defined]
+            if next(others, self) is self:
+                state["probe"] = self.probe.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -298,12 +317,29 @@ class Monitor(Callback):
     def take_up(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`kept`."""
 
-    def _take_up(self, probe: Probe, state: dict[str, Any]) -> None:
-        self.evaluations, self.seconds = state["evaluations"], state["seconds"]
-        self._curve = [list(row) for row in state["curve"]]
-        if "probe" in state:
-            probe.load_state_dict(state["probe"])
-        self.take_up(state)
+    def forget(self) -> None:
+        """Let go of what holds parts of a module, or was learned of it, since another one is looked at."""
+        self.metric, self.enabled, self._failures = None, True, 0
+
+    def moves(self, probe: Probe) -> bool:
+        """Whether the metric holds what changes with the module, and must be built at each look."""
+        return False
+
+    def _take_up(self, probe: Probe) -> None:
+        state, self._loaded = self._loaded, None
+        if state is None:
+            return
+        try:
+            self.evaluations, self.seconds = state["evaluations"], state["seconds"]
+            self._curve = [list(row) for row in state["curve"]]
+            if "probe" in state:
+                probe.load_state_dict(state["probe"])
+            self.take_up(state)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            words = f"{type(self).__name__} begins anew: what a checkpoint holds of it could not be read"
+            warnings.warn(f"{words}: {type(error).__name__}: {error}", DiagnosticWarning, stacklevel=2)
 
     # ---- one evaluation ----
 
@@ -330,7 +366,7 @@ class Monitor(Callback):
                 "they are due."
             )
             rank_zero_info(words)
-            Board(trainer, step, "gendiag").text("budget", words)
+            tell(Board(trainer, step, "gendiag"), "budget", words)
         return not self._waiting
 
     def _rarity(self, trainer: Trainer) -> int:
@@ -340,6 +376,7 @@ class Monitor(Callback):
             monitor.every_n_train_steps or monitor.every_n_epochs
             for monitor in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(monitor, Monitor)
+            and (monitor is self or (monitor.enabled and trainer.current_epoch >= monitor.warmup_epochs))
             and monitor.max_share is not None
             and (monitor.every_n_train_steps is not None) == by_steps
         ]
@@ -348,14 +385,15 @@ class Monitor(Callback):
     def _evaluate(self, trainer: Trainer, module: LightningModule, step: int, epoch_over: bool) -> None:
         started = time.monotonic()
         self._last_step, self._waiting = step, False
-        self._round = budget_of(trainer).rounds
+        self._round, ready = budget_of(trainer).rounds, True
         try:
-            self._look(trainer, module, step, epoch_over, started)
+            ready = self._look(trainer, module, step, epoch_over, started)
         finally:
             if self.max_share is not None:
-                budget_of(trainer).pay(time.monotonic() - started)
+                budget_of(trainer).pay(time.monotonic() - started, ready)
 
-    def _look(self, trainer: Trainer, module: LightningModule, step: int, epoch_over: bool, started: float) -> None:
+    def _look(self, trainer: Trainer, module: LightningModule, step: int, epoch_over: bool, started: float) -> bool:
+        """One evaluation; whether there was anything to look at."""
         probe = self.probe
         assert probe is not None
         error: Exception | None = None
@@ -367,26 +405,40 @@ class Monitor(Callback):
             if unreadable is not None and not ready:
                 raise unreadable
             if ready:
-                self.metric = (self.metric or self.build(probe)).to(module.device)
+                held = None if self.moves(probe) else self.metric
+                self.metric = (held or self.build(probe)).to(module.device)
                 self.metric.reset()
                 self.feed(probe, step)
         except Exception as caught:
             error = unreadable or caught
         if not self._agreed(error, trainer) or not ready:
-            return
+            return ready
         readings: dict[str, Reading] = {}
+        scalars: dict[str, float] = {}
+        curve: list[float] = []
         try:
             assert self.metric is not None
             self.result = self.follow(probe, self.metric.compute())
             readings = self.readings(self.result)
+            scalars = {name: float(value) for name, value in self.scalars(self.result).items()}
+            curve = self.curve(self.result)
         except Exception as caught:
             error = caught
         if not self._agreed(error, trainer):
-            return
+            return ready
         self._failures = 0
         self.evaluations += 1
         self.latest = Evaluation(self.evaluations, step, trainer.current_epoch, readings)
-        self._publish(trainer, module, self.result, step, epoch_over, started)
+        if curve:
+            self._curve.append([float(step), *curve])
+            if len(self._curve) > CURVE:
+                self._curve = self._curve[::2]
+        for name, value in scalars.items():
+            # loggers are served below: through self.log they would see only every log_every_n_steps
+            tag = f"gendiag/{self.name}/{name}"
+            module.log(tag, value, logger=False, on_step=not epoch_over, on_epoch=epoch_over, batch_size=1)
+        self._publish(trainer, scalars, started)
+        return ready
 
     def _agreed(self, error: Exception | None, trainer: Trainer) -> bool:
         """Whether no rank failed: one that did must not leave the others waiting inside a collective."""
@@ -395,21 +447,10 @@ class Monitor(Callback):
         self._contain(error or RuntimeError("the diagnostic failed on another process"), trainer)
         return False
 
-    def _publish(
-        self, trainer: Trainer, module: LightningModule, result: Result, step: int, epoch_over: bool, started: float
-    ) -> None:
-        board = Board(trainer, step, f"gendiag/{self.name}")
-        scalars = {name: float(value) for name, value in self.scalars(result).items()}
-        for name, value in scalars.items():
-            # loggers are served below: through self.log they would see only every log_every_n_steps
-            tag = f"gendiag/{self.name}/{name}"
-            module.log(tag, value, logger=False, on_step=not epoch_over, on_epoch=epoch_over, batch_size=1)
-        curve = self.curve(result)
-        if curve:
-            self._curve.append([float(step), *curve])
-            if len(self._curve) > CURVE:
-                self._curve = self._curve[::2]
+    def _publish(self, trainer: Trainer, scalars: dict[str, float], started: float) -> None:
+        """Pictures and numbers of the latest evaluation, for the loggers."""
         assert self.latest is not None
+        board = Board(trainer, self.latest.step, f"gendiag/{self.name}")
         if self.evaluations >= self._next_picture and self._is_news(self.latest.readings) and self._draws(trainer):
             self._draw(trainer, board)
         seconds = time.monotonic() - started
@@ -417,6 +458,7 @@ class Monitor(Callback):
         try:
             board.scalars(scalars | {"seconds": seconds})
         except Exception as caught:
+            # on rank 0 alone, so no matter for the others
             self._contain(caught, trainer, counts=False)
 
     def _draws(self, trainer: Trainer) -> bool:
@@ -451,11 +493,7 @@ class Monitor(Callback):
         )
         if off or not counts or self._failures == 1:
             warnings.warn(words, DiagnosticWarning, stacklevel=2)
-            board = Board(trainer, self._last_step or 0, f"gendiag/{self.name}")
-            try:
-                board.text("failure", words)
-            except Exception as second:
-                warnings.warn(f"and it could not be logged: {second}", DiagnosticWarning, stacklevel=2)
+            tell(Board(trainer, self._last_step or 0, f"gendiag/{self.name}"), "failure", words)
 
     def found_regions(self, probe: Probe, num_regions: int | None, images: int) -> RegionMap:
         """The regions of the reference's first images, found once for all monitors and all ranks."""

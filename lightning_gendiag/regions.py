@@ -381,7 +381,8 @@ def _refined(labels: Tensor, batches: Sequence[Tensor], cell: int, gamma: float,
             for i in range(0, len(pixels_to), block):
                 pixels_to[i : i + block] += _kernel_rows(pixels[..., i : i + block], gamma) @ mean.T
     # mean CKAs with all regions, as long vectors over cells: which region's do the pixel's resemble?
-    likeness = F.normalize(pixels_to * size.sqrt(), dim=1) @ F.normalize(regions_to * size.sqrt(), dim=1).T
+    with exact_matmul():
+        likeness = F.normalize(pixels_to * size.sqrt(), dim=1) @ F.normalize(regions_to * size.sqrt(), dim=1).T
     allowed = meeting[border].repeat_interleave(cell * cell, 0)
     best, nearest = likeness.where(allowed, -math.inf).max(1)
     own = labels.flatten()[border.cpu()].repeat_interleave(cell * cell)
@@ -493,7 +494,8 @@ def _series_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | No
     decay = (-gamma * x.square()).expm1_()
     features = torch.stack([decay, (2 * gamma) ** 0.5 * x * (1 + decay), 2**0.5 * gamma * x.square() * (1 + decay)])
     features -= features.mean(1, keepdim=True)  # (3, n, P)
-    norms = torch.einsum("anp,bnp->pab", features, features).flatten(1).norm(dim=1).sqrt_()
+    with exact_matmul():
+        norms = torch.einsum("anp,bnp->pab", features, features).flatten(1).norm(dim=1).sqrt_()
     features /= torch.where(norms > 0, norms, math.inf)
     if total is None:
         total = torch.zeros(positions, positions, dtype=pixels.dtype, device=pixels.device)
@@ -551,7 +553,8 @@ def _clusters(cka: Tensor, num_regions: int | None, linkage: str) -> Tensor:
 def _alignment(cka: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """Mean CKA (R, R) within regions, a pixel with itself left out, and between them; and over all pairs between."""
     member = F.one_hot(labels).to(cka)  # (P, R)
-    sums = (member.T @ cka @ member).double().cpu()
+    with exact_matmul():
+        sums = (member.T @ cka @ member).double().cpu()
     sizes = torch.bincount(labels).double()
     pairs = sizes[:, None] * sizes[None, :] - torch.diag(sizes)
     sums -= torch.diag((member.T @ cka.diagonal()).double().cpu())

@@ -37,7 +37,9 @@ def main(folder: Path, processes: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
-    options = {"probe": Probe(reference=digits(32), num_samples=200, num_reference=301), "on_error": "raise"}
+    options = {
+        "probe": Probe(reference=digits(32), num_samples=200, num_reference=301), "on_error": "raise", "max_share": 1.0,
+    }  # fmt: skip
     monitors = [
         CosineMeanSimilarityMonitor(num_regions=3, null_splits=8, **options),
         GenerationBalanceMonitor(**options),

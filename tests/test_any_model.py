@@ -756,7 +756,7 @@ def test_two_devices_agree_and_train_as_they_would_alone(tmp_path: Path) -> None
     environment = {**os.environ, "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_any_model", str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     paths = [tmp_path / f"report_{rank}.pt" for rank in range(2)]
     assert all(path.exists() for path in paths), done.stderr[-3000:]

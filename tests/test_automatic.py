@@ -14,7 +14,14 @@ from example_models.data import digits
 from example_models.diffusion import Diffusion
 from example_models.gan import GAN
 from example_models.vae import VAE
-from lightning_gendiag import CollapseStopping, GenerativeDiagnostics, KStarMonitor, Monitor, Probe
+from lightning_gendiag import (
+    CollapseStopping,
+    CosineMeanSimilarityMonitor,
+    GenerativeDiagnostics,
+    KStarMonitor,
+    Monitor,
+    Probe,
+)
 from tests.conftest import batches, trainer
 from tests.test_monitor import state_after_training
 
@@ -139,6 +146,58 @@ def test_training_is_bit_identical_with_and_without() -> None:
     watched = GenerativeDiagnostics(probe=small(), on_error="raise")
     torch.testing.assert_close(run(watched), run(), rtol=0, atol=0)
     assert watched.attached == ALL
+
+
+@unlearned
+def test_a_reference_that_is_given_is_enough() -> None:
+    class FromNoise(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).square().mean()
+
+    images, labels = (rows[:64] for rows in digits(8))
+    watched = GenerativeDiagnostics(probe=Probe(reference=(images, labels), num_samples=64), max_share=None)
+    trainer(watched, max_epochs=1).fit(FromNoise(), DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=16))
+    assert watched.attached == ["cms", "generation_balance", "manifold_entropy"]
+    assert watched.monitors["cms"].evaluations == 1
+
+
+@unlearned
+def test_the_reference_is_saved_whoever_leaves(tmp_path: Any) -> None:
+    class Flat(VAE):
+        def decode(self, z: Tensor) -> Tensor:
+            return super().decode(z).flatten(1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.encode(batch[0])[0].square().mean()
+
+    own = trainer(GenerativeDiagnostics(probe=small(), max_share=None), max_epochs=1)
+    own.fit(Flat(3, width=2), batches(32))
+    own.save_checkpoint(tmp_path / "last.ckpt")
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"].values()
+    assert [len(state["probe"]["images"]) for state in states if "probe" in state] == [64]
+
+
+@unlearned
+def test_a_second_module_is_looked_at_for_what_it_is() -> None:
+    watched = GenerativeDiagnostics(probe=small(), max_share=None, on_error="raise")
+    own = trainer(watched, max_epochs=1)
+    own.fit(VAE(5, width=2), batches(32))
+    assert watched.attached == ALL
+    own.fit_loop.max_epochs = 2
+    own.fit(VAE(3, width=2), batches(32))
+    assert watched.attached == ALL
+    own.fit_loop.max_epochs = 3
+    own.fit(GAN(8, width=4), batches(32))
+    assert watched.attached == ["cms", "generation_balance", "manifold_entropy", "regional_primitives"]
+
+
+@unlearned
+def test_one_probe_serves_those_that_were_there_before() -> None:
+    before = CosineMeanSimilarityMonitor(num_regions=2)
+    watched = GenerativeDiagnostics(max_share=None)
+    trainer(before, watched, max_epochs=1).fit(Plain(), batches())
+    assert before.probe is watched.probe
+    assert before.probe is watched.monitors["manifold_entropy"].probe
 
 
 def test_an_unknown_diagnostic_is_refused() -> None:

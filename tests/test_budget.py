@@ -60,6 +60,20 @@ def test_setting_up_is_written_off_over_a_run_of_known_length(clock: Clock, know
     assert max(b - a for a, b in itertools.pairwise(looks[1:])) <= (25 if known else 100)
 
 
+def test_rounds_without_real_images_are_none(clock: Clock) -> None:
+    budget, looks = Budget(), []
+    for step in range(100):
+        clock.now += 1.0
+        if budget.ask(step, 0.1, (step + 1) / 100):
+            ready = step >= 12
+            looks += [step] * ready
+            seconds = 0.001 if not ready else 5.0 if len(looks) == 1 else 0.4
+            clock.now += seconds
+            budget.pay(seconds, ready)
+    # what set everything up is the first, and is written off
+    assert looks[:2] == [12, 13]
+
+
 def test_all_that_is_due_at_a_step_is_granted_together(clock: Clock) -> None:
     budget = Budget()
     clock.now += 1
@@ -102,13 +116,25 @@ def test_without_a_limit_every_look_is_taken() -> None:
 def test_what_would_take_too_long_waits_in_proportion_and_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         often, rarely, own = watched(0.2, 60)
-    assert 3 <= often.evaluations < 25
+    assert 1 <= often.evaluations < 25
     # one that is rarely due neither waits for ever nor looks as often as the other
     assert rarely.evaluations == often.evaluations // 3
     assert own.current_epoch == 60
     told = [record.message for record in caplog.records if "look less often" in record.message]
     assert len(told) == 1
     assert "take at most 20%" in told[0]
+
+
+@pytest.mark.parametrize("options", [{"warmup_epochs": 100}, {}])
+def test_one_that_looks_rarely_does_not_wait_for_one_that_does_not_look(options: dict[str, Any]) -> None:
+    probe = Probe(num_samples=32, num_reference=64)
+    often = CosineMeanSimilarityMonitor(num_regions=2, probe=probe, max_share=1.0, **options)
+    rarely = CosineMeanSimilarityMonitor(num_regions=2, probe=probe, max_share=1.0, every_n_epochs=4, name="rare")
+    own = trainer(often, rarely, max_epochs=12)
+    often.enabled = bool(options)
+    own.fit(ScriptedGenerator(size=8), batches(8, 64))
+    assert often.evaluations == 0
+    assert rarely.evaluations >= 1
 
 
 def test_a_share_that_is_none_is_refused() -> None:

@@ -432,3 +432,21 @@ def test_images_that_are_all_nan_are_told() -> None:
     trainer(watched, max_epochs=1).fit(model, batches(16, 32))
     assert float(watched.result.invalid) == 1
     assert not watched.result.dropped.any()
+
+
+def test_features_of_the_model_itself_are_asked_anew() -> None:
+    class Growing(ScriptedGenerator):
+        def features(self, images: Tensor) -> Tensor:
+            return 1.5**self.current_epoch * images.flatten(2).mean(2).expand(-1, 2).clone()
+
+    seen = []
+
+    class Noting(GenerationBalanceMonitor):
+        def readings(self, result: Any) -> Any:
+            seen.append(float(result.fid.nan_to_num(0).max()) / 1.5 ** (2 * self.probe.module.current_epoch))
+            return super().readings(result)
+
+    watched = Noting(features=lambda module, images: module.features(images), probe=Probe(num_samples=400))
+    trainer(watched, max_epochs=4).fit(Growing(size=8), batches(8, 800))
+    # samples are real images: the distance grows as the features do, and no faster
+    assert max(seen) < 0.02

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_gendiag import (
     CosineMeanSimilarity,
     CosineMeanSimilarityMonitor,
     DiagnosticWarning,
+    GenerativeDiagnostics,
     Probe,
     RegionMap,
 )
@@ -410,6 +412,7 @@ def test_monitors_share_one_draw() -> None:
 
 def test_a_feature_space_takes_the_place_of_pixels() -> None:
     # features that do not care where things stand, as the README has it
+    torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
 
     def features(images: Tensor) -> Tensor:
@@ -458,3 +461,73 @@ def test_one_batch_that_cannot_be_read_costs_nothing_once_there_is_a_reference()
     trainer(watched, max_epochs=3).fit(TinyGAN(), batches())
     assert watched.enabled
     assert watched.evaluations == 3
+
+
+def test_what_the_users_callables_do_leaves_no_trace() -> None:
+    seen = []
+
+    def dithered(batch: Any) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return batch[0] + torch.rand_like(batch[0]) / 255
+
+    watched = monitor(probe=Probe(images=dithered, num_samples=64, num_reference=60))
+    torch.testing.assert_close(state_after_training(watched), state_after_training(), rtol=0, atol=0)
+    assert watched.evaluations == 3
+    assert seen
+    assert not any(seen)
+
+
+def test_samples_are_of_the_module_as_it_is() -> None:
+    drawn = []
+
+    class Counting(TinyGAN):
+        def sample(self, n: int) -> Tensor:
+            drawn.append(self.discriminator[1].weight.detach().clone())
+            return self(torch.randn(n, self.latent_dim))
+
+    probe = Probe(num_samples=8, num_reference=16)
+    steps, epochs = monitor(probe=probe, every_n_train_steps=1, name="steps"), monitor(probe=probe, name="epochs")
+    trainer(steps, epochs, max_epochs=1).fit(Counting(), batches())
+    # tried, then after each of four batches, the last of which ends the epoch; nothing is held while training goes on
+    assert len(drawn) == 5
+    assert all(not torch.equal(a, b) for a, b in pairwise(drawn))
+    probe.forget()
+    assert probe._drawn is None
+
+
+class TestContained:
+    """What goes wrong beside the evaluation itself."""
+
+    def test_text_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> None:
+            raise OSError("no space left")
+
+        monkeypatch.setattr("lightning_gendiag.board.Board.text", full)
+        probe = Probe(num_samples=64, num_reference=60)
+        watched = GenerativeDiagnostics(None, probe=probe, max_share=None, draw_pictures=False)
+        own = trainer(watched, max_epochs=2, logger=TensorBoardLogger(tmp_path))
+        with pytest.warns(DiagnosticWarning, match="attached could not be logged: no space left"):
+            own.fit(TinyGAN(), batches())
+        assert own.current_epoch == 2
+
+    def test_numbers_that_cannot_be_told(self) -> None:
+        class Broken(CosineMeanSimilarityMonitor):
+            def scalars(self, result: Any) -> dict[str, Tensor]:
+                raise IndexError("none there")
+
+        watched = Broken(num_regions=2, probe=Probe(num_samples=64, num_reference=60))
+        with pytest.warns(DiagnosticWarning, match="IndexError: none there"):
+            trainer(watched, max_epochs=2).fit(TinyGAN(), batches())
+        assert watched.evaluations == 0
+
+    def test_a_checkpoint_of_another_make(self, tmp_path: Path) -> None:
+        first = trainer(monitor(), max_epochs=1)
+        first.fit(TinyGAN(), batches())
+        first.save_checkpoint(tmp_path / "whole.ckpt")
+        state = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+        del state["callbacks"]["CosineMeanSimilarityMonitor[cms]"]["curve"]
+        torch.save(state, tmp_path / "old.ckpt")
+        watched = monitor()
+        with pytest.warns(DiagnosticWarning, match="begins anew: what a checkpoint holds of it could not be read"):
+            trainer(watched, max_epochs=2).fit(TinyGAN(), batches(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+        assert watched.latest is not None

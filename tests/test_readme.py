@@ -38,6 +38,10 @@ def test_each_scalar_is_in_the_table_and_the_table_has_no_other(stem: str) -> No
     assert {name for name in known - logged if not name.startswith(("inception_score", "fid_", "gap_"))} <= rest
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search(r"\b(COST|[A-Z]+_TABLE)\b", README)
+
+
 def test_each_name_that_is_imported_is_there() -> None:
     for page in PAGES:
         for names in re.findall(r"^from lightning_gendiag import (.*)$", page.read_text(), re.M):

@@ -32,6 +32,18 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
             torch.mps.set_rng_state(mps)
 
 
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed what :func:`random_state_kept` puts back, and no other device's generator, as ``torch.manual_seed`` would."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    if device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 @contextmanager
 def untouched(module: nn.Module, parameters: bool = False) -> Iterator[None]:
     """Show a module in evaluation mode, without gradients; put back its modes, buffers and, if asked, parameters.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -19,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_gendiag.functional import as_images, tensor_of
 from lightning_gendiag.judges import FeatureNetwork
 from lightning_gendiag.probe.batches import Images, Rows, images_of, labels_of, shape_of
-from lightning_gendiag.probe.isolation import in_full_precision, random_state_kept, uncompiled, untouched
+from lightning_gendiag.probe.isolation import in_full_precision, random_state_kept, seed_all, uncompiled, untouched
 from lightning_gendiag.probe.parts import LINES, Parts, takes_noise
 from lightning_gendiag.regions import RegionMap
 
@@ -104,7 +102,6 @@ class Probe(Parts):
         self.seed, self.weights, self.conditional = seed, weights, conditional
         self.given, self.latent_dim = reference, latent_dim
         self.find_images, self.find_labels = images or images_of, labels or labels_of
-        self.owner: object | None = None
         self.reference: Images | None = None
         self.maps: dict[Any, RegionMap] = {}
         self._rows: Rows | None = None
@@ -115,6 +112,8 @@ class Probe(Parts):
         self._judge: FeatureNetwork | None = None
         self._tried: Images | None = None
         self._tall: dict[str, bool] = {}
+        self._range: tuple[float, ...] | None = None
+        """Least and largest value of the reference."""
         self._warned_range = False
 
     # ---- the module ----
@@ -212,9 +211,7 @@ class Probe(Parts):
     def _chunk(self, index: int, n: int) -> Images:
         """One seeded call of the sampler, as float32 images; inside :meth:`looking`."""
         sampler = self._sampler()
-        torch.manual_seed(self.seed + 7919 * index)
-        np.random.seed((self.seed + 7919 * index) % 2**32)  # noqa: NPY002
-        random.seed(self.seed + 7919 * index)
+        seed_all(self.seed + 7919 * index, self.module.device)
         labels = self.labels(n) if self.conditional else None
         try:
             output = sampler(n) if labels is None else sampler(n, labels)
@@ -268,14 +265,18 @@ class Probe(Parts):
         """What the encoder gives for this rank's share of the reference at a step, once for all monitors."""
         if self._encoded is None or self._encoded[0] != step:
             self._encoded = None
+            assert self.reference is not None
             images, labels = self.real_share()
+            most = math.ceil(len(self.reference.images) / self.trainer.world_size)
             parts = []
             with self.looking(exact=True):
                 encoder = self.encoder
-                for start in range(0, len(images), self.chunk_size):
-                    some = self.as_input(as_images(images[start : start + self.chunk_size]))
-                    own = None if labels is None else labels[start : start + self.chunk_size].to(some.device)
-                    parts.append(Encoded(encoder(some), len(some), own))
+                # every rank calls the model equally often, as for samples
+                for start in range(0, most, self.chunk_size):
+                    chunk = images[start : start + self.chunk_size]
+                    output = encoder(self.as_input(as_images(chunk if len(chunk) else self.reference.images[:1])))
+                    own = None if labels is None else labels[start : start + self.chunk_size].to(self.module.device)
+                    parts += [Encoded(output, len(chunk), own)] if len(chunk) else []
             self._encoded = (step, parts)
         return self._encoded[1]
 
@@ -308,9 +309,18 @@ class Probe(Parts):
             part = self._part(batch, room)
             self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu())
 
+    def seen(self, batch: Any) -> tuple[Any, Any]:
+        """What is found of images and labels in a batch; training does not notice what the user's callables do."""
+        with torch.no_grad(), random_state_kept(self.module.device):
+            return self.find_images(batch), self.find_labels(batch)
+
+    def forget(self) -> None:
+        """Let go of what was drawn and encoded, since the module changes."""
+        self._drawn = self._encoded = None
+
     def _part(self, batch: Any, room: int) -> Images:
         """The first finite images of a batch."""
-        images = self.find_images(batch)
+        images, labels = self.seen(batch)
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images, got {shape_of(batch)}. "
@@ -319,7 +329,6 @@ class Probe(Parts):
         images = images.detach()[:room]
         if images.dtype != torch.uint8:
             images = as_images(images, "the batch's images")
-        labels = self.find_labels(batch)
         labels = None if labels is None else labels.detach()[:room]
         finite = images.flatten(1).isfinite().all(1)
         return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
@@ -358,7 +367,7 @@ class Probe(Parts):
         if isinstance(given, DataLoader):
             parts: list[Images] = []
             with random_state_kept(self.module.device):
-                torch.manual_seed(self.seed)
+                seed_all(self.seed, self.module.device)
                 for batch in given:
                     parts.append(self._part(batch, self.num_reference - sum(len(p.images) for p in parts)))
                     if sum(len(p.images) for p in parts) >= self.num_reference:
@@ -368,7 +377,7 @@ class Probe(Parts):
             total = len(given)  # type: ignore[arg-type]
             order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[: self.num_reference]
             with random_state_kept(self.module.device):
-                torch.manual_seed(self.seed)
+                seed_all(self.seed, self.module.device)
                 items = [given[int(i)] for i in order]
             batch = torch.utils.data.default_collate(items)
             return self._checked([self._part(batch, self.num_reference)])
@@ -395,8 +404,9 @@ class Probe(Parts):
         """Warn once where generated and real images seem to live in different ranges of values."""
         if self._warned_range or self.reference is None or not len(generated):
             return
-        real = as_images(self.reference.images)
-        low, high = float(real.min()), float(real.max())
+        if self._range is None:
+            self._range = tuple(float(end) for end in as_images(self.reference.images).aminmax())
+        low, high = self._range
         least, most = (float(end) for end in generated.aminmax())
         if not math.isfinite(most - least):
             finite = generated[generated.isfinite()]
@@ -433,7 +443,7 @@ class Probe(Parts):
         if self.given is not None:
             return
         if "images" in state:
-            self.reference, self._judge = Images(state["images"], state["labels"]), None
+            self.reference, self._judge, self._range = Images(state["images"], state["labels"]), None, None
         elif "rows" in state:
             self._rows = Rows()
             self._rows.update(state["rows"], state["row_labels"])

@@ -26,8 +26,8 @@ from lightning_gendiag.regions import RegionMap
 class CosineMeanSimilarity(Diagnostic):
     """:func:`cosine_mean_similarity` over batches and processes.
 
-    Memory: all images of both sides as they come (uint8 stays uint8 until ``compute``); the real side's own sums and
-    its null are computed once and kept until its images change.
+    Memory: all images of both sides as they come (uint8 stays uint8), and once more in floating point; the real side's
+    are kept with its sums and its null until its images change.
 
     Args:
         regions: (H, W) integers 0..R-1, a :class:`RegionMap`, or the path of a saved one.

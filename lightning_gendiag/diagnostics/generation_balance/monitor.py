@@ -13,7 +13,7 @@ from lightning_gendiag import panels
 from lightning_gendiag.board import Board
 from lightning_gendiag.diagnostics.generation_balance.metric import COVERED, GenerationBalance, GenerationBalanceResult
 from lightning_gendiag.functional import as_images, pieces
-from lightning_gendiag.judges import NeighbourClassifier, class_of, in_chunks, judge_of, space_for
+from lightning_gendiag.judges import NeighbourClassifier, class_of, in_chunks, judge_of, moves, space_for
 from lightning_gendiag.monitor import Monitor, Reading
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ class GenerationBalanceMonitor(Monitor):
         neighbours: of that default.
         space: in which the default compares: ``"pixels"``, ``"features"``, or ``"auto"``: pixels of images of up to
             4,096 numbers.
-        features: what gives features (n, F) for the FID of each class: a module, or a callable ``(module, images)``; by
-            default a :class:`~lightning_gendiag.judges.FeatureNetwork` fitted on the reference.
+        features: what gives features (n, F) for the FID of each class: a module that stays as it is, or a callable
+            ``(module, images)``, which is asked for the reference's at each look; by default a
+            :class:`~lightning_gendiag.judges.FeatureNetwork` fitted on the reference.
         num_classes: K; by default the reference's largest label and one.
         kwargs: as for :class:`Monitor`.
 
@@ -128,6 +129,10 @@ class GenerationBalanceMonitor(Monitor):
             self.accuracy = float((told == labels).double().mean())
             known = max(known, int(told.max()) + 1, scores.shape[1] if getattr(scores, "ndim", 0) == 2 else 0)
         return GenerationBalance(self.num_classes or known)
+
+    def moves(self, probe: Probe) -> bool:
+        """Whether the reference's features change with the module."""
+        return moves(self.features, probe)
 
     def _on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         return lambda images: self._features_of(images.to(device)).cpu()

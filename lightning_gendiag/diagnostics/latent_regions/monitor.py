@@ -21,6 +21,7 @@ from lightning_gendiag.judges import (
     class_of,
     in_chunks,
     judge_of,
+    moves,
     space_for,
 )
 from lightning_gendiag.monitor import Monitor, Reading
@@ -126,6 +127,15 @@ class LatentRegionsMonitor(Monitor):
         with probe.looking(exact=True):
             self._real = torch.cat([self._featurize(as_images(some).to(device)) for some in pieces(images, CHUNK)])
         return LatentRegions(self.components, max_components=self.max_components, max_rows=self.max_rows)
+
+    def moves(self, probe: Probe) -> bool:
+        """Whether the reference's features change with the module."""
+        return moves(self.features, probe)
+
+    def forget(self) -> None:
+        """The number of components, too."""
+        super().forget()
+        self._chosen = None
 
     def feed(self, probe: Probe, step: int) -> None:
         """Latents of this rank's share of the reference."""

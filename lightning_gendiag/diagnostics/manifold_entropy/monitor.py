@@ -116,6 +116,11 @@ class ManifoldEntropyMonitor(Monitor):
             self._order = pilot.compute().order
         return ManifoldEntropy(len(self.dims), order=self._order)
 
+    def forget(self) -> None:
+        """The dimensions and their order, too."""
+        super().forget()
+        self.dims = self._order = None
+
     def _grams(self, probe: Probe, z: Tensor) -> Tensor:
         return decoder_gram(
             probe.decoder,
@@ -136,7 +141,8 @@ class ManifoldEntropyMonitor(Monitor):
             for z in probe.latents(self.num_latents):
                 volume = None if self.log_volume is None else self._volume(probe)(z)
                 self.metric.update(self._grams(probe, z), volume)
-            if self.draw_pictures and probe.trainer.is_global_zero:
+            if self.draw_pictures:
+                # on all ranks, since a sharded model talks to the others
                 self._strip = self._traverse(probe)
 
     def readings(self, result: ManifoldEntropyResult) -> dict[str, Reading]:

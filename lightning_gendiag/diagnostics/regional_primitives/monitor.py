@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,6 +110,7 @@ class RegionalPrimitivesMonitor(Monitor):
         if penalty <= 0 or max_seconds <= 0:
             raise ValueError(f"penalty and max_seconds must be above 0, got {penalty} and {max_seconds}.")
         self.split, self.num_regions, self.max_regions = split, num_regions, max_regions
+        self.given_split = split
         self.grid: Literal["grid"] | None = "grid" if isinstance(regions, str) and regions == "grid" else None
         self.labels, self.names = None, []
         if regions is not None and self.grid is None:
@@ -145,8 +146,7 @@ class RegionalPrimitivesMonitor(Monitor):
         """The split point must be there, and the decoder must make images."""
         z = next(probe.latents(2, all_ranks=True))
         with probe.looking(parameters=True, exact=True):
-            with _eager():
-                image = probe.decoded_images(z[:1])
+            image = probe.decoded_images(z[:1])
             self.together = self.batch_size or max(1, min(512, NUMBERS // image[0].numel()))
             if self.labels is not None and image.shape[2:] != self.labels.shape:
                 raise ValueError(
@@ -154,6 +154,11 @@ class RegionalPrimitivesMonitor(Monitor):
                 )
             self.split = self.split or self._found_split(probe, z[:1])
             self._feature(probe, z[:1])
+
+    def forget(self) -> None:
+        """The layer, too, if it was found."""
+        super().forget()
+        self.split = self.given_split
 
     # ---- the generator in two halves ----
 
@@ -166,8 +171,7 @@ class RegionalPrimitivesMonitor(Monitor):
             if name and not list(part.children())
         ]
         try:
-            with _eager():
-                height = tensor_of(probe.decoder(z), 1).shape[2]
+            height = tensor_of(probe.decoder(z), 1).shape[2]
         finally:
             for handle in handles:
                 handle.remove()
@@ -200,8 +204,7 @@ class RegionalPrimitivesMonitor(Monitor):
         heard: list[Any] = []
         handle = self._split_module(probe).register_forward_hook(lambda module, inputs, output: heard.append(output))
         try:
-            with _eager():
-                probe.decoder(z)
+            probe.decoder(z)
         finally:
             handle.remove()
         if not heard or not isinstance(heard[0], Tensor) or len(heard[0]) != len(z):
@@ -227,8 +230,7 @@ class RegionalPrimitivesMonitor(Monitor):
             return tensor_of(probe.decoder(z.expand(len(features), -1)), len(features))
 
         try:
-            with _eager():
-                yield tail
+            yield tail
         finally:
             handle.remove()
 
@@ -416,9 +418,3 @@ def grid(height: int, width: int, cells: int = 3) -> Tensor:
 def _note_height(seen: list[tuple[str, int]], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
     if isinstance(output, Tensor):
         seen.append((name, output.shape[2] if output.ndim == 4 else 0))
-
-
-def _eager() -> Any:
-    """Hooks of inner modules stay silent in compiled code."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if stance is None else stance("force_eager")
