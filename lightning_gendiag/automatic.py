@@ -141,6 +141,8 @@ class GenerativeDiagnostics(Callback):
                 self.probe.attach(trainer, pl_module, needs)
             except ValueError as reason:
                 self.left_out[stem] = str(reason)
+                if stem == "k_star" and stem not in present:
+                    self.left_out[stem] += " Or add KStarMonitor('path.of.a.layer') for any layer that sees images."
                 continue
             callbacks.insert(place, monitor)
             place += 1

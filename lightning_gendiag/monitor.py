@@ -114,6 +114,8 @@ class Monitor(Callback):
     """Fluctuations of badness below this are never news."""
     tolerance: ClassVar[Mapping[str, float]] = {}
     """By kind of reading: rises of badness up to this are no news, however lasting."""
+    lasting: ClassVar[int] = 0
+    """So many further evaluations a part's finding must last before it stops a run; it is told at once."""
     question: ClassVar[str] = ""
     """What is measured, in words that fit before "of the centre fell"."""
 

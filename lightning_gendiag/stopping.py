@@ -10,6 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_gendiag.board import Board
 from lightning_gendiag.detectors import DETECTORS, LIMIT, Detector, Verdict
@@ -67,6 +68,8 @@ class Finding:
     """The step at which it was back at its level; None while it is not."""
     moved: list[str] = field(default_factory=list)
     """What else left its level at the same time, as ``diagnostic: series``; the clearest first."""
+    number: int = 0
+    """Which of the monitor's evaluations it was found at."""
     look_at: list[str] = field(default_factory=list)
     """Tags on TensorBoard that show it."""
 
@@ -169,12 +172,12 @@ class CollapseStopping(EarlyStopping):
 
     def _look(self, trainer: Trainer) -> None:
         found: list[tuple[Monitor, Finding]] = []
-        fresh = False
+        fresh: list[Monitor] = []
         for monitor in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(monitor, Monitor) and monitor.latest is not None:
                 latest = monitor.latest
                 if latest.number > self._seen.get(monitor.state_key, 0):
-                    fresh = True
+                    fresh.append(monitor)
                     self._seen[monitor.state_key] = latest.number
                     found += [(monitor, finding) for finding in self.judge(monitor, latest)]
         for number, (monitor, finding) in enumerate(found, len(self.findings) - len(found) + 1):
@@ -185,10 +188,27 @@ class CollapseStopping(EarlyStopping):
             self._write(trainer)
         if not fresh or self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.strategy.reduce_boolean_decision(bool(found), all=False):
+        grave = [
+            finding
+            for monitor in fresh
+            for finding in self.findings
+            if finding.diagnostic == monitor.name and finding.recovered is None and self._is_time(monitor, finding)
+        ]
+        if trainer.strategy.reduce_boolean_decision(bool(grave), all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
-            self.stopping_reason_message = " ".join(str(finding) for _, finding in found) or None
+            self.stopping_reason_message = " ".join(map(str, grave)) or None
+
+    def _is_time(self, monitor: Monitor, finding: Finding) -> bool:
+        """Whether a finding stops the run at the monitor's latest evaluation: at once, or when it has lasted."""
+        assert monitor.latest is not None
+        return monitor.latest.number == finding.number + self._lasting(monitor, finding)
+
+    def _lasting(self, monitor: Monitor, finding: Finding) -> int:
+        """How many further evaluations a finding must last to stop the run; the whole's none."""
+        assert monitor.latest is not None
+        reading = monitor.latest.readings.get(finding.names[0])
+        return monitor.lasting if reading is not None and reading.kind == "part" else 0
 
     # ---- the decision, over floats ----
 
@@ -270,6 +290,7 @@ class CollapseStopping(EarlyStopping):
                 words=reading.words if math.isinf(reading.badness) else "",
                 series=series,
                 names=names,
+                number=evaluation.number,
             )
 
         others = [name for name, r in readings.items() if r.kind == "other" and verdicts[name].opened]
@@ -318,50 +339,62 @@ class CollapseStopping(EarlyStopping):
             trainer: to name the last checkpoint from before the first finding that did not recover.
 
         Returns:
-            ``healthy`` (bool), ``words`` (one paragraph), ``findings`` (a list of dictionaries with the fields of
-            :class:`Finding` and their ``words``), ``evaluations`` (by diagnostic), ``last_good_checkpoint`` (a path or
-            None).
+            ``healthy`` (bool, None after too few looks to tell), ``words`` (one paragraph), ``findings`` (a list of
+            dictionaries with the fields of :class:`Finding` and their ``words``), ``evaluations`` (by diagnostic),
+            ``last_good_checkpoint`` (a path or None).
         """
         open_now = [finding for finding in self.findings if finding.recovered is None]
         good = last_good(trainer, min(f.since for f in open_now)) if trainer is not None and open_now else None
-        if not self.findings:
-            words = "Healthy: nothing fell from its level."
+        looks = max(self._seen.values(), default=0)
+        judged = bool(self.findings) or looks > self.warmup_evaluations
+        if not judged:
+            words = (
+                f"Not judged: {looks} looks were taken, and {self.warmup_evaluations + 1} are needed to tell a fall. To look "
+                "more often, pass max_share=None, or every_n_train_steps."
+            )
+        elif not self.findings:
+            words = f"Healthy: nothing fell from its level in {looks} looks."
         else:
             words = " ".join(str(finding) for finding in open_now or self.findings)
             if not open_now:
-                words = f"Recovered: {words}"
+                words = f"Healthy: what fell came back to its level. {words}"
             told = {f"{finding.diagnostic}: {name}" for finding in open_now for name in finding.names}
             moved = [name for name in _once(name for f in open_now for name in f.moved) if name not in told]
             words += f" What else moved: {_listed(moved)}." if moved else ""
             words += f" To look at: {_listed(_once(tag for f in open_now for tag in f.look_at))}." if open_now else ""
             words += f" The last good checkpoint is {good}." if good else ""
         return {
-            "healthy": not open_now,
+            "healthy": not open_now if judged else None,
             "words": words,
             "findings": [{**asdict(finding), "said": str(finding)} for finding in self.findings],
             "evaluations": dict(self._seen),
             "last_good_checkpoint": good,
         }
 
-    def _write(self, trainer: Trainer) -> None:
-        """The verdict as JSON beside the loggers' files, and as text on TensorBoard."""
+    def _write(self, trainer: Trainer, over: bool = False) -> None:
+        """The verdict as JSON beside the loggers' files, and as text on TensorBoard; once the run is over, told too."""
         try:
             verdict = self.verdict(trainer)
-            written(trainer, verdict)
+            paths = written(trainer, verdict)
             board = Board(trainer, max((f.step for f in self.findings), default=0), "gendiag")
             board.text("verdict", verdict["words"])
             board.flush()
+            if over:
+                rank_zero_info(f"Verdict: {verdict['words']}" + f" Written to {', '.join(paths)}." * bool(paths))
         except Exception as error:
             warnings.warn(f"the verdict could not be written: {error}", DiagnosticWarning, stacklevel=2)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the verdict of the whole run."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._write(trainer)
+            self._write(trainer, over=True)
 
     def _report(self, trainer: Trainer, monitor: Monitor, finding: Finding, number: int) -> None:
         words = str(finding)
-        verb = "Training stops" if self.action == "stop" and not trainer.fast_dev_run else "Training goes on"  # type: ignore[attr-defined]
+        verb = "Training goes on"
+        if self.action == "stop" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            lasting = self._lasting(monitor, finding)
+            verb = "Training stops" + (f" if it lasts for {lasting} more looks" if lasting else "")
         if not trainer.is_global_zero:
             return
         warnings.warn(f"{words} {verb}.", CollapseWarning, stacklevel=2)

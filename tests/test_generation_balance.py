@@ -245,10 +245,13 @@ def probe(**options: Any) -> Probe:
 
 def test_a_dropped_class_stops_the_run_and_is_named() -> None:
     watched, stopping = GenerationBalanceMonitor(probe=probe(), on_error="raise"), CollapseStopping()
-    with pytest.warns(CollapseWarning, match="class 7 was dropped: share of generated images fell from"):
+    with pytest.warns(CollapseWarning, match="class 7 was dropped: .* Training stops if it lasts for 8 more looks"):
         own = trainer(watched, stopping, max_epochs=30)
         own.fit(Drawing(lambda epoch: set(range(10)) - ({7} if epoch >= 12 else set())), batches(16, 32))
-    assert own.current_epoch < 17
+    assert stopping.findings[0].epoch < 17
+    # the epoch that it is found in, and eight more
+    assert own.current_epoch == stopping.findings[0].epoch + 9
+    assert "class 7 was dropped" in stopping.stopping_reason_message
     assert stopping.findings[0].names == ["class 7"]
     assert float(watched.result.generated_share[7]) < 0.02
     assert 0.9 < float(watched.result.accuracy) < 1
@@ -259,9 +262,20 @@ def test_a_class_that_takes_all_is_told_as_the_whole() -> None:
     with pytest.warns(
         CollapseWarning, match=r"the balance of classes, with class 4 at \d+%, collapsed: distance of their shares"
     ):
-        trainer(watched, stopping, max_epochs=30).fit(
-            Drawing(lambda epoch: [4] if epoch >= 12 else range(10)), batches(16, 32)
-        )
+        own = trainer(watched, stopping, max_epochs=30)
+        own.fit(Drawing(lambda epoch: [4] if epoch >= 12 else range(10)), batches(16, 32))
+    # at once
+    assert own.current_epoch == stopping.findings[0].epoch + 1
+
+
+def test_a_class_that_comes_back_is_told_and_does_not_stop_the_run() -> None:
+    watched, stopping = GenerationBalanceMonitor(probe=probe(), on_error="raise"), CollapseStopping()
+    with pytest.warns(CollapseWarning, match="class 7 was dropped"):
+        own = trainer(watched, stopping, max_epochs=30)
+        own.fit(Drawing(lambda epoch: set(range(10)) - ({7} if 12 <= epoch < 17 else set())), batches(16, 32))
+    assert own.current_epoch == 30
+    assert stopping.findings[0].recovered is not None
+    assert stopping.verdict()["healthy"] is True
 
 
 def test_a_healthy_run_goes_to_its_end() -> None:

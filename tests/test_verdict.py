@@ -42,13 +42,25 @@ def test_a_collapse_ends_in_words_json_and_the_last_good_checkpoint(tmp_path: Pa
 
 
 def test_a_healthy_run_says_so(tmp_path: Path) -> None:
-    own, stopping = run(None, epochs=4, logger=CSVLogger(tmp_path))
+    own, stopping = run(None, epochs=7, logger=CSVLogger(tmp_path))
     read = json.loads((Path(own.logger.log_dir) / FILE).read_text())
-    assert read["healthy"]
+    assert read["healthy"] is True
     assert read["findings"] == []
-    assert read["words"] == "Healthy: nothing fell from its level."
+    assert read["words"] == "Healthy: nothing fell from its level in 7 looks."
     assert read["last_good_checkpoint"] is None
     assert stopping.verdict() == read
+
+
+def test_too_few_looks_are_no_judgement(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        own, stopping = run(None, epochs=6, logger=CSVLogger(tmp_path))
+    read = json.loads((Path(own.logger.log_dir) / FILE).read_text())
+    assert read["healthy"] is None
+    assert read["words"].startswith("Not judged: 6 looks were taken, and 7 are needed to tell a fall.")
+    assert stopping.verdict() == read
+    told = [record.message for record in caplog.records if record.message.startswith("Verdict: Not judged")]
+    assert len(told) == 1
+    assert told[0].endswith(f"{FILE}.")
 
 
 def test_without_a_logger_nothing_is_written_and_a_foreign_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ class GenerationBalanceMonitor(Monitor):
     stem = "generation_balance"
     # a third more or less of a class is no news
     grain = 0.3
+    # while a GAN learns a class goes and comes back within some looks
+    lasting = 8
     question = "share of generated images"
 
     def __init__(

@@ -85,10 +85,11 @@ class KStarMonitor(Monitor):
             target = getattr(target, name, None)
         entry = getattr(probe.module, str(self.features).split(".")[0], None)
         if not isinstance(target, nn.Module) or not isinstance(entry, nn.Module):
-            known = ", ".join(name for name, _ in probe.module.named_children())
+            layers = [name for name, part in probe.module.named_modules() if name and not list(part.children())]
+            known = ", ".join(layers[:40])
             raise ValueError(
                 f"features must be 'encode', a callable or the path of a submodule of {type(probe.module).__name__}, got "
-                f"{self.features!r}. Its children are {known}."
+                f"{self.features!r}. Its layers are {known}."
             )
         # a compiled module runs the one underneath, and hooks on the outer one stay silent
         return entry, getattr(target, "_orig_mod", target)
