@@ -196,7 +196,7 @@ def _answer(process: subprocess.Popen[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--models", nargs="+", default=["gan"], choices=MODELS)
     parser.add_argument("--arms", nargs="+", default=["none", "none, again", "fid", "default"], help="names, or 'all'")
     parser.add_argument("--arm", nargs=2, help=argparse.SUPPRESS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_gendiag.board import Board
+from lightning_gendiag.budget import budget_of
 from lightning_gendiag.diagnostics.cosine_mean_similarity import CosineMeanSimilarityMonitor
 from lightning_gendiag.diagnostics.generation_balance import GenerationBalanceMonitor
 from lightning_gendiag.diagnostics.k_star import KStarMonitor
@@ -108,6 +110,7 @@ class GenerativeDiagnostics(Callback):
         self.left_out: dict[str, str] = dict.fromkeys(skip, "it was not wanted")
         self.skipped = tuple(skip)
         self._told = False
+        self._trying = 0.0
 
     @property
     def attached(self) -> list[str]:
@@ -154,16 +157,18 @@ class GenerativeDiagnostics(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let each try what it needs; what cannot work leaves before it can stop the run."""
+        started = time.monotonic()
         for stem, monitor in self.monitors.items():
             self._try(trainer, stem, partial(monitor.check, self.probe))
             monitor.checked = True
+        self._trying = time.monotonic() - started
         self._refuse_if_nothing(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """See in the first batch whether there are images and labels, and what the encoder gives; and say so."""
         if self._told:
             return
-        self._told = True
+        self._told, started = True, time.monotonic()
         images: Tensor | None = None
 
         def found() -> None:
@@ -188,6 +193,8 @@ class GenerativeDiagnostics(Callback):
             self._try(trainer, "k_star", partial(self.probe.try_codes, images[:2]))
             self._try(trainer, "latent_regions", partial(self.probe.try_codes, images[:2], decoded=True))
         self._refuse_if_nothing(trainer, pl_module)
+        # trying out belongs to what setting up takes
+        budget_of(trainer).pay(self._trying + time.monotonic() - started, ready=False)
         self._tell(trainer)
 
     def _refuse_if_nothing(self, trainer: Trainer, module: LightningModule) -> None:

@@ -41,8 +41,10 @@ class Budget:
             # rounds in which none had its real images yet are no rounds
             self.rounds *= self.ready
             later = self.spent - self.first
-            usual = later / max(self.rounds - 1, 1)
-            self.granted = self.rounds == 0 or self.first * progress + later + usual <= share * self.training
+            # the first round took much longer than others will
+            usual = later / (self.rounds - 1) if self.rounds > 1 else self.first / 4
+            # one more round, and one in reserve for the end of the run
+            self.granted = self.rounds == 0 or self.first * progress + later + 2 * usual <= share * self.training
             self.rounds += self.granted
         return self.granted
 
@@ -50,7 +52,7 @@ class Budget:
         """Add what a monitor took, and whether it could look."""
         self.spent += seconds
         self.ready |= ready
-        if self.rounds == 1:
+        if self.rounds <= 1:
             self.first += seconds
 
 
