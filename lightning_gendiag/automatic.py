@@ -144,8 +144,6 @@ class GenerativeDiagnostics(Callback):
                 self.probe.attach(trainer, pl_module, needs)
             except ValueError as reason:
                 self.left_out[stem] = str(reason)
-                if stem == "k_star" and stem not in present:
-                    self.left_out[stem] += " Or add KStarMonitor('path.of.a.layer') for any layer that sees images."
                 continue
             callbacks.insert(place, monitor)
             place += 1
@@ -224,5 +222,7 @@ class GenerativeDiagnostics(Callback):
     def _tell(self, trainer: Trainer) -> None:
         words = [f"GenerativeDiagnostics looks at {', '.join(self.attached) or 'nothing'}."]
         words += [f"Without {stem}: {reason}" for stem, reason in self.left_out.items()]
+        if self.left_out.get("k_star", "").startswith("encode"):
+            words.append("Any layer that sees images will do for k*: add KStarMonitor('path.of.a.layer') beside this.")
         rank_zero_info("\n".join(words))
         tell(Board(trainer, batch_step(trainer, epoch_over=False), "gendiag"), "attached", "\n\n".join(words))
