@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import Callback
@@ -168,15 +168,17 @@ class GenerativeDiagnostics(Callback):
             return
         self._told, started = True, time.monotonic()
         images: Tensor | None = None
+        # once for all, since a callable of the user's may be dear
+        seen = cache(lambda: self.probe.reference or self.probe.seen(batch))
 
         def found() -> None:
             nonlocal images
-            images = images_of(self.probe.reference.images if self.probe.reference else self.probe.seen(batch)[0])
+            images = images_of(seen()[0])
             if images is None:
                 raise ValueError("the batches hold no (N, C, H, W) images; pass Probe(images=lambda batch: ...)")
 
         def labelled() -> None:
-            if (self.probe.reference.labels if self.probe.reference else self.probe.seen(batch)[1]) is None:
+            if seen()[1] is None:
                 raise ValueError("the batches hold no labels; pass Probe(labels=lambda batch: ...)")
 
         for stem, monitor in self.monitors.items():

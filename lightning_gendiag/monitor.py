@@ -500,8 +500,8 @@ class Monitor(Callback):
     def found_regions(self, probe: Probe, num_regions: int | None, images: int) -> RegionMap:
         """The regions of the reference's first images, found once for all monitors and all ranks."""
         assert probe.reference is not None
-        reference = as_images(probe.reference.images[:images])
         if (num_regions, images) not in probe.maps:
+            reference = as_images(probe.reference.images[:images])
             state = self.broadcast(
                 probe.trainer, lambda: find_regions(reference.to(probe.module.device), num_regions).state_dict()
             )

@@ -96,7 +96,7 @@ class Parts:
         given = 2 if need == "sample" and self.conditional else 1
         others = []
         for name in names:
-            found = getattr(module, name, None) if name != "forward" else module if _has_forward(module) else None
+            found = self._own(name)
             if not callable(found):
                 continue
             parameters = _parameters(found)
@@ -113,8 +113,14 @@ class Parts:
             f"To fix this, define {own}.{need}({argument}), or pass {self._line(need)}."
         )
 
+    def _own(self, name: str) -> Any:
+        """What the module has by a name; ``forward`` is the module itself, where it has one."""
+        if name == "forward":
+            return self.module if _has_forward(self.module) else None
+        return getattr(self.module, name, None)
+
     def _own_decoder(self) -> bool:
-        return any(callable(getattr(self.module, name, None)) for name in DECODERS)
+        return any(callable(self._own(name)) for name in DECODERS)
 
     def _heads(self) -> list[str]:
         """The layers beside an ``encoder`` that make a mean, and a log variance, of its features."""
@@ -131,9 +137,9 @@ class Parts:
             made = f"{layers}({features})" if len(heads) == 1 else f"[head({features}) for head in ({layers})]"
             return f"Probe(encode=lambda module, images: {made})"
         for name in OWN_NAMES[need]:
-            found = getattr(module, name, None) if name != "forward" else module if _has_forward(module) else None
+            found = self._own(name)
             parameters = _parameters(found) if callable(found) else None
-            call = "module" if name == "forward" else f"module.{name}"
+            call = _written(name)
             if parameters is None or not _takes(parameters, 2) or _takes(parameters, 1):
                 continue
             second = list(parameters.parameters)[1]
@@ -278,7 +284,7 @@ class Parts:
             return f"given(module, n{', labels' if self.conditional else ''})"
         tall = ", 1, 1" if self._tall.get("sample") else ""
         noise = f"torch.randn(n, {self.noise_length}{tall}, device=module.device)" if takes_noise(target) else "n"
-        return f"module{'' if name == 'forward' else f'.{name}'}({noise}{', labels' if self.conditional else ''})"
+        return f"{_written(name)}({noise}{', labels' if self.conditional else ''})"
 
     def codes(self, images: Tensor) -> Tensor:
         """Latents (n, L) of images, the posterior's mean where there is one; inside :meth:`looking`."""
@@ -347,7 +353,7 @@ class Parts:
         output = tensor_of(self.decoder(z), len(z))
         if output.ndim != 4:
             name = self._found("decode")[0]
-            call = f"module{'' if name == 'forward' else f'.{name}'}(z)" if name else "given(module, z)"
+            call = f"{_written(name)}(z)" if name else "given(module, z)"
             line = (
                 f"Probe(decode=lambda module, z: {call}.view(-1, {self._shape()}))"
                 if output.ndim == 2
@@ -367,6 +373,11 @@ def _has_forward(module: nn.Module) -> bool:
     """Whether a module has a ``forward`` of its own, and not only Lightning's, of whichever package."""
     first = next(base for base in type(module).__mro__ if "forward" in vars(base))
     return first is not nn.Module and first.__name__ != "LightningModule"
+
+
+def _written(name: str) -> str:
+    """How code names a part of the module."""
+    return "module" if name == "forward" else f"module.{name}"
 
 
 def takes_noise(target: Callable[..., Any]) -> bool:
