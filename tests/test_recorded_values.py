@@ -1,0 +1,33 @@
+"""Metrics give the numbers that they gave before the code was rearranged, on inputs in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.cases import Case, cases
+
+RECORDED = json.loads((Path(__file__).parent / "recorded" / "metrics.json").read_text())
+
+
+def in_float64(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize(("name", "case"), cases().items(), ids=cases().keys())
+def test_each_field_and_scalar_is_as_recorded(name: str, case: Case) -> None:
+    metric = case.make()
+    for update in case.updates:
+        metric.update(**{key: in_float64(value) for key, value in update.items()})
+    result = metric.compute()
+    found = {field: value.flatten()[:600] for field, value in result._asdict().items()}
+    expected = {field: torch.tensor(RECORDED[name][field], dtype=torch.float64).flatten() for field in found}
+    for field, value in found.items():
+        torch.testing.assert_close(value, expected[field].to(value), rtol=1e-12, atol=1e-12, equal_nan=True, msg=field)
+    scalars = {key: float(value) for key, value in result.scalars().items()}
+    assert scalars == pytest.approx(RECORDED[name]["scalars"], rel=1e-12, abs=1e-12, nan_ok=True)
