@@ -20,19 +20,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## each script prints a table; an hour
+bench: $(READY)  ## every measurement; each script prints a table; more than an hour
 	$(BIN)/python -m benchmarks.pixel_cka
 	$(BIN)/python -m benchmarks.cosine_mean_similarity
 	$(BIN)/python -m benchmarks.manifold_entropy --beta
 	$(BIN)/python -m benchmarks.k_star
 	$(BIN)/python -m benchmarks.regional_primitives
 	$(BIN)/python -m benchmarks.alarms
-	$(BIN)/python -m benchmarks.manifold_alarms
-	$(BIN)/python -m benchmarks.class_alarms
-	$(BIN)/python -m benchmarks.posterior_alarms
-	$(BIN)/python -m benchmarks.balance_alarms
 	$(BIN)/python -m benchmarks.dysfunctions --samples 5000
 	$(BIN)/python -m benchmarks.planted_faults --small
+	$(BIN)/python -m benchmarks.module_copy
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overhead --models vae --arms all --epochs 24
 	$(BIN)/python -m benchmarks.scale

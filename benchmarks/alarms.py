@@ -1,8 +1,8 @@
-"""Can the alarm be trusted? Planted faults and healthy runs of the example GAN, judged by ``CollapseStopping``.
+"""Measures how many alarms of single diagnostics are false, and how soon planted faults are found.
 
-Runs are recorded once, to files, and judged from there in seconds: ``--record 10`` trains ten GANs on digits (about a
-minute each on two cores) and measures, at every epoch from the 24th on, what the monitor would see if a region of
-the samples were broken. Without ``--record`` the recorded files are judged and the table is printed.
+Runs are recorded once and judged from the files in seconds. ``--record 10`` trains ten models of each kind first, and writes
+what the monitor observes at every epoch, and what it would observe with each fault from some epoch on. One seed of all kinds
+takes about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -11,165 +11,314 @@ import argparse
 import json
 import math
 import statistics
-import warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from example_models.data import digit_batches
+from benchmarks.measuring import trained
+from benchmarks.planting import ProvokedVAE
+from example_models import flow
+from example_models.data import digit_batches, digits
 from example_models.gan import GAN
-from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, CosineMeanSimilarityResult, RegionMap
-from lightning_gendiag.diagnostics.cosine_mean_similarity import CosineMeanSimilarity
-from lightning_gendiag.monitor import Evaluation
+from example_models.vae import VAE
+from lightning_gendiag import (
+    CosineMeanSimilarityMonitor,
+    CosineMeanSimilarityResult,
+    GenerationBalanceMonitor,
+    KStarMonitor,
+    KStarResult,
+    ManifoldEntropy,
+    ManifoldEntropyMonitor,
+    ManifoldEntropyResult,
+    ModelAdapter,
+    Monitor,
+    PosteriorKLMonitor,
+    decoder_gram,
+    k_star,
+)
+from lightning_gendiag.functional.results import Result
+from tests.helpers.recorded_runs import (
+    DATA,
+    RecordedBalance,
+    RecordedClasses,
+    RecordedCosines,
+    RecordedDimensions,
+    RecordedPosteriors,
+    RecordedRun,
+)
 
-RECORDS = Path(__file__).parent.parent / "tests" / "data" / "recorded_gans.json"
-START = 24
-FAULTS = ("frozen", "blurred", "dark", "noise", "slide")
+Plant = Callable[[Any, int], dict[str, Callable[[int], Result]]]
+"""From a monitor at the first evaluation with faults, and the seed, to the results with each fault, by the number of
+evaluations since then."""
+
+
+class Case(NamedTuple):
+    """A diagnostic, and how its runs are recorded."""
+
+    run: type[RecordedRun]
+    """How a recorded row becomes a result, and what a right name is."""
+    models: dict[str, Callable[[], LightningModule]]
+    monitor: Callable[[str], Monitor[Any, Any]]
+    """From the name of a model to its monitor."""
+    row: Callable[[Any], list[Any]]
+    """From a result to what is recorded of it."""
+    plant: Plant = lambda monitor, seed: {}
+    after: int = 0
+    """Number of evaluations with faults."""
+    once: Callable[[Any], dict[str, Any]] = lambda monitor: {}
+    """What is recorded once, at the end."""
+    epochs: int = 30
+
+
+# ---- faults ----
 
 
 def broken(samples: Tensor, inside: Tensor, fault: str, age: int, still: Tensor) -> Tensor:
-    """Samples (N, C, H, W) with a fault where ``inside`` (H, W) is true; ``age`` counts evaluations from 0."""
+    """Returns samples (N, C, H, W) with a fault where ``inside`` (H, W) is true; ``age`` counts evaluations from 0."""
     mean = samples.mean(0, keepdim=True)
-    generator = torch.Generator().manual_seed(3)
     within = {
         "frozen": still,
         "blurred": mean,
         "dark": (samples - 1) / 2,
-        "noise": torch.rand(samples.shape, generator=generator) * 2 - 1,
+        "noise": torch.rand(samples.shape, generator=torch.Generator().manual_seed(3)) * 2 - 1,
         "slide": torch.lerp(samples, mean.expand_as(samples), min(1.0, 0.08 * (age + 1))),
     }[fault]
     return torch.where(inside, within, samples)
 
 
-class Recorder(Callback):
-    """After the monitor's evaluation: what it found, and what it would have found with each fault."""
+def in_regions(monitor: CosineMeanSimilarityMonitor, seed: int) -> dict[str, Callable[[int], Result]]:
+    """Faults of two regions, which depend on the seed so that all have their turn, and of the image."""
+    view, regions = monitor.view, monitor.region_map
+    still = view.samples().images[:1].clone()
 
-    def __init__(self, monitor: CosineMeanSimilarityMonitor) -> None:
-        self.monitor = monitor
-        self.rows: dict[str, list[list[float]]] = defaultdict(list)
-        self.still: Tensor | None = None
+    def measured(fault: str, inside: Tensor, age: int) -> CosineMeanSimilarityResult:
+        monitor.metric.reset()
+        monitor.metric.update(broken(view.samples().images, inside, fault, age, still), real=False)
+        return monitor.metric.compute()
+
+    planted = {
+        f"{fault} {r}": partial(measured, fault, regions.mask(r))
+        for fault in ("frozen", "blurred", "dark", "noise", "slide")
+        for r in (seed % 5, (seed + 2) % 5)
+    }
+    everywhere = torch.ones(regions.labels.shape, dtype=torch.bool)
+    return {**planted, "frozen image": partial(measured, "frozen", everywhere)}
+
+
+def mixing(fault: str, length: int) -> Tensor:
+    """Returns (L, L), applied to latents: dimension 3 dead, 7 doing what 3 does, or only the first tenth of them left."""
+    matrix = torch.eye(length)
+    if fault == "dead":
+        matrix[3, 3] = 0
+    elif fault == "entangled":
+        matrix[7, 7], matrix[7, 3] = 0.2, 1
+    else:
+        weak = torch.arange(length) >= max(1, length // 10)
+        matrix[weak, weak] = 0.02
+    return matrix
+
+
+def in_dimensions(monitor: ManifoldEntropyMonitor, seed: int) -> dict[str, Callable[[int], Result]]:
+    """Faults of latent dimensions."""
+    view = monitor.view
+
+    def measured(matrix: Tensor, age: int) -> ManifoldEntropyResult:
+        metric = ManifoldEntropy(view.latent_dim)
+        with view.isolated(exact=True):
+            for z in view.prior_latents(monitor.num_latents):
+                metric.update(decoder_gram(lambda x: view.decode(x @ matrix), z))
+        return metric.compute()
+
+    return {fault: partial(measured, mixing(fault, view.latent_dim)) for fault in ("dead", "entangled", "collapse")}
+
+
+def in_classes(monitor: KStarMonitor, seed: int) -> dict[str, Callable[[int], Result]]:
+    """Two thirds of class 7 moved among classes 1, 4 and 9."""
+
+    def measured(age: int) -> KStarResult:
+        latents, labels = monitor.metric.rows("latents").clone(), monitor.metric.rows("labels")
+        own = (labels == 7).nonzero()[:, 0]
+        centre = latents[own].mean(0)
+        shifts = [latents[labels == other].mean(0) - centre for other in (1, 4, 9)]
+        for piece, shift in zip(([0, 3], [1], [2]), shifts, strict=True):
+            latents[own[[k for k in range(len(own)) if k % 5 in piece]]] += shift
+        return k_star(latents, labels)
+
+    return {"fractured": measured}
+
+
+# ---- the cases ----
+
+
+def of_digits() -> dict[str, Any]:
+    """Returns the options of monitors that compare with all digits."""
+    return {"adapter": ModelAdapter(reference=digits(32)), "log_images": False}
+
+
+CASES: dict[str, Case] = {
+    "cms": Case(
+        RecordedCosines,
+        {"gan": GAN},
+        lambda model: CosineMeanSimilarityMonitor(num_regions=5, log_images=False),
+        lambda result: [*result.regions.tolist(), float(result.image)],
+        in_regions,
+        after=16,
+        once=lambda monitor: {
+            "labels": monitor.region_map.labels.tolist(),
+            "null_mean": monitor.result.null_mean.tolist(),
+            "null_std": monitor.result.null_std.tolist(),
+        },
+        epochs=40,
+    ),
+    "manifold_entropy": Case(
+        RecordedDimensions,
+        {"vae": VAE, "flow": lambda: flow.Flow(64, (1, 8, 8), hidden=128), "gan": GAN},
+        lambda model: ManifoldEntropyMonitor(log_images=False),
+        lambda result: [
+            *result.entropy.tolist(),
+            float(result.mutual_information[result.strongest_pair]),
+            *result.strongest_pair,
+        ],
+        in_dimensions,
+        after=6,
+    ),
+    "k_star": Case(
+        RecordedClasses,
+        {"vae": VAE, "gan": GAN},
+        lambda model: KStarMonitor({"vae": "encode", "gan": "discriminator.7"}[model], **of_digits()),
+        lambda result: [*result.mean.tolist(), *result.nearest_rival.tolist(), float(result.values.mean())],
+        in_classes,
+        after=8,
+    ),
+    "posterior_kl": Case(
+        RecordedPosteriors,
+        {
+            "healthy": VAE,
+            "healthy, warm-up of 15 epochs": lambda: VAE(warmup=15),
+            "healthy, L = 32, warm-up of 15 epochs": lambda: VAE(32, warmup=15),
+            "healthy, L = 2, warm-up of 15 epochs": lambda: VAE(2, warmup=15),
+            "beta 10,000 from the start": lambda: ProvokedVAE("beta"),
+            "beta 10,000 from epoch 20": lambda: ProvokedVAE("beta", 20),
+            "z ignored from the start": lambda: ProvokedVAE("ignored"),
+            "z ignored from epoch 20": lambda: ProvokedVAE("ignored", 20),
+            "dimension 3 ignored from epoch 20": lambda: ProvokedVAE("dimension", 20),
+        },
+        lambda model: PosteriorKLMonitor(**of_digits()),
+        lambda result: [result.per_dimension.tolist(), result.variance_of_mean.tolist()],
+    ),
+    "generation_balance": Case(
+        RecordedBalance,
+        {"gan": GAN, "vae": VAE},
+        # only classes matter, so any features do
+        lambda model: GenerationBalanceMonitor(
+            features=lambda module, images: images[:, 0, ::16, ::16].flatten(1), **of_digits()
+        ),
+        lambda result: result.generated_count.long().tolist(),
+        once=lambda monitor: {"real": monitor.result.real_count.long().tolist()},
+    ),
+}
+
+
+# ---- recording ----
+
+
+class Recorder(Callback):
+    """Records after each evaluation what the monitor found, and what it would have found with each fault."""
+
+    def __init__(self, case: Case, monitor: Monitor[Any, Any], seed: int) -> None:
+        self.case, self.monitor, self.seed = case, monitor, seed
+        self.planted: dict[str, Callable[[int], Result]] = {}
+        self.series: dict[str, list[Any]] = defaultdict(list)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the samples as they are and with each fault."""
-        monitor = self.monitor
-        result, metric, regions = monitor.result, monitor.metric, monitor.region_map
-        assert isinstance(metric, CosineMeanSimilarity)
-        assert regions is not None
-        assert monitor.probe is not None
-        assert monitor.latest is not None
-        self.rows["healthy"].append(_row(result))
-        age = trainer.current_epoch - START
-        if age < 0:
-            return
-        samples = monitor.probe.samples(monitor.latest.step).images
-        self.still = samples[:1].clone() if self.still is None else self.still
-        everywhere = torch.ones(regions.labels.shape, dtype=torch.bool)
-        # two regions to a seed, so that all have their turn
-        places = [(str(r), regions.mask(r)) for r in {pl_module.seed % 5, (pl_module.seed + 2) % 5}]
-        for fault in FAULTS:
-            for place, inside in [*places, ("image", everywhere)]:
-                if place == "image" and fault != "frozen":
-                    continue
-                metric.reset()
-                metric.update(broken(samples, inside, fault, age, self.still), real=False)
-                self.rows[f"{fault} {place}"].append(_row(metric.compute()))
+        """Records one evaluation."""
+        self.series["healthy"].append(_rounded(self.case.row(self.monitor.result)))
+        age = trainer.current_epoch - self.case.run.start
+        if age == 0:
+            self.planted = self.case.plant(self.monitor, self.seed)
+        for fault, measured in self.planted.items() if age < self.case.after else ():
+            self.series[fault].append(_rounded(self.case.row(measured(age))))
 
 
-def _row(result: CosineMeanSimilarityResult) -> list[float]:
-    return [round(float(value), 6) for value in [*result.regions, result.image]]
+def _rounded(value: Any) -> Any:
+    return [_rounded(part) for part in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
-def record(seed: int, lr: float, epochs: int = 40) -> dict[str, Any]:
-    """Train one healthy GAN and return all series."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+def record(case: Case, model: str, seed: int) -> dict[str, Any]:
+    """Trains one model and returns all series."""
     seed_everything(seed, verbose=False)
-    model = GAN(lr=lr)
-    model.seed = seed
-    monitor = CosineMeanSimilarityMonitor(num_regions=5, draw_pictures=False)
-    recorder = Recorder(monitor)
-    trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=[monitor, recorder], logger=False, enable_model_summary=False,
-        enable_checkpointing=False, enable_progress_bar=False,
-    )  # fmt: skip
-    trainer.fit(model, digit_batches())
-    assert monitor.region_map is not None
-    result = monitor.result
-    return {
-        "seed": seed,
-        "lr": lr,
-        "labels": monitor.region_map.labels.tolist(),
-        "null_mean": [round(v, 7) for v in result.null_mean.tolist()],
-        "null_std": [round(v, 7) for v in result.null_std.tolist()],
-        "series": dict(recorder.rows),
-    }
+    module = case.models[model]()
+    monitor = case.monitor(model)
+    recorder = Recorder(case, monitor, seed)
+    batches = flow.digit_batches() if isinstance(module, flow.Flow) else digit_batches()
+    trained(module, batches, case.epochs, monitor, recorder)
+    return {"kind": model, "seed": seed, "series": dict(recorder.series), **case.once(monitor)}
 
 
-def replay(run: dict[str, Any], name: str, **options: Any) -> tuple[CollapseStopping, RegionMap]:
-    """Judge one recorded series; a faulty one follows the healthy one up to the fault."""
-    regions = RegionMap(torch.tensor(run["labels"]))
-    monitor = CosineMeanSimilarityMonitor(regions)
-    stopping = CollapseStopping(**options)
-    rows = run["series"]["healthy"]
-    rows = rows if name == "healthy" else rows[:START] + run["series"][name]
-    null_mean, null_std = torch.tensor(run["null_mean"]), torch.tensor(run["null_std"])
-    for epoch, row in enumerate(rows):
-        values = torch.tensor(row)
-        result = CosineMeanSimilarityResult(
-            values[-1], values[:-1], null_mean, null_std, torch.empty(0, len(row)), torch.tensor(0.0)
-        )
-        stopping.judge(monitor, Evaluation(epoch + 1, epoch, epoch, monitor.readings(result)))
-    return stopping, regions
+# ---- the table ----
 
 
-def table(runs: list[dict[str, Any]], **options: Any) -> None:
-    """Print what is found, how soon, and how often wrongly."""
-    alarms = [(run["seed"], finding) for run in runs for finding in replay(run, "healthy", **options)[0].findings]
-    looks = sum(len(run["series"]["healthy"]) for run in runs)
-    print(f"healthy: {len(alarms)} false alarms in {len(runs)} runs of {looks} evaluations")
-    for seed, finding in alarms:
-        print(f"  seed {seed}: {finding}")
-    print(f"{'fault':10s} {'runs':>5s} {'found':>6s} {'only it':>8s} {'delay':>6s} {'longest':>8s}")
-    names = sorted({name for run in runs for name in run["series"]} - {"healthy"})
-    for fault in sorted({name.split()[0] + (" image" if "image" in name else "") for name in names}):
-        found, only, delays = 0, 0, []
-        cases = [(run, n) for run in runs for n in run["series"] if n == fault or n.rsplit(" ", 1)[0] == fault]
-        cases = [(run, n) for run, n in cases if n.endswith("image") == fault.endswith("image")]
-        for run, name in cases:
-            stopping, regions = replay(run, name, **options)
-            place = name.rsplit(" ", 1)[1]
-            true = "image" if place == "image" else regions.names[int(place)]
-            late = [finding for finding in stopping.findings if finding.epoch >= START]
-            right = [finding for finding in late if finding.where == true]
+def summary(diagnostic: str, runs: Sequence[RecordedRun]) -> Iterator[dict[str, Any]]:
+    """Yields the figures of each model and fault, and of each model without faults."""
+    series = [(run, fault) for run in runs for fault in run.series]
+    for model, title in dict.fromkeys((run.model, run.title(fault)) for run, fault in series):
+        some = [(run, fault) for run, fault in series if (run.model, run.title(fault)) == (model, title)]
+        alarms = [run.alarms(fault) for run, fault in some]
+        row = {"diagnostic": diagnostic, "model": model, "fault": title, "runs": len(some)}
+        if title == "healthy":
+            messages = [
+                f"seed {run.seed}: {alarm}" for (run, _), own in zip(some, alarms, strict=True) for alarm in own
+            ]
+            yield {**row, "evaluations": sum(len(run.rows(fault)) for run, fault in some), "false_alarms": messages}
+            continue
+        found, first, delays = 0, 0, []
+        for (run, fault), own in zip(some, alarms, strict=True):
+            begin = run.begin(fault)
+            right = [alarm for alarm in own if alarm.epoch >= begin and run.is_right(fault, alarm)]
             found += bool(right)
-            # what counts is what a run would have been stopped with
-            only += bool(right) and all(f.where == true for f in late if f.step <= right[0].step)
-            delays += [right[0].epoch - START + 1] if right else []
+            first += right[:1] == own[:1] != []
+            delays += [alarm.epoch - begin + 1 for alarm in right[:1]]
         delay = statistics.median(delays) if delays else math.nan
-        longest = max(delays, default=0)
-        print(
-            f"{fault:13s} {len(cases):2d} {found / len(cases):6.0%} {only / len(cases):8.0%} {delay:6.1f} {longest:8d}"
-        )
+        yield {**row, "named": found, "first": first, "delay": delay, "longest": max(delays, default=math.nan)}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints what is found, how soon, and how many alarms are false."""
+    titles = f"{'runs':>5s} {'named':>6s} {'first':>6s} {'delay':>6s} {'longest':>8s}"
+    print(f"{'diagnostic':19s} {'model':38s} {'fault':34s} {titles}")
+    for row in rows:
+        line = f"{row['diagnostic']:19s} {row['model']:38s} {row['fault']:34s} {row['runs']:5d} "
+        if "evaluations" in row:
+            print(f"{line} {len(row['false_alarms'])} false alarms in {row['evaluations']} evaluations")
+            for message in row["false_alarms"]:
+                print(f"  {message}")
+        else:
+            print(f"{line}{row['named']:6d} {row['first']:6d} {row['delay']:6.1f} {row['longest']:8.0f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", type=int, default=0, help="train so many GANs first")
+    parser.add_argument("--record", type=int, default=0, help="train this number of each model first")
     parser.add_argument("--first-seed", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--file", type=Path, default=RECORDS)
-    options = parser.parse_args()
-    if options.record:
-        runs = []
-        for seed in range(options.first_seed, options.first_seed + options.record):
-            runs.append(record(seed, options.lr))
-            options.file.parent.mkdir(parents=True, exist_ok=True)
-            options.file.write_text(json.dumps(runs, separators=(",", ":")))
-            print(f"recorded seed {seed}", flush=True)
-    table(json.loads(options.file.read_text()))
+    parser.add_argument("--only", choices=CASES, help="one diagnostic")
+    parser.add_argument("--folder", type=Path, default=DATA, help="where the recorded runs are")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    chosen = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for diagnostic, case in CASES.items() if chosen.only is None else [(chosen.only, CASES[chosen.only])]:
+        if chosen.record:
+            seeds = range(chosen.first_seed, chosen.first_seed + chosen.record)
+            runs = [record(case, model, seed) for seed in seeds for model in case.models]
+            chosen.folder.mkdir(parents=True, exist_ok=True)
+            (chosen.folder / case.run.file).write_text(json.dumps(runs, separators=(",", ":")))
+        rows += summary(diagnostic, case.run.read(chosen.folder))
+    print(json.dumps(rows, indent=1)) if chosen.json else table(rows)
 
 
 if __name__ == "__main__":

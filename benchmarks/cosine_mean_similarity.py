@@ -1,18 +1,21 @@
-"""How fast is ``cosine_mean_similarity``, and what does it cost beside the definition with its M x N x D array?"""
+"""Measures time and memory of ``cosine_mean_similarity`` beside the definition, which holds an (M, N, D) array."""
 
 from __future__ import annotations
 
-import resource
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag import CosineMeanSimilarity, RegionMap, cosine_mean_similarity
+from benchmarks.measuring import peak_memory, timed, timed_anew
+from lightning_gendiag import CosineMeanSimilarity, CosineMeanSimilarityResult, RegionMap, cosine_mean_similarity
+
+FEW = 192
+"""Number of images for which the definition is computed."""
 
 
 def definition(generated: Tensor, real: Tensor, inside: Tensor, gamma: float) -> float:
-    """One region, unbiased, with all differences held at once."""
+    """Returns the unbiased similarity of one region, with all differences in memory at once."""
     x, y = generated[:, :, inside].flatten(1), real[:, :, inside].flatten(1)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -25,48 +28,36 @@ def definition(generated: Tensor, real: Tensor, inside: Tensor, gamma: float) ->
     return float(kernel(x, y).mean() / (norm(x) * norm(y)).sqrt())
 
 
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(64)[:, None].ge(32).long() * 2 + torch.arange(64).ge(32).long()
     regions = RegionMap(labels)
     real, generated = (torch.rand(2048, 3, 64, 64, generator=generator) for _ in range(2))
-    before = peak()
-    started = time.perf_counter()
-    cosine_mean_similarity(generated, real, regions)
-    whole = time.perf_counter() - started
-    print(
-        f"2048 against 2048 images of 3x64x64, 4 regions: {whole:.1f} s, {peak() - before:.2f} GiB over the images' own"
-    )
+    before = peak_memory()
+    whole, _ = timed(lambda: cosine_mean_similarity(generated, real, regions))
+    print(f"2048 against 2048 images of 3x64x64, 4 regions: {whole:.1f} s", end="")
+    print(f", {peak_memory() - before:.2f} GiB beyond the images")
 
-    metric = CosineMeanSimilarity(regions, reset_real_features=False)
-    metric.update(real, real=True)
-    times = []
-    for _ in range(2):
+    def metric_of_real() -> CosineMeanSimilarity:
+        metric = CosineMeanSimilarity(regions, reset_real_features=False)
+        metric.update(real, real=True)
+        return metric
+
+    def evaluate(metric: CosineMeanSimilarity) -> CosineMeanSimilarityResult:
         metric.reset()
         metric.update(generated, real=False)
-        started = time.perf_counter()
-        metric.compute()
-        times.append(time.perf_counter() - started)
-    print(f"as a metric with its null: first evaluation {times[0]:.1f} s, the next, real side cached, {times[1]:.1f} s")
+        return metric.compute()
 
-    few = 192
-    result = cosine_mean_similarity(generated[:few], real[:few], regions, bandwidth=1e-3)
-    started = time.perf_counter()
-    for _ in range(3):
-        cosine_mean_similarity(generated[:few], real[:few], regions, bandwidth=1e-3)
-    ours = (time.perf_counter() - started) / 3
-    started = time.perf_counter()
-    values = [definition(generated[:few], real[:few], labels == r, 1e-3) for r in range(4)]
-    slow = time.perf_counter() - started
+    first, _ = timed_anew(lambda: partial(evaluate, metric_of_real()))
+    later, _ = timed(partial(evaluate, metric_of_real()))
+    print(f"as a metric with its null: first evaluation {first:.1f} s, later ones, real side cached, {later:.1f} s")
+
+    x, y = generated[:FEW], real[:FEW]
+    ours, result = timed(lambda: cosine_mean_similarity(x, y, regions, bandwidth=1e-3))
+    slow, values = timed(lambda: [definition(x, y, labels == r, 1e-3) for r in range(4)])
     error = max(abs(float(a) - b) for a, b in zip(result.regions, values, strict=True))
-    print(
-        f"{few} images: {ours * 1e3:.0f} ms against {slow * 1e3:.0f} ms by the definition, {slow / ours:.0f} times faster"
-    )
-    print(f"largest difference: {error:.1e} (float32)")
+    print(f"{FEW} images: {ours * 1e3:.0f} ms against {slow * 1e3:.0f} ms by the definition", end="")
+    print(f", {slow / ours:.0f} times faster; largest difference: {error:.1e} (float32)")
 
 
 if __name__ == "__main__":

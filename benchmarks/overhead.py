@@ -1,14 +1,14 @@
-"""What does it cost to look? Examples trained with nothing, with torchmetrics' FID, with each monitor, with the default set.
+"""Measures what diagnostics cost: examples trained without any, with torchmetrics' FID, each monitor, and all by default.
 
-Each arm trains in a process of its own and is measured there: seconds of ``trainer.fit``, peak memory, and the size of the
-event files. Monitors alone look at every epoch; FID, from a small network on as many samples, too. The default set is
-``GenerativeDiagnostics()`` with its limit of 5 % of the training's time, and without.
+Each arm trains in a process of its own, which measures the seconds of ``trainer.fit``, its peak memory and the size of the
+event files. Monitors alone evaluate at every epoch; so does FID, from a small network on as many samples. "default" is
+``GenerativeDiagnostics()`` with its limit of 5 % of the training's time; another arm is the same without a limit.
 
-The arms take turns, an epoch each, so that a machine that slows down slows all of them. All train the same batches, bit for
-bit, and yet two processes without any callback differ by some hundredths: "batches" has the median seconds of each arm's
-epochs, "none, again" is a second process without. For the ratio an epoch's batches count as the median over all arms, and
-what lies between them, all that callbacks take among it, in full. "looking" is what the callbacks say that they took
-themselves, as a share of the training without, and for a look.
+The arms train one epoch in turn, so that a machine that slows down slows all of them. All train the same batches, bit for
+bit, yet two processes without any callback differ by some per cent: "batches" is the median of each arm's epochs, in
+seconds, and "none, again" is a second process without callbacks. For the ratio, an epoch's batches count as the median over
+all arms, and all that callbacks take between them counts in full. "share" is what the callbacks report that they took,
+relative to the training without, and "s each" the same for each evaluation.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import resource
+import multiprocessing as mp
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from benchmarks.measuring import peak_memory
 from example_models import data, flow
 from example_models.diffusion import Diffusion
 from example_models.gan import GAN
@@ -47,8 +47,8 @@ from lightning_gendiag import (
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
 )
-from lightning_gendiag.budget import budget_of
-from lightning_gendiag.judges import FeatureNetwork
+from lightning_gendiag.callbacks.session import Session
+from lightning_gendiag.model.features import FeatureExtractor
 
 MODELS: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
     "gan": lambda: (GAN(), data.digit_batches()),
@@ -59,25 +59,29 @@ MODELS: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
 
 
 class Turns(Callback):
-    """Wait for this arm's turn before each epoch; the first of the callbacks, so that other epoch ends are not its batches'."""
+    """Waits for this arm's turn before each epoch, and measures the batches.
 
-    def __init__(self) -> None:
+    It must be the first of the callbacks, so that what others do at the end of an epoch does not count as batches.
+    """
+
+    def __init__(self, turns: Connection) -> None:
+        self.turns = turns
         self.epochs: list[float] = []
         self.waited = 0.0
         self.started = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hand over, and go on when told."""
+        """Hands over to the other arms, and waits."""
         paused = time.monotonic()
-        print("ready", flush=True)
-        sys.stdin.readline()
+        self.turns.send(None)
+        self.turns.recv()
         self.started = time.monotonic()
         self.waited += self.started - paused
-        # no training passes while others have their turn
-        budget_of(trainer).started += self.started - paused
+        # no training takes place while others have their turn
+        Session.of(trainer).schedule.budget.started += self.started - paused
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note what the batches took."""
+        """Notes the seconds of the batches."""
         self.epochs.append(time.monotonic() - self.started)
 
 
@@ -86,13 +90,13 @@ class FID(Callback):
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = (images[:1024] + 1).clamp(0, 2) / 2
-        network = FeatureNetwork((255 * self.images).byte())
+        network = FeatureExtractor((255 * self.images).byte())
         self.metric = FrechetInceptionDistance(network, reset_real_features=False, normalize=True)
         self.metric.update(self.images, real=True)
         self.seconds, self.evaluations = 0.0, 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure."""
+        """Evaluates."""
         started = time.monotonic()
         pl_module.eval()
         with torch.no_grad():
@@ -102,7 +106,7 @@ class FID(Callback):
                 samples = pl_module(torch.randn(1024, pl_module.hparams["latent_dim"]))
             self.metric.update((samples + 1).clamp(0, 2) / 2, real=False)
         pl_module.train()
-        self.log("fid", self.metric.compute())
+        pl_module.log("fid", self.metric.compute())
         self.metric.reset()
         self.seconds, self.evaluations = self.seconds + time.monotonic() - started, self.evaluations + 1
 
@@ -119,7 +123,7 @@ ARMS: dict[str, Callable[[str], list[Callback]]] = {
     "latent_regions": lambda model: [LatentRegionsMonitor(every_n_epochs=5)],
     "regional_primitives": lambda model: [RegionalPrimitivesMonitor(every_n_epochs=10)],
     "default": lambda model: [GenerativeDiagnostics(action="warn")],
-    "default, no limit": lambda model: [GenerativeDiagnostics(action="warn", max_share=None)],
+    "default, no limit": lambda model: [GenerativeDiagnostics(action="warn", max_overhead=None)],
 }
 NOT_FOR = {
     "gan": ("posterior_kl", "latent_regions"),
@@ -129,69 +133,59 @@ NOT_FOR = {
 }
 
 
-def arm(model: str, name: str, epochs: int) -> dict[str, float]:
-    """Train one and measure."""
+def arm(model: str, name: str, epochs: int, turns: Connection) -> None:
+    """Trains one model, and sends what was measured."""
     warnings.filterwarnings("ignore")
     for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     seed_everything(0, verbose=False)
     module, batches = MODELS[model]()
-    turns = Turns()
+    first = Turns(turns)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            max_epochs=epochs, accelerator="cpu", callbacks=[turns, *ARMS[name](model)], enable_model_summary=False,
+            max_epochs=epochs, accelerator="cpu", callbacks=[first, *ARMS[name](model)], enable_model_summary=False,
             logger=TensorBoardLogger(folder), log_every_n_steps=10, enable_checkpointing=False, enable_progress_bar=False,
         )  # fmt: skip
         started = time.monotonic()
         trainer.fit(module, batches)
-        between = time.monotonic() - started - turns.waited - sum(turns.epochs)
+        between = time.monotonic() - started - first.waited - sum(first.epochs)
         events = sum(path.stat().st_size for path in Path(folder).rglob("*events*"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    looking = [callback for callback in trainer.callbacks if isinstance(callback, (Monitor, FID))]  # type: ignore[attr-defined]
-    return {
-        "batches": statistics.median(turns.epochs),
-        "between": between,
-        "peak_mib": peak,
-        "events_mib": events / 2**20,
-        "looks": max((callback.evaluations for callback in looking), default=0),
-        "looking": sum(callback.seconds for callback in looking),
-    }
+    monitors: list[Any] = [c for c in trainer.callbacks if isinstance(c, (Monitor, FID))]  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitors += callback.monitors.values() if isinstance(callback, GenerativeDiagnostics) else ()
+    turns.send(
+        {
+            "batches": statistics.median(first.epochs),
+            "between": between,
+            "peak_mib": 1024 * peak_memory(),
+            "events_mib": events / 2**20,
+            "evaluations": max((monitor.evaluations for monitor in monitors), default=0),
+            "evaluating": sum(monitor.seconds for monitor in monitors),
+        }
+    )
 
 
 def measured(model: str, names: list[str], epochs: int) -> dict[str, dict[str, float]]:
-    """All arms, each in a process of its own, an epoch in turn."""
-    command = [sys.executable, "-m", "benchmarks.overhead", "--epochs", str(epochs), "--arm", model]
-    arms = {
-        name: subprocess.Popen([*command, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in names
-    }
-    for process in arms.values():
-        _answer(process)
+    """Returns what was measured of all arms, each in a process of its own, an epoch in turn."""
+    context = mp.get_context("spawn")
+    arms: dict[str, Connection] = {}
+    for name in names:
+        arms[name], theirs = context.Pipe()
+        context.Process(target=arm, args=(model, name, epochs, theirs), daemon=True).start()
+        # so that reading fails once the process has ended
+        theirs.close()
+    for turns in arms.values():
+        turns.recv()
     for _ in range(epochs - 1):
-        for process in arms.values():
-            _go(process)
-            _answer(process)
+        for turns in arms.values():
+            turns.send(None)
+            turns.recv()
     found = {}
-    for name, process in arms.items():
+    for name, turns in arms.items():
         # the last epoch ends with the process
-        _go(process)
-        found[name] = json.loads(_answer(process))
-        process.wait()
+        turns.send(None)
+        found[name] = turns.recv()
     return found
-
-
-def _go(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-
-
-def _answer(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"an arm ended with {process.wait()}")
-    return line
 
 
 def main() -> None:
@@ -199,17 +193,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=80)
     parser.add_argument("--models", nargs="+", default=["gan"], choices=MODELS)
     parser.add_argument("--arms", nargs="+", default=["none", "none, again", "fid", "default"], help="names, or 'all'")
-    parser.add_argument("--arm", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON, about the first model")
     options = parser.parse_args()
-    if options.arm:
-        print(json.dumps(arm(*options.arm, options.epochs)))
-        return
     figures: dict[str, float] = {}
     for model in options.models:
         names = list(ARMS) if "all" in options.arms else options.arms
         names = [name for name in names if name not in NOT_FOR[model]]
-        titles = ("batches", "seconds", "ratio", "looks", "looking", "s a look", "peak MiB", "ratio", "events MiB")
+        titles = ("batches", "seconds", "ratio", "number", "share", "s each", "peak MiB", "ratio", "events MiB")
         print(f"{f'{model}, {options.epochs} epochs':28s}" + "".join(f"{title:>11s}" for title in titles))
         found = measured(model, names, options.epochs)
         batches = statistics.median(own["batches"] for own in found.values())
@@ -217,10 +207,10 @@ def main() -> None:
             own["seconds"] = options.epochs * batches + own["between"]
         for name in names:
             own, none = found[name], found.get("none", found[name])
-            share, each = own["looking"] / none["seconds"], own["looking"] / max(own["looks"], 1)
+            share, each = own["evaluating"] / none["seconds"], own["evaluating"] / max(own["evaluations"], 1)
             cells = (
                 f"{own['batches']:.2f}", f"{own['seconds']:.1f}", f"{own['seconds'] / none['seconds']:.3f}",
-                f"{own['looks']:.0f}", f"{share:.1%}", f"{each:.2f}", f"{own['peak_mib']:.0f}",
+                f"{own['evaluations']:.0f}", f"{share:.1%}", f"{each:.2f}", f"{own['peak_mib']:.0f}",
                 f"{own['peak_mib'] / none['peak_mib']:.2f}", f"{own['events_mib']:.2f}",
             )  # fmt: skip
             print(f"  {name:26s}" + "".join(f"{cell:>11s}" for cell in cells), flush=True)
@@ -229,8 +219,8 @@ def main() -> None:
             figures = {
                 "default_over_none": found["default"]["seconds"] / none["seconds"],
                 "fid_over_none": found["fid"]["seconds"] / none["seconds"],
-                "default_looking_share": found["default"]["looking"] / none["seconds"],
-                "fid_looking_share": found["fid"]["looking"] / none["seconds"],
+                "default_evaluating_share": found["default"]["evaluating"] / none["seconds"],
+                "fid_evaluating_share": found["fid"]["evaluating"] / none["seconds"],
                 "peak_memory_ratio": found["default"]["peak_mib"] / none["peak_mib"],
             }
     if options.json:

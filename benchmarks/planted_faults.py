@@ -1,12 +1,12 @@
-"""Can the alarms be trusted? Planted faults and healthy runs of four families of models, and what people use today.
+"""Measures how many planted faults the alarms find and name in four families of models, and how many alarms are false.
 
-Each run trains one model and looks a hundred times. At the 40th look faults begin, one at a time: for each the monitors
-measure what they would see from there on, which is what they see if the model is broken so when it is looked at. Faults
-of training (a learning rate that is too high, a decoder that ignores its latents, a weight that is nan) train on from a
-checkpoint of that moment. All series are written to files, and judged from there in seconds::
+Each run trains one model with a hundred evaluations. At the 40th, faults begin, one at a time: the monitors measure what
+they would observe from there on with each fault. Faults of training (a learning rate that is too high, a decoder that
+ignores its latents, a weight that is nan) train on from a checkpoint of that moment. All series are written to files, and
+judged from there in seconds, beside ``EarlyStopping`` and a threshold::
 
     python -m benchmarks.planted_faults                 judges the recorded runs (seconds)
-    python -m benchmarks.planted_faults --tuning        judges those that detectors were chosen by, with each detector
+    python -m benchmarks.planted_faults --tuning        judges those that the detector was tuned on, at several rates
     python -m benchmarks.planted_faults --small         trains five short runs and judges them (minutes)
     python -m benchmarks.planted_faults --record        trains all again (hours; --share 0/2 and 1/2 side by side)
 """
@@ -17,22 +17,21 @@ import argparse
 import copy
 import gzip
 import json
-import logging
 import math
+import operator
 import statistics
-import warnings
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from benchmarks.planting import FAMILIES, monitors_for, record
-from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, Probe, RegionMap
-from lightning_gendiag.detectors import DETECTORS
-from lightning_gendiag.monitor import Evaluation, Reading
+from lightning_gendiag import Alarm, Evaluation, ModelAdapter, Monitor, Observation, RegionMap, Series
+from lightning_gendiag.detection.history import Role
+from tests.helpers.recorded_runs import Replay
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -40,7 +39,12 @@ TUNING, REPORTING, HEALTHY = (*range(100, 102), *range(200, 207)), range(400, 40
 """Seeds of each model and each kind of data; faults are planted in all but the last ones."""
 
 SOON = 3
-"""A sudden fault must be found within so many looks."""
+"""A sudden fault must be found within this many evaluations."""
+
+ROLES: dict[str, Role] = {"part": "component", "whole": "aggregate", "other": "standalone"}
+"""Names of roles in older recordings."""
+
+Run = dict[str, Any]
 
 
 # ---- judging ----
@@ -54,120 +58,128 @@ class Judged(NamedTuple):
     fault: str
     about: str
     found: bool
-    """Whether it was told while it was there, soon if it is sudden, with no alarm before."""
+    """Whether an alarm was raised while the fault was there, soon if it is sudden, and none before."""
     named: bool
-    """Whether what was told is what was planted."""
+    """Whether the alarm also names what was planted."""
     overlap: float
-    """Intersection over union of the pixels told and planted; nan where none are, or where regions are not known."""
+    """Intersection over union of the pixels named and planted; nan where none are, or where regions are not known."""
     delay: float
-    """Looks from the first with the fault to the one at which it was found, counted from 1; nan where it was not."""
-    words: list[str]
+    """Evaluations from the first with the fault to the alarm, counted from 1; nan where it was not found."""
+    messages: list[str]
 
 
-def judge(run: dict[str, Any], **options: Any) -> tuple[list[str], list[Judged]]:
-    """What all monitors of a recorded run tell: false alarms in the healthy one, and how each fault ended."""
+def observations_of(monitor: Monitor[Any, Any], row: dict[str, Any], texts: list[list[Any]]) -> list[Observation]:
+    """Returns the observations of a recorded row; of older recordings, with the monitor's thresholds of today."""
+    module = sys.modules[type(monitor).__module__]
+    observations = []
+    for name, (value, severity, place) in row.items():
+        role, label, quantity, event, message, *thresholds = texts[place]
+        role = ROLES.get(role, role)
+        if not thresholds:
+            min_delta = 0.0 if role == "standalone" else getattr(module, "MIN_DELTA", 0.0)
+            thresholds = [module.MIN_STD, min_delta, 1]
+        min_std, min_delta, confirm = thresholds
+        series = Series(
+            name, role, quantity or "its value", event=event, min_std=min_std, min_delta=min_delta, confirm=confirm
+        )
+        observations.append(Observation(series, value, severity, label or "", message))
+    return observations
+
+
+def judge(run: Run, **options: Any) -> tuple[list[Alarm], list[Judged]]:
+    """Returns the alarms of a recorded run without faults, which are false, and how each fault ended."""
     healthy, start, texts = run["healthy"], run["start"], run["texts"]
     regions = RegionMap(torch.tensor(run["regions"]))
-    monitors = monitors_for(run["family"], run["data"], Probe())
-    for monitor in monitors:
-        if isinstance(monitor, CosineMeanSimilarityMonitor):
-            monitor.region_map = regions
+    monitors = monitors_for(run["family"], run["data"], ModelAdapter())
 
-    def look(stopping: CollapseStopping, at: int, series: dict[str, Any], row: int) -> None:
+    def add(replay: Replay, at: int, series: dict[str, Any], row: int) -> None:
         for monitor in monitors:
             # what a fault does not touch goes on
             held = series[monitor.name][row] if monitor.name in series else healthy[monitor.name][at]
-            readings = {name: Reading(value, badness, *texts[text]) for name, (value, badness, text) in held.items()}
-            stopping.judge(monitor, Evaluation(at + 1, at, at, readings))
+            replay.add(monitor, Evaluation(at + 1, at, at, observations_of(monitor, held, texts)))
 
-    stopping = CollapseStopping(**options)
+    before = Replay(**options)
     for at in range(start):
-        look(stopping, at, healthy, at)
-    before = copy.deepcopy(stopping.state_dict())
+        add(before, at, healthy, at)
     judged = []
     for fault, series in run["faults"].items():
-        stopping = CollapseStopping(**options)
-        stopping.load_state_dict(copy.deepcopy(before))
+        replay = copy.deepcopy(before)
         for row in range(len(series["loss"])):
-            look(stopping, start + row, series, row)
-        judged.append(_judged(run, fault, series, stopping.findings, regions))
-    stopping = CollapseStopping(**options)
-    stopping.load_state_dict(before)
+            add(replay, start + row, series, row)
+        judged.append(_judged(run, fault, series, replay.judge.alarms, regions))
     for at in range(start, len(healthy["loss"])):
-        look(stopping, at, healthy, at)
-    return [f"{f.diagnostic}: {f}" for f in stopping.findings], judged
+        add(before, at, healthy, at)
+    return before.judge.alarms, judged
 
 
-def _judged(run: dict[str, Any], fault: str, series: dict[str, Any], findings: list[Any], regions: RegionMap) -> Judged:
+def _judged(run: Run, fault: str, series: dict[str, Any], alarms: list[Alarm], regions: RegionMap) -> Judged:
     start, about, truth = run["start"], series["about"], series["truth"]
-    late = [f for f in findings if f.epoch >= start]
+    late = [alarm for alarm in alarms if alarm.epoch >= start]
     overlap = math.nan
     if about == "region":
-        right = [f for f in late if f.diagnostic == "cms"]
+        right = [alarm for alarm in late if alarm.diagnostic == "cms"]
         planted = torch.tensor(truth).bool()
-        told = torch.zeros_like(planted)
-        for finding in right:
-            # a second region that is told with the next look belongs to the same alarm
-            if finding.epoch <= right[0].epoch + 1:
-                for name in finding.names:
-                    told |= regions.mask(regions.names.index(name)) if name in regions.names else name == "image"
+        # a second region that is found at the next evaluation belongs to the same alarm
+        names = [name for alarm in right if alarm.epoch <= right[0].epoch + 1 for name in alarm.names]
+        reported = torch.zeros_like(planted)
+        for name in names:
+            reported |= regions.mask(regions.names.index(name)) if name in regions.names else name == "image"
         best = torch.zeros_like(planted)
         for r in range(regions.num_regions):
             if (regions.mask(r) & planted).sum() > regions.sizes[r] / 2:
                 best |= regions.mask(r)
-        # the regions that are looked at need not be those that were planted in
-        named = bool(right) and _overlap(told, planted) >= 0.9 * _overlap(best, planted)
+        # the regions that are monitored need not be those in which faults were planted
+        named = bool(right) and _overlap(reported, planted) >= 0.9 * _overlap(best, planted)
         if right and run["data"] == "scenes":
-            overlap = _overlap(told, planted)
-    elif about == "run":
-        right = [f for f in late if not truth or any(t in (f.where, *f.names) or t in f.words for t in truth)]
-        named = bool(right)
+            overlap = _overlap(reported, planted)
     else:
-        right = [f for f in late if _names(f, truth)]
+        right = [alarm for alarm in late if not truth or _names(alarm, truth)]
         named = bool(right)
-    found = bool(right) and not any(f.epoch < start for f in findings)
+    found = bool(right) and len(late) == len(alarms)
     delay = right[0].epoch - start + 1 if found else math.nan
     if about == "region":
         found = found and (delay <= SOON or "decaying" in fault)
-    words = [f"{f.diagnostic}: {f}" for f in findings]
-    return Judged(name_of(run), fault, about, found, found and named, overlap, delay, words)
+    messages = [f"{alarm.diagnostic}: {alarm}" for alarm in alarms]
+    return Judged(name_of(run), fault, about, found, found and named, overlap, delay, messages)
 
 
 def _overlap(a: Tensor, b: Tensor) -> float:
     return float((a & b).sum() / (a | b).sum().clamp(min=1))
 
 
-def _names(finding: Any, truth: list[str]) -> bool:
-    """Whether a finding is about what was planted."""
+def _names(alarm: Alarm, truth: list[str]) -> bool:
+    """Whether an alarm is about what was planted."""
     if truth == ["all dimensions"]:
-        return finding.where.startswith("all dimensions") or len(finding.names) >= 3
-    told = [*finding.names, *finding.where.replace(" with ", ", ").split(", ")]
-    return any(name in told for name in truth)
+        return alarm.label.startswith("all dimensions") or len(alarm.names) >= 3
+    reported = [*alarm.names, *alarm.label.replace(" with ", ", ").split(", ")]
+    return any(name in reported or name in alarm.rule for name in truth)
 
 
 # ---- what people use today ----
 
 
-def plateau(series: list[float], patience: int) -> int | None:
-    """The look at which Lightning's ``EarlyStopping`` stops, or None."""
-    stopper = EarlyStopping("it", patience=patience)
-    for look, value in enumerate(series):
-        if stopper._evaluate_stopping_criteria(torch.tensor(value))[0]:
-            return look
+def plateau(series: Iterable[float], patience: int) -> int | None:
+    """Returns the evaluation at which Lightning's ``EarlyStopping`` stops, or None."""
+    best, waited = math.inf, 0
+    for number, value in enumerate(series):
+        waited = 0 if value < best else waited + 1
+        if waited >= patience or not math.isfinite(value):
+            return number
+        best = min(best, value)
     return None
 
 
-def below(series: list[float], threshold: float) -> int | None:
-    """The first look at which a value lies below a threshold that one before had reached, or None."""
+def below(series: Iterable[float], threshold: float) -> int | None:
+    """Returns the first evaluation with a value below a threshold that one before had reached, or None."""
     reached = False
-    for look, value in enumerate(series):
+    for number, value in enumerate(series):
         if reached and not value >= threshold:
-            return look
+            return number
         reached = reached or value >= threshold
     return None
 
 
-BASELINES: dict[str, tuple[Callable[[list[float], Any], int | None], tuple[Any, ...]]] = {
+BASELINES: dict[str, tuple[Callable[[Iterable[float], Any], int | None], tuple[Any, ...]]] = {
     "EarlyStopping on the loss": (plateau, (3, 5, 8, 12, 16, 24, 32, 48)),
     "EarlyStopping on FID": (plateau, (3, 5, 8, 12, 16, 24, 32, 48)),
     "threshold on image-wise CMS": (below, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95)),
@@ -175,78 +187,68 @@ BASELINES: dict[str, tuple[Callable[[list[float], Any], int | None], tuple[Any, 
 
 
 def watched_by(name: str, series: dict[str, Any]) -> list[float]:
-    """The numbers that a baseline looks at."""
+    """Returns the numbers that a baseline watches; empty where a fault does not touch them."""
     if "CMS" in name:
-        return [math.nan if row["image"][0] is None else row["image"][0] for row in series["cms"]]
+        values = [row["image"][0] for row in series.get("cms", ())]
+        return [math.nan if value is None else value for value in values]
     return list(series["fid" if "FID" in name else "loss"])
 
 
-def baseline(run: dict[str, Any], fault: str | None, name: str, setting: Any) -> int | None:
-    """The look at which a baseline stops the run, or None."""
-    stop = BASELINES[name][0]
+def baseline(run: Run, fault: str | None, name: str, setting: Any) -> int | None:
+    """Returns the evaluation at which a baseline stops the run, or None."""
     values = watched_by(name, run["healthy"])
     if fault is not None:
-        faulty = run["faults"][fault]
-        start = run["start"]
+        start, faulty = run["start"], run["faults"][fault]
         # what the fault does not touch goes on
-        values = values[:start] + (
-            watched_by(name, faulty)
-            if "CMS" not in name or "cms" in faulty
-            else values[start : start + len(faulty["loss"])]
-        )
-    return stop(values, setting)
+        values = values[:start] + (watched_by(name, faulty) or values[start : start + len(faulty["loss"])])
+    return BASELINES[name][0](values, setting)
 
 
-def tuned(runs: list[dict[str, Any]], name: str) -> Any:
-    """The setting of a baseline that finds most regional faults for its false alarms."""
-
-    def worth(setting: Any) -> float:
-        found, wrong = rates(runs, name, setting)
-        return found - wrong
-
-    return max(BASELINES[name][1], key=worth)
-
-
-def rates(runs: list[dict[str, Any]], name: str, setting: Any) -> tuple[float, float]:
-    """Shares of regional faults that a baseline finds, and of healthy runs that it stops."""
+def rates(runs: Sequence[Run], name: str, setting: Any) -> tuple[float, float]:
+    """Returns the fractions of regional faults that a baseline finds, and of healthy runs that it stops."""
     cases = [(run, fault) for run in runs for fault in run["faults"] if run["faults"][fault]["about"] == "region"]
     found = [in_time(baseline(run, fault, name, setting), run["start"], fault) for run, fault in cases]
-    wrong = [baseline(run, None, name, setting) is not None for run in runs]
-    return statistics.mean(found), statistics.mean(wrong)
+    stopped = [baseline(run, None, name, setting) is not None for run in runs]
+    return statistics.mean(found), statistics.mean(stopped)
 
 
-def in_time(look: int | None, start: int, fault: str) -> bool:
-    """Whether an alarm came while there was a fault, and soon if it is a sudden one."""
-    return look is not None and look >= start and (look - start < SOON or "decaying" in fault)
+def tuned(runs: Sequence[Run], name: str) -> Any:
+    """Returns the setting of a baseline with the largest difference of regional faults found and healthy runs stopped."""
+    worth = {setting: operator.sub(*rates(runs, name, setting)) for setting in BASELINES[name][1]}
+    return max(worth, key=worth.__getitem__)
+
+
+def in_time(number: int | None, start: int, fault: str) -> bool:
+    """Returns whether an alarm came while there was a fault, and soon if it is a sudden one."""
+    return number is not None and number >= start and (number - start < SOON or "decaying" in fault)
 
 
 # ---- the table ----
 
 
 def mean(values: Iterable[float]) -> float:
-    """Of what is a number; nan of nothing."""
-    kept = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(kept) if kept else math.nan
+    """Returns the mean of the values that are numbers; nan where there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
 
 
 def middle(values: Iterable[float]) -> float:
-    """The median of what is a number."""
-    kept = [value for value in values if not math.isnan(value)]
-    return statistics.median(kept) if kept else math.nan
+    """Returns the median of the values that are numbers; nan where there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
 
 
-def summary(runs: list[dict[str, Any]], **options: Any) -> tuple[dict[str, float], list[str], list[Judged]]:
-    """Figures, false alarms in words, and all faults."""
+def summary(runs: Sequence[Run], **options: Any) -> tuple[dict[str, float], list[str], list[Judged]]:
+    """Returns figures, the messages of false alarms, and all faults."""
     wrong: list[str] = []
     faults: list[Judged] = []
     stopped = 0
     for run in runs:
         alarms, judged = judge(run, **options)
         stopped += bool(alarms)
-        wrong += [f"{run['family']} {run['data']} {run['seed']}: {words}" for words in alarms]
+        wrong += [f"{run['family']} {run['data']} {run['seed']}: {alarm.diagnostic}: {alarm}" for alarm in alarms]
         faults += judged
     regional = [one for one in faults if one.about == "region"]
-    sudden = [one for one in regional if "decaying" not in one.fault]
     figures = {
         "regional_found": mean(one.found for one in regional),
         "regional_named": mean(one.named for one in regional),
@@ -254,17 +256,17 @@ def summary(runs: list[dict[str, Any]], **options: Any) -> tuple[dict[str, float
         "named": mean(one.named for one in faults if one.about in ("class", "dimension")),
         "false_alarms": len(wrong) / len(runs),
         "healthy_stopped": stopped / len(runs),
-        "delay": middle(one.delay for one in sudden),
+        "delay": middle(one.delay for one in regional if "decaying" not in one.fault),
     }
     return figures, wrong, faults
 
 
-def table(runs: list[dict[str, Any]], figures: dict[str, float], wrong: list[str], faults: list[Judged]) -> None:
-    """Print what is found, how soon, and how often wrongly."""
-    looks = sum(len(run["healthy"]["loss"]) for run in runs)
-    print(f"{len(wrong)} false alarms in {len(runs)} healthy runs of {looks} looks in all")
-    for words in wrong:
-        print(f"  {words}")
+def table(runs: Sequence[Run], wrong: list[str], faults: list[Judged]) -> None:
+    """Prints what is found, how soon, and how many alarms are false."""
+    evaluations = sum(len(run["healthy"]["loss"]) for run in runs)
+    print(f"{len(wrong)} false alarms in {len(runs)} healthy runs with {evaluations} evaluations in total")
+    for message in wrong:
+        print(f"  {message}")
     print(f"{'fault':26s} {'runs':>5s} {'found':>6s} {'named':>6s} {'overlap':>8s} {'delay':>6s} {'longest':>8s}")
     for fault in dict.fromkeys(one.fault for one in faults):
         some = [one for one in faults if one.fault == fault]
@@ -274,120 +276,104 @@ def table(runs: list[dict[str, Any]], figures: dict[str, float], wrong: list[str
             f"{fault:26s} {len(some):5d} {mean(one.found for one in some):6.0%} {mean(one.named for one in some):6.0%} "
             f"{middle(one.overlap for one in some):8.2f} {middle(delays):6.1f} {longest:8.0f}"
         )
-    print("by model:", ", ".join(
-        f"{family} on {kind} {mean(one.named for one in faults if one.run[:2] == (family, kind)):.0%} named"
-        for family in FAMILIES for kind in ("scenes", "digits")
-    ))  # fmt: skip
+    kinds = [(family, kind) for family in FAMILIES for kind in ("scenes", "digits")]
+    shares = {kind: mean(one.named for one in faults if one.run[:2] == kind) for kind in kinds}
+    print("named, by model:", ", ".join(f"{family} on {kind} {share:.0%}" for (family, kind), share in shares.items()))
 
 
-def against_baselines(runs: list[dict[str, Any]], tuning: list[dict[str, Any]]) -> dict[str, float]:
-    """Print what people use today on the same runs, each at the setting that does best on the tuning runs."""
+def against_baselines(runs: Sequence[Run], tuning: Sequence[Run]) -> dict[str, float]:
+    """Prints what people use today on the same runs, each at the setting that does best on the tuning runs."""
     print(f"{'baseline':30s} {'setting':>8s} {'regional faults found':>22s} {'healthy runs stopped':>21s}")
-    best, figures = -math.inf, {}
+    results = []
     for name in BASELINES:
         setting = tuned(tuning, name)
         found, wrong = rates(runs, name, setting)
         print(f"{name:30s} {setting:8g} {found:22.0%} {wrong:21.0%}")
-        if found - wrong > best:
-            best, figures = found - wrong, {"baseline_found": found, "baseline_false_alarms": wrong}
-    return figures
+        results.append((found - wrong, found, wrong))
+    _, found, wrong = max(results)
+    return {"baseline_found": found, "baseline_false_alarms": wrong}
 
 
-def natural(runs: list[dict[str, Any]], faults: list[Judged], tuning: list[dict[str, Any]]) -> float:
-    """Print how often a learning rate that is too high is told before the loss tells; return the share."""
+def before_loss(runs: Sequence[Run], faults: list[Judged], tuning: Sequence[Run]) -> float:
+    """Prints and returns how often the alarm on a learning rate that is too high comes before the loss stops the run."""
     name, fault = "EarlyStopping on the loss", "learning rate too high"
     ours = {one.run: one.delay for one in faults if one.fault == fault}
-    print(f"{fault}: told before {name}", end="")
-    shares = []
+    shares = {}
     # as Lightning has it by default, and as it does best
     for setting in (3, tuned(tuning, name)):
         sooner = []
-        for run in runs:
-            if fault not in run["faults"]:
-                continue
-            look = baseline(run, fault, name, setting)
+        for run in (run for run in runs if fault in run["faults"]):
+            number = baseline(run, fault, name, setting)
             # a run that is stopped before anything is wrong is stopped for nothing
-            theirs = math.inf if look is None or look < run["start"] else look - run["start"] + 1
+            theirs = math.inf if number is None or number < run["start"] else number - run["start"] + 1
             sooner.append(ours[name_of(run)] < theirs)
-        shares.append(mean(sooner))
-        print(f" in {shares[-1]:.0%} of the runs (patience {setting})", end="")
-    print()
-    return min(shares)
+        shares[setting] = mean(sooner)
+    print(f"{fault}: the alarm comes before {name}", end=" ")
+    print(", ".join(f"in {share:.0%} of the runs with patience {setting}" for setting, share in shares.items()))
+    return min(shares.values())
 
 
 # ---- the command ----
 
 
-def name_of(run: dict[str, Any]) -> tuple[str, str, int]:
-    """Family, data and seed."""
+def name_of(run: Run) -> tuple[str, str, int]:
+    """Returns family, data and seed."""
     return run["family"], run["data"], run["seed"]
 
 
 def path_of(family: str, kind: str, seed: int) -> Path:
-    """Where a run is kept."""
+    """Returns the path of a recorded run."""
     return RECORDS / f"{family}_{kind}_{seed}.json.gz"
 
 
-def recorded(seeds: Iterable[int]) -> list[dict[str, Any]]:
-    """All runs of these seeds that are there."""
-    paths = [path_of(family, kind, seed) for seed in seeds for family in FAMILIES for kind in ("scenes", "digits")]
+def run_names(seeds: Iterable[int]) -> list[tuple[str, str, int]]:
+    """Returns the names of all runs with these seeds."""
+    return [(family, kind, seed) for seed in seeds for family in FAMILIES for kind in ("scenes", "digits")]
+
+
+def recorded(seeds: Iterable[int]) -> list[Run]:
+    """Returns all recorded runs with these seeds."""
+    paths = [path_of(*name) for name in run_names(seeds)]
     return [json.loads(gzip.decompress(path.read_bytes())) for path in paths if path.exists()]
 
 
-def keep(run: dict[str, Any]) -> None:
-    """Write a run."""
-    RECORDS.mkdir(exist_ok=True)
-    packed = gzip.compress(json.dumps(run, separators=(",", ":")).encode(), mtime=0)
-    path_of(*name_of(run)).write_bytes(packed)
+def small() -> list[Run]:
+    """Trains a short run of each family on scenes and one on digits, with a seed that was used for nothing else."""
+    runs = []
+    for family, kind in (*((family, "scenes") for family in FAMILIES), ("gan", "digits")):
+        runs.append(record(family, kind, 300, evaluations=44, start=32, after=4))
+        print("trained", family, "on", kind, flush=True)
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="train what is not recorded yet")
-    parser.add_argument("--share", default="0/1", help="of the runs to record: 0/2 and 1/2 side by side on two cores")
-    parser.add_argument("--tuning", action="store_true", help="the seeds that detectors were chosen by")
+    parser.add_argument("--share", default="0/1", help="part of the runs to record: 0/2 and 1/2 on two cores")
+    parser.add_argument("--tuning", action="store_true", help="take the seeds that the detector was tuned on")
     parser.add_argument("--small", action="store_true", help="train some short runs and judge them")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    seeds = TUNING if options.tuning else REPORTING
     if options.record:
         part, parts = map(int, options.share.split("/"))
-        wanted = [(f, kind, seed) for seed in seeds for f in FAMILIES for kind in ("scenes", "digits")]
-        for one in wanted[part::parts]:
-            if not path_of(*one).exists():
-                keep(record(*one, faults=one[2] not in HEALTHY))
-                print("recorded", *one, flush=True)
+        for name in run_names(TUNING if options.tuning else REPORTING)[part::parts]:
+            path = path_of(*name)
+            if not path.exists():
+                run = json.dumps(record(*name, faults=name[2] not in HEALTHY), separators=(",", ":"))
+                path.write_bytes(gzip.compress(run.encode(), mtime=0))
+                print("recorded", *name, flush=True)
         return
     tuning = recorded(TUNING)
-    if options.small:
-        runs = small()
-    elif options.tuning:
-        runs = tuning
-        for detector in DETECTORS:
-            for rate in (1e-2, 1e-3, 1e-4):
-                figures, _, _ = summary(runs, detector=detector, false_alarm_rate=rate)
-                told = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-                print(f"{detector:12s} rate {rate:g}: {told}")
-    else:
-        runs = recorded(REPORTING)
+    runs = small() if options.small else tuning if options.tuning else recorded(REPORTING)
+    for rate in (1e-2, 1e-3, 1e-4) if options.tuning else ():
+        figures, _, _ = summary(runs, false_alarm_rate=rate)
+        print(f"false_alarm_rate {rate:g}: {', '.join(f'{name} {value:.2f}' for name, value in figures.items())}")
     figures, wrong, faults = summary(runs)
-    table(runs, figures, wrong, faults)
+    table(runs, wrong, faults)
     figures |= against_baselines(runs, tuning)
-    figures["before_loss"] = natural(runs, faults, tuning)
+    figures["before_loss"] = before_loss(runs, faults, tuning)
     if options.json:
         print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
-
-
-def small() -> list[dict[str, Any]]:
-    """A short run of each family on scenes and one on digits, of a seed that nothing was chosen by."""
-    runs = []
-    for family, kind in (*((family, "scenes") for family in FAMILIES), ("gan", "digits")):
-        runs.append(record(family, kind, 300, looks=44, start=32, after=4))
-        print("trained", family, "on", kind, flush=True)
-    return runs
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Models that can be harmed, the harm that is done to them, and a recorder of what their monitors see; see planted_faults."""
+"""Trains models, plants faults in what their monitors see, and records what they observe; see ``planted_faults``."""
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+from benchmarks.measuring import trained
 from example_models.data import digits, scenes
 from example_models.diffusion import Diffusion
 from example_models.flow import Flow
@@ -26,94 +26,68 @@ from lightning_gendiag import (
     GenerationBalanceMonitor,
     KStarMonitor,
     ManifoldEntropyMonitor,
+    ModelAdapter,
     Monitor,
+    Observation,
     PosteriorKLMonitor,
-    Probe,
 )
-from lightning_gendiag.functional import frechet_distance
-from lightning_gendiag.judges import FeatureNetwork, NeighbourClassifier
-from lightning_gendiag.monitor import Reading
+from lightning_gendiag.functional.distances import frechet_distance
+from lightning_gendiag.model.batches import Images
+from lightning_gendiag.model.features import FeatureExtractor, NeighbourClassifier
+from lightning_gendiag.model.view import ModelView
 
-LOOKS, START, AFTER, SLOW = 100, 40, 8, 20
-"""Looks of a run, the look at which faults begin, and for how many a sudden and a slow one is followed."""
+EVALUATIONS, START, AFTER, SLOW = 100, 40, 8, 20
+"""Evaluations of a run, the one at which faults begin, and for how many a sudden and a slow fault is followed."""
 
 STEPS, BATCH = 12, 64
-"""Steps between looks, and images in each."""
+"""Steps between evaluations, and images in each step."""
+
+Data = tuple[Tensor, Tensor | None, Tensor | None]
+"""Images, labels, and known regions (H, W), where there are some."""
 
 
-# ---- models that can be harmed ----
+# ---- models ----
 
 
-class Harm(NamedTuple):
-    """What is done to a model while it is looked at."""
+class ProvokedVAE(VAE):
+    """A VAE that may come to harm in training itself.
 
-    latents: Callable[[Tensor], Tensor] = lambda z: z
-    images: Callable[[Tensor], Tensor] = lambda x: x
-    codes: Callable[[Tensor, Tensor], Tensor] = lambda images, codes: codes
+    Args:
+        harm: ``"beta"``: the KL term has a weight of 10,000; ``"ignored"``: the decoder gets zeros for its latents;
+            ``"dimension"``: it gets zeros for dimension 3; empty: no harm.
+        start: The first epoch with the harm.
+        kwargs: Arguments of :class:`VAE`.
+    """
 
-
-def _drawn(module: Any, draw: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    if module.harm is None or module.training:
-        return draw(z)
-    return module.harm.images(draw(module.harm.latents(z)))
-
-
-class HarmedGAN(GAN):
-    """A GAN that can be harmed."""
-
-    harm: Harm | None = None
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Images, harmed."""
-        return _drawn(self, super().forward, z)
-
-
-class HarmedVAE(VAE):
-    """A VAE that can be harmed, in training too."""
-
-    harm: Harm | None = None
-    ignored = False
+    def __init__(self, harm: str = "", start: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.harm, self.start = harm, start
 
     def decode(self, z: Tensor) -> Tensor:
-        """Data, harmed."""
-        return _drawn(self, super().decode, z * 0 if self.ignored else z)
+        """Returns images, of latents that are lost once the harm has begun."""
+        if self.harm in ("ignored", "dimension") and self.current_epoch >= self.start:
+            used = torch.ones(z.shape[1], device=z.device)
+            used[slice(None) if self.harm == "ignored" else 3] = 0
+            z = z * used
+        return super().decode(z)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean, harmed, and log variance."""
-        mean, log_variance = super().encode(images)
-        return (mean if self.harm is None or self.training else self.harm.codes(images, mean)), log_variance
-
-
-class HarmedFlow(Flow):
-    """A flow that can be harmed."""
-
-    harm: Harm | None = None
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Data, harmed."""
-        return _drawn(self, super().decode, z)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Latents, harmed."""
-        z = super().encode(x)
-        return z if self.harm is None or self.training else self.harm.codes(x, z)
+    def on_train_epoch_start(self) -> None:
+        """Sets the weight of the KL term."""
+        if self.harm == "beta" and self.current_epoch >= self.start:
+            self.hparams["beta"] = 1e4
 
 
-class HarmedDiffusion(Diffusion):
-    """A diffusion model that can be harmed."""
-
-    harm: Harm | None = None
-
-    def sample(self, n: int) -> Tensor:
-        """Images, harmed."""
-        images = super().sample(n)
-        return images if self.harm is None else self.harm.images(images)
+def _vae(kind: str) -> ProvokedVAE:
+    # with fewer latents than the scenes have degrees of freedom, no dimension dies in a healthy run
+    own: dict[str, Any] = {"latent_dim": 8, "noise": 0.5} if kind == "scenes" else {"noise": 0.8}
+    return ProvokedVAE(width=10, lr=5e-3, **own)
 
 
 class Family(NamedTuple):
-    """A model and how it is looked at."""
+    """A model and how it is trained."""
 
     make: Callable[[str], LightningModule]
+    """From the kind of data to a model."""
     size: int
     loss: str
     high: float
@@ -121,39 +95,30 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "gan": Family(lambda kind: HarmedGAN(16, width=10, lr=4e-4), 32, "loss_g", 2e-2),
-    # with fewer latents than the scenes have freedoms, none dies of itself
-    "vae": Family(
-        lambda kind: (
-            HarmedVAE(8, width=10, noise=0.5, lr=5e-3) if kind == "scenes" else HarmedVAE(width=10, noise=0.8, lr=5e-3)
-        ),
-        32,
-        "loss",
-        1e-1,
-    ),
-    "flow": Family(lambda kind: HarmedFlow(64, (1, 8, 8), hidden=96, transforms=4), 8, "nll", 5e-2),
-    "diffusion": Family(lambda kind: HarmedDiffusion(width=8, steps=6), 16, "loss", 3e-1),
+    "gan": Family(lambda kind: GAN(16, width=10, lr=4e-4), 32, "loss_g", 2e-2),
+    "vae": Family(_vae, 32, "loss", 1e-1),
+    "flow": Family(lambda kind: Flow(64, (1, 8, 8), hidden=96, transforms=4), 8, "nll", 5e-2),
+    "diffusion": Family(lambda kind: Diffusion(width=8, steps=6), 16, "loss", 3e-1),
 }
 
 
-def data_of(kind: str, size: int, seed: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Images, labels and known regions, where there are some."""
+def data_of(kind: str, size: int, seed: int) -> Data:
+    """Returns images, labels and known regions, where there are some."""
+    labels = regions = None
     if kind == "digits":
         images, labels = digits(size)
-        regions = None
     else:
         images, regions = scenes(1800, 4 + seed % 3, size, seed)
-        labels = None
     if size == 8:
         # densities need noise of the size of a grey level
         images = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) / 16
     return images, labels, regions
 
 
-def monitors_for(family: str, kind: str, probe: Probe) -> list[Monitor]:
-    """The diagnostics that GenerativeDiagnostics attaches, but for the two that look every fifth and tenth time."""
-    options: dict[str, Any] = {"probe": probe, "draw_pictures": False, "on_error": "raise"}
-    monitors: list[Monitor] = [CosineMeanSimilarityMonitor(**options)]
+def monitors_for(family: str, kind: str, adapter: ModelAdapter) -> list[Monitor[Any, Any]]:
+    """Returns the monitors that GenerativeDiagnostics attaches, except for the two expensive ones."""
+    options: dict[str, Any] = {"adapter": adapter, "log_images": False, "on_error": "raise"}
+    monitors: list[Monitor[Any, Any]] = [CosineMeanSimilarityMonitor(**options)]
     if kind == "digits":
         monitors.append(GenerationBalanceMonitor(**options))
         if family != "diffusion":
@@ -168,23 +133,66 @@ def monitors_for(family: str, kind: str, probe: Probe) -> list[Monitor]:
 # ---- faults ----
 
 
+class Harm(NamedTuple):
+    """How a fault changes what is seen of a model."""
+
+    latents: Callable[[Tensor], Tensor] = lambda z: z
+    """Applied to latents before they are decoded."""
+    images: Callable[[Tensor], Tensor] = lambda x: x
+    """Applied to samples."""
+    encoded: Callable[[Tensor, Any], Any] = lambda images, output: output
+    """From images, and what the encoder returns for them, to what it returns with the fault."""
+
+
+class HarmedView(ModelView):
+    """What monitors see of the same module with a fault; the module and its copy are not changed.
+
+    Args:
+        view: What they see without it.
+        harm: The fault.
+    """
+
+    def __init__(self, view: ModelView, harm: Harm) -> None:
+        super().__init__(view.adapter, view.subject, view.trainer)
+        self.healthy, self.harm = view, harm
+        self.real, self.parts = view.real, view.parts
+
+    @property
+    def feature_extractor(self) -> FeatureExtractor:
+        """The one that was fitted on the same reference."""
+        return self.healthy.feature_extractor
+
+    def samples(self) -> Images:
+        """Returns the samples with the fault."""
+        images, labels = self.healthy.samples()
+        return Images(self.harm.images(images), labels)
+
+    def encode(self, images: Tensor) -> Any:
+        """Returns what the encoder returns with the fault."""
+        return self.harm.encoded(images, self.healthy.encode(images))
+
+    def decode(self, z: Tensor) -> Any:
+        """Returns what the decoder returns with the fault."""
+        return self.healthy.decode(self.harm.latents(z))
+
+
 class Fault(NamedTuple):
-    """What is planted, and what a finding must name."""
+    """What is planted, and what an alarm must name."""
 
     name: str
     about: str
-    """``region``, ``class``, ``dimension`` or ``run``."""
-    harm: Callable[[int], Harm] | None
-    """By the number of looks since it began; None for faults of training."""
+    """``"region"``, ``"class"``, ``"dimension"`` or ``"run"``."""
+    harm: Callable[[int], Harm]
+    """From the number of evaluations since the fault began to how it acts."""
     truth: list[Any]
     """Pixels of the region, or names."""
     watched: tuple[str, ...] = ("cms", "generation_balance")
-    """Diagnostics that are asked; the others go on as if nothing were."""
-    looks: int = AFTER
+    """Monitors that evaluate the fault; the others go on without it."""
+    evaluations: int = AFTER
 
 
-def regional_faults(module: Any, known: Tensor, still: Tensor, seed: int) -> Iterable[Fault]:
-    """Faults of one region (H, W) of known ones, of two, and of the whole image."""
+def regional_faults(known: Tensor, still: Tensor, seed: int) -> Iterator[Fault]:
+    """Yields faults of one region (H, W) of the known ones, of two, and of the whole image."""
     count = int(known.max()) + 1
     first, second = known == seed % count, known == (seed + 1 + seed // count % (count - 1)) % count
     everywhere = torch.ones_like(first)
@@ -199,102 +207,75 @@ def regional_faults(module: Any, known: Tensor, still: Tensor, seed: int) -> Ite
         "decaying": lambda x, age: x.lerp(x.mean(0, keepdim=True).expand_as(x), min(1.0, 0.08 * (age + 1))),
     }
 
-    def planted(way: str, where: Tensor) -> Callable[[int], Harm]:
-        return lambda age: Harm(images=lambda x: torch.where(where, ways[way](x, age), x))
+    def planted(name: str, way: str, where: Tensor) -> Fault:
+        harm = lambda age: Harm(images=lambda x: torch.where(where, ways[way](x, age), x))  # noqa: E731
+        return Fault(name, "region", harm, where.int().tolist(), evaluations=SLOW if way == "decaying" else AFTER)
 
-    for way in ways:
-        yield Fault(
-            f"region {way}",
-            "region",
-            planted(way, first),
-            first.int().tolist(),
-            looks=SLOW if way == "decaying" else AFTER,
-        )
-    yield Fault("two regions frozen", "region", planted("frozen", first | second), (first | second).int().tolist())
-    for way in ("frozen", "blurred", "darkened"):
-        yield Fault(f"image {way}", "region", planted(way, everywhere), everywhere.int().tolist())
+    yield from (planted(f"region {way}", way, first) for way in ways)
+    yield planted("two regions frozen", "frozen", first | second)
+    yield from (planted(f"image {way}", way, everywhere) for way in ("frozen", "blurred", "darkened"))
 
 
-def class_faults(
-    module: Any, monitors: dict[str, Monitor], images: Tensor, labels: Tensor, seed: int
-) -> Iterable[Fault]:
-    """Faults of classes."""
-    judge = NeighbourClassifier(images, labels, accuracy=False)
-    # what is hardly drawn at all cannot be lost
-    drawn = monitors["generation_balance"].result.generated_share
-    common = (drawn >= 0.05).nonzero()[:, 0].tolist()
+def class_faults(view: ModelView, shares: Tensor, images: Tensor, labels: Tensor, seed: int) -> Iterator[Fault]:
+    """Yields faults of classes, of which ``shares`` (K,) are generated."""
+    classifier = NeighbourClassifier(images, labels, accuracy=False)
+    # a class that is hardly generated cannot be lost
+    common = (shares >= 0.05).nonzero()[:, 0].tolist()
     a, b = common[seed % len(common)], common[(seed + 1 + seed // 10) % len(common)]
 
-    def dropped(x: Tensor) -> Tensor:
-        gone = judge(x) == a
-        others = x[~gone]
-        if not gone.any() or not len(others):
-            return x
+    def replaced(x: Tensor, by: Callable[[Tensor], Tensor]) -> Tensor:
+        classes = classifier(x)
+        gone, others = classes == a, x[by(classes)]
         x = x.clone()
-        x[gone] = others[torch.arange(int(gone.sum())) % len(others)]
+        if gone.any() and len(others):
+            x[gone] = others[torch.arange(int(gone.sum())) % len(others)]
         return x
 
-    def merged(x: Tensor) -> Tensor:
-        told = judge(x)
-        mine, theirs = (told == a).nonzero()[:, 0], (told == b).nonzero()[:, 0]
-        if not len(mine) or not len(theirs):
-            return x
-        x = x.clone()
-        x[mine] = x[theirs[torch.arange(len(mine)) % len(theirs)]]
-        return x
-
-    yield Fault("class dropped", "class", lambda age: Harm(images=dropped), [f"class {a}"])
-    yield Fault("classes drawn as one", "class", lambda age: Harm(images=merged), [f"class {a}", f"class {b}"])
-    if not isinstance(module, VAE):
-        # the latents of the others keep no classes apart
+    dropped = Harm(images=lambda x: replaced(x, lambda classes: classes != a))
+    merged = Harm(images=lambda x: replaced(x, lambda classes: classes == b))
+    yield Fault("class dropped", "class", lambda age: dropped, [f"class {a}"])
+    yield Fault("classes drawn as one", "class", lambda age: merged, [f"class {a}", f"class {b}"])
+    if not isinstance(view.module, VAE):
+        # the latents of the other models do not separate classes
         return
     held = torch.cat([images[labels == c][:100] for c in range(10)])
-    told = judge(held)
-    module.harm = None
-    with torch.no_grad():
-        codes = module.encode(held)
-    codes = codes[0] if isinstance(codes, tuple) else codes
-    ca, cb = codes[told == a].mean(0), codes[told == b].mean(0)
+    classes = classifier(held)
+    with view.isolated(exact=True):
+        latents = view.latents_of(view.as_input(held))
+    shift = latents[classes == b].mean(0) - latents[classes == a].mean(0)
 
-    def confused(x: Tensor, z: Tensor) -> Tensor:
-        return torch.where((judge(x) == a)[:, None], z + cb - ca, z)
+    def confused(x: Tensor, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        mean, log_variance = output
+        return torch.where((classifier(x) == a)[:, None], mean + shift, mean), log_variance
 
-    yield Fault(
-        "classes encoded as one", "class", lambda age: Harm(codes=confused), [f"class {a}", f"class {b}"], ("k_star",)
-    )
+    truth = [f"class {a}", f"class {b}"]
+    yield Fault("classes encoded as one", "class", lambda age: Harm(encoded=confused), truth, ("k_star",))
 
 
-def dimension_faults(monitor: Monitor, seed: int) -> Iterable[Fault]:
-    """Faults of latent dimensions."""
-    order = monitor.result.entropy.argsort(descending=True)
+def dimension_faults(entropy: Tensor, seed: int) -> Iterator[Fault]:
+    """Yields faults of latent dimensions with these entropies (L,)."""
+    order = entropy.argsort(descending=True)
     length = len(order)
     # a dimension that does nothing has nothing to lose
     upper = order[: max(2, length // 2)].tolist()
     i, j = upper[seed % len(upper)], upper[(seed + 1 + seed // len(upper) % (len(upper) - 1)) % len(upper)]
+    dead, entangled, silent = (torch.eye(length) for _ in range(3))
+    dead[i, i] = 0
+    entangled[j, j], entangled[j, i] = 0.2, 1
+    weak = order[max(1, length // 10) :]
+    silent[weak, weak] = 0.02
 
-    def mixed(change: Callable[[Tensor], None]) -> Callable[[int], Harm]:
-        matrix = torch.eye(length)
-        change(matrix)
-        return lambda age: Harm(latents=lambda z: z @ matrix.to(z))
+    def planted(name: str, mixing: Tensor, truth: list[str]) -> Fault:
+        harm = Harm(latents=lambda z: z @ mixing.to(z))
+        return Fault(name, "dimension", lambda age: harm, truth, ("manifold_entropy",))
 
-    def dead(matrix: Tensor) -> None:
-        matrix[i, i] = 0
-
-    def entangled(matrix: Tensor) -> None:
-        matrix[j, j], matrix[j, i] = 0.2, 1
-
-    def silent(matrix: Tensor) -> None:
-        weak = order[max(1, length // 10) :]
-        matrix[weak, weak] = 0.02
-
-    about = ("dimension", ("manifold_entropy",))
-    yield Fault("dimension dead", about[0], mixed(dead), [f"dimension {i}"], about[1])
-    yield Fault("dimensions entangled", about[0], mixed(entangled), [f"dimension {i}", f"dimension {j}"], about[1])
-    yield Fault("dimensions silent", about[0], mixed(silent), ["all dimensions"], about[1])
+    yield planted("dimension dead", dead, [f"dimension {i}"])
+    yield planted("dimensions entangled", entangled, [f"dimension {i}", f"dimension {j}"])
+    yield planted("dimensions silent", silent, ["all dimensions"])
 
 
 def training_faults(family: str) -> dict[str, Callable[[Any, Trainer], None]]:
-    """What goes wrong in training itself."""
+    """Returns what goes wrong in training itself, by name."""
 
     def fast(module: Any, trainer: Trainer) -> None:
         for optimizer in trainer.optimizers:
@@ -305,14 +286,13 @@ def training_faults(family: str) -> dict[str, Callable[[Any, Trainer], None]]:
         with torch.no_grad():
             next(p for p in module.parameters() if p.ndim > 1).view(-1)[0] = math.nan
 
-    def ignored(module: Any, trainer: Trainer) -> None:
-        module.ignored = True
+    def provoked(harm: str) -> Callable[[Any, Trainer], None]:
+        return lambda module, trainer: setattr(module, "harm", harm)
 
-    def heavy(module: Any, trainer: Trainer) -> None:
-        module.hparams["beta"] = 1e4
-
-    ways = {"learning rate too high": fast, "weight is nan": poisoned}
-    return ways | ({"latents ignored": ignored, "KL term too heavy": heavy} if family == "vae" else {})
+    ways: dict[str, Callable[[Any, Trainer], None]] = {"learning rate too high": fast, "weight is nan": poisoned}
+    if family == "vae":
+        ways |= {"latents ignored": provoked("ignored"), "KL term too heavy": provoked("beta")}
+    return ways
 
 
 TRUTHS = {"latents ignored": ["the latent"], "KL term too heavy": ["the latent"]}
@@ -322,94 +302,92 @@ TRUTHS = {"latents ignored": ["the latent"], "KL term too heavy": ["the latent"]
 
 
 class Recorder(Callback):
-    """After each look: what the monitors found, what they would have found with each fault, the loss, and FID."""
+    """Records after each evaluation what the monitors observed, what they would with each fault, the loss, and FID.
+
+    Args:
+        monitors: All monitors of the trainer, which share one adapter.
+        loss: Key of the loss.
+        texts: Descriptions of series, to which those of this run are added.
+        plant: Returns the faults; called once, before the evaluation ``start``.
+        start: The evaluation at which faults begin; None for a run without.
+        checkpoint: Where the state before that evaluation is saved.
+    """
 
     def __init__(
-        self, monitors: list[Monitor], probe: Probe, loss: str, data: tuple[Tensor, Tensor | None, Tensor | None],
-        seed: int, start: int | None, checkpoint: Path | None = None,
-    ) -> None:  # fmt: skip
-        self.monitors = {monitor.name: monitor for monitor in monitors}
-        self.probe, self.loss, self.data, self.seed, self.start = probe, loss, data, seed, start
-        self.checkpoint = checkpoint
-        self.texts: list[list[str | None]] = []
+        self,
+        monitors: list[Monitor[Any, Any]],
+        loss: str,
+        texts: list[list[Any]],
+        plant: Callable[[dict[str, Any]], Iterator[Fault]],
+        start: int | None,
+        checkpoint: Path,
+    ) -> None:
+        self.monitors: dict[str, Any] = {monitor.name: monitor for monitor in monitors}
+        self.loss, self.texts, self.plant, self.start, self.checkpoint = loss, texts, plant, start, checkpoint
         self.healthy: dict[str, Any] = defaultdict(list)
         self.faulty: dict[str, dict[str, Any]] = {}
         self.faults: list[Fault] = []
         self.losses: list[float] = []
-        self.judge: FeatureNetwork | None = None
+        self.real: tuple[Tensor, Tensor] | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Collect the loss."""
-        value = trainer.callback_metrics.get(self.loss, outputs.get("loss", math.nan))
-        self.losses.append(float(value))
+        """Collects the loss."""
+        self.losses.append(float(trainer.callback_metrics.get(self.loss, outputs.get("loss", math.nan))))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was found."""
+        """Records one evaluation."""
         loss = statistics.mean(self.losses)
         self.losses.clear()
-        self._keep(self.healthy, loss, {name: m.latest.readings for name, m in self.monitors.items()})
+        view: ModelView = self.monitors["cms"].view
+        observed = {name: monitor.latest.observations for name, monitor in self.monitors.items()}
+        self._record(self.healthy, loss, view, observed)
         if self.start is None:
             return
         age = trainer.current_epoch - self.start
         if age == -1:
-            self.faults = list(self._plant(pl_module))
-            if self.checkpoint is not None:
-                trainer.save_checkpoint(self.checkpoint)
-        step = self.monitors["cms"].latest.step
-        clean = self.probe.samples(step)
-        for fault in self.faults if age >= 0 else []:
-            if age >= fault.looks or fault.harm is None:
-                continue
-            pl_module.harm = harm = fault.harm(age)
-            # what was drawn is not drawn again
-            self.probe._drawn = step, clean._replace(images=harm.images(clean.images))
-            found = {}
-            for name in fault.watched:
-                if name in self.monitors:
-                    found[name] = self._looked(self.monitors[name], step)
-            series = self.faulty.setdefault(fault.name, defaultdict(list, about=fault.about, truth=fault.truth))
-            self._keep(series, loss, found)
-            pl_module.harm = None
-            self.probe._drawn = step, clean
+            self.faults = list(self.plant(self.monitors))
+            trainer.save_checkpoint(self.checkpoint)
+        for fault in self.faults if age >= 0 else ():
+            if age < fault.evaluations:
+                harmed = HarmedView(view, fault.harm(age))
+                watched = [self.monitors[name] for name in fault.watched if name in self.monitors]
+                observed = {monitor.name: _observed(monitor, harmed) for monitor in watched}
+                series = self.faulty.setdefault(fault.name, defaultdict(list, about=fault.about, truth=fault.truth))
+                self._record(series, loss, harmed, observed)
 
-    def _plant(self, module: Any) -> Iterable[Fault]:
-        images, labels, known = self.data
-        regions = self.monitors["cms"].region_map.labels if known is None else known
-        still = self.probe.samples(self.monitors["cms"].latest.step).images[0].clone()
-        yield from regional_faults(module, regions, still, self.seed)
-        if labels is not None:
-            yield from class_faults(module, self.monitors, images, labels, self.seed)
-        if "manifold_entropy" in self.monitors:
-            yield from dimension_faults(self.monitors["manifold_entropy"], self.seed)
-
-    def _looked(self, monitor: Monitor, step: int) -> dict[str, Reading]:
-        """As the monitor does it."""
-        metric = monitor.metric
-        metric.reset()
-        monitor.feed(self.probe, step)
-        return monitor.readings(monitor.follow(self.probe, metric.compute()))
-
-    def _keep(self, series: dict[str, Any], loss: float, found: dict[str, dict[str, Reading]]) -> None:
-        if self.judge is None:
-            self.judge = FeatureNetwork(self.probe.reference.images)
-            self.real = _moments(self.judge(self.probe.reference.images))
-        images = self.probe.samples(self.monitors["cms"].latest.step).images
+    def _record(
+        self, series: dict[str, Any], loss: float, view: ModelView, observed: dict[str, list[Observation]]
+    ) -> None:
+        images = view.samples().images
         finite = images[images.flatten(1).isfinite().all(1)]
-        fid = float(frechet_distance(*self.real, *_moments(self.judge(finite)))) if len(finite) > 2 else math.nan
+        self.real = self.real or _moments(view, view.reference.images)
+        fid = float(frechet_distance(*self.real, *_moments(view, finite))) if len(finite) > 2 else math.nan
         series["loss"].append(_short(loss))
         series["fid"].append(_short(fid))
-        for name, readings in found.items():
-            series[name].append({where: self._packed(reading) for where, reading in readings.items()})
+        for name, observations in observed.items():
+            series[name].append({observation.series.name: self._packed(observation) for observation in observations})
 
-    def _packed(self, reading: Reading) -> list[float]:
-        text = [reading.kind, reading.where, reading.question, reading.fault, reading.words]
+    def _packed(self, observation: Observation) -> list[float]:
+        """Value, severity, and the place of the description among ``texts``."""
+        s = observation.series
+        text: list[Any] = [s.role, observation.label or s.label, s.quantity, s.event, observation.message]
+        text += [s.min_std, s.min_delta, s.confirm]
         if text not in self.texts:
             self.texts.append(text)
-        return [_short(reading.value), _short(reading.badness), self.texts.index(text)]
+        return [_short(observation.value), _short(observation.severity), self.texts.index(text)]
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    return features.double().mean(0), features.double().T.cov()
+def _observed(monitor: Any, view: ModelView) -> list[Observation]:
+    """What a monitor observes of a view, as in its own evaluations."""
+    monitor.metric.reset()
+    monitor.update(view)
+    observations: list[Observation] = monitor.observations(monitor.postprocess(view, monitor.metric.compute()))
+    return observations
+
+
+def _moments(view: ModelView, images: Tensor) -> tuple[Tensor, Tensor]:
+    features = view.feature_extractor(images).double()
+    return features.mean(0), features.T.cov()
 
 
 def _short(value: float) -> float:
@@ -417,65 +395,65 @@ def _short(value: float) -> float:
 
 
 class Breaker(Callback):
-    """Does harm to training at its start."""
+    """Does harm to training at its start, once the checkpoint is loaded."""
 
     def __init__(self, harm: Callable[[Any, Trainer], None]) -> None:
         self.harm = harm
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Once the checkpoint is taken up."""
+        """Does it."""
         self.harm(pl_module, trainer)
 
 
 def record(
-    family: str, kind: str, seed: int, looks: int = LOOKS, start: int = START, after: int = AFTER, faults: bool = True
+    family: str,
+    kind: str,
+    seed: int,
+    evaluations: int = EVALUATIONS,
+    start: int = START,
+    after: int = AFTER,
+    faults: bool = True,
 ) -> dict[str, Any]:
-    """Train one model, and on from a checkpoint with each fault of training; return all series."""
+    """Trains one model, and on from a checkpoint with each fault of training; returns all series."""
     chosen = FAMILIES[family]
-    data = data_of(kind, chosen.size, seed)
-    images, labels, _ = data
+    images, labels, known = data_of(kind, chosen.size, seed)
+    dataset = TensorDataset(images, torch.arange(len(images)) if labels is None else labels)
+    texts: list[list[Any]] = []
 
-    def fit(
-        model: LightningModule, epochs: int, *, harm: Any = None, checkpoint: Path | None = None, resume: bool = False
-    ) -> Recorder:
-        probe = Probe(num_samples=512, num_reference=1024)
-        monitors = monitors_for(family, kind, probe)
-        recorder = Recorder(
-            monitors, probe, chosen.loss, data, seed, start if faults and not resume else None, checkpoint
-        )
-        dataset = TensorDataset(images, torch.arange(len(images)) if labels is None else labels)
-        batches = DataLoader(dataset, BATCH, sampler=RandomSampler(dataset, num_samples=STEPS * BATCH), drop_last=True)
-        trainer = Trainer(
-            max_epochs=epochs, accelerator="cpu", callbacks=[*monitors, recorder, *([Breaker(harm)] if harm else [])],
-            logger=False, enable_model_summary=False, enable_checkpointing=False, enable_progress_bar=False,
-        )  # fmt: skip
-        trainer.fit(model, batches, ckpt_path=str(checkpoint) if resume else None, weights_only=True)
-        return recorder
+    def plant(monitors: dict[str, Any]) -> Iterator[Fault]:
+        cms = monitors["cms"]
+        regions = cms.region_map.labels if known is None else known
+        yield from regional_faults(regions, cms.view.samples().images[0].clone(), seed)
+        if labels is not None:
+            shares = monitors["generation_balance"].result.generated_share
+            yield from class_faults(cms.view, shares, images, labels, seed)
+        if "manifold_entropy" in monitors:
+            yield from dimension_faults(monitors["manifold_entropy"].result.entropy, seed)
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "before.ckpt"
+
+        def fit(epochs: int, begin: int | None, *more: Callback, **options: Any) -> Recorder:
+            monitors = monitors_for(family, kind, ModelAdapter(num_samples=512, num_reference=1024))
+            recorder = Recorder(monitors, chosen.loss, texts, plant, begin, checkpoint)
+            sampler = RandomSampler(dataset, num_samples=STEPS * BATCH)
+            batches = DataLoader(dataset, BATCH, sampler=sampler, drop_last=True)
+            trained(chosen.make(kind), batches, epochs, *monitors, recorder, *more, **options)
+            return recorder
+
         seed_everything(seed, verbose=False)
-        recorder = fit(chosen.make(kind), looks, checkpoint=checkpoint)
+        recorder = fit(evaluations, start if faults else None)
         for name, harm in training_faults(family).items() if faults else ():
             seed_everything(seed + 1, verbose=False)
-            fork = fit(chosen.make(kind), start + after, harm=harm, checkpoint=checkpoint, resume=True)
-            texts = fork.texts
-            series = copy.deepcopy(dict(fork.healthy))
-            for rows in (series[key] for key in series if key not in ("loss", "fid")):
-                for row in rows:
-                    for entry in row.values():
-                        if texts[entry[2]] not in recorder.texts:
-                            recorder.texts.append(texts[entry[2]])
-                        entry[2] = recorder.texts.index(texts[entry[2]])
-            recorder.faulty[name] = series | {"about": "run", "truth": TRUTHS.get(name, [])}
-    regions = recorder.monitors["cms"].region_map
+            fork = fit(start + after, None, Breaker(harm), ckpt_path=str(checkpoint), weights_only=True)
+            recorder.faulty[name] = {**fork.healthy, "about": "run", "truth": TRUTHS.get(name, [])}
     return {
         "family": family,
         "data": kind,
         "seed": seed,
         "start": start,
-        "regions": regions.labels.tolist(),
-        "texts": recorder.texts,
+        "regions": recorder.monitors["cms"].region_map.labels.tolist(),
+        "texts": texts,
         "healthy": dict(recorder.healthy),
         "faults": {name: dict(series) for name, series in recorder.faulty.items()},
     }

@@ -1,93 +1,96 @@
-"""What the example GAN and VAE draw together: sparsity, leakage, reconstruction; and one batch against 512 optimisations.
+"""Measures sparsity, leakage and reconstruction of what the example GAN and VAE draw together, and the time that it takes.
 
-Trains both for 30 epochs on digits first, a minute each on two cores.
+All sets of regions are optimised in one batch; that is compared with 512 optimisations one by one. Both models are first
+trained for 30 epochs on digits, which takes a minute each on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import multiprocessing as mp
-import time
-import warnings
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.measuring import in_own_process, peak_memory, timed, trained
 from example_models.data import digit_batches, digits
 from example_models.gan import GAN
 from example_models.vae import VAE
-from lightning_gendiag import RegionalPrimitives, RegionMap, decompose, find_regions, minimal_features, or_interactions
+from lightning_gendiag import (
+    Decomposition,
+    MinimalFeatures,
+    RegionalPrimitives,
+    RegionMap,
+    decompose,
+    find_regions,
+    minimal_features,
+    or_interactions,
+)
 from lightning_gendiag.diagnostics.regional_primitives.monitor import grid
-from lightning_gendiag.panels import as_rgb, enlarged
+from lightning_gendiag.plots.pictures import as_rgb, enlarged
 
-CODES, IMAGES = 256, 4
+LATENTS, IMAGES = 256, 4
 
 
-def trained(kind: str) -> tuple[nn.Sequential, int]:
-    """A trained generator, and the length of its codes."""
+def generator_of(kind: str) -> tuple[nn.Sequential, int]:
+    """Returns a trained generator, and the length of its latents."""
     seed_everything(0, verbose=False)
     model = GAN() if kind == "gan" else VAE()
-    trainer = Trainer(
-        max_epochs=30, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(model, digit_batches())
+    trained(model, digit_batches(), 30)
     model.eval().requires_grad_(False)
-    whole = model.generator if isinstance(model, GAN) else model.decoder
-    return whole, int(model.hparams["latent_dim"])
+    return model.generator if isinstance(model, GAN) else model.decoder, int(model.hparams["latent_dim"])
 
 
-def taken_apart(
-    kind: str, whole: nn.Sequential, cut: int, length: int, regions: RegionMap, pictures: Path | None
+def decomposed(
+    kind: str, generator: nn.Sequential, cut: int, length: int, regions: RegionMap, folder: Path | None
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """Print what the components of a few images are; return what the timing needs."""
-    front, tail = whole[:cut], whole[cut:]
-    features = front(torch.randn(CODES, length, generator=torch.Generator().manual_seed(0)))
+    """Prints the components of a few images; returns the layers after the cut, a feature and the baseline."""
+    front, tail = generator[:cut], generator[cut:]
+    features = front(torch.randn(LATENTS, length, generator=torch.Generator().manual_seed(0)))
     baseline = features.mean(0)
     for name, labels in (("found regions", regions.labels), ("3 x 3 grid", grid(32, 32))):
         metric = RegionalPrimitives(int(labels.max()) + 1)
-        started = time.perf_counter()
-        for feature in features[:IMAGES]:
+
+        def components(feature: Tensor, labels: Tensor = labels) -> tuple[MinimalFeatures, Decomposition]:
             minimal = minimal_features(tail, feature, baseline, labels)
-            metric.update(*decompose(tail, feature, labels, minimal))
-        seconds = (time.perf_counter() - started) / IMAGES
+            return minimal, decompose(tail, feature, labels, minimal)
+
+        seconds, _ = timed(partial(components, features[0]))
+        for feature in features[:IMAGES]:
+            minimal, decomposition = components(feature)
+            metric.update(*decomposition)
         r = metric.compute()
         curve = ", ".join(f"{float(r.curve[k]):.3f}" for k in (1, 2, 4, 8, 16, len(r.curve) - 1))
+        relevant, irrelevant = float(1 - r.relevant.mean()), float(r.irrelevant.mean())
         print(
             f"{kind} at {features.shape[2]}x{features.shape[3]}, {name} ({metric.num_regions}), {seconds:.1f} s an image, "
             f"{float(r.converged):.0%} converged\n"
-            f"  {int(r.components)} of {len(r.norms) - 1} components carry nine tenths of the squared norm; "
+            f"  {int(r.components)} of {len(r.norms) - 1} components have 90 % of the squared norm; "
             f"leakage {float(r.leakage.mean()):.1%}\n"
             f"  error of the image with 1, 2, 4, 8, 16 and all of the largest: {curve}\n"
-            f"  irrelevant components change a region {float(r.irrelevant.mean()):.4f}, "
-            f"relevant ones {float(1 - r.relevant.mean()):.4f} of its change: "
-            f"{float((1 - r.relevant.mean()) / r.irrelevant.mean()):.0f} times more"
+            f"  irrelevant components change a region by {irrelevant:.4f}, relevant ones by {relevant:.4f} of its change: "
+            f"{relevant / irrelevant:.0f} times more"
         )
-        if pictures:
-            order = r.order
-            grown = [
-                baseline + or_interactions(minimal.features)[order[:k]].sum(0) for k in (0, 1, 2, 4, 8, 16, len(order))
-            ]
+        if folder:
+            parts = or_interactions(minimal.features)
+            grown = [baseline + parts[r.order[:k]].sum(0) for k in (0, 1, 2, 4, 8, 16, len(r.order))]
             strip = tail(torch.stack([*grown, feature]))
             row = torch.cat([enlarged(as_rgb(image, -1, 1), 96) for image in strip], 1)
-            Image.fromarray(row.numpy()).save(pictures / f"{kind}_{cut}_{metric.num_regions}.png")
+            Image.fromarray(row.numpy()).save(folder / f"{kind}_{cut}_{metric.num_regions}.png")
     return tail, features[0], baseline
 
 
-def separately(tail: nn.Module, feature: Tensor, baseline: Tensor, steps: int = 200) -> tuple[float, float]:
-    """Seconds for 512 optimisations one by one with Adam, measured on 16 of them, and the mean objective they reach."""
-    labels = grid(32, 32)
-    cover = torch.nn.functional.one_hot(labels).float()
+def one_by_one(tail: nn.Module, feature: Tensor, baseline: Tensor, steps: int = 200) -> tuple[float, float]:
+    """Returns seconds for 512 optimisations with Adam, measured on 16 of them, and the mean objective that they reach."""
+    cover = torch.nn.functional.one_hot(grid(32, 32)).float()
     own, empty = tail(torch.stack([feature, baseline]))
     change, distance = (own - empty).square().sum(), (feature - baseline).square().sum()
-    reached, started = [], time.perf_counter()
-    masks = range(1, 512, 32)
-    for mask in masks:
+    sets = range(1, 512, 32)
+
+    def objective(mask: int) -> float:
         weight = sum(cover[..., r] for r in range(9) if mask >> r & 1) / change
         u = baseline[None].clone().requires_grad_()
         optimizer = torch.optim.Adam([u], lr=0.05)
@@ -96,60 +99,40 @@ def separately(tail: nn.Module, feature: Tensor, baseline: Tensor, steps: int = 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        reached.append(float(loss.detach()))
-    return (time.perf_counter() - started) / len(masks) * 512, sum(reached) / len(reached)
+        return float(loss.detach())
+
+    seconds, reached = timed(lambda: [objective(mask) for mask in sets])
+    return seconds / len(sets) * 512, sum(reached) / len(sets)
 
 
-def peak() -> float:
-    """The process's peak memory in MiB, on Linux; nan elsewhere."""
-    status = Path("/proc/self/status")
-    held = (
-        [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        if status.exists()
-        else []
-    )
-    return int(held[0]) / 1024 if held else float("nan")
-
-
-def memory(tail: nn.Module, feature: Tensor, baseline: Tensor, batch_size: int, queue: Any) -> None:
-    """Peak memory beyond what the process held before, in a process of its own."""
-    torch.set_num_threads(2)
+def memory(tail: nn.Module, feature: Tensor, baseline: Tensor, batch_size: int) -> float:
+    """Returns the memory at the peak beyond what the process held before, in MiB."""
     minimal_features(tail, feature, baseline, grid(32, 32), subsets=torch.tensor([1]), max_steps=1)
-    before = peak()
+    before = peak_memory()
     minimal_features(tail, feature, baseline, grid(32, 32), batch_size=batch_size, max_steps=2)
-    queue.put(peak() - before)
+    return (peak_memory() - before) * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=Path, help="folder for strips of the image growing by its components")
+    parser.add_argument("--pictures", type=Path, help="folder for strips of an image that grows by its components")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     regions = find_regions(digits(32)[0][:1000], 5)
-    kept = {}
-    for kind, cuts in (("gan", (7, 10)), ("vae", (5,))):
-        whole, length = trained(kind)
-        for cut in cuts:
-            kept[kind, cut] = taken_apart(kind, whole, cut, length, regions, options.pictures)
-
-    tail, feature, baseline = kept["gan", 7]
-    started = time.perf_counter()
-    minimal = minimal_features(tail, feature, baseline, grid(32, 32))
-    ours = time.perf_counter() - started
-    seconds, reached = separately(tail, feature, baseline)
-    mine = float(minimal.objective[1::32].mean())
+    cuts = {}
+    for kind, places in (("gan", (7, 10)), ("vae", (5,))):
+        generator, length = generator_of(kind)
+        for cut in places:
+            cuts[kind, cut] = decomposed(kind, generator, cut, length, regions, options.pictures)
+    tail, feature, baseline = cuts["gan", 7]
+    ours, minimal = timed(lambda: minimal_features(tail, feature, baseline, grid(32, 32)))
+    seconds, reached = one_by_one(tail, feature, baseline)
     print(
-        f"n = 9, 512 sets, GAN at 8x8: one batch {ours:.1f} s, objective {mine:.5f}; one by one {seconds:.0f} s "
-        f"({seconds / ours:.0f} x), objective {reached:.5f} after 200 steps of Adam"
+        f"n = 9, 512 sets, GAN at 8x8: one batch {ours:.1f} s, objective {float(minimal.objective[1::32].mean()):.5f}; "
+        f"one by one {seconds:.0f} s ({seconds / ours:.0f} x), objective {reached:.5f} after 200 steps of Adam"
     )
-    context = mp.get_context("spawn")
     for batch_size in (512, 64):
-        queue = context.Queue()
-        process = context.Process(target=memory, args=(tail, feature, baseline, batch_size, queue))
-        process.start()
-        print(f"  batch_size={batch_size}: {queue.get():.0f} MiB more at the peak")
-        process.join()
+        peak = in_own_process(memory, tail, feature, baseline, batch_size)
+        print(f"  batch_size={batch_size}: {peak:.0f} MiB more at the peak")
 
 
 if __name__ == "__main__":

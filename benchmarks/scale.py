@@ -1,64 +1,62 @@
-"""What do large images and many of them cost, in seconds and memory, and how good are maps by cells?
+"""Measures seconds and memory for large images and many of them, and how good region maps of cells are.
 
-Each size is measured in a process of its own, so that its peak is its own. Maps by cells are compared with the exact map
-at 64x64, beside two exact maps of two halves of the images, since no map can be nearer to it than it is to itself.
+Each size is measured in a process of its own, so that its peak memory is its own. At 64x64, maps of cells are compared with
+the exact map, beside the maps of two halves of the images: no map can be closer to the exact one than it is to itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.pixel_cka import images as smooth_images
+from benchmarks.measuring import in_own_process, peak_memory, timed_anew
+from benchmarks.pixel_cka import smooth_images
 from example_models.data import digits, mnist, scenes
 from lightning_gendiag import CosineMeanSimilarity, RegionMap, find_regions, k_star
-from lightning_gendiag.functional import adjusted_rand_index
+from lightning_gendiag.functional.distances import adjusted_rand_index
 
 COARSE = (1024, 256)
-"""Cells that take the place of the 4,096 pixels: of 2x2 and of 4x4 pixels."""
+"""Numbers of cells, of 2x2 and of 4x4 pixels, that take the place of 4,096 pixels."""
 
 
 def coloured(n: int, size: int, seed: int = 0) -> Tensor:
-    """(n, 3, size, size) bytes, as a loader of photographs would hold them."""
+    """Returns (n, 3, size, size) bytes, as a loader of photographs holds them."""
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.rand(64, 3, 8, 8, generator=generator) for _ in range(n // 64)]
     return torch.cat([(255 * F.interpolate(part, size=(size, size), mode="bilinear")).byte() for part in parts])
 
 
-def map_of(size: int, channels: int = 1) -> Callable[[], None]:
-    held = smooth_images(400, size).float().repeat(1, channels, 1, 1)
-    return lambda: print(find_regions(held, 5, progress=False), file=sys.stderr)
+def region_map(size: int, channels: int = 1) -> Callable[[], RegionMap]:
+    images = smooth_images(400, size).float().repeat(1, channels, 1, 1)
+    return lambda: find_regions(images, 5, progress=False)
 
 
-def cosines(n: int, size: int) -> Callable[[], None]:
-    real, generated = coloured(n, size), coloured(n, size, 1)
+def cosines(n: int, size: int) -> Callable[[], Any]:
     rows = torch.arange(size) * 2 // size
     metric = CosineMeanSimilarity(RegionMap(rows[:, None] * 2 + rows), reset_real_features=False)
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
-    return lambda: print(metric.compute().image, file=sys.stderr)
+    metric.update(coloured(n, size), real=True)
+    metric.update(coloured(n, size, 1), real=False)
+    return metric.compute
 
 
-def neighbours(n: int) -> Callable[[], None]:
+def neighbours(n: int) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (n,), generator=generator)
     latents = torch.randn(10, 128, generator=generator)[labels] + 2 * torch.randn(n, 128, generator=generator)
-    return lambda: print(k_star(latents, labels).mean, file=sys.stderr)
+    return lambda: k_star(latents, labels)
 
 
-SIZES: dict[str, Callable[[], Callable[[], None]]] = {
-    **{f"find_regions, 400 of 1x{size}x{size}": lambda size=size: map_of(size) for size in (32, 64, 128, 256, 512)},
-    "find_regions, 400 of 3x256x256": lambda: map_of(256, 3),
+SIZES: dict[str, Callable[[], Callable[[], Any]]] = {
+    **{f"find_regions, 400 of 1x{size}x{size}": partial(region_map, size) for size in (32, 64, 128, 256, 512)},
+    "find_regions, 400 of 3x256x256": lambda: region_map(256, 3),
     "CosineMeanSimilarity, 1,024 of 3x64x64": lambda: cosines(1024, 64),
     "CosineMeanSimilarity, 8,192 of 3x64x64": lambda: cosines(8192, 64),
     "CosineMeanSimilarity, 1,024 of 3x256x256": lambda: cosines(1024, 256),
@@ -68,37 +66,24 @@ SIZES: dict[str, Callable[[], Callable[[], None]]] = {
 
 
 def measured(name: str) -> tuple[float, float, float]:
-    """Seconds, GiB at the peak, and GiB that were held before."""
-    command = [sys.executable, "-m", "benchmarks.scale", "--one", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, peak, before = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak, before
-
-
-def one(name: str) -> None:
-    work = SIZES[name]()
-    before = resident()
-    started = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - started
-    print(json.dumps((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, before)))
-
-
-def resident() -> float:
-    """GiB in memory now, the libraries and the images included."""
+    """Returns seconds, GiB at the peak, and the GiB before, which libraries and images take."""
+    prepared = SIZES[name]()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**30
+    before = pages * resource.getpagesize() / 2**30
+    del prepared
+    # prepared anew, since a metric computes its result once
+    seconds, _ = timed_anew(SIZES[name])
+    return seconds, peak_memory(), before
 
 
 def agreement(folder: Path | None) -> None:
-    """Maps by cells beside the exact one, at 64x64."""
+    """Prints how well maps of cells agree with the exact one, at 64x64."""
     n, size = 1600, 64
     kinds = {"scenes of 5 regions": scenes(n, 5, 32)[0], "digits, from 8x8": digits(size)[0][:n]}
     if folder is not None:
         kinds["MNIST"] = mnist(folder)[0][:n]
-    print(f"\n{'adjusted Rand index, 1 = the same map, 64x64':46s} {'two halves':>10s}" + "".join(
-        f"{f'{count} cells':>12s}" for count in COARSE
-    ))  # fmt: skip
+    titles = "".join(f"{f'{count} cells':>12s}" for count in COARSE)
+    print(f"\n{'adjusted Rand index, 1 = the same map, 64x64':46s} {'two halves':>10s}{titles}")
     for name, held in kinds.items():
         x = F.interpolate(held, size=(size, size), mode="bilinear", align_corners=False)
         halves = [find_regions(half, 5, progress=False).labels.flatten() for half in (x[0::2], x[1::2])]
@@ -110,17 +95,13 @@ def agreement(folder: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--only", default="", help="measure the names that contain this, and no agreement of maps")
     parser.add_argument("--mnist", type=Path, help="folder with MNIST's test images")
     options = parser.parse_args()
-    if options.one:
-        one(options.one)
-        return
     print(f"{'':44s} {'seconds':>8s} {'GiB at the peak':>16s} {'GiB before':>11s}")
     for name in SIZES:
         if options.only in name:
-            seconds, peak, before = measured(name)
+            seconds, peak, before = in_own_process(measured, name)
             print(f"{name:44s} {seconds:8.1f} {peak:16.2f} {before:11.2f}", flush=True)
     if not options.only:
         agreement(options.mnist)

@@ -1,1 +1,1 @@
-"""Small, real generative models with the diagnostics attached; each runs with ``python -m example_models.<name>``."""
+"""Small generative models that are trained with the diagnostics; each runs with ``python -m example_models.<name>``."""

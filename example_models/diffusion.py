@@ -1,6 +1,6 @@
-"""A small diffusion model (DDPM) on real handwritten digits, sampled by DDIM: ``python -m example_models.diffusion``.
+"""A small diffusion model (DDPM) of handwritten digits, sampled by DDIM: ``python -m example_models.diffusion``.
 
-``--fault`` breaks one region of what the sampler returns in the middle of the run, so that the alarm has something to find.
+``--fault`` breaks one region of the samples in the middle of the run, to demonstrate the alarm.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from example_models.data import digit_batches
-from example_models.running import closing_words, options_parser, seeded, watched_run
-from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, GenerationBalanceMonitor, Probe
+from example_models.running import monitored_run, options_parser, print_next_steps, seeded
+from lightning_gendiag import (
+    CollapseStopping,
+    CosineMeanSimilarityMonitor,
+    GenerationBalanceMonitor,
+    ModelAdapter,
+    Monitor,
+)
 
 BOX = (12, 10, 16, 16)
-"""Where a fault is planted: top, left, bottom, right, the last two exclusive."""
+"""The region of the planted fault: top, left, bottom, right, where the last two are exclusive."""
 
 FAULTS = ("dark", "noise", "still")
 
 
 class Block(nn.Module):
-    """Two convolutions with a skip, told the time."""
+    """Two convolutions with a skip connection, conditioned on the time."""
 
     def __init__(self, inside: int, outside: int, time: int) -> None:
         super().__init__()
@@ -35,7 +41,7 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(inside, outside, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Features (N, C', H, W) of features (N, C, H, W) at embedded times (N, T)."""
+        """Returns features (N, C', H, W) of features (N, C, H, W) at embedded times (N, T)."""
         h = self.second(self.first(x) + self.time(time)[:, :, None, None])
         out: Tensor = h + self.skip(x)
         return out
@@ -45,9 +51,9 @@ class Diffusion(LightningModule):
     """A U-Net that predicts velocity, with a cosine schedule, for 16x16 grey images in -1..1.
 
     Args:
-        width: channels of the widest feature maps' half.
-        steps: of the sampler.
-        lr: learning rate.
+        width: Half the number of channels of the widest feature maps.
+        steps: The number of steps of the sampler.
+        lr: The learning rate.
     """
 
     def __init__(self, width: int = 12, steps: int = 12, lr: float = 2e-3) -> None:
@@ -61,19 +67,19 @@ class Diffusion(LightningModule):
         self.outward = nn.Sequential(nn.GroupNorm(4, w), nn.SiLU(), nn.Conv2d(w, 1, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Velocity (N, 1, 16, 16) at images (N, 1, 16, 16) and times (N,) from 0, clean, to 1, noise."""
+        """Returns velocities (N, 1, 16, 16) at images (N, 1, 16, 16) and times (N,), from 0 for clean images to 1 for noise."""
         angles = time[:, None] * torch.exp(torch.arange(8, device=x.device) * math.log(100) / 7)
-        told = self.embed(torch.cat([angles.sin(), angles.cos()], 1))
-        fine = self.down[0](self.inward(x), told)
-        middle = self.down[1](F.avg_pool2d(fine, 2), told)
-        coarse = self.down[2](F.avg_pool2d(middle, 2), told)
-        middle = self.up[0](torch.cat([F.interpolate(coarse, scale_factor=2), middle], 1), told)
-        fine = self.up[1](torch.cat([F.interpolate(middle, scale_factor=2), fine], 1), told)
+        embedded = self.embed(torch.cat([angles.sin(), angles.cos()], 1))
+        fine = self.down[0](self.inward(x), embedded)
+        middle = self.down[1](F.avg_pool2d(fine, 2), embedded)
+        coarse = self.down[2](F.avg_pool2d(middle, 2), embedded)
+        middle = self.up[0](torch.cat([F.interpolate(coarse, scale_factor=2), middle], 1), embedded)
+        fine = self.up[1](torch.cat([F.interpolate(middle, scale_factor=2), fine], 1), embedded)
         out: Tensor = self.outward(fine)
         return out
 
     def sample(self, n: int) -> Tensor:
-        """Images (n, 1, 16, 16) by DDIM."""
+        """Returns images (n, 1, 16, 16), sampled by DDIM."""
         x = torch.randn(n, 1, 16, 16, device=self.device)
         times = torch.linspace(1, 0, self.hparams["steps"] + 1, device=self.device)
         for now, then in pairwise(times):
@@ -84,7 +90,7 @@ class Diffusion(LightningModule):
         return x
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean squared error of the velocity."""
+        """Returns the mean squared error of the velocity."""
         images = F.avg_pool2d(batch[0], batch[0].shape[-1] // 16)
         angle = torch.rand(len(images), device=self.device)
         signal, noise = ((angle * math.pi / 2).cos(), (angle * math.pi / 2).sin())
@@ -95,17 +101,18 @@ class Diffusion(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Returns Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
 
 
 class FaultyDiffusion(Diffusion):
-    """A diffusion model whose samples break inside a box from some epoch on.
+    """A diffusion model with a planted fault: from some epoch on, its samples are wrong inside a box.
 
     Args:
-        fault: ``dark``: half as bright there; ``noise``: uniform noise; ``still``: the first sample's, in all.
-        start: the epoch from which on.
-        kwargs: as for :class:`Diffusion`.
+        fault: What happens in the box: ``dark`` halves the brightness, ``noise`` replaces it by uniform noise, and
+            ``still`` shows the first sample in all samples.
+        start: The first epoch with the fault.
+        kwargs: The arguments of :class:`Diffusion`.
     """
 
     def __init__(self, fault: str = "still", start: int = 20, **kwargs: Any) -> None:
@@ -115,7 +122,7 @@ class FaultyDiffusion(Diffusion):
         self.fault, self.start = fault, start
 
     def sample(self, n: int) -> Tensor:
-        """Images, with the fault in them once it has begun."""
+        """Returns images, with the fault in them from its first epoch on."""
         images = super().sample(n)
         if self.current_epoch < self.start:
             return images
@@ -131,17 +138,24 @@ class FaultyDiffusion(Diffusion):
 
 
 def main(arguments: list[str] | None = None) -> CollapseStopping:
-    """Train, watch, and say how it ended."""
-    parser = options_parser("A diffusion model on handwritten digits, watched region by region.", FAULTS)
+    """Trains the model with its monitors, and prints how the run ended."""
+    parser = options_parser(
+        "Trains a diffusion model on handwritten digits and monitors each region of its samples.", FAULTS
+    )
     options = parser.parse_args(arguments)
     seeded(options.seed)
     model = FaultyDiffusion(options.fault, options.start) if options.fault else Diffusion()
-    # each look takes steps x samples passes through the network
-    probe = Probe(num_samples=512)
-    monitors = [CosineMeanSimilarityMonitor(num_regions=4, probe=probe), GenerationBalanceMonitor(probe=probe)]
-    stopping = watched_run("diffusion", model, digit_batches(size=16), monitors, options)
+    # each sample takes one pass through the network for each step, so there are fewer samples than by default
+    adapter = ModelAdapter(num_samples=512)
+    monitors: list[Monitor[Any, Any]] = [
+        CosineMeanSimilarityMonitor(num_regions=4, adapter=adapter),
+        GenerationBalanceMonitor(adapter=adapter),
+    ]
+    stopping = monitored_run("diffusion", model, digit_batches(size=16), monitors, options)
     top, left, bottom, right = BOX
-    closing_words("diffusion", options, f"{options.fault} in rows {top} to {bottom - 1}, columns {left} to {right - 1}")
+    print_next_steps(
+        "diffusion", options, f"{options.fault} in rows {top} to {bottom - 1}, columns {left} to {right - 1}"
+    )
     return stopping
 
 

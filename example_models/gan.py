@@ -1,7 +1,7 @@
-"""A DCGAN on real handwritten digits, watched region by region: ``python -m example_models.gan``.
+"""A DCGAN of handwritten digits, with monitors of each region of its images: ``python -m example_models.gan``.
 
-``--fault`` breaks one region of what the generator draws in the middle of the run, as a broken upsampling layer or a
-saturated channel would, so that the alarm has something to find. The fault is planted; the training is real.
+``--fault`` breaks one region of the generated images in the middle of the run, as a broken upsampling layer or a
+saturated channel would, to demonstrate the alarm. The fault is planted; the training is real.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from example_models.data import digit_batches
-from example_models.running import closing_words, options_parser, seeded, watched_run
+from example_models.running import monitored_run, options_parser, print_next_steps, seeded
 from lightning_gendiag import (
     CollapseStopping,
     CosineMeanSimilarityMonitor,
     GenerationBalanceMonitor,
     KStarMonitor,
+    Monitor,
     RegionalPrimitivesMonitor,
 )
 
 BOX = (24, 20, 32, 32)
-"""Where a fault is planted: top, left, bottom, right, the last two exclusive."""
+"""The region of the planted fault: top, left, bottom, right, where the last two are exclusive."""
 
 FAULTS = ("frozen", "blurred", "dark", "noise", "slide")
 
@@ -33,9 +34,9 @@ class GAN(LightningModule):
     """A small DCGAN with the non-saturating loss, for 32x32 grey images.
 
     Args:
-        latent_dim: length of the noise.
-        width: channels of the widest feature maps' quarter.
-        lr: learning rate of both networks.
+        latent_dim: The length of the noise.
+        width: A quarter of the number of channels of the widest feature maps.
+        lr: The learning rate of both networks.
     """
 
     def __init__(self, latent_dim: int = 32, width: int = 16, lr: float = 2e-4) -> None:
@@ -59,12 +60,12 @@ class GAN(LightningModule):
         self.apply(_initialise)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Images (N, 1, 32, 32) in -1..1 from noise (N, latent_dim)."""
+        """Returns images (N, 1, 32, 32) in -1..1 from noise (N, latent_dim)."""
         images: Tensor = self.generator(z)
         return images
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One step of the discriminator, one of the generator."""
+        """Takes one step of the discriminator and one of the generator."""
         real = batch[0]
         optimizer_d, optimizer_g = self.optimizers()  # type: ignore[attr-defined]
         fake = self(torch.randn(len(real), self.hparams["latent_dim"], device=self.device))
@@ -81,7 +82,7 @@ class GAN(LightningModule):
         self.log_dict({"loss_d": loss_d, "loss_g": loss_g}, prog_bar=True)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Adam for each, as in the DCGAN paper."""
+        """Returns one Adam for each network, as in the DCGAN paper."""
         return [
             torch.optim.Adam(network.parameters(), lr=self.hparams["lr"], betas=(0.5, 0.999))
             for network in (self.discriminator, self.generator)
@@ -89,17 +90,17 @@ class GAN(LightningModule):
 
 
 class FaultyGAN(GAN):
-    """A GAN whose images break inside a box from some epoch on, in evaluation mode only.
+    """A GAN with a planted fault: in evaluation mode, its images are wrong inside a box from some epoch on.
 
-    So do statistics of BatchNorm that went bad, a wrong cast at inference, or a broken last layer of a decoder that
-    the loss does not see: training goes on as if nothing were, and no loss moves.
+    Wrong statistics of BatchNorm or a wrong cast at inference have the same effect: training continues and no loss
+    changes, since the fault does not occur in training mode.
 
     Args:
-        fault: ``frozen``: one image there, whatever the noise; ``blurred``: the mean; ``dark``: half as bright;
-            ``noise``: uniform noise; ``slide``: blurred more and more, by a tenth each epoch.
-        start: the epoch from which on.
-        box: top, left, bottom, right of the region, the last two exclusive.
-        kwargs: as for :class:`GAN`.
+        fault: What happens in the box: ``frozen`` shows one image for all noise, ``blurred`` shows the mean image,
+            ``dark`` halves the brightness, ``noise`` shows uniform noise, and ``slide`` blurs by a tenth more each epoch.
+        start: The first epoch with the fault.
+        box: The top, left, bottom and right of the box, where the last two are exclusive.
+        kwargs: The arguments of :class:`GAN`.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class FaultyGAN(GAN):
         self.fault, self.start, self.box = fault, start, box
 
     def forward(self, z: Tensor) -> Tensor:
-        """Images, with the fault in them once it has begun."""
+        """Returns images, with the fault in them from its first epoch on."""
         images = super().forward(z)
         epoch = self.current_epoch if self._trainer is not None else 0
         if self.training or epoch < self.start:
@@ -119,14 +120,14 @@ class FaultyGAN(GAN):
         return torch.where(self.planted(), self.broken(images, epoch), images)
 
     def planted(self) -> Tensor:
-        """(32, 32) bool, true inside the box."""
+        """Returns (32, 32) bool, true inside the box."""
         top, left, bottom, right = self.box
         inside = torch.zeros(32, 32, dtype=torch.bool, device=self.device)
         inside[top:bottom, left:right] = True
         return inside
 
     def broken(self, images: Tensor, epoch: int) -> Tensor:
-        """What stands inside the box."""
+        """Returns images of which the box shows the fault."""
         mean = images.mean(0, keepdim=True).expand_as(images)
         if self.fault == "frozen":
             return super().forward(torch.zeros(1, self.hparams["latent_dim"], device=self.device)).expand_as(images)
@@ -147,29 +148,29 @@ def _initialise(module: nn.Module) -> None:
 
 
 def main(arguments: list[str] | None = None) -> CollapseStopping:
-    """Train, watch, and say how it ended."""
-    parser = options_parser("A GAN on handwritten digits, watched region by region.", FAULTS)
+    """Trains the model with its monitors, and prints how the run ended."""
+    parser = options_parser("Trains a GAN on handwritten digits and monitors each region of its images.", FAULTS)
     parser.add_argument("--lr", type=float, default=2e-4)
     options = parser.parse_args(arguments)
     seeded(options.seed)
     model = FaultyGAN(options.fault, options.start, lr=options.lr) if options.fault else GAN(lr=options.lr)
     monitor = CosineMeanSimilarityMonitor(num_regions=5)
-    monitors = [
+    monitors: list[Monitor[Any, Any]] = [
         monitor,
         GenerationBalanceMonitor(),
-        # whether the discriminator's last features keep the ten digits apart, which it is never told of
+        # the last features of the discriminator may separate the ten digits, although it is trained without labels
         KStarMonitor("discriminator.7"),
         RegionalPrimitivesMonitor(),
     ]
-    stopping = watched_run("gan", model, digit_batches(), monitors, options)
+    stopping = monitored_run("gan", model, digit_batches(), monitors, options)
     regions = monitor.region_map
     if isinstance(model, FaultyGAN) and regions is not None:
-        for finding in stopping.findings:
-            if finding.where in regions.names:
-                overlap = regions.overlap(regions.names.index(finding.where), model.planted())
-                print(f"Overlap of {finding.where} with the planted box: {overlap:.2f} (intersection over union).")
+        for alarm in stopping.alarms:
+            if alarm.label in regions.names:
+                overlap = regions.overlap(regions.names.index(alarm.label), model.planted())
+                print(f"The overlap of {alarm.label} with the planted box is {overlap:.2f} (intersection over union).")
     rows, columns = f"rows {BOX[0]} to {BOX[2] - 1}", f"columns {BOX[1]} to {BOX[3] - 1}"
-    closing_words("gan", options, f"{options.fault} in {rows}, {columns}")
+    print_next_steps("gan", options, f"{options.fault} in {rows}, {columns}")
     return stopping
 
 

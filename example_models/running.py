@@ -1,4 +1,4 @@
-"""What all examples do around their model: options, a trainer with the callbacks, and a verdict in words."""
+"""Code that all examples share: their options, the training with the callbacks, and the report at the end."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_gendiag import CollapseStopping, CollapseWarning, Monitor
 def options_parser(
     description: str, faults: Sequence[str], epochs: int = 40, start: int = 20
 ) -> argparse.ArgumentParser:
-    """Options that all examples have."""
+    """Returns a parser of the options that all examples have."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--fault", choices=faults, help="break something in the middle of the run")
-    parser.add_argument("--start", type=int, default=start, help="epoch at which it breaks")
+    parser.add_argument("--fault", choices=faults, help="plant a fault in the middle of the run")
+    parser.add_argument("--start", type=int, default=start, help="epoch at which the fault begins")
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that TensorBoard reads")
@@ -30,15 +30,19 @@ def options_parser(
 
 
 def seeded(seed: int) -> None:
-    """Seed everything, before the model is made."""
+    """Seeds all random number generators, so that the model and the run are reproducible."""
     seed_everything(seed, verbose=False)
 
 
-def watched_run(
-    name: str, model: LightningModule, data: DataLoader[Any], monitors: Sequence[Monitor], options: argparse.Namespace
+def monitored_run(
+    name: str,
+    model: LightningModule,
+    data: DataLoader[Any],
+    monitors: Sequence[Monitor[Any, Any]],
+    options: argparse.Namespace,
 ) -> CollapseStopping:
-    """Train with the monitors and a stopper attached, on the CPU, and print how it ended."""
-    # advice on workers and on other products does not help with data that is in memory
+    """Trains on the CPU with the monitors and ``CollapseStopping``, prints how the run ended, and returns the stopper."""
+    # the data are in memory, where Lightning's advice on workers does not help
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
@@ -53,25 +57,30 @@ def watched_run(
         enable_checkpointing=False,
     )
     with warnings.catch_warnings():
-        # told below
+        # the alarms are printed below
         warnings.simplefilter("ignore", CollapseWarning)
         trainer.fit(model, data)
 
     print()
-    if stopping.findings:
-        print(f"STOPPED in epoch {stopping.findings[0].epoch}:")
-        for finding in stopping.findings:
-            print(f"  {finding}")
+    if stopping.alarms:
+        ended = f"stopped in epoch {stopping.stopped_epoch}" if stopping.stopped_epoch else "ran to its end"
+        print(f"The run {ended}. Alarms:")
+        for alarm in stopping.alarms:
+            print(f"  {alarm.message}")
     else:
-        print(f"HEALTHY: {trainer.current_epoch} epochs, and nothing fell from its level.")
+        print(f"The run ended after {trainer.current_epoch} epochs. {stopping.report(trainer)['summary']}")
     return stopping
 
 
-def closing_words(name: str, options: argparse.Namespace, planted: str) -> None:
-    """What was planted, how to see the other run, and how to look at both."""
+def print_next_steps(name: str, options: argparse.Namespace, planted: str) -> None:
+    """Prints which fault was planted, how to train the other run, and how to open both in TensorBoard."""
     if options.fault:
-        print(f"The fault was planted: {planted}, from epoch {options.start} on.")
-        print(f"The run without it:  .venv/bin/python -m example_models.{name}")
+        print(f"A fault was planted from epoch {options.start} on: {planted}.")
+        print(f"To train without the fault: .venv/bin/python -m example_models.{name}")
     else:
-        print(f"A run with a fault:  .venv/bin/python -m example_models.{name} --fault ...   (--help names them)")
-    print(f"TensorBoard:         .venv/bin/tensorboard --logdir {options.runs}   (look at Images and Custom Scalars)")
+        print(
+            f"To train with a fault:      .venv/bin/python -m example_models.{name} --fault ...   (--help lists them)"
+        )
+    print(
+        f"To open TensorBoard:        .venv/bin/tensorboard --logdir {options.runs}   (see Images and Custom Scalars)"
+    )

@@ -1,9 +1,9 @@
-"""A VAE on real handwritten digits, watched from its latent side: ``python -m example_models.vae``.
+"""A VAE of handwritten digits, with monitors of its latents and its images: ``python -m example_models.vae``.
 
-``--latent-dim 2`` or ``3`` makes a latent space that can be looked at: classes that the prior misses, margins and a grey
-area show at a glance. ``--beta`` weighs the KL term: large values silence one latent dimension after the other, which is
-no fault and no alarm while it happens as training begins. ``--fault`` breaks what the decoder makes of its latents in the
-middle of the run, so that the alarm has something to find.
+``--latent-dim 2`` or ``3`` gives a latent space that can be plotted: the panels show classes that the prior misses,
+margins, and a grey area. ``--beta`` weighs the KL term: large values switch off one latent dimension after the other,
+which raises no alarm while it happens at the start of training. ``--fault`` breaks the decoder in the middle of the run,
+to demonstrate the alarm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from example_models.data import digit_batches
-from example_models.running import closing_words, options_parser, seeded, watched_run
+from example_models.running import monitored_run, options_parser, print_next_steps, seeded
 from lightning_gendiag import (
     CollapseStopping,
     CosineMeanSimilarityMonitor,
@@ -24,6 +24,7 @@ from lightning_gendiag import (
     KStarMonitor,
     LatentRegionsMonitor,
     ManifoldEntropyMonitor,
+    Monitor,
     PosteriorKLMonitor,
 )
 
@@ -34,12 +35,12 @@ class VAE(LightningModule):
     """A small convolutional VAE with Gaussian latents and a Gaussian likelihood, for 32x32 grey images.
 
     Args:
-        latent_dim: L.
-        beta: weight of the KL term.
-        width: channels of the widest feature maps' half.
-        lr: learning rate.
-        noise: standard deviation of the likelihood.
-        warmup: epochs in which the weight of the KL term grows from 0 to beta.
+        latent_dim: The number of latent dimensions L.
+        beta: The weight of the KL term.
+        width: Half the number of channels of the widest feature maps.
+        lr: The learning rate.
+        noise: The standard deviation of the likelihood.
+        warmup: The number of epochs in which the weight of the KL term grows from 0 to beta.
     """
 
     def __init__(
@@ -68,21 +69,21 @@ class VAE(LightningModule):
         )  # fmt: skip
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (N, L) of the posterior."""
+        """Returns the mean and the log variance (N, L) of the posterior."""
         mean, log_variance = self.encoder(images).chunk(2, 1)
         return mean, log_variance
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (N, 1, 32, 32) from latents (N, L)."""
+        """Returns images (N, 1, 32, 32) from latents (N, L)."""
         images: Tensor = self.decoder(z)
         return images
 
     def sample(self, n: int) -> Tensor:
-        """Images of the prior."""
+        """Returns images (n, 1, 32, 32), decoded from latents of the prior."""
         return self.decode(torch.randn(n, self.hparams["latent_dim"], device=self.device))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The negative evidence lower bound, in nats per image, with beta before the KL term."""
+        """Returns the negative evidence lower bound in nats per image, with a weight of beta on the KL term."""
         images = batch[0]
         mean, log_variance = self.encode(images)
         z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
@@ -95,19 +96,21 @@ class VAE(LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam."""
+        """Returns Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
 
 
 class FaultyVAE(VAE):
-    """A VAE whose decoder misuses its latents from some epoch on, in evaluation mode only but for ``ignored``.
+    """A VAE with a planted fault: from some epoch on, its decoder misuses the latents.
+
+    The fault occurs in evaluation mode only, except for ``ignored``, which occurs in training too.
 
     Args:
-        fault: ``dead``: dimension 1 does nothing; ``entangled``: dimension 1 does almost what dimension 0 does;
-            ``collapse``: all dimensions but the first do a fiftieth of what they did; ``ignored``: the decoder gets
-            zeros for its latents, in training too, so that the posterior collapses.
-        start: the epoch from which on.
-        kwargs: as for :class:`VAE`.
+        fault: What happens: with ``dead``, dimension 1 has no effect; with ``entangled``, it has almost the effect of
+            dimension 0; with ``collapse``, all dimensions but the first have a fiftieth of their effect; with
+            ``ignored``, the decoder gets zeros as latents, so that the posterior collapses.
+        start: The first epoch with the fault.
+        kwargs: The arguments of :class:`VAE`.
     """
 
     def __init__(self, fault: str = "dead", start: int = 20, **kwargs: Any) -> None:
@@ -117,7 +120,7 @@ class FaultyVAE(VAE):
         self.fault, self.start = fault, start
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images, with the fault in them once it has begun."""
+        """Returns images, with the fault in them from its first epoch on."""
         epoch = self.current_epoch if self._trainer is not None else 0
         if epoch >= self.start and self.fault == "ignored":
             return super().decode(z * 0)
@@ -135,16 +138,16 @@ class FaultyVAE(VAE):
 
 
 def main(arguments: list[str] | None = None) -> CollapseStopping:
-    """Train, watch, and say how it ended."""
-    parser = options_parser("A VAE on handwritten digits, watched by its latent dimensions.", FAULTS)
+    """Trains the model with its monitors, and prints how the run ended."""
+    parser = options_parser("Trains a VAE on handwritten digits and monitors its latents and images.", FAULTS)
     parser.add_argument("--beta", type=float, default=1.0, help="weight of the KL term")
     parser.add_argument("--latent-dim", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=0, help="epochs in which the KL term's weight grows to beta")
+    parser.add_argument("--warmup", type=int, default=0, help="epochs in which the weight of the KL term grows to beta")
     options = parser.parse_args(arguments)
     seeded(options.seed)
     own = {"latent_dim": options.latent_dim, "beta": options.beta, "warmup": options.warmup}
     model = FaultyVAE(options.fault, options.start, **own) if options.fault else VAE(**own)
-    monitors = [
+    monitors: list[Monitor[Any, Any]] = [
         ManifoldEntropyMonitor(),
         PosteriorKLMonitor(),
         KStarMonitor(),
@@ -152,14 +155,14 @@ def main(arguments: list[str] | None = None) -> CollapseStopping:
         GenerationBalanceMonitor(),
         LatentRegionsMonitor(every_n_epochs=5),
     ]
-    stopping = watched_run("vae", model, digit_batches(), monitors, options)
+    stopping = monitored_run("vae", model, digit_batches(), monitors, options)
     planted = {
-        "dead": "dimension 1 does nothing",
-        "entangled": "dimension 1 does what dimension 0 does",
-        "collapse": "all dimensions but the first are nearly silent",
+        "dead": "dimension 1 has no effect",
+        "entangled": "dimension 1 has the effect of dimension 0",
+        "collapse": "all dimensions but the first have almost no effect",
         "ignored": "the decoder ignores its latents",
     }
-    closing_words("vae", options, planted.get(options.fault, ""))
+    print_next_steps("vae", options, planted.get(options.fault, ""))
     return stopping
 
 

@@ -1,4 +1,4 @@
-"""All monitors on one or two processes: ``python -m tests.all_on_two FOLDER PROCESSES``."""
+"""Runs all monitors on one or two processes: ``python -m tests.all_on_two FOLDER PROCESSES``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lightning_gendiag import (
     KStarMonitor,
     LatentRegionsMonitor,
     ManifoldEntropyMonitor,
+    ModelAdapter,
     PosteriorKLMonitor,
-    Probe,
     RegionalPrimitivesMonitor,
 )
-from tests.conftest import batches, trainer
+from tests.helpers.running import batches, trainer
 
 
 class Still(VAE):
-    """A VAE that stays as it is, since two processes train on other batches than one does."""
+    """A VAE that training does not change, since two processes train on other batches than one process."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -38,7 +38,8 @@ def main(folder: Path, processes: int) -> None:
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     options = {
-        "probe": Probe(reference=digits(32), num_samples=200, num_reference=301), "on_error": "raise", "max_share": 1.0,
+        "adapter": ModelAdapter(reference=digits(32), num_samples=200, num_reference=301),
+        "on_error": "raise", "max_overhead": 1.0,
     }  # fmt: skip
     monitors = [
         CosineMeanSimilarityMonitor(num_regions=3, null_splits=8, **options),
@@ -55,7 +56,7 @@ def main(folder: Path, processes: int) -> None:
     )  # fmt: skip
     own.fit(Still(3, width=2), batches(32, 128))
     folder.mkdir(parents=True, exist_ok=True)
-    report = {monitor.stem: {k: float(v) for k, v in monitor.result.scalars().items()} for monitor in monitors}
+    report = {monitor.name: {k: float(v) for k, v in monitor.result.scalars().items()} for monitor in monitors}
     torch.save(report, folder / f"report_{own.global_rank}.pt")
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""A run with a planted fault on one or two processes: ``python -m tests.run_on_two FOLDER FAULT [PROCESSES]``."""
+"""Runs a model with a planted fault on one or two processes: ``python -m tests.run_on_two FOLDER FAULT [PROCESSES]``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 from example_models.data import digits
-from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, Probe
-from tests.conftest import ScriptedGenerator, batches, trainer
-from tests.test_stopping import QUADRANTS, planted
+from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, ModelAdapter
+from tests.helpers.faults import QUADRANTS, planted
+from tests.helpers.models import ScriptedGenerator
+from tests.helpers.running import batches, trainer
 
 
 def main(folder: Path, fault: str, processes: int = 2) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    monitor = CosineMeanSimilarityMonitor(QUADRANTS, probe=Probe(reference=digits(16)[0], num_samples=500))
+    monitor = CosineMeanSimilarityMonitor(QUADRANTS, adapter=ModelAdapter(reference=digits(16)[0], num_samples=500))
     stopping = CollapseStopping()
     own = trainer(
         monitor, stopping, max_epochs=30, devices=processes, strategy="ddp" if processes > 1 else "auto",
@@ -28,9 +29,9 @@ def main(folder: Path, fault: str, processes: int = 2) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     assert monitor.latest is not None
     report = {
-        "findings": [asdict(finding) for finding in stopping.findings],
+        "alarms": [asdict(alarm) for alarm in stopping.alarms],
         "epoch": own.current_epoch,
-        "readings": {where: reading.value for where, reading in monitor.latest.readings.items()},
+        "observations": {o.series.name: o.value for o in monitor.latest.observations},
     }
     torch.save(report, folder / f"report_{own.global_rank}.pt")
     os._exit(0)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from example_models.data import digits
 from lightning_gendiag import CosineMeanSimilarity, RegionMap, cosine_mean_similarity
-from lightning_gendiag.diagnostics.cosine_mean_similarity import mathematics
-from tests.cases import Case
-from tests.test_regions import blocks, regional_images
+from lightning_gendiag.diagnostics.cosine_mean_similarity import functional as functional
+from tests.helpers.cases import Case
+from tests.helpers.images import blocks, regional_images
 
 
 def gamma_of(x: Tensor) -> float:
@@ -18,7 +18,7 @@ def gamma_of(x: Tensor) -> float:
 
 
 def definition(generated: Tensor, real: Tensor, inside: Tensor, gamma: float, unbiased: bool) -> float:
-    """Means of the kernel over all pairs, written as in the paper."""
+    """Returns the cosine from means of the kernel over all pairs, as in the paper."""
     x, y = generated[:, :, inside].flatten(1), real[:, :, inside].flatten(1)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -34,11 +34,11 @@ def definition(generated: Tensor, real: Tensor, inside: Tensor, gamma: float, un
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("bandwidth", ["region", "image", 0.02])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_it_is_the_definition(
+def test_the_result_equals_the_definition(
     channels: int, bandwidth: str | float, unbiased: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # several blocks, the last one ragged
-    monkeypatch.setattr(mathematics, "BLOCK", 7)
+    # there are several blocks, of which the last is smaller
+    monkeypatch.setattr(functional, "BLOCK", 7)
     labels = torch.randint(0, 3, (5, 6), generator=generator)
     real = torch.rand(23, channels, 5, 6, generator=generator, dtype=torch.float64)
     generated = torch.rand(17, channels, 5, 6, generator=generator, dtype=torch.float64) ** 1.3
@@ -48,7 +48,7 @@ def test_it_is_the_definition(
     for r in range(3):
         expected = definition(generated, real, labels == r, gammas[r], unbiased)
         assert float(result.regions[r]) == pytest.approx(expected, abs=1e-12)
-    # the image's kernel is the product of the regions'
+    # the kernel of the image is the product of the kernels of its regions
     scale = torch.tensor(gammas, dtype=torch.float64).sqrt()[labels]
     expected = definition(generated * scale, real * scale, torch.ones(5, 6, dtype=torch.bool), 1.0, unbiased)
     assert float(result.image) == pytest.approx(expected, abs=1e-12)
@@ -75,7 +75,7 @@ def test_theorem_1_on_independent_regions_and_not_on_dependent_ones(generator: t
     independent = regional_images(labels, 4000)
     shifted = regional_images(labels, 4000, seed=1) + 0.7
     result = cosine_mean_similarity(shifted, independent, labels)
-    # the sampling error of the image's logarithm, from disjoint tenths
+    # the sampling error of the logarithm is estimated from disjoint tenths
     parts = [
         cosine_mean_similarity(a, b, labels).residual
         for a, b in zip(shifted.chunk(10), independent.chunk(10), strict=True)
@@ -84,7 +84,7 @@ def test_theorem_1_on_independent_regions_and_not_on_dependent_ones(generator: t
     assert abs(float(result.residual)) < 4 * error
     assert abs(float(result.residual)) < 0.05
 
-    # one number moves all regions: they are as dependent as can be
+    # one number shifts all regions together, so that they are fully dependent
     common = torch.randn(4000, 1, 1, 1, generator=generator)
     dependent = common + 0.3 * torch.randn(4000, 1, 8, 8, generator=generator)
     moved = (
@@ -94,7 +94,7 @@ def test_theorem_1_on_independent_regions_and_not_on_dependent_ones(generator: t
 
 
 @pytest.mark.parametrize("sizes", [(400, 400), (200, 600)])
-def test_z_of_real_against_real_is_standard(sizes: tuple[int, int]) -> None:
+def test_z_scores_of_real_images_against_real_images_are_standard(sizes: tuple[int, int]) -> None:
     labels = torch.arange(4).view(2, 2)
     z = []
     for seed in range(40):
@@ -109,7 +109,7 @@ def test_z_of_real_against_real_is_standard(sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("fault", ["frozen", "blurred", "dark", "noise"])
 @pytest.mark.parametrize("region", [0, 2])
-def test_a_broken_region_stands_out_and_only_that_one(fault: str, region: int, generator: torch.Generator) -> None:
+def test_only_the_broken_region_has_a_low_z_score(fault: str, region: int, generator: torch.Generator) -> None:
     images = regional_images(blocks(), 1000)
     real, generated = images[:500], images[500:].clone()
     inside = blocks() == region
@@ -138,13 +138,13 @@ class TestMetric:
         return metric, generated, real
 
     @pytest.mark.parametrize("unbiased", [True, False])
-    def test_batches_give_what_the_function_gives(self, unbiased: bool) -> None:
+    def test_batches_give_the_result_of_the_function(self, unbiased: bool) -> None:
         metric, generated, real = self.filled(unbiased=unbiased)
         expected = cosine_mean_similarity(generated, real, blocks(8, 8), unbiased=unbiased)
         torch.testing.assert_close(metric.compute().regions, expected.regions)
         torch.testing.assert_close(metric.compute().image, expected.image)
 
-    def test_reset_keeps_the_real_side_only_if_asked(self) -> None:
+    def test_reset_keeps_the_real_images_only_on_request(self) -> None:
         metric, generated, _ = self.filled(reset_real_features=False)
         first = metric.compute()
         metric.reset()
@@ -156,7 +156,7 @@ class TestMetric:
         metric.update(generated, real=False)
         assert metric.compute().image.isnan()
 
-    def test_a_new_real_side_is_not_taken_for_the_old(self) -> None:
+    def test_new_real_images_replace_the_prepared_ones(self) -> None:
         metric, generated, real = self.filled()
         metric.compute()
         metric.reset()
@@ -165,23 +165,23 @@ class TestMetric:
         expected = cosine_mean_similarity(generated, real.flip(-1), blocks(8, 8))
         torch.testing.assert_close(metric.compute().regions, expected.regions)
 
-    def test_classes_are_compared_among_themselves(self) -> None:
+    def test_each_class_is_compared_with_the_same_class(self) -> None:
         images, labels = digits(8)
         metric = CosineMeanSimilarity(blocks(8, 8), num_classes=12)
         metric.update(images[:900], real=True, labels=labels[:900])
         metric.update(images[900:] * 0.9, real=False, labels=labels[900:])
         result = metric.compute()
         assert result.classes.shape == (12, 5)
-        # labels with gaps: no image, no number
+        # classes without images are nan
         assert result.classes[10:].isnan().all()
-        # the bandwidth is the whole reference's
+        # the bandwidth is that of the whole reference
         for label in (0, 7):
             gamma = [gamma_of(images[:900, :, blocks(8, 8) == r].flatten(1).double()) for r in range(4)]
             generated, real = images[900:][labels[900:] == label] * 0.9, images[:900][labels[:900] == label]
             expected = definition(generated.double(), real.double(), blocks(8, 8) == 1, gamma[1], True)
             assert float(result.classes[label, 1]) == pytest.approx(expected, abs=1e-5)
 
-    def test_uint8_is_taken_as_zero_to_one(self) -> None:
+    def test_uint8_images_are_scaled_to_zero_to_one(self) -> None:
         images = ((digits(8)[0] + 1) * 127).byte()
         metric = CosineMeanSimilarity(blocks(8, 8))
         metric.update(images[:100], real=True)
@@ -209,7 +209,7 @@ class TestMetric:
         single.update(torch.rand(10, 1, 8, 8), real=True)
         single.update(torch.rand(1, 1, 8, 8), real=False)
         assert single.compute().image.isnan()
-        # no two of these are alike, so that an unbiased norm is zero up to rounding
+        # no two of these images are similar, so that an unbiased norm is zero up to rounding
         noise = CosineMeanSimilarity(regions)
         noise.update(torch.rand(50, 1, 8, 8), real=True)
         noise.update(100 * torch.randn(50, 1, 8, 8), real=False)
@@ -228,15 +228,15 @@ class TestMetric:
         assert broken.compute().image.isnan()
         assert float(broken.compute().invalid) == 1.0
 
-    def test_bad_input_is_refused_and_nothing_is_lost(self) -> None:
+    def test_invalid_arguments_raise_errors_and_leave_the_state_unchanged(self) -> None:
         metric, _, real = self.filled()
         before = metric.compute()
-        for bad, words in (
+        for bad, message in (
             (torch.zeros(2, 1, 9, 8), r"generated must be \(N, 1, 8, 8\)"),
             (torch.zeros(2, 3, 8, 8), r"generated must be \(N, 1, 8, 8\)"),
             (torch.zeros(2, 8, 8), "tensor, got shape"),
         ):
-            with pytest.raises(ValueError, match=words):
+            with pytest.raises(ValueError, match=message):
                 metric.update(bad, real=False)
         with pytest.raises(ValueError, match="real must be finite"):
             metric.update(real / 0, real=True)

@@ -1,4 +1,4 @@
-"""Two real processes against one: every diagnostic, and a whole run of a trainer."""
+"""Compares two processes with one: every metric, every monitor, and a run that is stopped."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.cases import cases
-from tests.test_laws import close, filled
+from tests.helpers.cases import all_cases
+from tests.helpers.metrics import close, filled
 
 SPLITS = {
     "even": lambda index, rank: index % 2 == rank,
@@ -27,25 +27,27 @@ SPLITS = {
 
 
 def child(rank: int, folder: str) -> None:
-    """Report first: gloo sometimes aborts at the interpreter's exit."""
+    """Saves the results of one rank, and exits at once, since gloo sometimes aborts when the interpreter ends."""
     try:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
         report: Any = {}
-        for stem, case in cases().items():
+        for name, case in all_cases().items():
             for split, mine in SPLITS.items():
                 metric = filled(case, [u for i, u in enumerate(case.updates) if mine(i, rank)])
+                metric.compute_with_cache = False
                 result = tuple(metric.compute())
-                # after a sync each process has its own rows again, and the next one finds the same
-                metric._computed = None
-                report[stem, split] = (result, tuple(metric.compute()))
+                # each process has its own rows again after a synchronization, so that a second one gives the same result
+                report[name, split] = (result, tuple(metric.compute()))
+                with metric.sync_context():
+                    assert torch.equal(metric.configuration, case.make().configuration)
     except Exception:
         report = traceback.format_exc()
     torch.save(report, f"{folder}/report_{rank}.pt")
     os._exit(0)
 
 
-def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     processes = [context.Process(target=child, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in processes:
@@ -55,15 +57,15 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     for rank in range(2):
         report = torch.load(tmp_path / f"report_{rank}.pt", weights_only=True)
         assert isinstance(report, dict), report
-        for stem, case in cases().items():
+        for name, case in all_cases().items():
             expected = tuple(filled(case).compute())
             for split in SPLITS:
-                for result in report[stem, split]:
+                for result in report[name, split]:
                     close(result, expected, case.tolerance)
 
 
 @pytest.mark.parametrize("fault", ["frozen"])
-def test_a_run_on_two_processes_agrees_stops_and_names_the_region(tmp_path: Path, fault: str) -> None:
+def test_two_processes_stop_together_and_name_the_region(tmp_path: Path, fault: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,7 +78,7 @@ def test_a_run_on_two_processes_agrees_stops_and_names_the_region(tmp_path: Path
     assert all(path.exists() for path in reports), done.stderr[-3000:]
     one, two = (torch.load(path, weights_only=True) for path in reports)
     assert one == two
-    assert [finding["where"] for finding in one["findings"]] == ["bottom right"]
+    assert [alarm["label"] for alarm in one["alarms"]] == ["bottom right"]
     assert one["epoch"] < 29
     alone = subprocess.run(
         [sys.executable, "-m", "tests.run_on_two", str(tmp_path / "alone"), fault, "1"],
@@ -86,11 +88,11 @@ def test_a_run_on_two_processes_agrees_stops_and_names_the_region(tmp_path: Path
     assert path.exists(), alone.stderr[-3000:]
     single = torch.load(path, weights_only=True)
     assert single["epoch"] == one["epoch"]
-    for where, value in single["readings"].items():
-        assert value == pytest.approx(one["readings"][where], abs=1e-6)
+    for where, value in single["observations"].items():
+        assert value == pytest.approx(one["observations"][where], abs=1e-6)
 
 
-def test_all_monitors_on_two_processes_see_what_one_sees(tmp_path: Path) -> None:
+def test_all_monitors_give_the_same_scalars_on_one_and_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -107,5 +109,5 @@ def test_all_monitors_on_two_processes_see_what_one_sees(tmp_path: Path) -> None
         reports += [torch.load(path, weights_only=True) for path in paths]
     assert set(reports[0]) >= {"cms", "generation_balance", "latent_regions", "posterior_kl", "regional_primitives"}
     for other in reports[1:]:
-        for stem, scalars in reports[0].items():
-            assert other[stem] == pytest.approx(scalars, abs=1e-6, rel=1e-6, nan_ok=True), stem
+        for name, scalars in reports[0].items():
+            assert other[name] == pytest.approx(scalars, abs=1e-6, rel=1e-6, nan_ok=True), name

@@ -4,23 +4,24 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from lightning_gendiag.functional import adjusted_rand_index, as_images, exact_matmul, median, squared_distances
+from lightning_gendiag.functional.arrays import as_images, exact_matmul, median
+from lightning_gendiag.functional.distances import adjusted_rand_index, squared_distances
 
 
-def test_squared_distances_are_those_of_cdist(generator: torch.Generator) -> None:
+def test_squared_distances_equal_those_of_cdist(generator: torch.Generator) -> None:
     x = torch.randn(20, 7, generator=generator, dtype=torch.float64)
     y = torch.randn(30, 7, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(squared_distances(x, y), torch.cdist(x, y) ** 2)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 10])
-def test_median_is_numpys(n: int, generator: torch.Generator) -> None:
+def test_median_equals_the_quantile_of_torch(n: int, generator: torch.Generator) -> None:
     values = torch.randint(0, 4, (n,), generator=generator).double()
     assert float(median(values)) == pytest.approx(float(torch.quantile(values, 0.5)))
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5])
-def test_adjusted_rand_index_is_scikit_learns(classes: int, generator: torch.Generator) -> None:
+def test_adjusted_rand_index_equals_that_of_scikit_learn(classes: int, generator: torch.Generator) -> None:
     a = torch.randint(0, classes, (50,), generator=generator)
     b = torch.where(torch.rand(50, generator=generator) < 0.6, a, torch.randint(0, 3, (50,), generator=generator))
     assert adjusted_rand_index(a, b) == pytest.approx(adjusted_rand_score(a, b))
@@ -46,7 +47,7 @@ def test_exact_matmul_ignores_autocast() -> None:
             assert (x @ x).dtype == torch.float32
 
 
-def test_images_say_what_is_wrong_with_them() -> None:
+def test_invalid_images_raise_errors() -> None:
     assert torch.equal(as_images(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8)), torch.ones(1, 1, 2, 2))
     with pytest.raises(ValueError, match=r"images must be an \(N, C, H, W\) tensor, got shape \(3, 4, 4\)"):
         as_images(torch.zeros(3, 4, 4))
@@ -57,7 +58,7 @@ def test_images_say_what_is_wrong_with_them() -> None:
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="older torch has one setting only"
 )
-def test_exact_products_stand_beside_the_newer_setting() -> None:
+def test_exact_matmul_restores_the_newer_setting_of_precision() -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -8,12 +8,12 @@ from scipy import stats
 from torch import Tensor
 
 from lightning_gendiag import KStar, k_star
-from lightning_gendiag.diagnostics.k_star import mathematics
-from tests.cases import Case
+from lightning_gendiag.diagnostics.k_star import functional as functional
+from tests.helpers.cases import Case
 
 
 def by_sorting(latents: Tensor, labels: Tensor, cosine: bool = False) -> list[float]:
-    """The definition: sort each sample's neighbours, itself first, other classes first among ties; find the first other."""
+    """Follows the definition: sorts each sample's neighbours, other classes first among ties, and finds the first other."""
     values = []
     for p in range(len(latents)):
         a, b = latents[p].double(), latents.double()
@@ -54,11 +54,11 @@ class TestAgainstSorting:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
     @pytest.mark.parametrize("seed", range(4))
     def test_random_data(self, seed: int, dtype: torch.dtype, distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        # several blocks, the last one ragged
-        monkeypatch.setattr(mathematics, "CELLS", 120 * 7)
+        # there are several blocks, of which the last is smaller
+        monkeypatch.setattr(functional, "CELLS", 120 * 7)
         latents, labels = data(120, 5, 4, seed, dtype)
         if distance == "cosine" and dtype == torch.float32:
-            # normalising rounds: what is compared are the rounded ones
+            # normalization rounds the latents, so the rounded ones are compared
             latents = torch.nn.functional.normalize(latents.double(), dim=1).float()
             result = k_star(latents, labels)
             assert result.values.tolist() == by_sorting(latents, labels)
@@ -95,7 +95,7 @@ class TestAgainstSorting:
 
 
 class TestClosedForms:
-    def test_far_apart_clusters_are_all_ones(self) -> None:
+    def test_distant_clusters_have_only_ones(self) -> None:
         generator = torch.Generator().manual_seed(0)
         labels = torch.arange(60) % 3
         result = k_star(torch.randn(60, 4, generator=generator) + 1000 * labels[:, None], labels)
@@ -113,7 +113,7 @@ class TestClosedForms:
         assert result.pattern == ["undefined", "undefined"]
 
     def test_a_line_of_pairs(self) -> None:
-        # 0 0 1 1 0 0 ...: each sees its twin at distance one and the other class at one or two
+        # the labels are 0 0 1 1 0 0 ...: each point has its twin at distance one, and the other class at one or two
         labels = torch.arange(24) // 2 % 2
         values = k_star(torch.arange(24.0)[:, None], labels).values * 12
         assert values[0] == 2
@@ -134,7 +134,7 @@ class TestPatterns:
         assert result.pattern[0] == "fractured"
 
     def test_two_classes_that_mix_overlap(self) -> None:
-        # half of each lies in a place that both share, half in a place of its own
+        # one half of each class lies in a common place, and the other half in a separate place
         generator = torch.Generator().manual_seed(1)
         labels = torch.arange(800) % 2
         place = torch.where(torch.arange(800)[:, None] < 400, 0.0, torch.where(labels[:, None] == 0, -50.0, 50.0))
@@ -174,10 +174,10 @@ class TestDegenerate:
         assert float(everything.invalid) == 1
         assert everything.scalars()["mean"].isnan()
 
-    def test_nothing_is_flagged(self) -> None:
+    def test_an_empty_input_gives_an_empty_result(self) -> None:
         assert k_star(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).values.shape == (0,)
 
-    def test_bad_input_is_refused_in_words(self) -> None:
+    def test_invalid_arguments_raise_errors(self) -> None:
         with pytest.raises(ValueError, match=r"latents must be \(N, D\) of floats, got .* To fix this, flatten"):
             k_star(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.long))
         with pytest.raises(ValueError, match=r"labels must be \(2,\) integers"):
@@ -193,7 +193,7 @@ class TestDegenerate:
 
 
 class TestMetric:
-    def test_it_gives_what_the_function_gives(self) -> None:
+    def test_the_metric_equals_the_function(self) -> None:
         latents, labels = data(200, 4, 5, 0)
         metric = KStar()
         for part in torch.arange(200).split(33):
@@ -204,7 +204,7 @@ class TestMetric:
         assert torch.equal(found.rivals, expected.rivals)
 
     @pytest.mark.parametrize("split", [1, 7, 50, 300])
-    def test_the_rows_kept_do_not_depend_on_how_they_come(self, split: int) -> None:
+    def test_the_selected_rows_do_not_depend_on_the_batches(self, split: int) -> None:
         latents, labels = data(300, 4, 5, 0, torch.float32)
         whole = KStar(max_rows=60)
         whole.update(latents, labels)
@@ -216,17 +216,17 @@ class TestMetric:
         torch.testing.assert_close(metric.compute(), whole.compute(), rtol=0, atol=0)
         assert len(metric.compute().values) == 60
 
-    def test_the_rows_kept_are_a_fair_choice(self) -> None:
+    def test_the_selected_rows_are_a_fair_sample(self) -> None:
         labels = torch.arange(4000) % 4
         latents = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)) + labels[:, None] * 3
-        kept = KStar(max_rows=800, seed=3)
-        kept.update(latents, labels)
-        counts = kept.compute().labels.bincount()
+        selected = KStar(max_rows=800, seed=3)
+        selected.update(latents, labels)
+        counts = selected.compute().labels.bincount()
         # 200 of each expected; four standard deviations
         assert (counts - 200).abs().max() < 4 * math.sqrt(200 * 0.75)
         other = KStar(max_rows=800, seed=4)
         other.update(latents, labels)
-        assert not torch.equal(other.compute().values, kept.compute().values)
+        assert not torch.equal(other.compute().values, selected.compute().values)
 
 
 def _updates() -> list[dict[str, Tensor]]:

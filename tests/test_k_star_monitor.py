@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,20 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from benchmarks.class_alarms import RECORDS, START, replay
 from example_models.data import digits
-from lightning_gendiag import CollapseStopping, CollapseWarning, DiagnosticWarning, KStarMonitor, Probe, k_star
-from tests.conftest import ScriptedGenerator, TinyGAN, batches, trainer
-from tests.test_board_and_panels import events
-from tests.test_monitor import Numbers, state_after_training
+from lightning_gendiag import CollapseStopping, CollapseWarning, DiagnosticWarning, KStarMonitor, ModelAdapter, k_star
+from tests.helpers.logs import events
+from tests.helpers.models import ScriptedGenerator, TinyGAN
+from tests.helpers.recorded_runs import RecordedClasses
+from tests.helpers.running import Numbers, batches, state_after_training, trainer
 
 
-def monitor(features: Any = "encode", **options: Any) -> KStarMonitor:
+def make_monitor(features: Any = "encode", **options: Any) -> KStarMonitor:
     return KStarMonitor(features, **({"on_error": "raise"} | options))
 
 
 class Encoding(ScriptedGenerator):
-    """An encoder that puts each class of digits in a place of its own, with noise that changes each epoch; one may break."""
+    """Encodes each class of digits to its own place, with noise that changes each epoch; class 7 may fracture."""
 
     def __init__(self, fault: str | None = None, start: int = 12) -> None:
         super().__init__()
@@ -35,34 +34,34 @@ class Encoding(ScriptedGenerator):
         labels = torch.tensor([self.key[image.numpy().tobytes()] for image in images])
         z = 2 * torch.eye(10)[labels] + 0.35 * torch.randn(len(images), 10, generator=generator)
         if self.fault and self.current_epoch >= self.start:
-            # two thirds of class 7 go where class 9 is nearest
+            # two thirds of class 7 move beside class 9
             moved = (labels == 7) & (torch.arange(len(labels)) % 3 > 0)
             z[moved] += 6 * torch.eye(10)[9] - 2 * torch.eye(10)[7]
         return z
 
 
-def reference() -> Probe:
-    return Probe(reference=digits(16), num_reference=800)
+def reference() -> ModelAdapter:
+    return ModelAdapter(reference=digits(16), num_reference=800)
 
 
 def test_a_class_that_fractures_is_found_and_named() -> None:
-    watched, stopping = monitor(probe=reference()), CollapseStopping()
+    monitor, stopping = make_monitor(adapter=reference()), CollapseStopping()
     with pytest.warns(CollapseWarning, match="class 7, now next to class 9, fractured: mean k. fell from"):
-        own = trainer(watched, stopping, max_epochs=30)
+        own = trainer(monitor, stopping, max_epochs=30)
         own.fit(Encoding("fractured"), batches(16, 32))
     assert own.current_epoch < 20
-    assert stopping.findings[0].names == ["class 7"]
+    assert stopping.alarms[0].names == ["class 7"]
 
 
-def test_a_healthy_run_goes_to_its_end() -> None:
-    watched, stopping = monitor(probe=reference()), CollapseStopping()
-    trainer(watched, stopping, max_epochs=25).fit(Encoding(), batches(16, 32))
-    assert stopping.findings == []
-    assert watched.evaluations == 25
+def test_a_healthy_run_raises_no_alarm() -> None:
+    monitor, stopping = make_monitor(adapter=reference()), CollapseStopping()
+    trainer(monitor, stopping, max_epochs=25).fit(Encoding(), batches(16, 32))
+    assert stopping.alarms == []
+    assert monitor.evaluations == 25
 
 
 class WithLayers(TinyGAN):
-    """A discriminator with parts to listen to."""
+    """A GAN with a convolutional discriminator, and with a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,48 +76,48 @@ class WithLayers(TinyGAN):
     ["discriminator.2", lambda module, images: module.discriminator[:3](images)],
     ids=["path", "callable"],
 )
-def test_a_layer_is_heard_by_path_or_callable(features: Any) -> None:
+def test_features_of_a_layer_are_given_by_path_or_callable(features: Any) -> None:
     images, labels = digits(8)
-    watched, numbers, model = (
-        monitor(features, probe=Probe(reference=(images[:300], labels[:300]))),
+    monitor, numbers, model = (
+        make_monitor(features, adapter=ModelAdapter(reference=(images[:300], labels[:300]))),
         Numbers(),
         WithLayers(),
     )
-    trainer(watched, numbers, max_epochs=1).fit(model, batches())
+    trainer(monitor, numbers, max_epochs=1).fit(model, batches())
     model.eval()
     with torch.no_grad():
         expected = k_star(model.discriminator[:3](images[:300]).flatten(1), labels[:300])
-    torch.testing.assert_close(watched.result.mean, expected.mean)
+    torch.testing.assert_close(monitor.result.mean, expected.mean)
     assert numbers.rows[0]["gendiag/k_star/true_skewness"] == pytest.approx(float(expected.true_skewness), abs=1e-6)
     assert numbers.rows[0]["gendiag/k_star/class_3"] == pytest.approx(float(expected.mean[3]))
-    # nothing stays on the model
+    # no hook remains on the model
     assert all(not part._forward_hooks for part in model.modules())
 
 
-def test_training_is_bit_for_bit_the_same_with_and_without() -> None:
-    watched = monitor("discriminator.2")
+def test_training_is_bit_for_bit_the_same_with_and_without_the_monitor() -> None:
+    monitor = make_monitor("discriminator.2")
     torch.testing.assert_close(
-        state_after_training(watched, module=WithLayers), state_after_training(module=WithLayers)
+        state_after_training(monitor, module=WithLayers), state_after_training(module=WithLayers)
     )
 
 
-def test_generated_images_of_a_conditional_sampler_are_looked_at() -> None:
+def test_generated_images_of_a_conditional_sampler_are_evaluated() -> None:
     images, labels = digits(16)
 
     class Conditional(Encoding):
         def sample(self, n: int, labels: Tensor) -> Tensor:  # type: ignore[override]
             return torch.stack([images[self.labels == label][int(torch.randint(100, ()))] for label in labels.tolist()])
 
-    probe = Probe(conditional=True, reference=(images, labels), num_samples=300)
-    watched = monitor(images="generated", probe=probe)
-    trainer(watched, max_epochs=1).fit(Conditional(), batches(16, 32))
-    assert len(watched.result.values) == 300
-    assert float(watched.result.scalars()["mean"]) > 0.1
+    adapter = ModelAdapter(conditional=True, reference=(images, labels), num_samples=300)
+    monitor = make_monitor(images="generated", adapter=adapter)
+    trainer(monitor, max_epochs=1).fit(Conditional(), batches(16, 32))
+    assert len(monitor.result.values) == 300
+    assert float(monitor.result.scalars()["mean"]) > 0.1
 
 
-def test_the_board_tells_table_histogram_and_panel(tmp_path: Path) -> None:
+def test_the_table_the_histogram_and_the_panel_are_logged(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    trainer(monitor(probe=reference()), logger=logger).fit(Encoding(), batches(16, 32))
+    trainer(make_monitor(adapter=reference()), logger=logger).fit(Encoding(), batches(16, 32))
     accumulator = events(logger.log_dir)
     text = accumulator.Tensors("gendiag/k_star/classes/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.count("\n") == 11
@@ -126,37 +125,37 @@ def test_the_board_tells_table_histogram_and_panel(tmp_path: Path) -> None:
     assert len(accumulator.Histograms("gendiag/k_star/values")) == 2
 
 
-def test_what_cannot_be_heard_is_refused_in_words() -> None:
+def test_invalid_features_and_missing_labels_are_reported() -> None:
     with pytest.raises(ValueError, match=r"features must be 'encode', .* got 'nowhere'. Its layers are generator.0"):
-        trainer(monitor("nowhere")).fit(TinyGAN(), batches())
+        trainer(make_monitor("nowhere")).fit(TinyGAN(), batches())
     with pytest.raises(ValueError, match="encode must be known, but TinyGAN has none of encode, encoder"):
-        trainer(monitor()).fit(TinyGAN(), batches())
+        trainer(make_monitor()).fit(TinyGAN(), batches())
     with pytest.raises(ValueError, match="images='generated' must go with a sampler that takes labels"):
-        trainer(monitor("discriminator", images="generated")).fit(TinyGAN(), batches())
+        trainer(make_monitor("discriminator", images="generated")).fit(TinyGAN(), batches())
     with pytest.raises(ValueError, match="features must be a name or a callable"):
-        monitor(3)
+        make_monitor(3)
     with pytest.raises(ValueError, match="images must be 'real' or 'generated'"):
-        monitor(images="both")
+        make_monitor(images="both")
     loader = torch.utils.data.DataLoader(digits(8)[0][:64], batch_size=16)
     with pytest.warns(DiagnosticWarning, match="labels must be known, but the batches have none"):
-        trainer(monitor("discriminator", on_error="warn"), max_epochs=1).fit(TinyGAN(), loader)
+        trainer(make_monitor("discriminator", on_error="warn"), max_epochs=1).fit(TinyGAN(), loader)
 
 
 class TestRecorded:
-    """Ten VAEs and GANs on digits, recorded by ``python -m benchmarks.class_alarms --record 10``."""
+    """Ten VAEs and GANs on digits, recorded by ``python -m benchmarks.alarms --only k_star --record 10``."""
 
-    runs = json.loads(RECORDS.read_text())
+    runs = RecordedClasses.read()
 
-    @pytest.mark.parametrize("kind", ["vae", "gan"])
-    def test_ten_healthy_seeds_raise_no_alarm(self, kind: str) -> None:
-        runs = [run for run in self.runs if run["kind"] == kind]
-        assert len({run["seed"] for run in runs}) == 10
-        assert [str(finding) for run in runs for finding in replay(run, "healthy").findings] == []
+    @pytest.mark.parametrize("model", ["vae", "gan"])
+    def test_ten_healthy_seeds_raise_no_alarm(self, model: str) -> None:
+        runs = [run for run in self.runs if run.model == model]
+        assert len({run.seed for run in runs}) == 10
+        assert [str(alarm) for run in runs for alarm in run.alarms()] == []
 
-    @pytest.mark.parametrize("kind", ["vae", "gan"])
-    def test_a_class_that_fractures_is_found_and_named(self, kind: str) -> None:
+    @pytest.mark.parametrize("model", ["vae", "gan"])
+    def test_a_class_that_fractures_is_found_and_named(self, model: str) -> None:
         for run in self.runs:
-            if run["kind"] == kind:
-                found = [f for f in replay(run, "fractured").findings if "class 7" in f.names]
-                assert found, run["seed"]
-                assert START <= found[0].epoch < START + 5
+            if run.model == model:
+                found = [alarm for alarm in run.alarms("fractured") if "class 7" in alarm.names]
+                assert found, run.seed
+                assert run.start <= found[0].epoch < run.start + 5

@@ -17,14 +17,14 @@ from lightning_gendiag import (
     CollapseWarning,
     LatentRegions,
     LatentRegionsMonitor,
-    Probe,
+    ModelAdapter,
     latent_regions,
 )
-from lightning_gendiag.diagnostics.latent_regions import KINDS
-from tests.cases import Case
-from tests.conftest import ScriptedGenerator, batches, trainer
-from tests.test_board_and_panels import events
-from tests.test_monitor import state_after_training
+from lightning_gendiag.diagnostics.latent_regions.functional import KINDS
+from tests.helpers.cases import Case
+from tests.helpers.logs import events
+from tests.helpers.models import ScriptedGenerator
+from tests.helpers.running import batches, state_after_training, trainer
 
 CENTRES = torch.tensor([[-4.0, 0.0], [4.0, 0.0], [0.0, 7.0]])
 
@@ -46,7 +46,7 @@ CASE = Case(make=lambda: LatentRegions(3), updates=updates())
 # ---- the mixture ----
 
 
-def test_the_density_is_that_of_scipy() -> None:
+def test_the_density_equals_that_of_scipy() -> None:
     z, labels = blobs()
     regions = latent_regions(z, labels, components=3)
     density = sum(
@@ -57,7 +57,7 @@ def test_the_density_is_that_of_scipy() -> None:
     torch.testing.assert_close(regions.responsibilities(z).sum(1), torch.ones(len(z)).double())
 
 
-def test_known_components_are_recovered_and_their_number_chosen() -> None:
+def test_known_components_and_their_number_are_recovered() -> None:
     z, labels = blobs(1500)
     regions = latent_regions(z, labels)
     assert len(regions.weights) == 3
@@ -71,7 +71,7 @@ def test_known_components_are_recovered_and_their_number_chosen() -> None:
 
 @pytest.mark.parametrize("shift", [3.0, 5.0])
 def test_margins_lie_on_the_true_saddle(shift: float) -> None:
-    """Of unequal components, found by an independent minimisation of the fitted density along the segment."""
+    """The saddle of unequal components is found by an independent minimization of the density along the segment."""
     generator = torch.Generator().manual_seed(0)
     z = torch.cat(
         [
@@ -98,7 +98,7 @@ def test_margins_lie_on_the_true_saddle(shift: float) -> None:
     ]
     depth = min(-peak.fun for peak in peaks) - saddle.fun
     assert float(regions.depths[0]) == pytest.approx(depth, abs=0.01)
-    # the ends of the width lie half way up
+    # the width ends where the density has risen by half the depth
     place, length = saddle.x, float((regions.means[1] - regions.means[0]).norm())
     half = [t / 1000 for t in range(1001) if density(t / 1000) < saddle.fun + depth / 2 and abs(t / 1000 - place) < 0.4]
     assert float(regions.widths[0]) == pytest.approx((half[-1] - half[0]) * length, abs=0.05 * length)
@@ -110,7 +110,7 @@ def test_the_saddle_of_equal_components_is_half_way() -> None:
     torch.testing.assert_close(regions.saddles[0], torch.zeros(2).double(), rtol=0, atol=0.15)
 
 
-def test_components_with_a_third_between_them_are_no_neighbours() -> None:
+def test_components_with_a_third_between_them_have_no_margin() -> None:
     z, _ = blobs(900, centres=torch.tensor([[-8.0, 0.0], [0.0, 0.0], [8.0, 0.0]]))
     regions = latent_regions(z, components=3)
     middle = int(regions.means.norm(dim=1).argmin())
@@ -121,8 +121,8 @@ def test_components_with_a_third_between_them_are_no_neighbours() -> None:
 # ---- the kinds of points ----
 
 
-def test_each_kind_has_the_density_it_should() -> None:
-    # three apart, and two that overlap
+def test_each_kind_of_points_has_the_expected_density() -> None:
+    # three components are separate, and two overlap
     centres = torch.cat([CENTRES, torch.tensor([[0.0, -6.0], [1.6, -6.0]])])
     z, labels = blobs(2000, centres=centres)
     regions = latent_regions(z, labels, components=5)
@@ -147,14 +147,14 @@ def test_each_kind_has_the_density_it_should() -> None:
     torch.testing.assert_close(again, regions.sample("margin", 400, torch.Generator().manual_seed(5)), rtol=0, atol=0)
 
 
-def test_clusters_hold_what_they_should() -> None:
+def test_clusters_hold_nine_tenths_of_the_latents() -> None:
     z, _ = blobs(3000)
     regions = latent_regions(z, components=3)
     share = float(regions.inside("cluster", z).double().mean())
     assert share == pytest.approx(0.9, abs=0.03)
 
 
-def test_where_there_is_no_region_there_are_no_points() -> None:
+def test_an_empty_region_has_no_points() -> None:
     regions = latent_regions(torch.randn(500, 2, generator=torch.Generator().manual_seed(0)), components=1)
     assert len(regions.margins) == 0
     assert regions.sample("margin", 10).shape == (0, 2)
@@ -162,7 +162,7 @@ def test_where_there_is_no_region_there_are_no_points() -> None:
     assert regions.sample("cluster", 10).shape == (10, 2)
 
 
-# ---- what is degenerate ----
+# ---- degenerate latents ----
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_collapse_and_nan_are_flagged() -> None:
         (lambda: LatentRegionsMonitor(num_points=5), "num_points must be at least 10"),
     ],
 )
-def test_bad_input_is_refused_in_words(make: Any, match: str) -> None:
+def test_invalid_arguments_raise_errors(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
 
 
-def test_rows_are_bounded_whatever_their_order() -> None:
+def test_the_rows_are_bounded_and_do_not_depend_on_their_order() -> None:
     z, labels = blobs(3000)
     one, two = LatentRegions(3, max_rows=300), LatentRegions(3, max_rows=300)
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
@@ -231,8 +231,8 @@ def test_rows_are_bounded_whatever_their_order() -> None:
 # ---- the monitor ----
 
 
-class Coder(ScriptedGenerator):
-    """Codes of digits in places of their own; decodes a code to the mean digit of the nearest place, and noise between."""
+class Ring(ScriptedGenerator):
+    """Encodes each class of digits to its own place on a ring, and decodes to a digit near a place and to noise elsewhere."""
 
     latent_dim = 2
 
@@ -257,67 +257,70 @@ class Coder(ScriptedGenerator):
         return self.examples[nearest] * (1 - bad) + bad * torch.sin(40 * z[:, :1, None, None] + torch.arange(16.0))
 
 
-def probe() -> Probe:
-    return Probe(reference=digits(16), num_reference=800)
+def adapter() -> ModelAdapter:
+    return ModelAdapter(reference=digits(16), num_reference=800)
 
 
-def test_margins_that_decode_badly_show() -> None:
-    watched = LatentRegionsMonitor(components=10, probe=probe(), num_points=200, on_error="raise")
-    trainer(watched, max_epochs=1).fit(Coder(), batches(16, 32))
-    scalars = watched.result.scalars()
+def test_margins_that_decode_badly_have_a_larger_distance() -> None:
+    monitor = LatentRegionsMonitor(components=10, adapter=adapter(), num_points=200, on_error="raise")
+    trainer(monitor, max_epochs=1).fit(Ring(), batches(16, 32))
+    scalars = monitor.result.scalars()
     assert float(scalars["fid_margin"]) > 1.5 * float(scalars["fid_cluster"])
     assert float(scalars["inception_score_cluster"]) > 7
-    assert float(watched.result.decoded_entropy.max()) == 0
-    # each component decodes to the class that it holds, but for an example that the classifier gets wrong
-    assert (watched.result.decoded_share.argmax(1) == watched.result.class_share.argmax(1)).sum() >= 9
+    assert float(monitor.result.decoded_entropy.max()) == 0
+    # each component decodes to the class that it holds, except for one example that may be misclassified
+    assert (monitor.result.decoded_share.argmax(1) == monitor.result.class_share.argmax(1)).sum() >= 9
 
 
 def test_latents_that_collapse_stop_the_run() -> None:
-    watched, stopping = LatentRegionsMonitor(probe=probe(), num_points=50, on_error="raise"), CollapseStopping()
-    with pytest.warns(CollapseWarning, match="the latents collapsed: all images have one code"):
-        own = trainer(watched, stopping, max_epochs=20)
-        own.fit(Coder(still=True), batches(16, 32))
+    monitor, stopping = LatentRegionsMonitor(adapter=adapter(), num_points=50, on_error="raise"), CollapseStopping()
+    with pytest.warns(CollapseWarning, match="all images have the same latents"):
+        own = trainer(monitor, stopping, max_epochs=20)
+        own.fit(Ring(still=True), batches(16, 32))
     assert own.current_epoch == 9
 
 
 @pytest.mark.parametrize("classifier", [None, nn.Sequential(nn.Flatten(), nn.Linear(256, 10))])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_it_runs_with_and_without_labels_and_classifiers(classifier: Any, labelled: bool) -> None:
+def test_the_monitor_runs_with_and_without_labels_and_classifiers(classifier: Any, labelled: bool) -> None:
     reference = digits(16) if labelled else digits(16)[0]
-    watched = LatentRegionsMonitor(
-        classifier=classifier, probe=Probe(reference=reference, num_reference=400), num_points=50, on_error="raise"
+    monitor = LatentRegionsMonitor(
+        classifier=classifier,
+        adapter=ModelAdapter(reference=reference, num_reference=400),
+        num_points=50,
+        on_error="raise",
     )
-    trainer(watched, max_epochs=2).fit(Coder(), batches(16, 32))
+    trainer(monitor, max_epochs=2).fit(Ring(), batches(16, 32))
     known = labelled or classifier is not None
-    assert bool(watched.result.inception[0].isnan()) is not known
-    assert watched.result.fid[0].isfinite()
+    assert bool(monitor.result.inception[0].isnan()) is not known
+    assert monitor.result.fid[0].isfinite()
 
 
-def test_the_number_of_components_goes_on_after_a_resume() -> None:
-    watched = LatentRegionsMonitor(probe=probe(), num_points=50, on_error="raise")
-    trainer(watched, max_epochs=2).fit(Coder(), batches(16, 32))
+def test_the_number_of_components_is_restored_from_a_checkpoint() -> None:
+    monitor = LatentRegionsMonitor(adapter=adapter(), num_points=50, on_error="raise")
+    trainer(monitor, max_epochs=2).fit(Ring(), batches(16, 32))
     again = LatentRegionsMonitor()
-    again.take_up(watched.kept())
-    assert again._chosen == len(watched.result.weights)
+    again.set_extra_state(monitor.get_extra_state())
+    assert again.get_extra_state() == {"components": len(monitor.result.weights)}
 
 
-def test_pictures_scalars_and_charts_are_on_the_board(tmp_path: Any) -> None:
+def test_scalars_and_panels_are_logged(tmp_path: Any) -> None:
     logger = TensorBoardLogger(tmp_path, name="run")
-    watched = LatentRegionsMonitor(probe=probe(), num_points=100, on_error="raise")
-    trainer(watched, max_epochs=2, logger=logger).fit(Coder(), batches(16, 32))
+    monitor = LatentRegionsMonitor(adapter=adapter(), num_points=100, on_error="raise")
+    trainer(monitor, max_epochs=2, logger=logger).fit(Ring(), batches(16, 32))
     seen = events(logger.log_dir)
     wanted = {f"gendiag/latent_regions/{name}" for name in ("fid_margin", "overlap", "gap_margin", "components")}
     assert wanted <= set(seen.Tags()["scalars"])
     assert "gendiag/latent_regions/panel" in seen.Tags()["images"]
 
 
-def test_training_is_bit_identical_with_and_without() -> None:
+def test_training_is_bit_identical_with_and_without_the_monitor() -> None:
     def run(*callbacks: Any) -> Any:
         return state_after_training(*callbacks, module=lambda: VAE(3, width=2), size=32)
 
-    watched = LatentRegionsMonitor(probe=Probe(num_samples=64), num_points=50, on_error="raise")
-    torch.testing.assert_close(run(watched), run(), rtol=0, atol=0)
-    assert watched.result is not None
+    monitor = LatentRegionsMonitor(adapter=ModelAdapter(num_samples=64), num_points=50, on_error="raise")
+    torch.testing.assert_close(run(monitor), run(), rtol=0, atol=0)
+    assert monitor.result is not None
 
 
 def test_latents_of_many_dimensions_are_sampled_without_a_matrix_for_each_point() -> None:
@@ -331,7 +334,7 @@ def test_latents_of_many_dimensions_are_sampled_without_a_matrix_for_each_point(
         torch.testing.assert_close(points[own == k].mean(0), regions.means[k], rtol=0, atol=0.8)
 
 
-def test_points_of_one_component_are_its_own_even_inside_a_broad_one() -> None:
+def test_points_of_one_component_belong_to_it_even_inside_a_broad_one() -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.cat([4 * torch.randn(800, 2, generator=generator), 0.2 * torch.randn(400, 2, generator=generator) + 1])
     regions = latent_regions(z, components=2)
@@ -340,10 +343,10 @@ def test_points_of_one_component_are_its_own_even_inside_a_broad_one() -> None:
         assert (regions.responsibilities(points).argmax(1) == k).all()
 
 
-def test_a_decoder_of_vectors_is_refused_before_training() -> None:
-    class Vectors(Coder):
+def test_a_decoder_of_vectors_raises_an_error_before_training() -> None:
+    class Vectors(Ring):
         def decode(self, z: Tensor) -> Tensor:
             return z
 
-    with pytest.raises(ValueError, match=r"decode must make \(2, C, H, W\) images, got \(2, 2\)"):
-        trainer(LatentRegionsMonitor(probe=probe()), max_epochs=1).fit(Vectors(), batches(16, 32))
+    with pytest.raises(ValueError, match=r"decode must return \(2, C, H, W\) images, got \(2, 2\)"):
+        trainer(LatentRegionsMonitor(adapter=adapter()), max_epochs=1).fit(Vectors(), batches(16, 32))

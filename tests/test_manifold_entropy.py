@@ -13,8 +13,9 @@ from lightning_gendiag import (
     manifold_cross_information,
     manifold_entropy,
 )
-from lightning_gendiag.diagnostics.manifold_entropy import active_dims, latent_correlation
-from tests.cases import Case
+from lightning_gendiag.diagnostics.manifold_entropy.functional import latent_correlation
+from lightning_gendiag.functional.jacobian import active_dims
+from tests.helpers.cases import Case
 
 NORMAL = 0.5 * (1 + math.log(2 * math.pi))
 
@@ -47,7 +48,7 @@ class TestClosedForms:
         assert not result.dead.any()
         assert float(result.singular) == 0
 
-    def test_a_linear_map_in_the_words_of_gaussians(self, generator: torch.Generator) -> None:
+    def test_a_linear_map_has_the_entropies_of_gaussians(self, generator: torch.Generator) -> None:
         # the data of a linear decoder are Gaussian with covariance A A'; here H is that of A z itself
         a = torch.randn(4, 4, generator=generator, dtype=torch.float64)
         result = manifold_entropy(a[None])
@@ -60,7 +61,7 @@ class TestClosedForms:
             close(result.mutual_information[i, j], expected)
 
     def test_a_rotated_torus_of_twenty_dimensions(self, generator: torch.Generator) -> None:
-        """Ten angles and ten radii, (r_0 + s z_r) (cos, sin)(w z_a), rotated: the Jacobian's columns are orthogonal."""
+        """The data are (r_0 + s z_r) (cos, sin)(w z_a), rotated, so that the columns of the Jacobian are orthogonal."""
         spin = orthogonal(20, generator)
         angle = torch.linspace(0.05, 0.5, 10, dtype=torch.float64)
         spread = torch.linspace(0.02, 0.2, 10, dtype=torch.float64)
@@ -91,7 +92,7 @@ class TestClosedForms:
         close(scaled, manifold_entropy(j * rows[:, None] * columns))
         close(manifold_entropy(j, latent_scale=columns).entropy, manifold_entropy(j).entropy + columns.log())
 
-    def test_a_flow_gives_its_own_total(self) -> None:
+    def test_the_volume_of_a_flow_gives_the_same_total(self) -> None:
         import zuko
 
         torch.manual_seed(0)
@@ -124,7 +125,7 @@ class TestLaws:
         for partition in (None, [[0, 1], [2, 3, 4]], [[4, 1, 2], [0, 3]]):
             assert float(manifold_entropy(j, partition=partition).total_correlation) >= -1e-9
 
-    def test_maps_of_data_space_that_keep_lengths_change_nothing(self, generator: torch.Generator) -> None:
+    def test_an_orthogonal_map_of_data_space_changes_nothing(self, generator: torch.Generator) -> None:
         j = jacobians(20, 8, 5, generator)
         close(manifold_entropy(orthogonal(8, generator) @ j), manifold_entropy(j), 1e-9)
 
@@ -137,7 +138,7 @@ class TestLaws:
         close(two.total, one.total)
         close(two.core, one.core)
 
-    def test_core_detail_and_what_they_share_add_up(self, generator: torch.Generator) -> None:
+    def test_core_detail_and_shared_information_add_up(self, generator: torch.Generator) -> None:
         j = jacobians(30, 9, 4, generator)
         result = manifold_entropy(j)
         gram = j.mT @ j
@@ -152,7 +153,7 @@ class TestLaws:
             close(result.shared[m - 1], entropy(s) + entropy(t) - result.total)
             assert float(result.shared[m - 1]) >= 0
 
-    def test_batches_are_the_whole(self, generator: torch.Generator) -> None:
+    def test_batches_give_the_result_of_all_rows(self, generator: torch.Generator) -> None:
         j = jacobians(30, 9, 4, generator)
         labels = torch.arange(30) % 3
         whole = manifold_entropy(j, labels=labels, num_classes=4, partition=[[0, 2], [1, 3]])
@@ -169,13 +170,13 @@ class TestLaws:
         cross = manifold_cross_information(j, j)
         off = ~torch.eye(4, dtype=torch.bool)
         close(cross[off], manifold_entropy(j).mutual_information[off])
-        # one model's columns in another order and scale are found again
+        # the permutation of a model with permuted and scaled columns is recovered
         p = torch.tensor([2, 0, 3, 1])
         assert torch.equal(manifold_cross_information(j, j[:, :, p] * 5).argmax(1)[p], torch.arange(4))
         with pytest.raises(ValueError, match="jacobian_b must be"):
             manifold_cross_information(j, j[:3])
 
-    def test_correlation_is_numpys(self, generator: torch.Generator) -> None:
+    def test_correlation_equals_that_of_numpy(self, generator: torch.Generator) -> None:
         import numpy as np
 
         a = torch.randn(40, 3, generator=generator, dtype=torch.float64)
@@ -195,7 +196,7 @@ class TestDegenerate:
         assert float(result.effective_dimensions) < 3.01
         close(result.entropy[[0, 1, 3]], manifold_entropy(j[:, :, [0, 1, 3]]).entropy)
 
-    def test_two_dimensions_that_do_the_same_are_finite_and_named(self, generator: torch.Generator) -> None:
+    def test_two_dimensions_with_the_same_effect_are_finite_and_named(self, generator: torch.Generator) -> None:
         j = jacobians(20, 8, 4, generator)
         j[:, :, 3] = 2 * j[:, :, 1]
         result = manifold_entropy(j)
@@ -204,7 +205,7 @@ class TestDegenerate:
         assert float(result.singular) == 1
         assert result.total.isfinite()
 
-    def test_a_decoder_that_does_nothing(self) -> None:
+    def test_a_constant_decoder_is_finite_and_flagged(self) -> None:
         result = manifold_entropy(torch.zeros(3, 5, 2))
         assert result.entropy.isfinite().all()
         assert float(result.singular) == 1
@@ -229,7 +230,7 @@ class TestDegenerate:
         metric.update(gram * math.nan)
         assert metric.compute().entropy.isnan().all()
 
-    def test_bad_input_is_refused_in_words(self) -> None:
+    def test_invalid_arguments_raise_errors(self) -> None:
         with pytest.raises(ValueError, match=r"gram must be \(N, 3, 3\)"):
             ManifoldEntropy(3).update(torch.zeros(2, 4, 4))
         with pytest.raises(ValueError, match="partition must hold each of the dimensions 0 to 2 once"):
@@ -292,7 +293,7 @@ def decoders() -> dict[str, nn.Module]:
 
 
 def slow_gram(decode: Any, z: Tensor) -> Tensor:
-    """One Jacobian at a time, by reverse mode."""
+    """Computes one Jacobian at a time, by reverse mode."""
     grams = []
     for one in z:
         j = torch.autograd.functional.jacobian(lambda x: decode(x[None])[0].flatten(), one)
@@ -303,7 +304,9 @@ def slow_gram(decode: Any, z: Tensor) -> Tensor:
 class TestDecoderGram:
     @pytest.mark.parametrize("name", ["convolutions", "attention", "unfriendly"])
     @pytest.mark.parametrize("max_bytes", [1, 1 << 28])
-    def test_it_is_the_jacobians_gram(self, name: str, max_bytes: int, generator: torch.Generator) -> None:
+    def test_the_gram_matrix_equals_that_of_the_jacobian(
+        self, name: str, max_bytes: int, generator: torch.Generator
+    ) -> None:
         decode = decoders()[name]
         z = torch.randn(5, 6, generator=generator, dtype=torch.float64)
         expected = slow_gram(decode, z)
@@ -323,7 +326,7 @@ class TestDecoderGram:
         close(decoder_gram(decode, z, data_scale=scale, mode="reverse"), expected)
 
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-    def test_it_works_under_validation_and_test(self, context: Any, generator: torch.Generator) -> None:
+    def test_the_gradient_mode_does_not_matter(self, context: Any, generator: torch.Generator) -> None:
         decode = decoders()["convolutions"]
         z = torch.randn(2, 6, generator=generator, dtype=torch.float64)
         expected = slow_gram(decode, z)
@@ -348,7 +351,7 @@ class TestDecoderGram:
         a[:, strong] *= 10
         assert torch.equal(active_dims(lambda z: z @ a.T, torch.randn(4, 50, generator=generator), 4), strong)
 
-    def test_bad_input_is_refused_in_words(self) -> None:
+    def test_invalid_arguments_raise_errors(self) -> None:
         with pytest.raises(ValueError, match=r"z must be \(N, L\) in float32 or float64"):
             decoder_gram(lambda z: z, torch.zeros(3))
         with pytest.raises(ValueError, match="dims must be numbers of latent dimensions, 0 to 2"):

@@ -1,4 +1,4 @@
-"""Memory is bounded: what would be an N x N or a P x P matrix is met in blocks."""
+"""Memory is bounded: matrices of N x N or P x P are computed in blocks."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def neighbours() -> Callable[[], Any]:
 
 
 CASES: dict[str, tuple[Callable[[], Callable[[], Any]], int]] = {
-    # the Jacobians would take 96 MiB in float32, and tangents several times as much
+    # all Jacobians together take 96 MiB in float32, and their tangents several times as much
     "decoder_gram": (gram, 60),
-    # all differences would take 3,072 MiB for a region; a side is 24 MiB in float32
+    # all differences in one region take 3,072 MiB; one set of images takes 24 MiB in float32
     "cosine_mean_similarity": (cosines, 150),
-    # all alignments of pixels would take 1,024 MiB
+    # all alignments of pixels take 1,024 MiB
     "find_regions": (regions, 250),
-    # all distances would take 1,526 MiB
+    # all distances take 1,526 MiB
     "k_star": (neighbours, 400),
 }
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads what Linux tells of a process")
-def test_peaks_are_those_of_a_block() -> None:
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the memory statistics of Linux")
+def test_peaks_of_memory_are_those_of_a_block() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_memory"], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parent.parent,
@@ -72,10 +72,12 @@ def kibibytes(field: str) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # torch imports modules when derivatives are first computed
+    decoder_gram(nn.Linear(2, 2), torch.zeros(1, 2))
     peaks = {}
     for name, (make, _) in CASES.items():
         work = make()
-        # the peak so far is forgotten
+        # this resets the peak
         Path("/proc/self/clear_refs").write_text("5")
         before = kibibytes("VmRSS")
         work()

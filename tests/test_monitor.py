@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import math
-import random
 import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
@@ -23,63 +20,38 @@ from lightning_gendiag import (
     CosineMeanSimilarityMonitor,
     DiagnosticWarning,
     GenerativeDiagnostics,
-    Probe,
+    ModelAdapter,
     RegionMap,
 )
-from tests.conftest import ScriptedGenerator, TinyGAN, batches, trainer
-from tests.test_board_and_panels import events, layout
+from tests.helpers.logs import events, written_layout
+from tests.helpers.models import ScriptedGenerator, TinyGAN
+from tests.helpers.running import Numbers, batches, state_after_training, trainer
 
 HALVES = RegionMap(torch.arange(8).ge(4).long().repeat(8, 1))
 
 
-def monitor(**options: Any) -> CosineMeanSimilarityMonitor:
+def make_monitor(**options: Any) -> CosineMeanSimilarityMonitor:
     return CosineMeanSimilarityMonitor(
-        **({"num_regions": 3, "probe": Probe(num_samples=100, num_reference=60)} | options)
+        **({"num_regions": 3, "adapter": ModelAdapter(num_samples=100, num_reference=60)} | options)
     )
 
 
-class Numbers(Callback):
-    """What ``callback_metrics`` holds after each epoch."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.rows.append({key: float(v) for key, v in trainer.callback_metrics.items() if key.startswith("gendiag")})
-
-
-def state_after_training(*callbacks: Any, module: Any = TinyGAN, size: int = 8) -> list[Any]:
-    seed_everything(3, verbose=False)
-    model = module()
-    own = trainer(*callbacks, max_epochs=3)
-    own.fit(model, batches(size))
-    optimizers = [optimizer.state_dict()["state"] for optimizer in own.optimizers]
-    return [
-        model.state_dict(),
-        optimizers,
-        [part.training for part in model.modules()],
-        [parameter.grad for parameter in model.parameters()],
-        torch.get_rng_state(),
-        torch.tensor([random.random(), np.random.rand()]),
-    ]
-
-
-def test_training_is_bit_for_bit_the_same_with_and_without() -> None:
+def test_training_is_bit_for_bit_the_same_with_and_without_monitors() -> None:
     expected = state_after_training()
     for callbacks in (
-        [monitor(), CollapseStopping()],
-        [CollapseStopping(), monitor(every_n_train_steps=3)],
-        [monitor(probe=Probe(reference=batches(), num_samples=64))],
+        [make_monitor(), CollapseStopping()],
+        [CollapseStopping(), make_monitor(every_n_train_steps=3)],
+        [make_monitor(adapter=ModelAdapter(reference=batches(), num_samples=64))],
     ):
         found = state_after_training(*callbacks)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_the_first_look_finds_regions_and_each_look_is_logged() -> None:
-    watched, numbers = monitor(), Numbers()
-    trainer(watched, numbers, max_epochs=3).fit(TinyGAN(), batches())
-    assert watched.region_map is not None
-    assert watched.region_map.num_regions == 3
+def test_the_first_evaluation_finds_regions_and_each_region_is_logged() -> None:
+    monitor, numbers = make_monitor(), Numbers()
+    trainer(monitor, numbers, max_epochs=3).fit(TinyGAN(), batches())
+    assert monitor.region_map is not None
+    assert monitor.region_map.num_regions == 3
     assert len(numbers.rows) == 3
     assert set(numbers.rows[0]) == {
         f"gendiag/cms/{name}"
@@ -90,20 +62,19 @@ def test_the_first_look_finds_regions_and_each_look_is_logged() -> None:
         assert row["gendiag/cms/worst"] == min(row[f"gendiag/cms/region_{r}"] for r in range(3))
 
 
-def test_the_numbers_are_those_of_the_function() -> None:
+def test_the_result_is_that_of_the_metric() -> None:
     images = digits(8)[0]
-    watched = monitor(regions=HALVES, probe=Probe(num_samples=100, reference=images, num_reference=300))
+    monitor = make_monitor(regions=HALVES, adapter=ModelAdapter(num_samples=100, reference=images, num_reference=300))
     model = TinyGAN()
-    trainer(watched, max_epochs=1).fit(model, batches())
-    assert watched.probe is not None
-    assert watched.probe.reference is not None
+    trainer(monitor, max_epochs=1).fit(model, batches())
+    assert monitor.view.has_reference
     metric = CosineMeanSimilarity(HALVES)
-    metric.update(watched.probe.reference.images, real=True)
+    metric.update(monitor.view.reference.images, real=True)
     model.eval()
     with torch.no_grad():
         torch.manual_seed(0)
         metric.update(model(torch.randn(100, 4)), real=False)
-    torch.testing.assert_close(watched.result, metric.compute(), equal_nan=True)
+    torch.testing.assert_close(monitor.result, metric.compute(), equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -112,28 +83,28 @@ def test_the_numbers_are_those_of_the_function() -> None:
         ({}, [3, 7, 11, 15]),
         ({"every_n_epochs": 2}, [7, 15]),
         ({"warmup_epochs": 2}, [11, 15]),
-        # at the third step the reference is not complete
+        # the reference is not complete at the third step
         ({"every_n_train_steps": 3}, [5, 8, 11, 14]),
         ({"every_n_train_steps": 4, "warmup_epochs": 1}, [7, 11, 15]),
     ],
 )
-def test_the_schedule(options: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
+def test_evaluations_follow_the_schedule(options: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    watched = monitor(**options)
-    trainer(watched, max_epochs=4, logger=logger, log_every_n_steps=1).fit(TinyGAN(), batches())
+    monitor = make_monitor(**options)
+    trainer(monitor, max_epochs=4, logger=logger, log_every_n_steps=1).fit(TinyGAN(), batches())
     accumulator = events(logger.log_dir)
     assert [event.step for event in accumulator.Scalars("gendiag/cms/image")] == steps
-    # two optimizers: the axis is that of self.log, and not of global_step
+    # with two optimizers, the axis of self.log differs from global_step
     assert [event.step for event in accumulator.Scalars("loss_g")] == list(range(16))
     assert [event.step for event in accumulator.Images("gendiag/cms/panel")] == steps
 
 
 def test_tensorboard_holds_curves_charts_map_and_panel(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    trainer(monitor(), logger=logger).fit(TinyGAN(), batches())
+    trainer(make_monitor(), logger=logger).fit(TinyGAN(), batches())
     accumulator = events(logger.log_dir)
     assert len(accumulator.Scalars("gendiag/cms/seconds")) == 2
-    charts = layout(accumulator).category[0].chart
+    charts = written_layout(accumulator).category[0].chart
     assert list(charts[0].multiline.tag) == [f"gendiag/cms/region_{r}$" for r in range(3)]
     assert charts[1].margin.series[0].value == "gendiag/cms/median"
     assert len(accumulator.Images("gendiag/cms/regions")) == 1
@@ -153,7 +124,7 @@ def test_checkpoints_can_be_chosen_by_the_worst_region(module: type[TinyGAN], tm
     )
     numbers = Numbers()
     loaders = [batches()] + [batches(shuffle=False)] * (module is WithValidation)
-    trainer(checkpoint, monitor(), numbers, max_epochs=3, enable_checkpointing=True).fit(module(), *loaders)
+    trainer(checkpoint, make_monitor(), numbers, max_epochs=3, enable_checkpointing=True).fit(module(), *loaders)
     expected = sorted(row["gendiag/cms/worst"] for row in numbers.rows)
     assert sorted(float(score) for score in checkpoint.best_k_models.values()) == pytest.approx(expected)
 
@@ -172,15 +143,15 @@ def test_checkpoints_can_be_chosen_by_the_worst_region(module: type[TinyGAN], tm
     ],
     ids=str,
 )
-def test_it_runs_with_every_logger_and_none_and_in_every_mode(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_monitor_runs_with_and_without_loggers_and_in_every_mode(options: dict[str, Any], tmp_path: Path) -> None:
     loggers = {"csv": CSVLogger(tmp_path), "two": [TensorBoardLogger(tmp_path / "1"), CSVLogger(tmp_path / "2")]}
     options = options | ({"logger": loggers.get(options["logger"], False)} if "logger" in options else {})
-    watched, stopping = monitor(on_error="raise"), CollapseStopping()
-    own = trainer(watched, stopping, **options)
+    monitor, stopping = make_monitor(on_error="raise"), CollapseStopping()
+    own = trainer(monitor, stopping, **options)
     own.fit(WithValidation(), batches(), batches(shuffle=False))
-    assert watched.evaluations == (1 if own.fast_dev_run else 2)
-    assert watched.result.image.dtype == torch.float32
-    assert watched.result.image.isfinite()
+    assert monitor.evaluations == (1 if own.fast_dev_run else 2)
+    assert monitor.result.image.dtype == torch.float32
+    assert monitor.result.image.isfinite()
     for logger in own.loggers:
         if isinstance(logger, CSVLogger):
             assert "gendiag/cms/worst" in (Path(logger.log_dir) / "metrics.csv").read_text()
@@ -191,7 +162,7 @@ class CliGAN(TinyGAN):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_lightning_cli_with_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_cli_reads_the_callbacks_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning.pytorch import LightningDataModule
 
     class Data(LightningDataModule):
@@ -214,8 +185,8 @@ trainer:
         num_regions: 2
         every_n_epochs: 1
         on_error: raise
-        probe:
-          class_path: lightning_gendiag.Probe
+        adapter:
+          class_path: lightning_gendiag.ModelAdapter
           init_args: {sample: forward, num_samples: 50}
     - class_path: lightning_gendiag.CollapseStopping
       init_args: {action: warn}
@@ -224,10 +195,10 @@ trainer:
     monkeypatch.setattr("sys.argv", ["train.py", "--config", str(config)])
     cli = LightningCLI(CliGAN, Data, run=False, save_config_callback=None, seed_everything_default=1)
     cli.trainer.fit(cli.model, cli.datamodule)
-    watched = next(c for c in cli.trainer.callbacks if isinstance(c, CosineMeanSimilarityMonitor))
-    assert watched.evaluations == 1
-    assert watched.given_probe is not None
-    assert watched.given_probe.num_samples == 50
+    monitor = next(c for c in cli.trainer.callbacks if isinstance(c, CosineMeanSimilarityMonitor))
+    assert monitor.evaluations == 1
+    assert monitor.adapter is not None
+    assert monitor.adapter.num_samples == 50
 
 
 class TestFailures:
@@ -239,42 +210,42 @@ class TestFailures:
                 raise RuntimeError("no luck")
             return self(torch.randn(n, self.latent_dim))
 
-    def test_a_failure_is_told_once_and_switches_off_after_three(self, tmp_path: Path) -> None:
-        watched, logger = monitor(), TensorBoardLogger(tmp_path)
-        with pytest.warns(DiagnosticWarning) as told:
-            own = trainer(watched, max_epochs=7, logger=logger)
+    def test_a_monitor_warns_at_the_first_failure_and_is_switched_off_after_three(self, tmp_path: Path) -> None:
+        monitor, logger = make_monitor(), TensorBoardLogger(tmp_path)
+        with pytest.warns(DiagnosticWarning) as warned:
+            own = trainer(monitor, max_epochs=7, logger=logger)
             own.fit(self.Failing(), batches())
         assert own.current_epoch == 7
-        words = [str(warning.message) for warning in told if warning.category is DiagnosticWarning]
-        assert len(words) == 2
-        assert "the run goes on without it this time: ValueError: sample must make 100 images" in words[0]
-        assert "the run goes on without it from now on" in words[1]
-        assert not watched.enabled
-        assert watched.evaluations == 2
+        message = [str(warning.message) for warning in warned if warning.category is DiagnosticWarning]
+        assert len(message) == 2
+        assert "the run goes on without it this time: ValueError: sample must make 100 images" in message[0]
+        assert "the run goes on without it from now on" in message[1]
+        assert not monitor.enabled
+        assert monitor.evaluations == 2
         assert len(events(logger.log_dir).Tensors("gendiag/cms/failure/text_summary")) == 2
 
-    def test_a_failure_that_passes_is_forgiven(self) -> None:
+    def test_a_temporary_failure_does_not_switch_a_monitor_off(self) -> None:
         class Passing(self.Failing):  # type: ignore[name-defined, misc]
             fails_to = 4
 
-        watched = monitor()
+        monitor = make_monitor()
         with pytest.warns(DiagnosticWarning, match="this time"):
-            trainer(watched, max_epochs=6).fit(Passing(), batches())
-        assert watched.enabled
-        assert watched.evaluations == 4
+            trainer(monitor, max_epochs=6).fit(Passing(), batches())
+        assert monitor.enabled
+        assert monitor.evaluations == 4
 
-    def test_raise_is_for_those_who_debug(self) -> None:
+    def test_on_error_raise_passes_the_error_on(self) -> None:
         with pytest.raises(ValueError, match="no luck"):
-            trainer(monitor(on_error="raise"), max_epochs=4).fit(self.Failing(), batches())
+            trainer(make_monitor(on_error="raise"), max_epochs=4).fit(self.Failing(), batches())
 
-    def test_a_picture_that_fails_costs_the_pictures_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        watched = monitor()
-        monkeypatch.setattr(watched, "_panel", lambda *_: 1 / 0)
-        with pytest.warns(DiagnosticWarning, match="with its pictures switched off: ZeroDivisionError"):
-            trainer(watched, max_epochs=3).fit(TinyGAN(), batches())
-        assert watched.evaluations == 3
+    def test_a_failing_panel_switches_only_the_panels_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monitor = make_monitor()
+        monkeypatch.setattr(monitor, "log_plots", lambda *_: 1 / 0)
+        with pytest.warns(DiagnosticWarning, match="goes on with its panels switched off: ZeroDivisionError"):
+            trainer(monitor, max_epochs=3).fit(TinyGAN(), batches())
+        assert monitor.evaluations == 3
 
-    def test_batches_without_images_are_told_and_cost_no_run(self) -> None:
+    def test_batches_without_images_raise_a_warning_and_not_an_error(self) -> None:
         class OfDicts(TinyGAN):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 return super().training_step(batch["picture"], batch_idx)
@@ -283,51 +254,56 @@ class TestFailures:
         with pytest.warns(
             DiagnosticWarning, match=r"a batch must hold .* got \{picture: \(16, 1, 8, 8\)\}. To fix this"
         ):
-            trainer(monitor(), max_epochs=2).fit(OfDicts(), loader)
-        watched = monitor(probe=Probe(images=lambda batch: batch["picture"], num_samples=50))
-        trainer(watched).fit(OfDicts(), loader)
-        assert watched.evaluations == 2
+            trainer(make_monitor(), max_epochs=2).fit(OfDicts(), loader)
+        monitor = make_monitor(adapter=ModelAdapter(images=lambda batch: batch["picture"], num_samples=50))
+        trainer(monitor).fit(OfDicts(), loader)
+        assert monitor.evaluations == 2
 
     @pytest.mark.parametrize(
-        ("options", "words"),
+        ("options", "message"),
         [
             (
                 {"regions": torch.zeros(9, 9, dtype=torch.long)},
                 r"generated must be \(N, 1, 9, 9\) to match the region map",
             ),
-            ({"probe": Probe("nowhere")}, "sample must name a method or submodule of TinyGAN"),
-            ({"probe": Probe(reference=torch.rand(10, 3, 8, 8))}, "must have the reference's shape"),
-            ({"regions": HALVES, "probe": Probe(reference=torch.rand(10, 1, 16, 16))}, "the reference must be"),
+            ({"adapter": ModelAdapter("nowhere")}, "sample must name a method or submodule of TinyGAN"),
+            ({"adapter": ModelAdapter(reference=torch.rand(10, 3, 8, 8))}, "must have the reference's shape"),
+            (
+                {"regions": HALVES, "adapter": ModelAdapter(reference=torch.rand(10, 1, 16, 16))},
+                "the reference must be",
+            ),
             ({"per_class": True}, "per_class must go with a sampler that takes labels"),
         ],
     )
-    def test_a_wrong_configuration_is_refused_before_training(self, options: dict[str, Any], words: str) -> None:
+    def test_an_invalid_configuration_raises_an_error_before_training(
+        self, options: dict[str, Any], message: str
+    ) -> None:
         model = TinyGAN()
         before = [parameter.clone() for parameter in model.parameters()]
-        with pytest.raises(ValueError, match=words):
-            trainer(monitor(**options)).fit(model, batches())
+        with pytest.raises(ValueError, match=message):
+            trainer(make_monitor(**options)).fit(model, batches())
         assert all(map(torch.equal, model.parameters(), before))
 
     @pytest.mark.parametrize(
-        ("options", "words"),
+        ("options", "message"),
         [
-            ({"every_n_epochs": 0}, "every_n_epochs and every_n_train_steps must be at least 1"),
+            ({"every_n_epochs": 0}, "every_n_epochs must be at least 1, got 0"),
             ({"on_error": "ignore"}, "on_error must be 'warn' or 'raise'"),
             ({"bandwidth": -1.0}, "bandwidth must be"),
             ({"null_splits": 0}, "null_splits must be at least 2"),
         ],
     )
-    def test_wrong_arguments_are_refused_at_once(self, options: dict[str, Any], words: str) -> None:
-        with pytest.raises(ValueError, match=words):
-            monitor(**options)
+    def test_invalid_arguments_raise_an_error_at_once(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            make_monitor(**options)
 
-    def test_images_of_another_size_than_the_batches_are_told(self) -> None:
+    def test_a_warning_reports_samples_whose_size_is_not_that_of_the_batches(self) -> None:
         class Larger(TinyGAN):
             def sample(self, n: int) -> Tensor:
                 return 2 * torch.rand(n, 1, 9, 9) - 1
 
         with pytest.warns(DiagnosticWarning, match=r"generated must be \(N, 1, 8, 8\) to match the region map"):
-            trainer(monitor(), max_epochs=1).fit(Larger(), batches())
+            trainer(make_monitor(), max_epochs=1).fit(Larger(), batches())
 
     @pytest.mark.parametrize("kind", ["constant", "nan", "one image"])
     def test_degenerate_samples_are_flagged(self, kind: str) -> None:
@@ -337,9 +313,9 @@ class TestFailures:
                     return digits(8)[0][:1].expand(n, -1, -1, -1)
                 return torch.full((n, 1, 8, 8), math.nan if kind == "nan" else 0.3)
 
-        watched, numbers = monitor(), Numbers()
-        trainer(watched, CollapseStopping(), numbers).fit(Degenerate(), batches())
-        assert watched.evaluations == 2
+        monitor, numbers = make_monitor(), Numbers()
+        trainer(monitor, CollapseStopping(), numbers).fit(Degenerate(), batches())
+        assert monitor.evaluations == 2
         assert numbers.rows[-1]["gendiag/cms/invalid"] == float(kind == "nan")
         if kind != "nan":
             assert numbers.rows[-1]["gendiag/cms/worst"] < 0.95
@@ -347,9 +323,9 @@ class TestFailures:
     def test_constant_real_images_are_flagged(self) -> None:
         loader = torch.utils.data.DataLoader([torch.ones(1, 8, 8)] * 64, batch_size=16)
         with pytest.warns(UserWarning, match="the reference images never vary|all images are equal"):
-            watched = monitor(probe=Probe(num_samples=50))
-            trainer(watched).fit(TinyGAN(), loader)
-        assert watched.evaluations == 2
+            monitor = make_monitor(adapter=ModelAdapter(num_samples=50))
+            trainer(monitor).fit(TinyGAN(), loader)
+        assert monitor.evaluations == 2
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -361,42 +337,40 @@ class TestCheckpoints:
         own.fit(TinyGAN(), batches(), ckpt_path=ckpt)
         return own
 
-    def test_map_reference_and_counts_travel(self, tmp_path: Path) -> None:
-        first = monitor()
+    def test_the_map_the_reference_and_the_counts_are_restored(self, tmp_path: Path) -> None:
+        first = make_monitor()
         path = self.fit(tmp_path, first, CollapseStopping(), epochs=2).checkpoint_callback.best_model_path
         assert torch.load(path, weights_only=True)["callbacks"][first.state_key]["evaluations"] == 2
-        second = monitor()
+        second = make_monitor()
         self.fit(tmp_path, second, CollapseStopping(), epochs=3, ckpt=path)
         assert second.evaluations == 3
         assert second.region_map == first.region_map
-        assert first.probe is not None
-        assert second.probe is not None
-        assert torch.equal(first.probe.reference.images, second.probe.reference.images)  # type: ignore[union-attr]
-        assert len(second._curve) == 3
+        assert torch.equal(first.view.reference.images, second.view.reference.images)  # type: ignore[union-attr]
+        assert all(len(curve.values) == 3 for curve in second.session.history.curves("cms").values())
 
-    def test_the_plugin_may_be_added_later(self, tmp_path: Path) -> None:
+    def test_the_callbacks_may_be_added_later(self, tmp_path: Path) -> None:
         path = self.fit(tmp_path, epochs=1).checkpoint_callback.best_model_path
-        watched = monitor()
-        self.fit(tmp_path, watched, CollapseStopping(), epochs=2, ckpt=path)
-        assert watched.evaluations == 1
+        monitor = make_monitor()
+        self.fit(tmp_path, monitor, CollapseStopping(), epochs=2, ckpt=path)
+        assert monitor.evaluations == 1
 
-    def test_the_plugin_may_be_removed(self, tmp_path: Path) -> None:
-        path = self.fit(tmp_path, monitor(), CollapseStopping(), epochs=1).checkpoint_callback.best_model_path
+    def test_the_callbacks_may_be_removed(self, tmp_path: Path) -> None:
+        path = self.fit(tmp_path, make_monitor(), CollapseStopping(), epochs=1).checkpoint_callback.best_model_path
         with warnings.catch_warnings():
-            # Lightning says that callbacks of the checkpoint are missing
+            # Lightning warns that callbacks of the checkpoint are missing
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
             assert self.fit(tmp_path, epochs=2, ckpt=path).current_epoch == 2
 
-    def test_two_monitors_of_a_kind_live_side_by_side(self, tmp_path: Path) -> None:
-        one, two = monitor(), monitor(name="cms_halves", regions=HALVES, probe=None)
+    def test_two_monitors_of_one_class_may_be_used_together(self, tmp_path: Path) -> None:
+        one, two = make_monitor(), make_monitor(name="cms_halves", regions=HALVES, adapter=None)
         numbers = Numbers()
         self.fit(tmp_path, one, two, numbers, epochs=1)
-        assert one.probe is two.probe
+        assert one.view is two.view
         assert "gendiag/cms_halves/region_1" in numbers.rows[0]
         assert "gendiag/cms/region_2" in numbers.rows[0]
 
 
-def test_monitors_share_one_draw() -> None:
+def test_monitors_share_their_samples() -> None:
     calls = []
 
     class Counting(TinyGAN):
@@ -406,12 +380,12 @@ def test_monitors_share_one_draw() -> None:
 
     one, two = CosineMeanSimilarityMonitor(num_regions=2), CosineMeanSimilarityMonitor(num_regions=3, name="other")
     trainer(one, two, max_epochs=1).fit(Counting(), batches())
-    # tried once with two, then eight chunks for both
+    # two samples are tried, and then both monitors share eight chunks
     assert calls == [2] + [128] * 8
 
 
-def test_a_feature_space_takes_the_place_of_pixels() -> None:
-    # features that do not care where things stand, as the README has it
+def test_features_may_replace_pixels() -> None:
+    # features that do not depend on positions
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
 
@@ -423,111 +397,114 @@ def test_a_feature_space_takes_the_place_of_pixels() -> None:
         def sample(self, n: int) -> Tensor:
             return super().sample(n).roll((2, 3), (2, 3))
 
-    probe = Probe(
+    adapter = ModelAdapter(
         sample=lambda module, n: features(module.sample(n)), images=lambda batch: features(batch[0]), num_samples=500
     )
-    where = CosineMeanSimilarityMonitor(num_regions=1, probe=Probe(num_samples=500), name="pixels")
-    what = CosineMeanSimilarityMonitor(num_regions=1, probe=probe, name="features")
-    trainer(where, what, max_epochs=1).fit(Shifted(size=16), batches(16, 500))
-    # images that were moved are as real to the features, and not to the pixels
-    assert float(what.result.image) > 0.99
-    assert abs(float(what.result.image_z)) < 4
-    assert float(where.result.image_z) < -50
+    by_pixels = CosineMeanSimilarityMonitor(num_regions=1, adapter=ModelAdapter(num_samples=500), name="pixels")
+    by_features = CosineMeanSimilarityMonitor(num_regions=1, adapter=adapter, name="features")
+    trainer(by_pixels, by_features, max_epochs=1).fit(Shifted(size=16), batches(16, 500))
+    # shifted images have the same features as real images, but other pixels
+    assert float(by_features.result.image) > 0.99
+    assert abs(float(by_features.result.image_z)) < 4
+    assert float(by_pixels.result.image_z) < -50
 
 
-def test_classes_are_followed_when_the_sampler_takes_labels() -> None:
+def test_classes_are_evaluated_when_the_sampler_takes_labels() -> None:
     class Conditional(ScriptedGenerator):
         def sample(self, n: int, labels: Tensor) -> Tensor:  # type: ignore[override]
             images, known = digits(16)
             return torch.stack([images[known == label][int(torch.randint(100, ()))] for label in labels.tolist()])
 
-    watched = CosineMeanSimilarityMonitor(
-        num_regions=2, per_class=True, probe=Probe(conditional=True, reference=digits(16), num_samples=600)
+    monitor = CosineMeanSimilarityMonitor(
+        num_regions=2, per_class=True, adapter=ModelAdapter(conditional=True, reference=digits(16), num_samples=600)
     )
-    trainer(watched, max_epochs=1).fit(Conditional(), batches(16))
-    assert watched.result.classes.shape == (10, 3)
-    assert float(watched.result.classes.min()) > 0.9
-    scalars = watched.result.scalars()
+    trainer(monitor, max_epochs=1).fit(Conditional(), batches(16))
+    assert monitor.result.classes.shape == (10, 3)
+    assert float(monitor.result.classes.min()) > 0.9
+    scalars = monitor.result.scalars()
     assert float(scalars["worst_class"]) == min(float(scalars[f"class_{k}"]) for k in range(10))
 
 
-def test_one_batch_that_cannot_be_read_costs_nothing_once_there_is_a_reference() -> None:
+def test_an_unreadable_batch_is_ignored_once_the_reference_is_complete() -> None:
     calls = iter(range(1000))
 
     def images(batch: Any) -> Any:
         return "nothing" if next(calls) == 2 else batch[0]
 
-    watched = monitor(probe=Probe(images=images, num_samples=64, num_reference=48))
-    trainer(watched, max_epochs=3).fit(TinyGAN(), batches())
-    assert watched.enabled
-    assert watched.evaluations == 3
+    monitor = make_monitor(adapter=ModelAdapter(images=images, num_samples=64, num_reference=48))
+    trainer(monitor, max_epochs=3).fit(TinyGAN(), batches())
+    assert monitor.enabled
+    assert monitor.evaluations == 3
 
 
-def test_what_the_users_callables_do_leaves_no_trace() -> None:
+def test_random_numbers_in_the_users_callables_do_not_affect_training() -> None:
     seen = []
 
     def dithered(batch: Any) -> Tensor:
         seen.append(torch.is_grad_enabled())
         return batch[0] + torch.rand_like(batch[0]) / 255
 
-    watched = monitor(probe=Probe(images=dithered, num_samples=64, num_reference=60))
-    torch.testing.assert_close(state_after_training(watched), state_after_training(), rtol=0, atol=0)
-    assert watched.evaluations == 3
+    monitor = make_monitor(adapter=ModelAdapter(images=dithered, num_samples=64, num_reference=60))
+    torch.testing.assert_close(state_after_training(monitor), state_after_training(), rtol=0, atol=0)
+    assert monitor.evaluations == 3
     assert seen
     assert not any(seen)
 
 
-def test_samples_are_of_the_module_as_it_is() -> None:
-    drawn = []
+def test_samples_come_from_the_current_weights() -> None:
+    weights = []
 
     class Counting(TinyGAN):
         def sample(self, n: int) -> Tensor:
-            drawn.append(self.discriminator[1].weight.detach().clone())
+            weights.append(self.discriminator[1].weight.detach().clone())
             return self(torch.randn(n, self.latent_dim))
 
-    probe = Probe(num_samples=8, num_reference=16)
-    steps, epochs = monitor(probe=probe, every_n_train_steps=1, name="steps"), monitor(probe=probe, name="epochs")
+    adapter = ModelAdapter(num_samples=8, num_reference=16)
+    steps, epochs = (
+        make_monitor(adapter=adapter, every_n_train_steps=1, name="steps"),
+        make_monitor(adapter=adapter, name="epochs"),
+    )
     trainer(steps, epochs, max_epochs=1).fit(Counting(), batches())
-    # tried, then after each of four batches, the last of which ends the epoch; nothing is held while training goes on
-    assert len(drawn) == 5
-    assert all(not torch.equal(a, b) for a, b in pairwise(drawn))
-    probe.forget()
-    assert probe._drawn is None
+    # one call tries the sampler, and each of the four batches has one, since the weights change in between
+    assert len(weights) == 5
+    assert all(not torch.equal(a, b) for a, b in pairwise(weights))
 
 
-class TestContained:
-    """What goes wrong beside the evaluation itself."""
+class TestContainedErrors:
+    """Errors outside the evaluation itself do not end the run."""
 
-    def test_text_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_text_that_cannot_be_logged_raises_a_warning(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def full(*_: Any) -> None:
             raise OSError("no space left")
 
-        monkeypatch.setattr("lightning_gendiag.board.Board.text", full)
-        probe = Probe(num_samples=64, num_reference=60)
-        watched = GenerativeDiagnostics(None, probe=probe, max_share=None, draw_pictures=False)
-        own = trainer(watched, max_epochs=2, logger=TensorBoardLogger(tmp_path))
-        with pytest.warns(DiagnosticWarning, match="attached could not be logged: no space left"):
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_text", full)
+        adapter = ModelAdapter(num_samples=64, num_reference=60)
+        diagnostics = GenerativeDiagnostics(None, adapter=adapter, max_overhead=None, log_images=False)
+        own = trainer(diagnostics, max_epochs=2, logger=TensorBoardLogger(tmp_path))
+        with pytest.warns(DiagnosticWarning, match="gendiag/attached could not be logged: no space left"):
             own.fit(TinyGAN(), batches())
         assert own.current_epoch == 2
 
-    def test_numbers_that_cannot_be_told(self) -> None:
+    def test_scalars_that_raise_an_error_raise_a_warning(self) -> None:
         class Broken(CosineMeanSimilarityMonitor):
             def scalars(self, result: Any) -> dict[str, Tensor]:
                 raise IndexError("none there")
 
-        watched = Broken(num_regions=2, probe=Probe(num_samples=64, num_reference=60))
+        monitor = Broken(num_regions=2, adapter=ModelAdapter(num_samples=64, num_reference=60))
         with pytest.warns(DiagnosticWarning, match="IndexError: none there"):
-            trainer(watched, max_epochs=2).fit(TinyGAN(), batches())
-        assert watched.evaluations == 0
+            trainer(monitor, max_epochs=2).fit(TinyGAN(), batches())
+        assert monitor.evaluations == 0
 
-    def test_a_checkpoint_of_another_make(self, tmp_path: Path) -> None:
-        first = trainer(monitor(), max_epochs=1)
+    def test_an_incomplete_state_in_a_checkpoint_raises_a_warning(self, tmp_path: Path) -> None:
+        first = trainer(make_monitor(), max_epochs=1)
         first.fit(TinyGAN(), batches())
         first.save_checkpoint(tmp_path / "whole.ckpt")
         state = torch.load(tmp_path / "whole.ckpt", weights_only=True)
-        del state["callbacks"]["CosineMeanSimilarityMonitor[cms]"]["curve"]
+        del state["callbacks"]["CosineMeanSimilarityMonitor[cms]"]["evaluations"]
         torch.save(state, tmp_path / "old.ckpt")
-        watched = monitor()
-        with pytest.warns(DiagnosticWarning, match="begins anew: what a checkpoint holds of it could not be read"):
-            trainer(watched, max_epochs=2).fit(TinyGAN(), batches(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
-        assert watched.latest is not None
+        monitor = make_monitor()
+        with pytest.warns(DiagnosticWarning, match="begins anew, since its state in the checkpoint cannot be read"):
+            trainer(monitor, max_epochs=2).fit(TinyGAN(), batches(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+        assert monitor.latest is not None

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 
 from benchmarks import planted_faults
@@ -12,7 +14,8 @@ from benchmarks.planted_faults import below, judge, plateau, recorded, summary
 from benchmarks.planting import record
 from example_models.data import scenes
 from lightning_gendiag import find_regions
-from lightning_gendiag.functional import adjusted_rand_index
+from lightning_gendiag.functional.distances import adjusted_rand_index
+from tests.helpers.running import batches, trainer
 
 
 @pytest.mark.parametrize("size", [8, 16, 32])
@@ -33,11 +36,35 @@ def test_scenes_vary_each_region_for_itself() -> None:
     assert float(off.abs().max()) < 0.1
 
 
-def test_a_plateau_is_where_lightning_stops() -> None:
-    series = [5.0, 4.0, 3.0, 3.1, 3.2, 2.9, 3.0, 3.0, 3.0, 1.0]
-    assert plateau(series, 3) == 8
-    assert plateau(series, 4) is None
-    assert plateau([1.0, math.nan], 3) == 1
+class Scripted(LightningModule):
+    """Logs the values of a series, one an epoch."""
+
+    def __init__(self, series: list[float]) -> None:
+        super().__init__()
+        self.series, self.weight = series, torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("it", torch.tensor(self.series[self.current_epoch]), on_epoch=True, on_step=False)
+        return self.weight.square()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("series", "patience", "expected"),
+    [
+        ([5.0, 4.0, 3.0, 3.1, 3.2, 2.9, 3.0, 3.0, 3.0, 1.0], 3, 8),
+        ([5.0, 4.0, 3.0, 3.1, 3.2, 2.9, 3.0, 3.0, 3.0, 1.0], 4, None),
+        ([1.0, math.nan, 1.0], 3, 1),
+    ],
+)
+def test_a_plateau_is_where_lightning_stops(series: list[float], patience: int, expected: int | None) -> None:
+    stopping = EarlyStopping("it", patience=patience, check_on_train_epoch_end=True)
+    own = trainer(stopping, max_epochs=len(series))
+    own.fit(Scripted(series), batches())
+    assert plateau(series, patience) == expected
+    assert own.current_epoch == (len(series) if expected is None else expected + 1)
     assert EarlyStopping("it").patience == 3
 
 
@@ -50,17 +77,22 @@ def test_a_threshold_arms_itself() -> None:
 # a flow of a few hundred steps
 @pytest.mark.filterwarnings("ignore:generated images span")
 def test_a_short_run_is_recorded_and_judged() -> None:
-    run = json.loads(json.dumps(record("flow", "scenes", 1, looks=16, start=12, after=3)))
+    run = json.loads(json.dumps(record("flow", "scenes", 1, evaluations=16, start=12, after=3)))
     assert len(run["healthy"]["loss"]) == len(run["healthy"]["cms"]) == 16
     assert len(run["faults"]["region frozen"]["cms"]) == 4
     assert len(run["faults"]["weight is nan"]["cms"]) == 3
-    # what is frozen is further from real than what was drawn
+    # a frozen region is further from real images than the samples without the fault
     frozen, healthy = run["faults"]["region frozen"]["cms"][-1], run["healthy"]["cms"][-1]
     assert min(frozen[name][0] - healthy[name][0] for name in frozen) < -0.1
+    # the training does not notice that faults were planted
+    without = record("flow", "scenes", 1, evaluations=16, start=12, faults=False)["healthy"]
+    assert run["healthy"]["loss"] == without["loss"]
+    for row, other in zip(run["healthy"]["cms"], without["cms"], strict=True):
+        assert {name: held[:2] for name, held in row.items()} == {name: held[:2] for name, held in other.items()}
     _, faults = judge(run)
     found = {one.fault: one for one in faults}
     assert found["weight is nan"].found
-    # after so few looks an alarm takes one more
+    # after so few evaluations an alarm takes one more
     assert found["image frozen"].delay <= 4
     assert found["image frozen"].overlap == 1
 

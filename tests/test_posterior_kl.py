@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -10,7 +9,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from benchmarks.posterior_alarms import KINDS, RECORDS, START, replay, rightly
 from example_models.vae import VAE
 from lightning_gendiag import (
     CollapseStopping,
@@ -20,10 +18,11 @@ from lightning_gendiag import (
     PosteriorKLMonitor,
     posterior_kl,
 )
-from tests.cases import Case
-from tests.conftest import ScriptedGenerator, batches, trainer
-from tests.test_board_and_panels import events
-from tests.test_monitor import state_after_training
+from tests.helpers.cases import Case
+from tests.helpers.logs import events
+from tests.helpers.models import ScriptedGenerator
+from tests.helpers.recorded_runs import RecordedPosteriors
+from tests.helpers.running import batches, state_after_training, trainer
 
 
 def updates(count: int = 10, n: int = 20, dims: int = 5) -> list[dict[str, Any]]:
@@ -40,7 +39,7 @@ def updates(count: int = 10, n: int = 20, dims: int = 5) -> list[dict[str, Any]]
 CASE = Case(make=lambda: PosteriorKL(5), updates=updates(), tolerance=1e-10)
 
 
-def test_the_divergence_is_that_of_torch_distributions(generator: torch.Generator) -> None:
+def test_the_divergence_equals_that_of_torch_distributions(generator: torch.Generator) -> None:
     mean = torch.randn(50, 4, generator=generator, dtype=torch.float64)
     log_variance = 2 * torch.randn(50, 4, generator=generator, dtype=torch.float64)
     expected = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(torch.zeros(()).double(), 1.0))
@@ -48,7 +47,7 @@ def test_the_divergence_is_that_of_torch_distributions(generator: torch.Generato
     assert float(posterior_kl(torch.zeros(1), torch.full((1,), 1e-6))[0]) == pytest.approx(0.25e-12, rel=1e-3)
 
 
-def test_sums_are_means_over_all_rows() -> None:
+def test_results_are_means_over_all_rows() -> None:
     metric = PosteriorKL(5)
     for update in CASE.updates:
         metric.update(**update)
@@ -62,7 +61,7 @@ def test_sums_are_means_over_all_rows() -> None:
     prior = torch.distributions.MultivariateNormal(torch.zeros(5).double(), torch.eye(5).double())
     aggregate = torch.distributions.MultivariateNormal(mean.mean(0), covariance)
     torch.testing.assert_close(result.aggregate_kl, kl_divergence(aggregate, prior))
-    # a mean that is always zero carries nothing, whatever its variance
+    # a dimension whose mean is always zero carries no information
     assert result.active.tolist() == [False, True, True, True, True]
     assert float(result.active_units) == 4
     assert float(result.dead_share) == pytest.approx(0.2)
@@ -77,8 +76,8 @@ def test_the_prior_itself_has_no_divergence_and_no_information() -> None:
     assert float(result.active_units) == 0
 
 
-def test_information_bounds_what_a_linear_gaussian_code_carries(generator: torch.Generator) -> None:
-    """x ~ N(0, 1), z | x ~ N(a x, 1 - a^2): z is the prior, and I(x; z) = -log(1 - a^2) / 2."""
+def test_the_information_of_a_linear_gaussian_encoder_has_a_closed_form(generator: torch.Generator) -> None:
+    """For x ~ N(0, 1) and z | x ~ N(a x, 1 - a^2), z has the prior, and I(x; z) = -log(1 - a^2) / 2."""
     x, a = torch.randn(200_000, 1, generator=generator, dtype=torch.float64), 0.9
     metric = PosteriorKL(1)
     metric.update(a * x, torch.full_like(x, 1 - a**2).log())
@@ -86,14 +85,14 @@ def test_information_bounds_what_a_linear_gaussian_code_carries(generator: torch
     torch.testing.assert_close(metric.compute().information, expected, rtol=0.01, atol=0.01)
 
 
-def test_many_dimensions_keep_a_diagonal(generator: torch.Generator) -> None:
+def test_of_many_dimensions_only_the_variances_are_stored(generator: torch.Generator) -> None:
     metric = PosteriorKL(600)
     metric.update(torch.randn(50, 600, generator=generator), torch.zeros(50, 600))
     assert metric.products.shape == (600,)
     assert metric.compute().aggregate_kl.isfinite()
 
 
-def test_rows_that_are_not_finite_are_left_out_and_told() -> None:
+def test_rows_that_are_not_finite_are_left_out_and_counted() -> None:
     metric = PosteriorKL(2)
     metric.update(
         torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0]] * 2 + [[torch.inf, 0.0]])
@@ -115,7 +114,7 @@ def test_rows_that_are_not_finite_are_left_out_and_told() -> None:
         (lambda: PosteriorKLMonitor(patience=0), "patience must be at least 1"),
     ],
 )
-def test_bad_input_is_refused_in_words(make: Any, match: str) -> None:
+def test_invalid_arguments_raise_errors(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
 
@@ -124,7 +123,7 @@ def test_bad_input_is_refused_in_words(make: Any, match: str) -> None:
 
 
 class Posterior(ScriptedGenerator):
-    """Codes with known divergences that change a little each epoch; dimensions can be switched off."""
+    """An encoder with known divergences that change a little each epoch; ``off(epoch)`` lists dimensions that are unused."""
 
     def __init__(self, off: Any = lambda epoch: [], kind: str = "pair", dims: int = 6) -> None:
         super().__init__()
@@ -147,28 +146,28 @@ class Posterior(ScriptedGenerator):
 
 
 @pytest.mark.parametrize("kind", ["pair", "std", "variance", "log_std", "normal", "independent"])
-def test_every_form_of_a_posterior_gives_the_same(kind: str) -> None:
+def test_every_form_of_a_posterior_gives_the_same_result(kind: str) -> None:
     spread = kind if kind in ("std", "variance", "log_std") else "log_variance"
-    watched = PosteriorKLMonitor(spread=spread, on_error="raise")  # type: ignore[arg-type]
-    trainer(watched, max_epochs=1).fit(Posterior(kind=kind), batches(16))
+    monitor = PosteriorKLMonitor(spread=spread, on_error="raise")  # type: ignore[arg-type]
+    trainer(monitor, max_epochs=1).fit(Posterior(kind=kind), batches(16))
     expected = PosteriorKLMonitor(on_error="raise")
     trainer(expected, max_epochs=1).fit(Posterior(), batches(16))
-    torch.testing.assert_close(watched.result.per_dimension, expected.result.per_dimension, rtol=1e-4, atol=1e-4)
-    assert float(watched.result.total) > 3
+    torch.testing.assert_close(monitor.result.per_dimension, expected.result.per_dimension, rtol=1e-4, atol=1e-4)
+    assert float(monitor.result.total) > 3
 
 
-def test_three_outputs_are_asked_about_in_words() -> None:
-    watched = PosteriorKLMonitor()
+def test_an_encoder_with_three_outputs_raises_a_warning_with_the_fix() -> None:
+    monitor = PosteriorKLMonitor()
     with pytest.warns(
         DiagnosticWarning, match=r"encode must return a pair of mean and log variance.*got 3 of them.*posterior="
     ):
-        trainer(watched, max_epochs=1).fit(Posterior(kind="three"), batches(16))
+        trainer(monitor, max_epochs=1).fit(Posterior(kind="three"), batches(16))
     own = PosteriorKLMonitor(lambda module, images: module.encode(images)[1:], spread="std", on_error="raise")
     trainer(own, max_epochs=1).fit(Posterior(kind="three"), batches(16))
     assert own.result is not None
 
 
-def test_a_module_without_an_encoder_is_refused_before_training() -> None:
+def test_a_module_without_an_encoder_raises_an_error_before_training() -> None:
     with pytest.raises(ValueError, match="encode must be known"):
         trainer(PosteriorKLMonitor(), max_epochs=1).fit(ScriptedGenerator(), batches(16))
     with pytest.raises(ValueError, match="posterior must be a callable or name a method of Posterior, got 'inference'"):
@@ -176,40 +175,40 @@ def test_a_module_without_an_encoder_is_refused_before_training() -> None:
 
 
 def test_a_dimension_that_dies_is_found_and_named() -> None:
-    watched, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
+    monitor, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
     with pytest.warns(CollapseWarning, match="dimension 3 died: KL in nats fell from"):
-        own = trainer(watched, stopping, max_epochs=30)
+        own = trainer(monitor, stopping, max_epochs=30)
         own.fit(Posterior(lambda epoch: [3] if epoch >= 12 else []), batches(16))
     assert own.current_epoch < 17
-    assert stopping.findings[0].names == ["dimension 3"]
+    assert stopping.alarms[0].names == ["dimension 3"]
 
 
-def test_a_latent_that_vanishes_is_found_as_a_whole() -> None:
-    watched, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
+def test_a_posterior_that_collapses_is_reported_as_a_whole() -> None:
+    monitor, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
     with pytest.warns(CollapseWarning, match="the latent vanished: KL in nats fell from"):
-        trainer(watched, stopping, max_epochs=30).fit(
+        trainer(monitor, stopping, max_epochs=30).fit(
             Posterior(lambda epoch: range(6) if epoch >= 12 else []), batches(16)
         )
-    assert stopping.findings[0].epoch < 16
+    assert stopping.alarms[0].epoch < 16
 
 
-def test_a_latent_that_was_never_used_is_found_too() -> None:
-    watched, stopping = PosteriorKLMonitor(on_error="raise", patience=5), CollapseStopping()
+def test_a_latent_that_was_never_used_is_reported() -> None:
+    monitor, stopping = PosteriorKLMonitor(on_error="raise", patience=5), CollapseStopping()
     with pytest.warns(
-        CollapseWarning, match=r"the latent vanished: KL is 0.000 nats, and none of 6 dimensions has been active in 5"
+        CollapseWarning, match=r"the latent collapsed: KL is 0.000 nats and none of 6 dimensions has been active for 5"
     ):
-        own = trainer(watched, stopping, max_epochs=30)
+        own = trainer(monitor, stopping, max_epochs=30)
         own.fit(Posterior(lambda epoch: range(6)), batches(16))
     assert own.current_epoch == 5
 
 
-def test_a_healthy_posterior_goes_to_its_end() -> None:
-    watched, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
-    trainer(watched, stopping, max_epochs=25).fit(Posterior(), batches(16))
-    assert stopping.findings == []
+def test_a_healthy_run_raises_no_alarm() -> None:
+    monitor, stopping = PosteriorKLMonitor(on_error="raise"), CollapseStopping()
+    trainer(monitor, stopping, max_epochs=25).fit(Posterior(), batches(16))
+    assert stopping.alarms == []
 
 
-def test_pictures_scalars_and_charts_are_on_the_board(tmp_path: Any) -> None:
+def test_scalars_and_panels_are_logged(tmp_path: Any) -> None:
     logger = TensorBoardLogger(tmp_path, name="run")
     trainer(PosteriorKLMonitor(on_error="raise"), max_epochs=2, logger=logger).fit(Posterior(), batches(16))
     seen = events(logger.log_dir)
@@ -221,7 +220,7 @@ def test_pictures_scalars_and_charts_are_on_the_board(tmp_path: Any) -> None:
     assert "gendiag/posterior_kl/panel" in seen.Tags()["images"]
 
 
-def test_training_is_bit_identical_with_and_without() -> None:
+def test_training_is_bit_identical_with_and_without_the_monitor() -> None:
     def run(*callbacks: Any) -> Any:
         return state_after_training(*callbacks, module=lambda: VAE(3, width=2), size=32)
 
@@ -230,39 +229,44 @@ def test_training_is_bit_identical_with_and_without() -> None:
 
 # ---- recorded runs ----
 
-RUNS = json.loads(RECORDS.read_text())
+RUNS = RecordedPosteriors.read()
+HEALTHY = sorted({run.model for run in RUNS if "healthy" in run.series})
+FAULTS = sorted({fault for run in RUNS for fault in run.series} - {"healthy"})
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("healthy")])
-def test_recorded_healthy_runs_raise_no_alarm(kind: str) -> None:
-    runs = [run for run in RUNS if run["kind"] == kind]
+def test_there_are_recordings_of_each_kind() -> None:
+    assert (len(HEALTHY), len(FAULTS)) == (4, 5)
+
+
+@pytest.mark.parametrize("model", HEALTHY)
+def test_recorded_healthy_runs_raise_no_alarm(model: str) -> None:
+    runs = [run for run in RUNS if run.model == model and "healthy" in run.series]
     assert len(runs) == 10
-    assert [str(finding) for run in runs for finding in replay(run).findings] == []
+    assert [str(alarm) for run in runs for alarm in run.alarms()] == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("healthy")])
-def test_recorded_collapse_is_found_and_named_in_time(kind: str) -> None:
-    runs = [run for run in RUNS if run["kind"] == kind]
+@pytest.mark.parametrize("fault", FAULTS)
+def test_recorded_collapse_is_found_and_named_in_time(fault: str) -> None:
+    runs = [run for run in RUNS if fault in run.series]
     assert len(runs) == 10
-    begun = START if "epoch" in kind else 0
     for run in runs:
-        stopping = replay(run)
-        finding = rightly(kind, stopping)
-        assert finding is not None
-        assert finding is stopping.findings[0]
-        assert finding.epoch - begun < 9
+        first = run.alarms(fault)[0]
+        assert run.is_right(fault, first)
+        assert first.epoch - run.begin(fault) < 9
 
 
-def test_of_very_many_dimensions_the_whole_is_watched() -> None:
+def test_of_very_many_dimensions_only_the_total_is_observed() -> None:
     metric = PosteriorKL(300)
     metric.update(torch.randn(20, 300), torch.zeros(20, 300))
-    assert set(PosteriorKLMonitor().readings(metric.compute())) == {"the latent", "all of the latent"}
+    names = [observation.series.name for observation in PosteriorKLMonitor().observations(metric.compute())]
+    assert names == ["the latent", "all of the latent"]
 
 
-def test_posteriors_that_are_all_nan_are_no_collapse() -> None:
-    metric, watched = PosteriorKL(2), PosteriorKLMonitor(patience=1)
+def test_posteriors_that_are_all_nan_are_not_reported_as_a_collapse() -> None:
+    metric, monitor = PosteriorKL(2), PosteriorKLMonitor(patience=1)
     metric.update(torch.full((5, 2), torch.nan), torch.zeros(5, 2))
     result = metric.compute()
     assert float(result.invalid) == 1
-    assert watched.readings(result)["all of the latent"].badness == 0
-    assert math.isnan(watched.readings(result)["the latent"].badness)
+    severity = {observation.series.name: observation.severity for observation in monitor.observations(result)}
+    assert severity["all of the latent"] == 0
+    assert math.isnan(severity["the latent"])

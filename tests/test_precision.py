@@ -1,6 +1,8 @@
-"""Every monitor, in every precision of the trainer."""
+"""Every monitor runs in every precision of the trainer."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,12 @@ from lightning_gendiag import (
     KStarMonitor,
     LatentRegionsMonitor,
     ManifoldEntropyMonitor,
+    ModelAdapter,
     Monitor,
     PosteriorKLMonitor,
-    Probe,
     RegionalPrimitivesMonitor,
 )
-from tests.conftest import batches, trainer
+from tests.helpers.running import batches, trainer
 
 MONITORS = {
     "cms": lambda: CosineMeanSimilarityMonitor(num_regions=2, null_splits=4),
@@ -33,16 +35,16 @@ MONITORS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:of 9 regions the 2 that change most")
+@pytest.mark.filterwarnings("ignore:Of 9 regions, only the 2 that change most")
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
 @pytest.mark.parametrize("make", MONITORS.values(), ids=MONITORS.keys())
-def test_every_monitor_runs_in_every_precision(make: type[Monitor], precision: str) -> None:
-    watched = make()
-    watched.on_error = "raise"
-    watched.given_probe = Probe(num_samples=64, num_reference=64)
+def test_every_monitor_runs_in_every_precision(make: type[Monitor[Any, Any]], precision: str) -> None:
+    monitor = make()
+    monitor.on_error = "raise"
+    monitor.adapter = ModelAdapter(num_samples=64, num_reference=64)
     model = VAE(10, width=2)
-    trainer(watched, max_epochs=1, precision=precision).fit(model, batches(32))
-    assert watched.evaluations == 1
-    # the weights are what they were
+    trainer(monitor, max_epochs=1, precision=precision).fit(model, batches(32))
+    assert monitor.evaluations == 1
+    # the weights keep their precision
     expected = {"bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "64-true": torch.float64}[precision]
     assert {parameter.dtype for parameter in model.parameters()} == {expected}

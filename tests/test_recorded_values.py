@@ -1,4 +1,4 @@
-"""Metrics give the numbers that they gave before the code was rearranged, on inputs in float64."""
+"""Metrics give the recorded results on inputs in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import Case, cases
+from tests.helpers.cases import Case, cases
 
 RECORDED = json.loads((Path(__file__).parent / "recorded" / "metrics.json").read_text())
 

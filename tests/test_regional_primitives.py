@@ -16,7 +16,7 @@ from lightning_gendiag import (
     CollapseStopping,
     CollapseWarning,
     DiagnosticWarning,
-    Probe,
+    ModelAdapter,
     RegionalPrimitives,
     RegionalPrimitivesMonitor,
     decompose,
@@ -24,23 +24,23 @@ from lightning_gendiag import (
     minimal_features_of,
     or_interactions,
 )
-from lightning_gendiag.diagnostics.regional_primitives.mathematics import importance, memberships
-from lightning_gendiag.monitor import Evaluation
-from tests.cases import Case
-from tests.conftest import batches, trainer
-from tests.test_board_and_panels import events
-from tests.test_monitor import state_after_training
+from lightning_gendiag.detection.history import Evaluation, History
+from lightning_gendiag.detection.rules import Judge
+from lightning_gendiag.diagnostics.regional_primitives.functional import importance, memberships
+from tests.helpers.cases import Case
+from tests.helpers.logs import events
+from tests.helpers.running import batches, state_after_training, trainer
 
 
 def updates(count: int = 10, n: int = 3) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
+    def rand(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
     return [
-        {"norms": draw(2**n), "effects": draw(2**n, n), "curve": draw(2**n), "relevant": draw(n), "irrelevant": draw(n),
-         "converged": draw()}
+        {"norms": rand(2**n), "effects": rand(2**n, n), "curve": rand(2**n), "relevant": rand(n), "irrelevant": rand(n),
+         "converged": rand()}
         for _ in range(count)
     ]  # fmt: skip
 
@@ -52,7 +52,7 @@ CASE = Case(make=lambda: RegionalPrimitives(3), updates=updates(), tolerance=1e-
 
 
 def by_definition(u: Tensor, n: int) -> Tensor:
-    """``I(S) = - sum over T in S of (-1)^(|S|-|T|) u(all without T)``, set by set."""
+    """Computes ``I(S) = - sum over T in S of (-1)^(|S|-|T|) u(all without T)`` for each set S."""
     regions = range(n)
     out = torch.zeros_like(u)
     out[0] = u[0]
@@ -68,7 +68,7 @@ def by_definition(u: Tensor, n: int) -> Tensor:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_interactions_are_those_of_the_definition_and_complete(n: int, generator: torch.Generator) -> None:
+def test_interactions_equal_the_definition_and_are_complete(n: int, generator: torch.Generator) -> None:
     u = torch.randn(2**n, 4, 3, generator=generator, dtype=torch.float64)
     interactions = or_interactions(u)
     torch.testing.assert_close(interactions, by_definition(u, n))
@@ -80,15 +80,15 @@ def test_interactions_are_those_of_the_definition_and_complete(n: int, generator
         torch.testing.assert_close(u[0] + interactions[covering].sum(0), u[mask], rtol=0, atol=1e-6)
 
 
-def test_interactions_by_hand() -> None:
+def test_interactions_equal_values_by_hand() -> None:
     assert or_interactions(torch.tensor([1.0, 4.0])).tolist() == [1.0, 3.0]
-    # a alone 3, b alone 5, both 6: 2 are shared, and 1 and 3 are their own
+    # a alone gives 3, b alone 5 and both 6, so that 2 are shared, 1 belongs to a and 3 to b
     assert or_interactions(torch.tensor([0.0, 3.0, 5.0, 6.0])).tolist() == [0.0, 1.0, 3.0, 2.0]
-    # three regions drawn by one pattern: any of them needs all of it
+    # one pattern generates three regions, so that each of them needs the whole pattern
     assert or_interactions(torch.tensor([0.0] + [7.0] * 7)).tolist() == [0.0] * 7 + [7.0]
 
 
-def test_one_component_for_a_set_of_regions_is_recovered_for_any_set(generator: torch.Generator) -> None:
+def test_the_transform_is_inverted_for_random_components(generator: torch.Generator) -> None:
     true = torch.randn(16, 2, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(or_interactions(minimal_features_of(true)), true)
 
@@ -101,12 +101,12 @@ SETS = ((0,), (1, 2), (3,), (0, 3), (0, 1, 2, 3))
 
 
 def patterns(dtype: torch.dtype = torch.float64) -> Tensor:
-    """(5, 1, 8, 8): each draws in its set of regions and nowhere else."""
+    """Returns patterns (5, 1, 8, 8), each of which is zero outside its set of regions."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(len(SETS), 1, 8, 8, generator=generator, dtype=dtype)
-    for pattern, regions in zip(drawn, SETS, strict=True):
+    images = torch.randn(len(SETS), 1, 8, 8, generator=generator, dtype=dtype)
+    for pattern, regions in zip(images, SETS, strict=True):
         pattern[0][~torch.isin(REGIONS, torch.tensor(regions))] = 0
-    return drawn
+    return images
 
 
 def linear(u: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def test_the_components_of_a_generator_built_from_known_patterns_are_recovered(t
     assert set(result.order[:5].tolist()) == set(true)
     assert float(result.leakage.max()) < 1e-4
     assert int(result.components) <= 5
-    # growing by the largest, the image is there after five
+    # the five largest components reconstruct the image
     assert float(found.curve[5]) < 1e-4
     assert float(found.curve[0]) == pytest.approx(1)
     assert float(found.relevant.max()) < 1e-4
@@ -149,20 +149,20 @@ def test_the_components_of_a_generator_built_from_known_patterns_are_recovered(t
 def test_a_linear_generator_has_a_closed_form() -> None:
     penalty = 0.05
     minimal = minimal_features(linear, FEATURE, 0.3 * FEATURE, REGIONS, penalty=penalty, tolerance=1e-12, max_steps=80)
-    drawn, baseline = patterns().flatten(1).T, 0.3 * FEATURE
-    own = drawn @ FEATURE
-    change = (own - drawn @ baseline).square().sum()
+    mixing, baseline = patterns().flatten(1).T, 0.3 * FEATURE
+    own = mixing @ FEATURE
+    change = (own - mixing @ baseline).square().sum()
     ridge = penalty / (FEATURE - baseline).square().sum() * torch.eye(5, dtype=torch.float64)
     meets = memberships(4)
     for mask in range(1, 16):
         w = meets[mask][REGIONS.flatten()].double() / change
-        left = drawn.T @ (w[:, None] * drawn) + ridge
-        expected = torch.linalg.solve(left, drawn.T @ (w * own) + ridge @ baseline)
+        left = mixing.T @ (w[:, None] * mixing) + ridge
+        expected = torch.linalg.solve(left, mixing.T @ (w * own) + ridge @ baseline)
         torch.testing.assert_close(minimal.features[mask], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(minimal.features[0], baseline)
 
 
-def test_a_set_optimised_alone_or_in_small_batches_is_the_same() -> None:
+def test_a_set_optimized_alone_or_in_small_batches_has_the_same_features() -> None:
     together = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS)
     small = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS, batch_size=3)
     torch.testing.assert_close(small.features, together.features, rtol=0, atol=1e-4)
@@ -172,7 +172,7 @@ def test_a_set_optimised_alone_or_in_small_batches_is_the_same() -> None:
     assert (again.objective <= together.objective + 1e-12).all()
 
 
-def test_what_did_not_converge_is_said() -> None:
+def test_missing_convergence_is_reported() -> None:
     minimal = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS, penalty=1e-7, max_steps=1)
     assert minimal.steps == 1
     assert not minimal.converged[1:].all()
@@ -184,11 +184,11 @@ def test_pixels_outside_all_regions_do_not_count() -> None:
     minimal = minimal_features(linear, FEATURE, 0 * FEATURE, inner, penalty=1e-7, tolerance=1e-9, max_steps=60)
     found = decompose(linear, FEATURE, inner, minimal)
     assert found.norms.shape == (8,)
-    # the third pattern draws where nobody looks
+    # the third pattern lies outside all regions
     assert float(minimal.features[-1][2].abs()) < 1e-3
 
 
-def test_importance_is_the_share_of_the_change() -> None:
+def test_importance_is_each_regions_fraction_of_the_change() -> None:
     shares = importance(linear, FEATURE, 0 * FEATURE, REGIONS)
     image = linear(FEATURE[None])[0, 0]
     expected = torch.stack([image[r == REGIONS].square().sum() for r in range(4)]) / image.square().sum()
@@ -220,12 +220,12 @@ def test_importance_is_the_share_of_the_change() -> None:
         (lambda: RegionalPrimitivesMonitor(penalty=0), "penalty and max_seconds must be above 0"),
     ],
 )
-def test_bad_input_is_refused_in_words(make: Any, match: str) -> None:
+def test_invalid_arguments_raise_errors(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
 
 
-def test_images_that_are_not_finite_are_left_out_and_told() -> None:
+def test_images_that_are_not_finite_are_left_out_and_counted() -> None:
     metric = RegionalPrimitives(3)
     first, second = updates(2)
     second["norms"][2] = torch.nan
@@ -240,7 +240,7 @@ def test_images_that_are_not_finite_are_left_out_and_told() -> None:
 
 
 class Painter(LightningModule):
-    """A generator written without us: four quadrants, each drawn by a channel of its own, and one pattern for two."""
+    """A generator whose layer ``front`` makes channels of which ``back`` makes images; a fault may erase a corner."""
 
     def __init__(self, fault: Any = lambda epoch: None) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class Painter(LightningModule):
         return images
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        # the weights wander a little, as in a run that goes on
+        # the weights change a little, as in a real run
         weight = next(self.back.parameters())
         return 1e-2 * (weight * torch.randn_like(weight)).sum()
 
@@ -271,56 +271,55 @@ class Painter(LightningModule):
 QUADRANTS = REGIONS
 
 
-def monitor(split: str | None = "front", regions: Any = QUADRANTS, **options: Any) -> RegionalPrimitivesMonitor:
+def make_monitor(split: str | None = "front", regions: Any = QUADRANTS, **options: Any) -> RegionalPrimitivesMonitor:
     return RegionalPrimitivesMonitor(
         split, regions, **({"every_n_epochs": 1, "on_error": "raise", "num_images": 2} | options)
     )
 
 
-def test_it_takes_a_generator_apart_and_leaves_nothing_behind(tmp_path: Any) -> None:
-    watched, model = monitor(), Painter()
+def test_a_generator_is_decomposed_and_no_hook_remains(tmp_path: Any) -> None:
+    monitor, model = make_monitor(), Painter()
     logger = TensorBoardLogger(tmp_path, name="run")
-    trainer(watched, max_epochs=2, logger=logger).fit(model, batches())
-    assert float(watched.result.converged) == 1
-    assert float(watched.result.images) == 2
+    trainer(monitor, max_epochs=2, logger=logger).fit(model, batches())
+    assert float(monitor.result.converged) == 1
+    assert float(monitor.result.images) == 2
     assert all(not part._forward_hooks and not part._forward_pre_hooks for part in model.modules())
     assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in model.parameters())
     seen = events(logger.log_dir)
-    wanted = {
+    expected = {
         f"gendiag/regional_primitives/{name}"
         for name in ("components", "leakage", "strength_3", "leakage_0", "seconds")
     }
-    assert wanted <= set(seen.Tags()["scalars"])
+    assert expected <= set(seen.Tags()["scalars"])
     assert "gendiag/regional_primitives/panel" in seen.Tags()["images"]
 
 
 @pytest.mark.parametrize(
     ("model", "split"), [(lambda: GAN(8, width=4), "generator.6"), (lambda: VAE(3, width=2), "decoder.4")]
 )
-def test_the_split_is_found_and_regions_too(model: Any, split: str) -> None:
-    watched = monitor(None, None, num_images=1, num_regions=3, max_steps=3)
+def test_the_split_and_the_regions_are_found(model: Any, split: str) -> None:
+    monitor = make_monitor(None, None, num_images=1, num_regions=3, max_steps=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DiagnosticWarning)
-        trainer(watched, max_epochs=1).fit(model(), batches(32))
-    assert watched.split == split
-    assert len(watched.names) == 3
-    assert watched.result.relevant.isfinite().all()
+        trainer(monitor, max_epochs=1).fit(model(), batches(32))
+    assert monitor.layer == split
+    assert len(monitor.names) == 3
+    assert monitor.result.relevant.isfinite().all()
 
 
 def test_training_is_bit_identical_and_parameters_get_no_gradients() -> None:
     def run(*callbacks: Any) -> Any:
         return state_after_training(*callbacks, module=lambda: GAN(8, width=4), size=32)
 
-    watched = monitor(None, "grid", num_images=1, max_steps=2, max_regions=4)
-    with pytest.warns(DiagnosticWarning, match="of 9 regions the 4 that change most are looked at"):
-        found = run(watched)
+    monitor = make_monitor(None, "grid", num_images=1, max_steps=2, max_regions=4)
+    with pytest.warns(DiagnosticWarning, match="Of 9 regions, only the 4 that change most are evaluated"):
+        found = run(monitor)
     torch.testing.assert_close(found, run(), rtol=0, atol=0)
-    assert len(watched.names) == 4
-    assert watched.labels is not None
-    assert int(watched.labels.min()) == -1
+    assert len(monitor.names) == 4
+    assert int(monitor.labels.min()) == -1
 
 
-def test_a_compiled_module_is_taken_apart_as_well() -> None:
+def test_a_compiled_module_is_decomposed() -> None:
     plain, compiled = Painter(), Painter()
     compiled.load_state_dict(plain.state_dict())
     compiled.front = torch.compile(compiled.front, backend="eager")  # type: ignore[assignment]
@@ -328,65 +327,67 @@ def test_a_compiled_module_is_taken_apart_as_well() -> None:
     results = []
     for model in (plain, compiled):
         torch.manual_seed(0)
-        watched = monitor()
-        trainer(watched, max_epochs=1, limit_train_batches=1).fit(model, batches())
-        results.append(watched.result.norms)
+        monitor = make_monitor()
+        trainer(monitor, max_epochs=1, limit_train_batches=1).fit(model, batches())
+        results.append(monitor.result.norms)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-3)
 
 
 def test_a_region_whose_components_vanish_is_found_and_named() -> None:
-    watched, stopping = monitor(num_images=4), CollapseStopping()
+    monitor, stopping = make_monitor(num_images=4), CollapseStopping()
     with pytest.warns(CollapseWarning, match="top left collapsed: strength of its components fell from"):
-        own = trainer(watched, stopping, max_epochs=25)
+        own = trainer(monitor, stopping, max_epochs=25)
         own.fit(Painter(lambda epoch: 4 if epoch >= 12 else None), batches())
     assert own.current_epoch < 17
-    assert stopping.findings[0].names == ["top left"]
+    assert stopping.alarms[0].names == ["top left"]
 
 
 def test_components_that_begin_to_leak_are_found_and_named(generator: torch.Generator) -> None:
-    watched, stopping = monitor(), CollapseStopping()
-    watched.names = ["top", "bottom"]
+    monitor, judge, history = make_monitor(), Judge(3e-4, 6), History()
+    monitor.names = ["top", "bottom"]
     for number in range(1, 20):
         noise = 1 + 0.05 * torch.rand((), generator=generator, dtype=torch.float64)
         effects = torch.tensor([[0, 0], [1, 0.01], [0.01, 1], [0.1, 0.1]], dtype=torch.float64) * noise
         if number > 14:
-            # what draws the bottom draws as much into the top
+            # the component of the bottom changes the top as much
             effects[2, 0] = 0.9
         metric = RegionalPrimitives(2)
         ones = torch.ones(2, dtype=torch.float64)
         norms = torch.tensor([0, 1, 1, 0.3], dtype=torch.float64) * noise
         metric.update(norms, effects, torch.ones(4), 0.01 * ones, 0.01 * ones, torch.ones(()))
-        stopping.judge(watched, Evaluation(number, number, number, watched.readings(metric.compute())))
-    found = stopping.findings[0]
-    assert found.where == "the components of bottom"
+        evaluation = Evaluation(number, number, number, monitor.observations(metric.compute()))
+        history.append(monitor.name, evaluation)
+        judge.update(monitor.name, evaluation, history)
+    found = judge.alarms[0]
+    assert found.label == "the components of bottom"
     assert "leak into the rest of the image: share of their effect outside their regions rose from 0.0" in str(found)
     assert found.epoch < 18
 
 
-def test_a_healthy_run_goes_to_its_end() -> None:
-    watched, stopping = monitor(), CollapseStopping()
-    trainer(watched, stopping, max_epochs=20).fit(Painter(), batches())
-    assert stopping.findings == []
+def test_a_healthy_run_raises_no_alarm() -> None:
+    monitor, stopping = make_monitor(), CollapseStopping()
+    trainer(monitor, stopping, max_epochs=20).fit(Painter(), batches())
+    assert stopping.alarms == []
 
 
-def test_it_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
-    first = monitor()
+def test_the_state_is_restored_from_a_checkpoint(tmp_path: Any) -> None:
+    first = make_monitor()
     own = trainer(first, max_epochs=2)
     own.fit(Painter(), batches())
     own.save_checkpoint(tmp_path / "last.ckpt")
-    second = monitor()
+    second = make_monitor()
     trainer(second, max_epochs=3).fit(Painter(), batches(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert second.evaluations == 3
     torch.testing.assert_close(second.result.strength, first.result.strength, rtol=0.2, atol=0.05)
 
 
 def test_the_time_budget_ends_an_evaluation_after_the_first_image() -> None:
-    watched = monitor(num_images=50, max_seconds=1e-6)
-    trainer(watched, max_epochs=1).fit(Painter(), batches())
-    assert float(watched.result.images) == 1
+    monitor = make_monitor(num_images=50, max_seconds=1e-6)
+    trainer(monitor, max_epochs=1).fit(Painter(), batches())
+    assert float(monitor.result.images) == 1
 
 
-def test_configurations_that_cannot_work_are_refused_before_training() -> None:
+def test_invalid_configurations_raise_errors_before_training() -> None:
     for options, match in (
         (
             {"split": "middle"},
@@ -398,23 +399,23 @@ def test_configurations_that_cannot_work_are_refused_before_training() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=match):
-            trainer(monitor(**options), max_epochs=1).fit(Painter(), batches())
+            trainer(make_monitor(**options), max_epochs=1).fit(Painter(), batches())
 
     class Vectors(Painter):
         def forward(self, z: Tensor) -> Tensor:
             return super().forward(z).flatten(1)
 
     with pytest.raises(
-        ValueError, match=r"decode must make \(1, C, H, W\) images, got \(1, 64\). .*module\(z\).view\(-1, C, H, W\)"
+        ValueError, match=r"decode must return \(1, C, H, W\) images, got \(1, 64\). .*module\(z\).view\(-1, C, H, W\)"
     ):
-        trainer(monitor(), max_epochs=1).fit(Vectors(), batches())
+        trainer(make_monitor(), max_epochs=1).fit(Vectors(), batches())
     with pytest.raises(ValueError, match="split must be given for a decoder without a layer"):
         flat = GAN(8, width=4)
-        probe = Probe(decode=lambda module, z: z[:, :1, None, None].expand(-1, 1, 8, 8), latent_dim=8)
-        trainer(monitor(None, probe=probe), max_epochs=1).fit(flat, batches(32))
+        adapter = ModelAdapter(decode=lambda module, z: z[:, :1, None, None].expand(-1, 1, 8, 8), latent_dim=8)
+        trainer(make_monitor(None, adapter=adapter), max_epochs=1).fit(flat, batches(32))
 
 
-def test_a_tail_without_a_derivative_is_refused_in_words() -> None:
+def test_a_tail_without_a_derivative_raises_an_error() -> None:
     @torch.no_grad()
     def frozen(u: Tensor) -> Tensor:
         return linear(u)
@@ -424,10 +425,10 @@ def test_a_tail_without_a_derivative_is_refused_in_words() -> None:
             minimal_features(tail, FEATURE, 0 * FEATURE, REGIONS)
 
 
-def test_a_region_that_never_changes_does_not_spoil_the_means() -> None:
+def test_a_region_that_never_changes_does_not_affect_the_means() -> None:
     def dark(u: Tensor) -> Tensor:
         image = linear(u).clone()
-        # black at the baseline and in the image, and touched on the way
+        # the corner has the same value at the baseline and in the image, and other values in between
         image[:, :, :4, :4] = 0.01 * (u[:, 1] * (u[:, 1] + 2))[:, None, None, None]
         return image
 
@@ -437,12 +438,12 @@ def test_a_region_that_never_changes_does_not_spoil_the_means() -> None:
     assert float(found.relevant.max()) < 10
 
 
-def test_without_an_image_all_is_nan() -> None:
+def test_without_images_everything_is_nan() -> None:
     result = RegionalPrimitives(3).compute()
     assert result.components.isnan()
     assert result.sparsity.isnan()
 
 
-def test_maps_with_gaps_are_refused_at_once() -> None:
+def test_maps_with_unused_numbers_raise_an_error_at_once() -> None:
     with pytest.raises(ValueError, match="regions must have each number from 0 to 2, got none of"):
-        monitor(regions=torch.tensor([[-1, 0], [2, 2]]))
+        make_monitor(regions=torch.tensor([[-1, 0], [2, 2]]))

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from example_models.data import digits
 from lightning_gendiag import RegionMap, find_regions, pixel_cka
-from lightning_gendiag.functional import adjusted_rand_index
-from lightning_gendiag.regions import SERIES, _differ_little, _series_cka
+from lightning_gendiag.functional.distances import adjusted_rand_index
+from lightning_gendiag.regions.pixel_cka import SERIES, _differ_little, _series_cka
+from tests.helpers.images import blocks, regional_images
 
 
 def slow_cka(images: Tensor, i: int, j: int, gamma: float, batch_size: int) -> float:
-    """The formula, word for word, for one pair of pixels."""
+    """Computes the formula literally for one pair of pixels."""
     n, c, _, _ = images.shape
     flat = images.view(n, c, -1)
     values = []
@@ -38,26 +39,8 @@ def paper_gamma(images: Tensor) -> float:
     return 1 / float((flat[:, None] - flat[None]).square().sum(-1).quantile(0.5))
 
 
-def regional_images(labels: Tensor, n: int, seed: int = 0, channels: int = 1) -> Tensor:
-    """Images whose pixels follow one common number inside a region and independent ones in different regions."""
-    generator = torch.Generator().manual_seed(seed)
-    regions = int(labels.max()) + 1
-    common = torch.randn(n, channels, regions, generator=generator)
-    noise = torch.randn(n, channels, *labels.shape, generator=generator)
-    return common[:, :, labels] + 0.3 * noise
-
-
-def blocks(height: int = 12, width: int = 12) -> Tensor:
-    """Four regions of different sizes."""
-    labels = torch.zeros(height, width, dtype=torch.long)
-    labels[: height // 2, width // 2 :] = 1
-    labels[height // 2 :, : width // 3] = 2
-    labels[-height // 4 :, -width // 4 :] = 3
-    return labels
-
-
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixel_cka_is_the_formula(channels: int, generator: torch.Generator) -> None:
+def test_pixel_cka_equals_the_formula(channels: int, generator: torch.Generator) -> None:
     images = torch.randn(25, channels, 3, 4, generator=generator, dtype=torch.float64).cumsum(-1)
     cka = pixel_cka(images, batch_size=10)
     gamma = paper_gamma(images)
@@ -66,7 +49,7 @@ def test_pixel_cka_is_the_formula(channels: int, generator: torch.Generator) -> 
 
 
 def test_pixel_cka_in_float32_agrees_on_faint_kernels() -> None:
-    # with the paper's bandwidth a pixel's kernel is almost constant: the worst case for float32
+    # with the paper's bandwidth, a pixel's kernel is almost constant, which is the worst case for float32
     images = digits(32)[0][:100]
     cka = pixel_cka(images)
     gamma = paper_gamma(images.double())
@@ -74,12 +57,12 @@ def test_pixel_cka_in_float32_agrees_on_faint_kernels() -> None:
         assert float(cka[i, j]) == pytest.approx(slow_cka(images.double(), i, j, gamma, 100), abs=1e-4)
 
 
-def test_pixel_cka_has_the_same_value_in_little_memory(generator: torch.Generator) -> None:
+def test_pixel_cka_does_not_depend_on_the_memory_limit(generator: torch.Generator) -> None:
     images = torch.randn(20, 1, 6, 6, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(pixel_cka(images, max_bytes=20_000), pixel_cka(images))
 
 
-def test_pixel_cka_is_symmetric_bounded_and_blind_to_order(generator: torch.Generator) -> None:
+def test_pixel_cka_is_symmetric_bounded_and_independent_of_order(generator: torch.Generator) -> None:
     images = torch.randn(30, 2, 4, 4, generator=generator, dtype=torch.float64)
     cka = pixel_cka(images, batch_size=30)
     assert torch.equal(cka, cka.T)
@@ -112,15 +95,15 @@ def test_independent_regions_are_recovered_exactly(channels: int) -> None:
     assert found.stability == 1.0
     assert found.dependence < 0.05
     assert float(found.alignment.diagonal().min()) > 0.5
-    # the largest first
+    # the largest region is the first
     assert found.sizes.tolist() == sorted(found.sizes.tolist(), reverse=True)
 
 
-def test_the_series_of_grey_pixels_is_the_kernel(generator: torch.Generator) -> None:
+def test_the_series_for_grey_pixels_approximates_the_kernel(generator: torch.Generator) -> None:
     images = digits(16)[0][:50].double() + 0.1 * torch.randn(50, 1, 16, 16, generator=generator)
     images[:, :, 0, :2] = 0.3
     pixels = images.flatten(2)
-    # as far from their means as is let through
+    # the pixels are as far from their means as the series permits
     gamma = 0.99 * SERIES / (2 * float((pixels - pixels.mean(0)).square().max()))
     assert _differ_little([pixels], gamma)
     assert not _differ_little([pixels], 1.02 * gamma)
@@ -145,7 +128,7 @@ def test_large_images_are_clustered_in_cells() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_of_cells_at_borders_go_where_they_belong(channels: int) -> None:
+def test_pixels_of_cells_at_borders_join_the_right_region(channels: int) -> None:
     # borders at 11, 13 and 17 cut through cells of 4 pixels
     truth = torch.zeros(32, 32, dtype=torch.long)
     truth[:13, 11:], truth[13:, :17], truth[13:, 17:] = 1, 2, 3
@@ -161,12 +144,12 @@ def test_a_map_is_the_same_for_the_same_images() -> None:
     assert find_regions(images, 5) == find_regions(images.clone(), 5)
 
 
-def test_a_single_small_batch_still_tells_its_stability() -> None:
+def test_a_single_small_batch_has_a_stability() -> None:
     found = find_regions(regional_images(blocks(), 40), num_regions=4)
     assert not math.isnan(found.stability)
 
 
-def test_tied_distances_still_give_the_number_asked_for() -> None:
+def test_tied_distances_give_the_requested_number_of_regions() -> None:
     images = torch.randn(50, 1, 1, 1).expand(-1, 1, 4, 4)
     assert find_regions(images.contiguous(), num_regions=3).num_regions == 3
 
@@ -182,7 +165,7 @@ def test_a_map_round_trips(tmp_path: Path) -> None:
     assert loaded != RegionMap(found.labels, names=tuple("abcd"))
 
 
-def test_regions_know_their_place() -> None:
+def test_regions_are_named_by_their_position() -> None:
     labels = torch.zeros(12, 12, dtype=torch.long)
     labels[2:10, 2:10] = 1
     labels[3:5, 3:5] = 2
@@ -204,19 +187,19 @@ def test_equal_names_are_numbered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"),
+    ("labels", "message"),
     [
         (torch.zeros(4), "labels must be an"),
         (torch.zeros(4, 4), "labels must be an"),
         (torch.tensor([[0, 2]]), "every number 0..R-1"),
     ],
 )
-def test_labels_that_are_none_are_refused(labels: Tensor, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_invalid_labels_raise_errors(labels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         RegionMap(labels)
 
 
-def test_bad_input_is_refused_in_words() -> None:
+def test_invalid_arguments_raise_errors() -> None:
     images = torch.rand(10, 1, 4, 4)
     with pytest.raises(ValueError, match="at least 2"):
         find_regions(images[:1])
@@ -226,3 +209,9 @@ def test_bad_input_is_refused_in_words() -> None:
         find_regions(images, 17)
     with pytest.raises(ValueError, match="names must hold one name for each"):
         RegionMap(torch.zeros(2, 2, dtype=torch.long), names=("a", "b"))
+
+
+@pytest.mark.parametrize("names", [("face", "face"), ("image", "border"), ("face", "samples")])
+def test_names_that_two_series_would_share_are_refused(names: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="names must be unique and none of 'image' and 'samples'"):
+        RegionMap(torch.tensor([[0, 1]]), names=names)

@@ -1,60 +1,78 @@
-"""The cosines of a generator's samples while it trains, and their pictures."""
+"""Monitors the cosine mean similarity of a generator's samples while it trains, region by region."""
 
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_gendiag import panels
-from lightning_gendiag.board import Board
-from lightning_gendiag.diagnostics.cosine_mean_similarity.mathematics import (
+from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor
+from lightning_gendiag.detection.history import Observation, Series, divided
+from lightning_gendiag.diagnostics.cosine_mean_similarity import plots
+from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
     Bandwidth,
     CosineMeanSimilarityResult,
     check_bandwidth,
     check_shape,
 )
 from lightning_gendiag.diagnostics.cosine_mean_similarity.metric import CosineMeanSimilarity
-from lightning_gendiag.functional import as_images
-from lightning_gendiag.monitor import DiagnosticWarning, Monitor, Reading
-from lightning_gendiag.regions import RegionMap
+from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
-    from lightning_gendiag.probe import Probe
+    from lightning_gendiag.callbacks.logging import DiagnosticLogger
+    from lightning_gendiag.detection.alarm import Alarm
+    from lightning_gendiag.detection.history import Curve, Evaluation
+    from lightning_gendiag.model.view import ModelView
+
+QUANTITY = "cosine mean similarity"
+
+MIN_STD = 0.25
+"""A quarter more or less distance from 1 is a usual fluctuation of a GAN."""
+
+IMAGE = Series("image", "aggregate", QUANTITY, min_std=MIN_STD)
+SAMPLES = Series("samples", "standalone", "share with nan or inf", min_std=MIN_STD)
 
 
-class CosineMeanSimilarityMonitor(Monitor):
-    """Follow :class:`CosineMeanSimilarity` of a generator's samples, region by region, while it trains.
+def _region_series(name: str, index: int) -> Series:
+    """Returns the series of one region's similarity."""
+    return Series(name, "component", QUANTITY, index=index, min_std=MIN_STD)
 
-    On TensorBoard: a curve for each region, one chart with all of them and one with the worst, middle and best
-    (Custom Scalars), the region map, and a panel of the mean real and mean generated image beside the regions'
-    distances from real in real-against-real standard deviations.
+
+class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimilarityResult]):
+    """Monitors :class:`CosineMeanSimilarity` of a generator's samples, region by region.
+
+    TensorBoard shows a curve for each region, one chart with all of them and one with the worst, median and best (Custom
+    Scalars), the region map, and a panel with the mean real and the mean generated image and each region's distance from
+    real images, in standard deviations of real images compared with real ones.
 
     Args:
-        regions: (H, W) labels, a :class:`RegionMap` or a saved map's path; by default found in the reference images.
-        num_regions: how many to find; None lets the data choose.
-        bandwidth: see :func:`cosine_mean_similarity`.
-        unbiased: see :func:`cosine_mean_similarity`.
-        per_class: compare within classes too, where the probe is conditional and batches have labels.
-        map_images: at most this many reference images are looked at to find regions.
-        null_splits: seeded splits of the reference in halves for the real-against-real null.
-        kwargs: as for :class:`Monitor`.
+        regions: (H, W) labels, a :class:`RegionMap` or the path of a saved map; by default found in the reference.
+        num_regions: Number of regions to find; None lets the data choose.
+        bandwidth: See :func:`cosine_mean_similarity`.
+        unbiased: See :func:`cosine_mean_similarity`.
+        per_class: Whether to compare within classes too, for a sampler that takes labels and batches that have them.
+        map_images: Largest number of reference images in which regions are found.
+        null_splits: Number of seeded splits of the reference into halves, for the comparison of real with real images.
+        kwargs: Arguments of :class:`Monitor`.
 
     Raises:
-        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+        ValueError: If an argument is out of its range; before training starts, if the module cannot be monitored.
 
     Example:
-        >>> callbacks = [CosineMeanSimilarityMonitor(num_regions=5, every_n_epochs=2)]  # of a Trainer
+        >>> monitor = CosineMeanSimilarityMonitor(num_regions=3, every_n_epochs=2)  # one of the Trainer's callbacks
     """
 
-    stem = "cms"
-    needs = ("sample",)
-    # a quarter more or less of the distance from 1 is no news: in a GAN it comes and goes by as much
-    grain = 0.25
-    question = "cosine mean similarity"
+    name = "cms"
+    metric_class = CosineMeanSimilarity
+    region_map: RegionMap | None
+    """The regions; None before they are found."""
+    _real: plots.RealImages
+    _generated: Tensor
+    _map_logged = False
 
     def __init__(
         self,
@@ -72,227 +90,141 @@ class CosineMeanSimilarityMonitor(Monitor):
         check_bandwidth(bandwidth)
         if null_splits < 2:
             raise ValueError(f"null_splits must be at least 2, got {null_splits}.")
-        self.region_map = None if regions is None else RegionMap.of(regions)
-        self.num_regions, self.bandwidth, self.unbiased = num_regions, bandwidth, unbiased
+        self.regions, self.num_regions, self.bandwidth, self.unbiased = regions, num_regions, bandwidth, unbiased
         self.per_class, self.map_images, self.null_splits = per_class, map_images, null_splits
-        self._map_drawn = False
+        self.region_map = None if regions is None else RegionMap.of(regions)
 
-    _real: tuple[Tensor, float, float]
-    """Mean real image, and the values that are drawn black and white."""
+    def reset(self) -> None:
+        """Forgets the regions as well, unless they were given."""
+        super().reset()
+        self._map_logged = False
+        if self.regions is None:
+            self.region_map = None
 
-    def check(self, probe: Probe) -> None:
-        """Two samples must have the size that the map, and the reference if it was given, have."""
-        if self.per_class and not probe.conditional:
+    def check(self, view: ModelView) -> None:
+        """Compares the size of two samples with the regions, and with the reference where there is one already."""
+        if self.per_class and not view.adapter.conditional:
             raise ValueError(
                 "per_class must go with a sampler that takes labels. "
-                "To fix this, pass Probe(sample=lambda module, n, labels: ..., conditional=True)."
+                "To fix this, pass ModelAdapter(sample=lambda module, n, labels: ..., conditional=True)."
             )
-        sampled = probe.try_out().images
+        sampled = view.try_sample().images
+        real = view.reference.images if view.has_reference else sampled
         if self.region_map is not None:
             check_shape(sampled, "generated", self.region_map, None)
-        if probe.reference is not None:
-            held = probe.reference.images
-            if self.region_map is not None:
-                check_shape(held, "the reference", self.region_map, None)
-            if held.shape[1:] != sampled.shape[1:]:
-                raise ValueError(
-                    f"generated must have the reference's shape {tuple(held.shape[1:])}, got {tuple(sampled.shape[1:])}. "
-                    "To fix this, pass Probe(sample=...) or Probe(images=...) that bring both to one size."
-                )
+            check_shape(real, "the reference", self.region_map, None)
+        if real.shape[1:] != sampled.shape[1:]:
+            raise ValueError(
+                f"generated must have the reference's shape {tuple(real.shape[1:])}, got {tuple(sampled.shape[1:])}. "
+                "To fix this, pass ModelAdapter(sample=...) or ModelAdapter(images=...) that bring both to one size."
+            )
 
-    def build(self, probe: Probe) -> CosineMeanSimilarity:
-        """Find the regions once, for all ranks, and take in the reference."""
-        assert probe.reference is not None
+    def build_metric(self, view: ModelView) -> CosineMeanSimilarity:
+        """Finds the regions, equal on all processes, and adds the reference."""
         if self.region_map is None:
-            self.region_map = self.found_regions(probe, self.num_regions, self.map_images)
-        labels = probe.reference.labels
+            self.region_map = self.find_regions(view, self.num_regions, self.map_images)
+        images, labels = as_images(view.reference.images), view.reference.labels
+        low, high = images.amin(0), images.amax(0)
+        self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()))
+        varies = (high > low).any(0)
+        constant = [name for r, name in enumerate(self.region_map.names) if not varies[self.region_map.mask(r)].any()]
+        if constant:
+            rank_zero_warn(
+                f"the reference images never vary in {', '.join(constant)}, so any variation of generated images lowers "
+                "the similarity there.",
+                category=DiagnosticWarning,
+            )
         classes = int(labels.max()) + 1 if self.per_class and labels is not None else None
         metric = CosineMeanSimilarity(
             self.region_map, self.bandwidth, self.unbiased, num_classes=classes, null_splits=self.null_splits,
             reset_real_features=False,
-        ).to(probe.module.device)  # fmt: skip
-        real = probe.real_share()
-        metric.update(real.images.to(probe.module.device), real=True, labels=_to(real.labels, probe.module.device))
-        images = as_images(probe.reference.images)
-        least, most = images.amin(0), images.amax(0)
-        self._real = images.mean(0), float(least.min()), float(most.max())
-        varies = (most > least).any(0)
-        still = [name for r, name in enumerate(self.region_map.names) if not varies[self.region_map.mask(r)].any()]
-        if still:
-            warnings.warn(
-                f"the reference images never vary in {', '.join(still)}: there any variation of the model counts",
-                DiagnosticWarning,
-                stacklevel=2,
-            )
+        ).to(view.device)  # fmt: skip
+        own, classes_of_own = view.local_reference()
+        metric.update(
+            own.to(view.device), real=True, labels=None if classes_of_own is None else classes_of_own.to(view.device)
+        )
         return metric
 
-    def feed(self, probe: Probe, step: int) -> None:
-        """This rank's samples."""
-        assert self.metric is not None
-        drawn = probe.samples(step)
-        self.metric.update(drawn.images, real=False, labels=drawn.labels)
-        finite = drawn.images[drawn.images.flatten(1).isfinite().all(1)]
-        self._mean_generated = finite.mean(0) if len(finite) else drawn.images.new_zeros(drawn.images.shape[1:])
+    def update(self, view: ModelView) -> None:
+        """Adds this rank's samples."""
+        images, labels = view.samples()
+        self.metric.update(images, real=False, labels=labels)
+        finite = images[images.flatten(1).isfinite().all(1)]
+        self._generated = finite.mean(0) if len(finite) else images.new_zeros(images.shape[1:])
 
-    def readings(self, result: CosineMeanSimilarityResult) -> dict[str, Reading]:
-        """Regions and image by their distance from 1, on a log scale that ends where real images differ."""
-        assert self.region_map is not None
-        values = [*result.regions.tolist(), float(result.image)]
-        floors = [3 * std if std == std else 1e-3 for std in result.null_std.tolist()]
-        badness = [
-            math.log(max(1 - value, 0.0) + floor) if value == value else math.nan
-            for value, floor in zip(values, floors, strict=True)
-        ]
-        # a single sample with nan is news, and no fluctuation
-        invalid = float(result.invalid)
-        return {
-            **{name: Reading(values[r], badness[r]) for r, name in enumerate(self.region_map.names)},
-            "image": Reading(values[-1], badness[-1], "whole"),
-            "samples": Reading(
-                invalid,
-                0.0 if invalid == 0 else math.inf,
-                "other",
-                words=f"samples collapsed: share with nan or inf is {invalid:.1%}",
+    @property
+    def _regions(self) -> RegionMap:
+        if self.region_map is None:
+            raise RuntimeError("the regions are not known before the first evaluation.")
+        return self.region_map
+
+    def observations(self, result: CosineMeanSimilarityResult) -> list[Observation]:
+        """The similarity of each region and of the image, and an alarm where a sample contains nan or inf."""
+        *stds, image_std = result.null_std.tolist()
+        image, invalid = float(result.image), float(result.invalid)
+        regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
+        return [
+            *(
+                Observation(_region_series(name, index), value, _distance(value, std))
+                for index, (name, value, std) in enumerate(regions)
             ),
-        }
+            Observation(IMAGE, image, _distance(image, image_std)),
+            Observation(
+                SAMPLES, invalid, math.inf if invalid else 0.0,
+                message=f"samples collapsed: share with nan or inf is {invalid:.1%}",
+            ),
+        ]  # fmt: skip
 
-    def shares(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-        """Each region's part of the fall of the regions' product, which is the image's where they are independent."""
-        assert self.region_map is not None
-        falls = {
-            name: math.log(max(before[name], 1e-12)) - math.log(max(after[name], 1e-12))
-            for name in self.region_map.names
-            if math.isfinite(before[name]) and math.isfinite(after[name])
-        }
-        total = sum(falls.values())
-        return {name: fall / total for name, fall in falls.items()} if total > 0 else {}
+    def contributions(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+        """Each region's part of the drop of their product, which is the image's similarity for independent regions."""
+        return divided({name: math.log(max(x, 1e-12) / max(after[name], 1e-12)) for name, x in before.items()})
 
-    def kept(self) -> dict[str, Any]:
-        """The map, which must not change under a run."""
+    def get_extra_state(self) -> dict[str, Any]:
+        """The regions, which must not change during a run."""
         return {"regions": None if self.region_map is None else self.region_map.state_dict()}
 
-    def take_up(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`kept`; a map that the user gives now wins."""
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restores the regions unless others were given."""
         if self.region_map is None and state["regions"] is not None:
             self.region_map = RegionMap.from_state_dict(state["regions"])
-        if self.region_map is not None and any(len(row) != self.region_map.num_regions + 1 for row in self._curve):
-            self._curve = []
 
-    # ---- pictures ----
-
-    def curve(self, result: CosineMeanSimilarityResult) -> list[float]:
-        """Each region's."""
-        return result.regions.tolist()
-
-    def draw(self, result: CosineMeanSimilarityResult, board: Board) -> None:
-        """The map once, the panel each time."""
-        assert self.region_map is not None
-        names = [f"region_{r}" for r in range(self.region_map.num_regions)]
-        board.chart("every region", "Multiline", names)
-        board.chart("worst, middle and best region", "Margin", ["median", "worst", "best"])
-        if not self._map_drawn:
-            self._map_drawn = True
-            board.picture("regions", self._map_panel())
-            board.text("regions", self._map_table())
-        board.picture("panel", self._panel(result, board))
-
-    def _map_panel(self) -> Tensor:
-        regions = self.region_map
-        assert regions is not None
-        labels = panels.enlarged_labels(regions.labels)
-        colours = [panels.region_colour(r) for r in range(regions.num_regions)]
-        grey = panels.enlarged(panels.as_rgb(*self._real))
-        rows = [
-            panels.Row(
-                colours[r],
-                f"{r}  {name}: {int(regions.sizes[r]) / regions.labels.numel():.0%} of the image"
-                + (f", CKA within {regions.alignment[r, r]:.2f}" if not regions.alignment[r, r].isnan() else ""),  # type: ignore[index]
-            )
-            for r, name in enumerate(regions.names)
-        ]
-        note = ""
-        if not math.isnan(regions.dependence):
-            note = f"mean CKA between regions {regions.dependence:.2f} (0 independent, 1 the same)"
-        if not math.isnan(regions.stability):
-            note += f"; maps of two halves of the images agree at {regions.stability:.2f} (1 the same, 0 by chance)"
-        return panels.panel(
-            f"{regions.num_regions} regions of the image",
-            [
-                panels.Tile("regions", panels.filled(labels, colours, [str(r) for r in range(regions.num_regions)])),
-                panels.Tile("over the mean real image", panels.tinted(grey, labels, colours)),
-            ],
-            rows,
-            note,
+    def log_plots(
+        self,
+        result: CosineMeanSimilarityResult,
+        evaluation: Evaluation,
+        curves: Mapping[str, Curve],
+        logger: DiagnosticLogger,
+    ) -> None:
+        """Logs the charts and the panel, and the region map once."""
+        regions = self._regions
+        logger.log_chart("every region", "Multiline", [f"region_{r}" for r in range(regions.num_regions)])
+        logger.log_chart("worst, middle and best region", "Margin", ["median", "worst", "best"])
+        if not self._map_logged:
+            self._map_logged = True
+            logger.log_image("regions", plots.map_panel(regions, self._real))
+            logger.log_text("regions", plots.map_table(regions))
+        history = [curves[name] for name in regions.names]
+        picture = plots.panel(
+            result, regions, self._real, self._generated, history, evaluation.step, evaluation.averaged
         )
+        logger.log_image("panel", picture)
 
-    def _map_table(self) -> str:
-        regions = self.region_map
-        assert regions is not None
-        lines = [
-            f"**{regions}**",
-            "",
-            "| scalar | region | pixels | box (top, left, bottom, right) |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| region_{r} | {name} | {int(regions.sizes[r])} | {tuple(regions.boxes[r].tolist())} |"
-            for r, name in enumerate(regions.names)
-        ]
-        return "\n".join(lines)
-
-    def _panel(self, result: CosineMeanSimilarityResult, board: Board) -> Tensor:
-        regions, z = self.region_map, result.z.tolist()
-        assert regions is not None
-        assert self.probe is not None
-        labels = panels.enlarged_labels(regions.labels)
-        real, low, high = self._real
-        far = [-value if value == value else math.inf for value in z]
-        worst = max(range(len(far)), key=far.__getitem__)
-        values = result.regions.tolist()
-        weights = ", averaged weights" if self.probe.averaged else ""
-        heats = [panels.heat(value) for value in far]
-        steps = [int(row[0]) for row in self._curve]
-        history = list(zip(*(row[1:] for row in self._curve), strict=True))
-        return panels.panel(
-            f"{regions.names[worst]} is furthest from real, at {values[worst]:.3f} (step {board.step}{weights})",
-            [
-                panels.Tile(
-                    "mean real image", panels.outlined(panels.enlarged(panels.as_rgb(real, low, high)), labels)
-                ),
-                panels.Tile(
-                    "mean generated image",
-                    panels.outlined(panels.enlarged(panels.as_rgb(self._mean_generated, low, high)), labels, worst),
-                ),
-                panels.Tile("deviations below real", panels.filled(labels, heats, [f"{value:.0f}" for value in far])),
-                panels.Tile("similarity, 1 = as real", panels.curves(history, steps, worst)),
-            ],
-            [
-                panels.Row(
-                    panels.ALARM if r == worst else panels.region_colour(r),
-                    f"{name}: {values[r]:.3f}, {far[r]:.0f} deviations below real",
-                    strong=r == worst,
-                )
-                for r, name in enumerate(regions.names)
-            ],
-            f"image {float(result.image):.3f}. A deviation is the spread among real images; dark red is 1000 of them.",
-        )
-
-    def draw_finding(self, finding: Any, board: Board) -> None:
-        """The mean images with the region outlined."""
-        regions = self.region_map
-        assert regions is not None
-        real, low, high = self._real
-        labels = panels.enlarged_labels(regions.labels)
-        chosen = next((r for r, name in enumerate(regions.names) if name in finding.names), None)
-        tiles = []
-        for caption, image in (("mean real image", real), ("mean generated image", self._mean_generated)):
-            picture = panels.enlarged(panels.as_rgb(image, low, high))
-            if chosen is not None:
-                dim = (picture.float() * 0.45 + 255 * 0.55).byte()
-                picture = torch.where((labels == chosen)[..., None], picture, dim)
-            tiles.append(panels.Tile(caption, panels.outlined(picture, labels, chosen)))
-        board.picture("picture", panels.panel(f"{finding.where} collapsed", tiles, note=str(finding)))
+    def log_alarm(
+        self,
+        alarm: Alarm,
+        result: CosineMeanSimilarityResult,
+        evaluation: Evaluation,
+        curves: Mapping[str, Curve],
+        logger: DiagnosticLogger,
+    ) -> None:
+        """Logs the mean images with the alarm's region outlined."""
+        region = next(iter(alarm.indices), None)
+        title = f"{alarm.label} {alarm.event}"
+        picture = plots.alarm_panel(self._regions, self._real, self._generated, region, title, str(alarm))
+        logger.log_image("picture", picture)
 
 
-def _to(labels: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if labels is None else labels.to(device)
+def _distance(value: float, std: float) -> float:
+    """Returns the distance of a similarity from 1 on a log scale that ends where real images differ; nan stays nan."""
+    floor = 1e-3 if math.isnan(std) else max(3 * std, 1e-9)
+    return math.nan if math.isnan(value) else math.log(max(1 - value, 0.0) + floor)

@@ -3,8 +3,3 @@
 Source: Zhou, Guo, *Recognition and Interpretation in Dysfunctional Image Generation* (unbalanced generation, data
 composition analysis, FID by class).
 """
-
-from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance, GenerationBalanceResult
-from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationBalanceMonitor
-
-__all__ = ["GenerationBalance", "GenerationBalanceMonitor", "GenerationBalanceResult"]

@@ -1,117 +1,31 @@
-"""Shares of classes in real and generated images, and the Fréchet distance within each, in constant memory."""
+"""Shares of classes and the Fréchet distance within each class, over batches and processes, in constant memory."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.diagnostic import Diagnostic
-from lightning_gendiag.functional import frechet_distance
-
-FACTOR = 2.0
-"""A class is dropped, or dominates, where its share is surely less than the reference's by this factor, or more."""
-
-CONFIDENCE = 0.999
-"""Of all statements about classes together."""
-
-COVERED = 0.1
-"""A class counts as covered where its share is at least so much of the reference's."""
-
-MAX_CLASS_TAGS = 20
-"""Up to so many classes each has scalars of its own."""
-
-
-class GenerationBalanceResult(NamedTuple):
-    """Which classes are generated too rarely, too often, or badly."""
-
-    real_count: Tensor
-    """(K,) real images of each class."""
-    generated_count: Tensor
-    """(K,) generated images of each class."""
-    real_interval: Tensor
-    """(K, 2) exact binomial confidence bounds of the real shares."""
-    interval: Tensor
-    """(K, 2) exact binomial confidence bounds of the generated shares."""
-    fid: Tensor
-    """(K,) Fréchet distance of real and generated features of the class; nan with fewer than two of either."""
-    invalid: Tensor
-    """() share of generated images with nan or inf, which are left out."""
-    accuracy: Tensor
-    """() of the classifier, 0 to 1: nearest neighbours on held-out reference images, the user's own on the reference; nan
-    where it is not known."""
-
-    @property
-    def real_share(self) -> Tensor:
-        """(K,) adding to one."""
-        return self.real_count / self.real_count.sum()
-
-    @property
-    def generated_share(self) -> Tensor:
-        """(K,) adding to one."""
-        return self.generated_count / self.generated_count.sum()
-
-    @property
-    def imbalance(self) -> Tensor:
-        """() total variation distance of the shares: how many images would have to change class, 0 to 1."""
-        return (self.generated_share - self.real_share).abs().sum() / 2
-
-    @property
-    def divergence(self) -> Tensor:
-        """() KL(generated | real) of the shares in nats; inf where a class is generated that is not in the reference."""
-        g, r = self.generated_share, self.real_share
-        return torch.where(g > 0, g * (g / r).log(), g).sum()
-
-    @property
-    def dropped(self) -> Tensor:
-        """(K,) bool: surely less than half as often as in the reference."""
-        return self.interval[:, 1] * FACTOR < self.real_interval[:, 0]
-
-    @property
-    def dominating(self) -> Tensor:
-        """(K,) bool: surely more than twice as often as in the reference."""
-        return self.interval[:, 0] > self.real_interval[:, 1] * FACTOR
-
-    @property
-    def coverage(self) -> Tensor:
-        """() share of the reference's classes that are generated with at least a tenth of their share."""
-        there = self.real_count > 0
-        return (self.generated_share[there] >= COVERED * self.real_share[there]).double().mean()
-
-    def scalars(self) -> dict[str, Tensor]:
-        """The whole, and each class where they are few."""
-        known = self.fid[~self.fid.isnan()]
-        nan = torch.full_like(self.invalid, math.nan)
-        values = {
-            "imbalance": self.imbalance,
-            "divergence": self.divergence,
-            "dropped": self.dropped.sum().double(),
-            "dominating": self.dominating.sum().double(),
-            "coverage": self.coverage,
-            "fid_mean": known.mean() if len(known) else nan,
-            "fid_worst": known.max() if len(known) else nan,
-            "invalid": self.invalid,
-        }
-        if not self.accuracy.isnan():
-            values["accuracy"] = self.accuracy
-        if len(self.fid) <= MAX_CLASS_TAGS:
-            values |= {f"class_{c}": share for c, share in enumerate(self.generated_share)}
-            if len(known):
-                values |= {f"fid_class_{c}": value for c, value in enumerate(self.fid)}
-        return values
+from lightning_gendiag.diagnostics.generation_balance.functional import (
+    CONFIDENCE,
+    GenerationBalanceResult,
+    binomial_interval,
+)
+from lightning_gendiag.functional.distances import frechet_distance
+from lightning_gendiag.metric import Diagnostic, ScalarInfo
 
 
 class GenerationBalance(Diagnostic):
-    """Shares of classes among real and generated images, and the FID within each class.
+    """Shares of classes among real and generated images, and the Fréchet distance (FID) within each class.
 
-    Memory: counts, and with features of length F sums of K F (F + 1) float64 on either side, however many images:
-    0.7 MB for 10 classes of 64 features, 670 MB for 10 of 2,048.
+    Memory does not grow with the number of images: counts, and with features of length F sums of K F (F + 1) float64
+    numbers for real and for generated images. That is 0.7 MB for 10 classes of 64 features and 670 MB for 10 of 2,048.
 
     Args:
         num_classes: K.
-        confidence: that no class is wrongly named dropped or dominating, over all classes together.
+        confidence: probability that no class is wrongly called dropped or dominating, over all classes together.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -127,6 +41,39 @@ class GenerationBalance(Diagnostic):
 
     higher_is_better = None
     plotted = ("class_", "fid_class_")
+    scalar_info: ClassVar[dict[str, ScalarInfo]] = {
+        "imbalance": ScalarInfo(
+            "Fraction of generated images that would have to change class to match the real shares (total variation).",
+            higher_is_better=False,
+        ),
+        "divergence": ScalarInfo(
+            "KL divergence of the generated from the real shares of classes.", unit="nats", higher_is_better=False
+        ),
+        "dropped": ScalarInfo(
+            "Number of classes that are surely less than half as frequent as among real images.", higher_is_better=False
+        ),
+        "dominating": ScalarInfo(
+            "Number of classes that are surely more than twice as frequent as among real images.",
+            higher_is_better=False,
+        ),
+        "coverage": ScalarInfo(
+            "Fraction of the real classes that are generated with at least a tenth of their real share.",
+            higher_is_better=True,
+        ),
+        "fid_mean": ScalarInfo("Mean Fréchet distance within classes.", higher_is_better=False),
+        "fid_worst": ScalarInfo("Largest Fréchet distance within a class.", higher_is_better=False),
+        "invalid": ScalarInfo(
+            "Fraction of the generated images whose features contain nan or inf and that are left out.",
+            higher_is_better=False,
+        ),
+        "accuracy": ScalarInfo("Accuracy of the classifier on real images.", higher_is_better=True, optional=True),
+        "class_{c}": ScalarInfo("Fraction of the generated images that are of the class, for up to 20 classes."),
+        "fid_class_{c}": ScalarInfo(
+            "Fréchet distance of real and generated features within the class, for up to 20 classes.",
+            higher_is_better=False,
+            optional=True,
+        ),
+    }
     counts: Tensor
     featured: Tensor
     sums: Tensor
@@ -136,11 +83,15 @@ class GenerationBalance(Diagnostic):
     def __init__(self, num_classes: int, *, confidence: float = CONFIDENCE, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+            raise ValueError(
+                f"num_classes must be at least 2, got {num_classes}. To fix this, pass the number of classes of the labels."
+            )
         if not 0.5 < confidence < 1:
-            raise ValueError(f"confidence must be in (0.5, 1), got {confidence}.")
+            raise ValueError(
+                f"confidence must be in (0.5, 1), got {confidence}. To fix this, pass a number such as 0.999."
+            )
         self.num_classes, self.confidence = num_classes, confidence
-        # first axis: generated, real. The features' length is not known yet: sums grow from 1 to it by broadcasting
+        # the first axis is generated, real; the length of the features is not known yet, and sums grow to it from 1
         for name, shape in (
             ("counts", (2, num_classes)),
             ("featured", (2, num_classes)),
@@ -149,17 +100,25 @@ class GenerationBalance(Diagnostic):
             ("left_out", (2,)),
         ):
             self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_configuration(num_classes=num_classes, confidence=confidence)
 
     def update(self, labels: Tensor, real: bool, features: Tensor | None = None) -> None:
-        """Add images by their classes.
+        """Adds images by their classes.
 
         Args:
-            labels: (N,) integers 0..K-1: true ones of real images, a classifier's of generated ones.
+            labels: (N,) integers 0..K-1, the true ones of real images and those of a classifier for generated images.
             real: whether the images are real.
-            features: (N, F) of the images, for the FID of each class. Rows with nan or inf are left out.
+            features: (N, F) features of the images, for the Fréchet distance within each class. Images whose features
+                contain nan or inf are left out.
+
+        Raises:
+            ValueError: if labels or features have another shape, type or range than expected.
         """
         if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"labels must be (N,) integers, got {labels.dtype} of shape {tuple(labels.shape)}.")
+            raise ValueError(
+                f"labels must be (N,) integers, got {labels.dtype} of shape {tuple(labels.shape)}. "
+                "To fix this, pass one class number per image, such as scores.argmax(1)."
+            )
         labels = labels.detach().long()
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(
@@ -171,27 +130,37 @@ class GenerationBalance(Diagnostic):
             f = self._checked(features, len(labels))
             finite = f.isfinite().all(1)
             labels, f = labels[finite], f[finite]
-            self.left_out[side] += (~finite).sum()
             sums = f.new_zeros(2, self.num_classes, f.shape[1])
             products = f.new_zeros(2, self.num_classes, f.shape[1], f.shape[1])
             for c in torch.unique(labels):
                 own = f[labels == c]
                 sums[side, c], products[side, c] = own.sum(0), own.T @ own
             self.sums, self.products = self.sums + sums, self.products + products
-            self.featured[side] += self._counted(labels)
-        self.counts[side] += self._counted(labels)
+            self.left_out = self.left_out + self._one_sided((~finite).sum().double(), side)
+            self.featured = self.featured + self._one_sided(self._counted(labels), side)
+        self.counts = self.counts + self._one_sided(self._counted(labels), side)
 
     def _checked(self, features: Tensor, n: int) -> Tensor:
+        """Returns features (n, F) in float64."""
         known = self.sums.shape[2] if float(self.featured.sum()) else None
         if features.ndim != 2 or len(features) != n or known not in (None, features.shape[1]):
-            raise ValueError(f"features must be ({n}, {known or 'F'}), got {tuple(features.shape)}.")
+            raise ValueError(
+                f"features must be ({n}, {known or 'F'}), got {tuple(features.shape)}. "
+                "To fix this, pass one row of features per label, of the same length at each update."
+            )
         return features.detach().double()
 
     def _counted(self, labels: Tensor) -> Tensor:
+        """Returns (K,) numbers of images by class."""
         return torch.bincount(labels, minlength=self.num_classes).double()
 
+    def _one_sided(self, values: Tensor, side: int) -> Tensor:
+        """Returns (2, ...) values for one side and zeros for the other."""
+        zeros = torch.zeros_like(values)
+        return torch.stack([zeros, values] if side else [values, zeros])
+
     def compute(self) -> GenerationBalanceResult:
-        """Of all images together; shares are nan where there are none of one side."""
+        """Computes shares, intervals and distances over all images; shares are nan for a side without images."""
         # all bounds hold together: two sides of two shares of K classes
         tail = (1 - self.confidence) / (4 * self.num_classes)
         n = self.featured[..., None]
@@ -213,19 +182,3 @@ class GenerationBalance(Diagnostic):
             invalid=self.left_out[0] / seen if float(seen) else torch.zeros_like(seen),
             accuracy=torch.full_like(seen, math.nan),
         )
-
-
-def binomial_interval(counts: Tensor, tail: float) -> Tensor:
-    """(K, 2) bounds of shares, each wrong with a chance of at most ``tail``. Clopper and Pearson, 1934.
-
-    Example:
-        >>> binomial_interval(torch.tensor([0.0, 100.0]), 0.025)[0]
-        tensor([0.0000, 0.0362], dtype=torch.float64)
-    """
-    from scipy.stats import beta
-
-    k = counts.double().cpu()
-    n = k.sum()
-    low = torch.from_numpy(beta.ppf(tail, k, n - k + 1)).nan_to_num(0.0)
-    high = torch.from_numpy(beta.isf(tail, k + 1, n - k)).nan_to_num(1.0)
-    return torch.stack([low, high], 1).to(counts.device)

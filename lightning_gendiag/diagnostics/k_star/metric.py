@@ -1,25 +1,25 @@
-"""k* over batches and processes."""
+"""The k* distribution over batches and processes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_gendiag.diagnostic import Reservoir
-from lightning_gendiag.diagnostics.k_star.mathematics import Distance, KStarResult, check, k_star
+from lightning_gendiag.diagnostics.k_star.functional import Distance, KStarResult, check, k_star
+from lightning_gendiag.metric import Reservoir, ScalarInfo
 
 
 class KStar(Reservoir):
     """:func:`k_star` over batches and processes.
 
-    Memory: the rows as they come, or at most ``max_rows`` of them. Which are kept depends on a seeded hash of the row
-    alone, so it is the same choice for any order, batch size and number of processes, and a fair one.
+    Memory: all rows, or between ``max_rows`` and twice as many of them. Whether a row is selected depends on a seeded hash
+    of the row, so the selection is random, and the same for any order, batch size and number of processes.
 
     Args:
         distance: see :func:`k_star`.
-        max_rows: bound on the rows kept, over all processes; all by default.
-        seed: of the choice.
+        max_rows: largest number of rows used, over all processes; None for all rows.
+        seed: seed of the selection.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -34,25 +34,47 @@ class KStar(Reservoir):
 
     higher_is_better = None
     plotted = ("class_",)
+    scalar_info: ClassVar[dict[str, ScalarInfo]] = {
+        "true_skewness": ScalarInfo("Skewness of the k* values of all samples together.", higher_is_better=False),
+        "approximate_skewness": ScalarInfo(
+            "Mean of the classes' skewness, over the classes where it is finite.", higher_is_better=False
+        ),
+        "mean": ScalarInfo(
+            "Mean k* over all samples: the fraction of a sample's class that is nearer than any other class.",
+            higher_is_better=True,
+        ),
+        "worst_class_mean": ScalarInfo("Lowest mean k* of a class.", higher_is_better=True),
+        "fractured": ScalarInfo("Number of classes whose skewness is above 0.5.", higher_is_better=False),
+        "invalid": ScalarInfo(
+            "Fraction of the latents that contain nan or inf and are left out.", higher_is_better=False
+        ),
+        "class_{c}": ScalarInfo("Mean k* of the class, for up to 20 classes.", higher_is_better=True),
+    }
 
     def __init__(
         self, distance: Distance = "euclidean", *, max_rows: int | None = None, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
         if distance not in ("euclidean", "cosine"):
-            raise ValueError(f"distance must be 'euclidean' or 'cosine', got {distance!r}.")
+            raise ValueError(
+                f"distance must be 'euclidean' or 'cosine', got {distance!r}. To fix this, pass one of the two."
+            )
         self.distance = distance
+        self.add_configuration(distance=distance)
 
     def update(self, latents: Tensor, labels: Tensor) -> None:
-        """Add samples.
+        """Adds samples.
 
         Args:
             latents: (N, D), any floating-point type.
             labels: (N,) integers.
+
+        Raises:
+            ValueError: if shapes or types do not match.
         """
         check(latents, labels, self.distance)
-        self.keep(latents, labels)
+        self.append(latents, labels)
 
     def compute(self) -> KStarResult:
-        """k* of all rows, in an order that depends on the rows alone."""
-        return k_star(*self.kept(), distance=self.distance)
+        """Computes k* of the selected rows, in an order that depends on the rows alone."""
+        return k_star(*self.selected(), distance=self.distance)

@@ -1,57 +1,75 @@
-"""k* of a layer's features while a model trains, and its pictures."""
+"""Monitors k* of a layer's features while a model trains."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_gendiag import panels
-from lightning_gendiag.board import Board
-from lightning_gendiag.diagnostics.k_star.mathematics import Distance, KStarResult
+from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.detection.history import Observation, Series
+from lightning_gendiag.diagnostics.k_star import plots
+from lightning_gendiag.diagnostics.k_star.functional import MAX_CLASS_TAGS, Distance, KStarResult
 from lightning_gendiag.diagnostics.k_star.metric import KStar
-from lightning_gendiag.functional import as_images
-from lightning_gendiag.monitor import Monitor, Reading
+from lightning_gendiag.functional.arrays import as_images
 
 if TYPE_CHECKING:
-    from lightning_gendiag.probe import Probe
+    from lightning_gendiag.callbacks.logging import DiagnosticLogger
+    from lightning_gendiag.detection.alarm import Alarm
+    from lightning_gendiag.detection.history import Curve, Evaluation
+    from lightning_gendiag.model.view import ModelView
 
 CHUNK = 128
-"""Images that go through the layer at a time."""
+"""Largest number of images that go through the layer at a time."""
+
+MIN_STD = 0.02
+"""A change of the mean by this much, out of 1, is a usual fluctuation."""
+
+MIN_DELTA = 0.08
+"""So is a lasting drop by this much: a flow's latents lose the classes as they become Gaussian."""
+
+ALL = Series("all classes", "aggregate", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
 
 
-class KStarMonitor(Monitor):
-    """Follow :class:`KStar` of a layer's features of labelled images while a model trains.
+def _class_series(number: int) -> Series:
+    """Returns the series of one class's mean."""
+    return Series(
+        f"class {number}", "component", "mean k*", event="fractured", index=number, min_std=MIN_STD, min_delta=MIN_DELTA
+    )
 
-    On TensorBoard: scalars, a table of the classes, a histogram of all values, and a panel with each class's
-    distribution and the matrix of rivals.
+
+class KStarMonitor(Monitor[KStar, KStarResult]):
+    """Monitors :class:`KStar` of a layer's features of labelled images.
+
+    TensorBoard shows scalars, a table of the classes, a histogram of all values, and a panel with the distribution of
+    each class and the matrix of first rivals.
 
     Args:
-        features: what makes features of images: ``"encode"`` (the probe's), the path of a submodule whose output is
-            taken (``"discriminator.4"``: the first part of the path is called with the images), or a callable
-            ``(module, images)``; more than one axis is flattened.
-        images: ``"real"``: the labelled images of the reference; ``"generated"``: samples of a conditional sampler.
-        distance: see :func:`k_star`.
-        max_rows: at most so many images.
-        kwargs: as for :class:`Monitor`.
+        features: What makes features of images: ``"encode"``, the model's encoder; the path of a submodule whose output
+            is taken (``"discriminator.4"``: the first part of the path is called with the images); or a callable
+            ``(module, images)``. Features with more than one axis are flattened.
+        images: ``"real"`` for the labelled images of the reference, ``"generated"`` for samples of a sampler that takes
+            labels.
+        distance: See :func:`k_star`.
+        max_rows: Largest number of images.
+        kwargs: Arguments of :class:`Monitor`.
 
     Raises:
-        ValueError: for an argument out of its range; before training starts, in words, for what cannot work.
+        ValueError: If an argument is out of its range; before training starts, if the module cannot be monitored.
 
     Example:
-        >>> callbacks = [KStarMonitor("discriminator.7")]  # of a Trainer
+        >>> monitor = KStarMonitor("discriminator.7")  # one of the Trainer's callbacks
     """
 
-    stem = "k_star"
+    name = "k_star"
+    metric_class = KStar
     needs = ()
-    # of 1: as far as a flow's latents lose the classes while they are made Gaussian
-    grain = 0.02
-    tolerance: ClassVar = {"part": 0.08, "whole": 0.08}
-    question = "mean k*"
+    needs_labels = True
 
     def __init__(
         self,
-        features: str | Any = "encode",
+        features: str | Callable = "encode",  # type: ignore[type-arg]  # a command line accepts the bare kind only
         *,
         images: Literal["real", "generated"] = "real",
         distance: Distance = "euclidean",
@@ -66,149 +84,133 @@ class KStarMonitor(Monitor):
         KStar(distance, max_rows=max_rows)
         self.features, self.images, self.distance, self.max_rows = features, images, distance, max_rows
 
-    def check(self, probe: Probe) -> None:
-        """The layer must be there; generated images must have labels."""
-        if self.images == "generated" and not probe.conditional:
+    def check(self, view: ModelView) -> None:
+        """Looks for the encoder or the layer, and for a sampler that takes labels where one is needed."""
+        if self.images == "generated" and not view.adapter.conditional:
             raise ValueError(
                 "images='generated' must go with a sampler that takes labels. "
-                "To fix this, pass Probe(sample=lambda module, n, labels: ..., conditional=True)."
+                "To fix this, pass ModelAdapter(sample=lambda module, n, labels: ..., conditional=True)."
             )
         if self.features == "encode":
-            probe.encoder  # noqa: B018
+            view.parts.resolve("encode")
         elif isinstance(self.features, str):
-            self._layer(probe)
+            _layer(view, self.features)
 
-    def _layer(self, probe: Probe) -> tuple[nn.Module, nn.Module]:
-        """The part that is called and the one that is listened to."""
-        target: Any = probe.module
-        for name in str(self.features).split("."):
-            target = getattr(target, name, None)
-        entry = getattr(probe.module, str(self.features).split(".")[0], None)
-        if not isinstance(target, nn.Module) or not isinstance(entry, nn.Module):
-            layers = [name for name, part in probe.module.named_modules() if name and not list(part.children())]
-            known = ", ".join(layers[:40])
-            raise ValueError(
-                f"features must be 'encode', a callable or the path of a submodule of {type(probe.module).__name__}, got "
-                f"{self.features!r}. Its layers are {known}."
-            )
-        # a compiled module runs the one underneath, and hooks on the outer one stay silent
-        return entry, getattr(target, "_orig_mod", target)
-
-    def _features(self, probe: Probe, images: Tensor) -> Tensor:
-        """(n, D) of images (n, C, H, W), inside ``looking``."""
+    def check_images(self, view: ModelView, images: Tensor) -> None:
+        """Encodes two images, if latents are asked for."""
         if self.features == "encode":
-            return probe.codes(images)
-        if callable(self.features):
-            return _rows(self.features(probe.module, images), len(images))
-        entry, target = self._layer(probe)
-        heard: list[Any] = []
-        handle = target.register_forward_hook(lambda module, inputs, output: heard.append(output))
+            view.try_latents(images)
+
+    def build_metric(self, view: ModelView) -> KStar:
+        """Creates the metric, if labels are known."""
+        _known(view.reference.labels)
+        return KStar(self.distance, max_rows=self.max_rows)
+
+    def update(self, view: ModelView) -> None:
+        """Adds the features of this rank's images."""
+        if self.features == "encode" and self.images == "real":
+            for output, size, classes in view.encoded():
+                self.metric.update(view.latents_in(output, size), _known(classes))
+            return
+        images, classes = view.local_reference() if self.images == "real" else view.samples()
+        labels = _known(classes)
+        with view.isolated(exact=True):
+            for start in range(0, len(images), CHUNK):
+                some = view.as_input(as_images(images[start : start + CHUNK]))
+                self.metric.update(self._features(view, some), labels[start : start + CHUNK].to(view.device))
+
+    def _features(self, view: ModelView, images: Tensor) -> Tensor:
+        """Features (n, D) of images (n, C, H, W); inside ``view.isolated``."""
+        if self.features == "encode":
+            return view.latents_of(images)
+        extract = None if isinstance(self.features, str) else view.resolve_extractor(self.features)
+        if extract is not None:
+            return _rows(extract(images), len(images))
+        path = str(self.features)
+        entry, layer = _layer(view, path)
+        outputs: list[Any] = []
+        handle = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         try:
             entry(images)
         finally:
             handle.remove()
-        if not heard:
-            raise ValueError(
-                f"features must name a layer that {self.features.split('.')[0]} runs, got {self.features!r}."
-            )
-        return _rows(heard[-1], len(images))
+        if not outputs:
+            raise ValueError(f"features must name a layer that {path.split('.')[0]} runs, got {path!r}.")
+        return _rows(outputs[-1], len(images))
 
-    def build(self, probe: Probe) -> KStar:
-        """A metric; the labels must be known."""
-        assert probe.reference is not None
-        if self.images == "real" and probe.reference.labels is None:
-            raise ValueError(
-                "labels must be known, but the batches have none. To fix this, pass Probe(labels=lambda batch: ...)."
-            )
-        return KStar(self.distance, max_rows=self.max_rows)
-
-    def feed(self, probe: Probe, step: int) -> None:
-        """Features of this rank's images."""
-        assert self.metric is not None
-        if self.features == "encode" and self.images == "real":
-            for part in probe.encoded(step):
-                self.metric.update(probe.codes_in(part.output, part.size), part.labels)
-            return
-        share = probe.real_share() if self.images == "real" else probe.samples(step)
-        assert share.labels is not None
-        device = probe.module.device
-        with probe.looking(exact=True):
-            for start in range(0, len(share.images), CHUNK):
-                images = probe.as_input(as_images(share.images[start : start + CHUNK]))
-                self.metric.update(self._features(probe, images), share.labels[start : start + CHUNK].to(device))
-
-    def readings(self, result: KStarResult) -> dict[str, Reading]:
-        """Each class by its mean and its rival, and the whole."""
-        names = [f"class {int(c)}" for c in result.classes]
-        rivals = result.nearest_rival.tolist()
-        readings = {
-            name: Reading(
-                value,
-                -value,
-                where=name if rival < 0 else f"{name}, now next to class {rival},",
-                fault="fractured",
-            )
-            for name, value, rival in zip(names, result.mean.tolist(), rivals, strict=True)
-        }
-        whole = float(result.scalars()["mean"])
-        readings["all classes"] = Reading(whole, -whole, "whole", fault="fractured")
-        return readings
-
-    # ---- pictures ----
-
-    def draw(self, result: KStarResult, board: Board) -> None:
-        """Histogram, table and panel."""
-        board.histogram("values", result.values)
-        board.text("classes", self._table(result))
-        if len(result.classes) <= 20:
-            board.chart("every class", "Multiline", [f"class_{int(c)}" for c in result.classes])
-        board.chart("skewness", "Multiline", ["true_skewness", "approximate_skewness"])
-        board.picture("panel", self._panel(result, board.step, []))
-
-    def _table(self, result: KStarResult) -> str:
-        lines = ["| class | mean k* | std | skewness | pattern | nearest rival |", "|---|---|---|---|---|---|"]
-        rows = zip(
-            result.classes.tolist(), result.mean.tolist(), result.std.tolist(), result.skewness.tolist(), result.pattern,
-            result.nearest_rival.tolist(), strict=True,
-        )  # fmt: skip
-        lines += [f"| {c} | {m:.3f} | {s:.3f} | {k:.2f} | {p} | {r} |" for c, m, s, k, p, r in rows]
-        return "\n".join(lines)
-
-    def draw_finding(self, finding: Any, board: Board) -> None:
-        """The panel with the classes marked."""
-        marked = [c for c, name in enumerate(finding.names) if name.startswith("class ")]
-        wanted = {int(finding.names[c].split()[1]) for c in marked}
-        places = [k for k, c in enumerate(self.result.classes.tolist()) if c in wanted]
-        board.picture("picture", self._panel(self.result, finding.step, places, str(finding)))
-
-    def _panel(self, result: KStarResult, step: int, marked: list[int], note: str = "") -> Tensor:
-        names = [str(int(c)) for c in result.classes]
-        parts = [result.values[(result.labels == c) & ~result.values.isnan()] for c in result.classes]
-        worst = result.worst
-        counts = {word: result.pattern.count(word) for word in ("fractured", "overlapped", "clustered")}
-        told = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "no pattern"
-        rows = []
-        if worst >= 0:
-            rows.append(
-                panels.Row(
-                    panels.region_colour(worst),
-                    f"lowest: class {names[worst]}, mean {float(result.mean[worst]):.2f}, "
-                    f"next to class {int(result.nearest_rival[worst])}",
+    def observations(self, result: KStarResult) -> list[Observation]:
+        """The mean of each class, labelled with its nearest rival, and the mean of all classes."""
+        mean = float(result.scalars()["mean"])
+        classes = zip(result.classes.tolist(), result.mean.tolist(), result.nearest_rival.tolist(), strict=True)
+        return [
+            *(
+                Observation(
+                    _class_series(c), value, -value,
+                    label="" if rival < 0 else f"class {c}, now next to class {rival},",
                 )
-            )
-        rows.append(panels.Row(panels.INK, f"skewness {float(result.true_skewness):.2f}, lower is better"))
-        return panels.panel(
-            f"Of {len(names)} classes {told} (step {step})",
-            [
-                panels.Tile("k* of each class, 1 = together", panels.violins([p.cpu() for p in parts], names, marked)),
-                panels.Tile("first rival (column) of each class", panels.matrix(result.rivals.cpu(), most=1.0)),
-            ],
-            rows,
-            note,
+                for c, value, rival in classes
+            ),
+            Observation(ALL, mean, -mean),
+        ]  # fmt: skip
+
+    def log_plots(
+        self, result: KStarResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
+    ) -> None:
+        """Logs the histogram of all values, the table, the charts and the panel."""
+        logger.log_histogram("values", result.values)
+        logger.log_text("classes", plots.table(result))
+        if len(result.classes) <= MAX_CLASS_TAGS:
+            logger.log_chart("every class", "Multiline", [f"class_{c}" for c in result.classes.tolist()])
+        logger.log_chart("skewness", "Multiline", ["true_skewness", "approximate_skewness"])
+        logger.log_image("panel", plots.panel(result, evaluation.step))
+
+    def log_alarm(
+        self,
+        alarm: Alarm,
+        result: KStarResult,
+        evaluation: Evaluation,
+        curves: Mapping[str, Curve],
+        logger: DiagnosticLogger,
+    ) -> None:
+        """Logs the panel with the alarm's classes marked."""
+        logger.log_image("picture", plots.panel(result, evaluation.step, alarm.indices, str(alarm)))
+
+
+def _layer(view: ModelView, path: str) -> tuple[nn.Module, nn.Module]:
+    """Returns the first part of a path, which is called, and the submodule whose output is taken.
+
+    Raises:
+        ValueError: If there is no such submodule.
+    """
+    try:
+        return view.module.get_submodule(path.split(".")[0]), view.module.get_submodule(path)
+    except AttributeError:
+        layers = [name for name, part in view.module.named_modules() if name and not list(part.children())]
+        raise ValueError(
+            f"features must be 'encode', a callable or the path of a submodule of {type(view.module).__name__}, got "
+            f"{path!r}. Its layers are {', '.join(layers[:40])}."
+        ) from None
+
+
+def _known(labels: Tensor | None) -> Tensor:
+    """Returns labels.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if labels is None:
+        raise ValueError(
+            "labels must be known, but the batches have none. To fix this, pass ModelAdapter(labels=lambda batch: ...)."
         )
+    return labels
 
 
 def _rows(output: Any, n: int) -> Tensor:
+    """Returns the features (n, D) in what a layer or a callable returned for n images.
+
+    Raises:
+        ValueError: If it returned anything else.
+    """
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor) or len(output) != n or output.ndim < 2:

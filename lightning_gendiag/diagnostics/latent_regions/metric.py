@@ -1,27 +1,27 @@
-"""Latent regions over batches and processes."""
+"""Regions of the latent space over batches and processes."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.diagnostic import Reservoir
-from lightning_gendiag.diagnostics.latent_regions.mathematics import LatentRegionsResult, check, latent_regions
+from lightning_gendiag.diagnostics.latent_regions.functional import LatentRegionsResult, check, latent_regions
+from lightning_gendiag.metric import Reservoir, ScalarInfo
 
 
 class LatentRegions(Reservoir):
     """:func:`latent_regions` over batches and processes.
 
-    Memory: at most ``max_rows`` latents, a seeded choice that is the same for any order, batch size and number of
-    processes.
+    Memory: at most twice ``max_rows`` latents, a seeded random selection that is the same for any order, batch size and
+    number of processes.
 
     Args:
-        components: of the mixture; by default the Bayesian information criterion's choice.
-        max_components: bound of that choice.
-        max_rows: bound on the rows kept, over all processes.
-        seed: of the choice of rows and of the mixture's first guess.
+        components: number of components of the mixture; None chooses it by the Bayesian information criterion.
+        max_components: largest number that is considered.
+        max_rows: largest number of latents used, over all processes; None for all of them.
+        seed: seed of the selection and of the first guess of the mixture.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -35,36 +35,116 @@ class LatentRegions(Reservoir):
     """
 
     higher_is_better = None
+    scalar_info: ClassVar[dict[str, ScalarInfo]] = {
+        "components": ScalarInfo("Number of components of the Gaussian mixture over the latents."),
+        "margins": ScalarInfo("Number of pairs of components with a valley of density between them."),
+        "margin_width": ScalarInfo("Mean width of the valleys between components.", optional=True),
+        "margin_depth": ScalarInfo(
+            "Mean depth of the valleys between components, in log density.", unit="nats", optional=True
+        ),
+        "overlap": ScalarInfo(
+            "Expected fraction of latents whose component is guessed wrongly.", higher_is_better=False
+        ),
+        "grey_share": ScalarInfo("Fraction of the latents that lie where components overlap.", higher_is_better=False),
+        "spread": ScalarInfo("Standard deviation of the latents over all dimensions, 0 where all latents are equal."),
+        "invalid": ScalarInfo(
+            "Fraction of the latents that contain nan or inf and are left out.", higher_is_better=False
+        ),
+        "class_entropy": ScalarInfo(
+            "Mean entropy of the classes of the latents within a component.",
+            unit="nats",
+            higher_is_better=False,
+            optional=True,
+        ),
+        "decoded_entropy": ScalarInfo(
+            "Mean entropy of the classes that a component decodes to.",
+            unit="nats",
+            higher_is_better=False,
+            optional=True,
+        ),
+        "fid_prior": ScalarInfo(
+            "Fréchet distance of images decoded from the prior to real images.", higher_is_better=False, optional=True
+        ),
+        "fid_cluster": ScalarInfo(
+            "Fréchet distance of images decoded from inside clusters to real images.",
+            higher_is_better=False,
+            optional=True,
+        ),
+        "fid_margin": ScalarInfo(
+            "Fréchet distance of images decoded from the valleys between clusters to real images.",
+            higher_is_better=False,
+            optional=True,
+        ),
+        "fid_grey": ScalarInfo(
+            "Fréchet distance of images decoded from where components overlap to real images.",
+            higher_is_better=False,
+            optional=True,
+        ),
+        "inception_score_prior": ScalarInfo(
+            "Inception score of images decoded from the prior, by the classifier in use.",
+            higher_is_better=True,
+            optional=True,
+        ),
+        "inception_score_cluster": ScalarInfo(
+            "Inception score of images decoded from inside clusters, by the classifier in use.",
+            higher_is_better=True,
+            optional=True,
+        ),
+        "inception_score_margin": ScalarInfo(
+            "Inception score of images decoded from the valleys between clusters, by the classifier in use.",
+            higher_is_better=True,
+            optional=True,
+        ),
+        "inception_score_grey": ScalarInfo(
+            "Inception score of images decoded from where components overlap, by the classifier in use.",
+            higher_is_better=True,
+            optional=True,
+        ),
+        "gap_margin": ScalarInfo(
+            "Fréchet distance at the valleys over that of the prior, above 1 where features are lost at the valleys.",
+            higher_is_better=False,
+            optional=True,
+        ),
+        "gap_grey": ScalarInfo(
+            "Fréchet distance where components overlap over that of the prior, above 1 where features are lost there.",
+            higher_is_better=False,
+            optional=True,
+        ),
+    }
 
     def __init__(
         self,
         components: int | None = None,
         *,
         max_components: int = 12,
-        max_rows: int = 5000,
+        max_rows: int | None = 5000,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
         for name, value in (("components", components), ("max_components", max_components)):
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+                raise ValueError(f"{name} must be at least 1, got {value}. To fix this, pass a positive number.")
         self.components, self.max_components = components, max_components
+        self.add_configuration(components=components, max_components=max_components)
 
     def update(self, latents: Tensor, labels: Tensor | None = None) -> None:
-        """Add latents.
+        """Adds latents.
 
         Args:
             latents: (N, D) floats.
-            labels: (N,) integers, negative where not known; none are known without.
+            labels: (N,) integers, negative where a class is unknown; None where all are unknown.
+
+        Raises:
+            ValueError: if shapes or types do not match.
         """
         check(latents, labels)
         unknown = torch.full((len(latents),), -1, device=latents.device)
-        self.keep(latents, unknown if labels is None else labels)
+        self.append(latents, unknown if labels is None else labels)
 
     def compute(self) -> LatentRegionsResult:
-        """The regions of all latents."""
+        """Computes the regions of the selected latents; nan or empty where there are none."""
         result = latent_regions(
-            *self.kept(), components=self.components, max_components=self.max_components, seed=self.seed
+            *self.selected(), components=self.components, max_components=self.max_components, seed=self.seed
         )
         return LatentRegionsResult(*(part.to(self.device) for part in result))

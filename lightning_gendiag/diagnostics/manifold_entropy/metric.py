@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.diagnostic import Diagnostic
-from lightning_gendiag.diagnostics.manifold_entropy.mathematics import (
+from lightning_gendiag.diagnostics.manifold_entropy.functional import (
     ManifoldEntropyResult,
     Sums,
     check_partition,
     entropies,
     gram_sums,
 )
+from lightning_gendiag.metric import Diagnostic, ScalarInfo
 
 
 class ManifoldEntropy(Diagnostic):
-    """:func:`manifold_entropy` over batches and processes: sums only, memory (L, L) however many latents.
+    """:func:`manifold_entropy` over batches and processes.
+
+    Memory: sums of (L, L) float64 numbers, which do not grow with the number of latents.
 
     Args:
         latent_dim: L.
-        order: (L,) the dimensions in falling importance, for ``core`` and ``detail``; without it these are nan, since a
-            single pass cannot know it.
-        partition: sets of dimensions for the total correlation; singletons by default.
-        num_classes: K, for entropies within classes; ``update`` then takes labels.
+        order: (L,) the dimensions in falling importance, for ``core`` and ``detail``, which are nan without an order.
+        partition: sets of dimensions for the total correlation; None for sets of one dimension each.
+        num_classes: K, for entropies within classes; ``update`` then requires labels.
 
     Raises:
-        ValueError: in words, for a partition or an order that does not have each dimension once.
+        ValueError: if ``partition`` or ``order`` does not contain each dimension once.
 
     Example:
         >>> metric = ManifoldEntropy(2)
@@ -39,8 +40,40 @@ class ManifoldEntropy(Diagnostic):
     """
 
     higher_is_better = None
-    left_out: Tensor
     plotted = ("dimension_", "total_correlation", "effective_dimensions")
+    scalar_info: ClassVar[dict[str, ScalarInfo]] = {
+        "total": ScalarInfo(
+            "Entropy of all dimensions together, from the volume that a flow reports where it reports one.", unit="nats"
+        ),
+        "total_correlation": ScalarInfo(
+            "Sum of the dimensions' entropies minus the total entropy, 0 where dimensions do not overlap.",
+            unit="nats",
+            higher_is_better=False,
+        ),
+        "effective_dimensions": ScalarInfo(
+            "Number of dimensions in use: exponential of the Shannon entropy of their shares of squared movement."
+        ),
+        "dead": ScalarInfo(
+            "Number of dimensions that move the data less than a thousandth of what the strongest one does.",
+            higher_is_better=False,
+        ),
+        "largest_mutual_information": ScalarInfo(
+            "Largest mutual information of two dimensions.", unit="nats", higher_is_better=False
+        ),
+        "highest": ScalarInfo("Highest entropy of a dimension.", unit="nats"),
+        "lowest": ScalarInfo("Lowest entropy of a dimension.", unit="nats"),
+        "singular": ScalarInfo(
+            "Fraction of the latents at which the Jacobian is rank deficient.", higher_is_better=False
+        ),
+        "core": ScalarInfo(
+            "Entropy of the most important dimensions, as many as are in use.", unit="nats", optional=True
+        ),
+        "dimension_{i}": ScalarInfo(
+            "Entropy of the data that the dimension generates, for up to 20 dimensions.", unit="nats"
+        ),
+    }
+    order: Tensor | None
+    left_out: Tensor
 
     def __init__(
         self,
@@ -53,12 +86,13 @@ class ManifoldEntropy(Diagnostic):
     ) -> None:
         super().__init__(**kwargs)
         if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}.")
+            raise ValueError(
+                f"latent_dim must be at least 1, got {latent_dim}. To fix this, pass the length of the latents."
+            )
         check_partition(partition, latent_dim)
         if order is not None:
-            check_partition([order.tolist()], latent_dim)
+            check_partition([order.tolist()], latent_dim, "order")
         self.latent_dim, self.partition, self.num_classes = latent_dim, partition, num_classes
-        self.order: Tensor | None
         self.register_buffer("order", order, persistent=False)
         shapes = {
             "latents": (1 + num_classes,),
@@ -73,36 +107,47 @@ class ManifoldEntropy(Diagnostic):
         for name in Sums._fields:
             self.add_state(name, default=torch.zeros(shapes[name], dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("left_out", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_configuration(latent_dim=latent_dim, order=order, partition=partition, num_classes=num_classes)
 
     def update(self, gram: Tensor, log_volume: Tensor | None = None, labels: Tensor | None = None) -> None:
-        """Add latents.
+        """Adds latents.
 
         Args:
             gram: (N, L, L) from :func:`decoder_gram`. Matrices with nan or inf are left out.
-            log_volume: (N,) a flow's own ``log |det J|``; for all updates or none.
-            labels: (N,) integers 0..K-1, needed where ``num_classes`` was given.
+            log_volume: (N,) ``log |det J|`` as a flow computes it; pass it at all updates or at none.
+            labels: (N,) integers 0..K-1, required where ``num_classes`` is given.
+
+        Raises:
+            ValueError: if shapes or types do not match.
         """
         if gram.ndim != 3 or gram.shape[1:] != (self.latent_dim, self.latent_dim) or not gram.is_floating_point():
             raise ValueError(
                 f"gram must be (N, {self.latent_dim}, {self.latent_dim}) of floats, got {gram.dtype} of shape "
                 f"{tuple(gram.shape)}. To fix this, pass what decoder_gram returns."
             )
+        gram = gram.detach()
         if log_volume is not None and log_volume.shape != gram.shape[:1]:
-            raise ValueError(f"log_volume must be ({len(gram)},), got {tuple(log_volume.shape)}.")
+            raise ValueError(
+                f"log_volume must be ({len(gram)},), got {tuple(log_volume.shape)}. "
+                "To fix this, pass one number per latent."
+            )
         if self.num_classes and (labels is None or labels.shape != gram.shape[:1]):
-            raise ValueError(f"labels must be ({len(gram)},) where num_classes is given, got {labels}.")
+            got = None if labels is None else tuple(labels.shape)
+            raise ValueError(
+                f"labels must be ({len(gram)},) where num_classes is given, got {got}. "
+                "To fix this, pass one class number per latent."
+            )
         finite = gram.flatten(1).isfinite().all(1)
         if log_volume is not None:
             finite = finite & log_volume.isfinite()
-            log_volume = log_volume[finite]
-        self.left_out += (~finite).sum()
-        if not finite.any():
-            return
-        labels = labels[finite] if labels is not None else None
-        sums = gram_sums(gram[finite], log_volume, labels, self.num_classes, self.order, self.partition)
-        for name, value in zip(Sums._fields, sums, strict=True):
-            setattr(self, name, getattr(self, name) + value)
+            log_volume = log_volume.detach()[finite]
+        labels = None if labels is None else labels[finite]
+        if finite.any():
+            sums = gram_sums(gram[finite], log_volume, labels, self.num_classes, self.order, self.partition)
+            for name, value in zip(Sums._fields, sums, strict=True):
+                setattr(self, name, getattr(self, name) + value)
+        self.left_out = self.left_out + (~finite).sum()
 
     def compute(self) -> ManifoldEntropyResult:
-        """The entropies over all latents; nan where there was none."""
+        """Computes the entropies over all latents; nan where there are none."""
         return entropies(Sums(*(getattr(self, name) for name in Sums._fields)), self.order)

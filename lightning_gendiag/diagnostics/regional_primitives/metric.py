@@ -2,107 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.diagnostic import Diagnostic
-from lightning_gendiag.diagnostics.regional_primitives.mathematics import FAINT, MAX_REGIONS, largest_first, memberships
-
-CARRIED = 0.9
-"""The components are counted that carry this share of all squared norms."""
-
-
-class RegionalPrimitivesResult(NamedTuple):
-    """Means over images of n regions; components by bit mask. All nan where there was none."""
-
-    norms: Tensor
-    """(2^n,) of the feature components, over that of the whole feature's distance from the baseline."""
-    effects: Tensor
-    """(2^n, n) squared change of each region by a component, over the whole image's change from the baseline."""
-    curve: Tensor
-    """(2^n,) squared error of the image after so many components, the largest first, over the same; 1 with none."""
-    relevant: Tensor
-    """(n,) squared error of a region drawn by the components that cover it, over its change from the baseline."""
-    irrelevant: Tensor
-    """(n,) squared change of a region by all other components, over the same."""
-    converged: Tensor
-    """() share of the optimisations that converged."""
-    images: Tensor
-    """() number of images."""
-    invalid: Tensor
-    """() share of images with nan or inf, which are left out."""
-
-    @property
-    def order(self) -> Tensor:
-        """(2^n - 1,) bit masks of the components, the largest mean norm first."""
-        return largest_first(self.norms)
-
-    @property
-    def members(self) -> Tensor:
-        """(2^n, n) bool: which regions a component covers."""
-        return memberships(len(self.relevant), self.norms.device)
-
-    @property
-    def components(self) -> Tensor:
-        """() how many components carry nine tenths of all squared norms; nan where there are none."""
-        squares = self.norms[self.order].square()
-        carried = squares.cumsum(0) / squares.sum()
-        return torch.where(carried[-1].isnan(), carried[-1], (carried < CARRIED).sum() + 1.0)
-
-    @property
-    def sparsity(self) -> Tensor:
-        """() the same as a share of all components; lower is sparser."""
-        return self.components / (len(self.norms) - 1)
-
-    @property
-    def leakage(self) -> Tensor:
-        """(n,) of the effect of the components that cover a region, the share that lies outside their own regions, 0 to 1."""
-        outside = (self.effects * ~self.members).sum(1)
-        # what draws next to nothing leaks nothing
-        return (self.members.T * outside).sum(1) / ((self.members.T * self.effects.sum(1)).sum(1) + FAINT)
-
-    @property
-    def strength(self) -> Tensor:
-        """(n,) of a region's components: root of the sum of their squared norms, each shared by its regions."""
-        sizes = self.members.sum(1).clamp(min=1)
-        return ((self.norms.square() / sizes)[:, None] * self.members).sum(0).sqrt()
-
-    @property
-    def together(self) -> Tensor:
-        """(n, n) of the norms of components that cover one region or the other, the share that covers both; diagonal 0."""
-        m = self.members.to(self.norms.dtype)
-        both = m.T @ (self.norms[:, None] * m)
-        own = both.diagonal()
-        shares = both / (own[:, None] + own - both)
-        return shares - shares.diagonal().diag()
-
-    def scalars(self) -> dict[str, Tensor]:
-        """The whole, and each region."""
-        values = {
-            "components": self.components.to(self.norms),
-            "sparsity": self.sparsity,
-            "leakage": self.leakage.mean(),
-            "relevant": self.relevant.mean(),
-            "irrelevant": self.irrelevant.mean(),
-            "error_after_tenth": self.curve[max(1, (len(self.curve) - 1) // 10)],
-            "converged": self.converged,
-            "images": self.images,
-            "invalid": self.invalid,
-        }
-        values |= {f"strength_{r}": value for r, value in enumerate(self.strength)}
-        return values | {f"leakage_{r}": value for r, value in enumerate(self.leakage)}
+from lightning_gendiag.diagnostics.regional_primitives.functional import (
+    MAX_REGIONS,
+    RegionalPrimitivesResult,
+)
+from lightning_gendiag.metric import Diagnostic, ScalarInfo
 
 
 class RegionalPrimitives(Diagnostic):
-    """Means over images of what :func:`decompose` finds, over batches and processes: memory (2^n, n), however many images.
+    """Means over images of the results of :func:`decompose`, over batches and processes.
+
+    Memory: sums of (2^n, n) float64 numbers, which do not grow with the number of images.
 
     Args:
         num_regions: n.
 
     Raises:
-        ValueError: if it is out of its range.
+        ValueError: if ``num_regions`` is out of its range.
 
     Example:
         >>> import torch
@@ -112,54 +33,96 @@ class RegionalPrimitives(Diagnostic):
         >>> minimal = minimal_features(tail, feature, baseline, regions, penalty=1e-6)
         >>> metric = RegionalPrimitives(2)
         >>> metric.update(*decompose(tail, feature, regions, minimal))
-        >>> [round(norm, 3) for norm in metric.compute().norms.tolist()]  # none, the first, the second, both
+        >>> [round(norm, 3) for norm in metric.compute().norms.tolist()]  # no region, the first, the second, both
         [0.0, 0.894, 0.447, 0.0]
     """
 
     higher_is_better = None
     plotted = ("strength_", "leakage_")
+    scalar_info: ClassVar[dict[str, ScalarInfo]] = {
+        "components": ScalarInfo(
+            "Number of feature components that carry nine tenths of all squared norms.", higher_is_better=False
+        ),
+        "sparsity": ScalarInfo(
+            "Fraction of all feature components that carry nine tenths of all squared norms.", higher_is_better=False
+        ),
+        "leakage": ScalarInfo(
+            "Fraction of the effect of a region's components that lies outside their regions, mean over regions.",
+            higher_is_better=False,
+        ),
+        "relevant": ScalarInfo(
+            "Squared error of a region drawn by its own components, over its change from the mean feature.",
+            higher_is_better=False,
+        ),
+        "irrelevant": ScalarInfo(
+            "Squared change of a region by all other components, over its change from the mean feature.",
+            higher_is_better=False,
+        ),
+        "error_after_tenth": ScalarInfo(
+            "Squared error of the image drawn by the largest tenth of the components, 1 with none.",
+            higher_is_better=False,
+        ),
+        "converged": ScalarInfo("Fraction of the optimisations that converged.", higher_is_better=True),
+        "images": ScalarInfo("Number of images that were decomposed."),
+        "invalid": ScalarInfo(
+            "Fraction of the images that contain nan or inf and are left out.", higher_is_better=False
+        ),
+        "strength_{r}": ScalarInfo(
+            "Strength of the components that draw the region: the root of the sum of their squared norms."
+        ),
+        "leakage_{r}": ScalarInfo(
+            "Fraction of the effect of the region's components that lies outside their regions.", higher_is_better=False
+        ),
+    }
     images: Tensor
     left_out: Tensor
 
     def __init__(self, num_regions: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 1 <= num_regions <= MAX_REGIONS:
-            raise ValueError(f"num_regions must be 1 to {MAX_REGIONS}, got {num_regions}.")
+            raise ValueError(
+                f"num_regions must be 1 to {MAX_REGIONS}, got {num_regions}. To fix this, merge regions or leave some out."
+            )
         self.num_regions = num_regions
         sets = 2**num_regions
         self.shapes = {"norms": (sets,), "effects": (sets, num_regions), "curve": (sets,), "relevant": (num_regions,),
                        "irrelevant": (num_regions,), "converged": ()}  # fmt: skip
         for name, shape in {**self.shapes, "images": (), "left_out": ()}.items():
             self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_configuration(num_regions=num_regions)
 
     def update(
         self, norms: Tensor, effects: Tensor, curve: Tensor, relevant: Tensor, irrelevant: Tensor, converged: Tensor
     ) -> None:
-        """Add one image, ``metric.update(*decompose(...))``.
+        """Adds one image, as ``metric.update(*decompose(...))``. An image with nan or inf is left out.
 
         Args:
-            norms: (2^n,)
-            effects: (2^n, n)
-            curve: (2^n,)
-            relevant: (n,)
-            irrelevant: (n,)
-            converged: ()
+            norms: (2^n,), see :class:`Decomposition`.
+            effects: (2^n, n), see :class:`Decomposition`.
+            curve: (2^n,), see :class:`Decomposition`.
+            relevant: (n,), see :class:`Decomposition`.
+            irrelevant: (n,), see :class:`Decomposition`.
+            converged: (), see :class:`Decomposition`.
+
+        Raises:
+            ValueError: if an argument has another shape.
         """
         given = dict(zip(self.shapes, (norms, effects, curve, relevant, irrelevant, converged), strict=True))
         for name, shape in self.shapes.items():
             if given[name].shape != shape:
                 raise ValueError(
-                    f"{name} must be {tuple(shape)} for {self.num_regions} regions, got {tuple(given[name].shape)}."
+                    f"{name} must be {tuple(shape)} for {self.num_regions} regions, got {tuple(given[name].shape)}. "
+                    "To fix this, pass the result of decompose on the same regions: metric.update(*decompose(...))."
                 )
         if not all(bool(value.isfinite().all()) for value in given.values()):
-            self.left_out += 1
+            self.left_out = self.left_out + 1
             return
         for name, value in given.items():
             setattr(self, name, getattr(self, name) + value.detach().double())
-        self.images += 1
+        self.images = self.images + 1
 
     def compute(self) -> RegionalPrimitivesResult:
-        """Means over all images."""
+        """Computes the means over all images; nan where there are none."""
         means = {name: getattr(self, name) / self.images for name in self.shapes}
         seen = self.images + self.left_out
         return RegionalPrimitivesResult(**means, images=self.images, invalid=self.left_out / seen.clamp(min=1))

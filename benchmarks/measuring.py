@@ -1,0 +1,66 @@
+"""What the benchmarks share: silent training, the time of a call, peak memory, and a process of its own for a call."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing as mp
+import resource
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.benchmark import Timer
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def trained(module: LightningModule, batches: Any, epochs: int, *callbacks: Any, **options: Any) -> Trainer:
+    """Trains on the CPU without output, and returns the trainer; ``options`` are those of ``Trainer.fit``."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, batches, **options)
+    return trainer
+
+
+def timed(call: Callable[[], T]) -> tuple[float, T]:
+    """Returns the median seconds of a call after one to warm up, and what it returned."""
+    return timed_anew(lambda: call)
+
+
+def timed_anew(prepare: Callable[[], Callable[[], T]]) -> tuple[float, T]:
+    """Does the same for a call that is prepared anew for each measurement, which is not timed."""
+    returned: list[T] = []
+    timer = Timer(
+        "returned.clear(); returned.append(call())",
+        # metrics hold themselves, and would count towards the peak memory of the next measurement
+        setup="returned.clear(); gc.collect(); call = prepare()",
+        globals={"prepare": prepare, "returned": returned, "gc": gc},
+        num_threads=torch.get_num_threads(),
+    )
+    return float(timer.blocked_autorange().median), returned[0]
+
+
+def peak_memory() -> float:
+    """Returns the largest memory of this process so far, in GiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # a new process inherits its parent's ru_maxrss
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def in_own_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Returns what a function of a module returns in a new process, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()

@@ -1,0 +1,97 @@
+"""Makes the pictures of the guides from runs of the examples: ``python -m benchmarks.pictures``.
+
+Each picture is what TensorBoard shows: the newest panel, or the picture of the first alarm, of one monitor. About five
+minutes on two cores. The screenshot ``docs/tensorboard.png`` is taken by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from example_models import gan, vae
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+RUNS = {
+    "gan frozen": (gan.main, ["--fault", "frozen"]),
+    "gan": (gan.main, []),
+    "vae two": (vae.main, ["--latent-dim", "2"]),
+    "vae dead": (vae.main, ["--fault", "dead"]),
+    "vae ignored": (vae.main, ["--fault", "ignored"]),
+    "vae": (vae.main, []),
+}
+"""The example and its options."""
+
+PICTURES: dict[str, list[tuple[str, str, str]]] = {
+    "cosine_mean_similarity": [("gan frozen", "cms", "panel")],
+    "generation_balance": [("vae two", "generation_balance", "alarm")],
+    "k_star": [("vae ignored", "k_star", "alarm")],
+    "latent_regions": [("vae two", "latent_regions", "panel"), ("vae two", "generation_balance", "panel")],
+    "manifold_entropy": [("vae dead", "manifold_entropy", "alarm")],
+    "posterior_kl": [("vae ignored", "posterior_kl", "alarm")],
+    "regional_primitives": [("vae", "regional_primitives", "panel"), ("gan", "regional_primitives", "panel")],
+}
+"""For each page the runs, monitors and kinds of its pictures, side by side."""
+
+
+def logged(folder: Path, monitor: str, kind: str) -> Image.Image:
+    """Returns the newest panel of a monitor, or the picture of its first alarm where there was one."""
+    path = next(folder.rglob("events*")).parent
+    events = EventAccumulator(str(path), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tag = f"gendiag/{monitor}/panel"
+    if kind == "alarm":
+        numbers = range(1, 100)
+        texts = {number: f"gendiag/alarm_{number}/message/text_summary" for number in numbers}
+        for number, text in texts.items():
+            if text in events.Tags()["tensors"] and _is_of(events, text, number, monitor):
+                tag = f"gendiag/alarm_{number}/picture"
+                break
+    return Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)).convert("RGB")
+
+
+def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bool:
+    """Whether an alarm is of a monitor, by the size of its picture, which is the monitor's panel and a note."""
+    width = events.Images(f"gendiag/{monitor}/panel")[-1].width
+    message = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
+    quantities = {
+        "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
+        "posterior_kl": "KL",
+    }  # fmt: skip
+    return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
+
+
+def beside(pictures: list[Image.Image]) -> Image.Image:
+    """Returns pictures side by side on white."""
+    width, height = sum(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    sheet = Image.fromarray(np.full((height, width, 3), 255, dtype=np.uint8))
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    return sheet
+
+
+def main() -> None:
+    """Trains the examples and writes the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, help="folder of runs that are used again where they are there")
+    options = parser.parse_args()
+    folder = options.runs or Path(tempfile.mkdtemp())
+    for name, (train, arguments) in RUNS.items():
+        if not (folder / name).exists():
+            train([*arguments, "--runs", str(folder / name)])
+    for page, parts in PICTURES.items():
+        beside([logged(folder / run, monitor, kind) for run, monitor, kind in parts]).save(DOCS / f"{page}.png")
+        print(f"docs/{page}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Stops a run when a part of the model collapses, and says which, since when, and how significant it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import ReferenceType, ref
+
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
+from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticWarning
+from lightning_gendiag.callbacks.session import Session
+from lightning_gendiag.detection.alarm import Alarm
+from lightning_gendiag.detection.report import FILE, report
+from lightning_gendiag.detection.rules import Judge
+from lightning_gendiag.functional.text import representation
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_gendiag.callbacks.monitor import Monitor
+
+
+class CollapseWarning(UserWarning):
+    """A part of the model collapsed."""
+
+
+class CollapseStopping(EarlyStopping):
+    """Watches what the monitors of a trainer observe, and stops the run when a part of the model collapses.
+
+    Each series (each region, class and dimension, and the aggregate) is judged against its own level and its own
+    fluctuation by a :class:`~lightning_gendiag.detection.Detector`, once at each evaluation. When several series fall at
+    once the components are named, or the aggregate where three quarters of them fall. Each alarm is a warning, and text
+    and a picture in TensorBoard under a tag of its own (``gendiag/alarm_1``, ...).
+
+    Args:
+        action: ``"stop"`` sets ``trainer.should_stop``, agreed by all processes; ``"warn"`` only reports.
+        false_alarm_rate: Probability of a false alarm at one evaluation of one monitor, over all its series, for
+            independent normal fluctuations.
+        warmup_evaluations: Number of evaluations to learn from before the first judgement.
+        patience: Number of further evaluations that an alarm must last before it stops the run; by default each series'
+            own: 8 for single classes, which come and go while a GAN learns, and 0 for all others.
+
+    Attributes:
+        alarms: All alarms, in the order in which they were raised.
+
+    Raises:
+        ValueError: If an argument is out of its range; in ``on_fit_start`` if there is no monitor to watch.
+
+    Example:
+        >>> stopping = CollapseStopping("warn", false_alarm_rate=1e-4)  # beside monitors, in a Trainer's callbacks
+        >>> stopping.alarms
+        []
+    """
+
+    def __init__(
+        self,
+        action: Literal["stop", "warn"] = "stop",
+        false_alarm_rate: float = 3e-4,
+        warmup_evaluations: int = 6,
+        patience: int | None = None,
+    ) -> None:
+        super().__init__(monitor=PREFIX, strict=False, check_on_train_epoch_end=True)
+        if action not in ("stop", "warn"):
+            raise ValueError(f"action must be 'stop' or 'warn', got {action!r}.")
+        if patience is not None and patience < 0:
+            raise ValueError(f"patience must be 0 or more, got {patience}.")
+        self.action, self.false_alarm_rate, self.warmup_evaluations = action, false_alarm_rate, warmup_evaluations
+        self.evaluations_to_last = patience
+        self.judge = Judge(false_alarm_rate, warmup_evaluations)
+        self._session: Session | None = None
+        self._module: ReferenceType[LightningModule] | None = None
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """All alarms, in the order in which they were raised."""
+        return self.judge.alarms
+
+    @property
+    def state_key(self) -> str:
+        """One for each action."""
+        return f"{type(self).__qualname__}[{self.action}]"
+
+    @property
+    def session(self) -> Session:
+        """What the monitors of the trainer share.
+
+        Raises:
+            RuntimeError: Before the trainer has set its callbacks up.
+        """
+        if self._session is None:
+            raise RuntimeError("CollapseStopping is not attached to a trainer yet.")
+        return self._session
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Joins the trainer's session."""
+        if stage == "fit":
+            self.join(trainer, pl_module)
+            self.session.stopper = self
+
+    def join(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Joins the session of a trainer, and begins anew where its module is another than before."""
+        self._session = Session.of(trainer)
+        self._session.begin(pl_module)
+        if self not in self._session.listeners:
+            self._session.listeners.append(self)
+        if self._module is not None and self._module() is not pl_module:
+            self.judge.clear()
+        self._module = ref(pl_module)
+
+    def restart(self, monitor: str) -> None:
+        """Forgets what was learned of a monitor, which begins anew with other data."""
+        self.judge.clear(monitor)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that there is something to watch."""
+        if not self.session.monitors and not self.session.automatic:
+            raise ValueError(
+                "CollapseStopping must have a monitor to watch, got none among the trainer's callbacks. "
+                "To fix this, add CosineMeanSimilarityMonitor()."
+            )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Does nothing: the session calls :meth:`on_evaluations`."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Does nothing: no monitor evaluates there."""
+
+    def on_evaluations(self, trainer: Trainer) -> None:
+        """Judges what monitors observed since it was last called, and stops the run where that is asked for."""
+        raised: list[tuple[Monitor[Any, Any], Alarm]] = []
+        fresh: list[Monitor[Any, Any]] = []
+        for monitor in self.session.monitors:
+            latest = monitor.latest
+            if latest is not None and latest.number > self.judge.evaluations.get(monitor.name, 0):
+                fresh.append(monitor)
+                alarms = self.judge.update(monitor.name, latest, self.session.history, monitor.contributions)
+                raised += [(monitor, alarm) for alarm in alarms]
+        for number, (monitor, alarm) in enumerate(raised, len(self.alarms) - len(raised) + 1):
+            alarm.also_changed = self.judge.also_changed(alarm)
+            alarm.tags = [f"{PREFIX}/alarm_{number}/picture", f"{PREFIX}/{monitor.name}/panel"]
+            self._log(trainer, monitor, alarm, number)
+        if raised and trainer.is_global_zero:
+            self._write_report(trainer)
+        if not fresh or self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        lasting = [a for m in fresh for a in self.judge.open_alarms(m.name) if self._has_lasted(m, a)]
+        if trainer.strategy.reduce_boolean_decision(bool(lasting), all=False):
+            trainer.should_stop = True
+            self.stopped_epoch = trainer.current_epoch
+            self.stopping_reason_message = " ".join(alarm.message for alarm in lasting) or None
+
+    def _has_lasted(self, monitor: Monitor[Any, Any], alarm: Alarm) -> bool:
+        """Whether an alarm stops the run at the monitor's latest evaluation."""
+        return monitor.latest is not None and monitor.latest.number == alarm.number + self._patience(monitor, alarm)
+
+    def _patience(self, monitor: Monitor[Any, Any], alarm: Alarm) -> int:
+        """Number of further evaluations that an alarm must last to stop the run."""
+        if self.evaluations_to_last is not None:
+            return self.evaluations_to_last
+        observations = monitor.latest.observations if monitor.latest is not None else []
+        return next((o.series.patience for o in observations if o.series.name == alarm.names[0]), 0)
+
+    # ---- reporting ----
+
+    def report(self, trainer: Trainer | None = None) -> dict[str, Any]:
+        """Returns the state of the run as plain Python that JSON takes.
+
+        Args:
+            trainer: To name the last checkpoint from before the first alarm that has not recovered.
+
+        Returns:
+            See :func:`lightning_gendiag.detection.report.report`.
+        """
+        open_alarms = self.judge.open_alarms()
+        checkpoint = None
+        if trainer is not None and open_alarms:
+            checkpoint = last_good_checkpoint(trainer, min(alarm.since for alarm in open_alarms))
+        evaluations = self.judge.evaluations
+        return report(self.alarms, evaluations, {name: self.judge.needed(name) for name in evaluations}, checkpoint)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the report of the whole run."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write_report(trainer, over=True)
+
+    def _write_report(self, trainer: Trainer, over: bool = False) -> None:
+        """Writes the report as JSON beside the loggers' files, and as text to TensorBoard."""
+        try:
+            state = self.report(trainer)
+            paths = []
+            for logger in trainer.loggers:
+                folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+                if isinstance(folder, (str, Path)) and Path(folder).is_dir():
+                    paths.append(Path(folder) / FILE)
+                    paths[-1].write_text(json.dumps(state, indent=1, default=str) + "\n")
+            board = self.session.logger(max((alarm.step for alarm in self.alarms), default=0))
+            board.log_text("report", state["summary"])
+            board.flush()
+            if over:
+                written = f" The report is in {', '.join(map(str, paths))}." if paths else ""
+                rank_zero_info(f"{state['summary']}{written}")
+        except Exception as error:
+            rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
+
+    def _log(self, trainer: Trainer, monitor: Monitor[Any, Any], alarm: Alarm, number: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        effect = "Training continues"
+        if self.action == "stop" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            patience = self._patience(monitor, alarm)
+            effect = f"Training stops if it lasts for {patience} more evaluations" if patience else "Training stops"
+        rank_zero_warn(f"{alarm.message} {effect}.", category=CollapseWarning)
+        logger = self.session.logger(alarm.step, f"alarm_{number}")
+        try:
+            rows = "".join(f"\n| {name} | {share:.0%} |" for name, share in alarm.contributions.items())
+            table = f"\n\n| part | contribution to the drop |\n|---|---|{rows}" if rows else ""
+            logger.log_text("message", f"**{alarm.message}** {effect}.{table}")
+            monitor.log_alarm_picture(alarm, logger)
+            logger.flush()
+        except Exception as error:
+            rank_zero_warn(f"the alarm could not be plotted: {error}", category=DiagnosticWarning)
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns plain numbers, strings and lists, and Lightning's own."""
+        return {**super().state_dict(), **self.judge.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a checkpoint's state."""
+        super().load_state_dict(state_dict)
+        self.judge.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return representation(self, patience=self.evaluations_to_last)

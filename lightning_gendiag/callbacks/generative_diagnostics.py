@@ -1,0 +1,321 @@
+"""All diagnostics that apply to a model, for those who do not want to choose."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_gendiag.callbacks.collapse_stopping import CollapseStopping
+from lightning_gendiag.callbacks.logging import DiagnosticWarning
+from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.session import Session
+from lightning_gendiag.diagnostics.cosine_mean_similarity.monitor import CosineMeanSimilarityMonitor
+from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationBalanceMonitor
+from lightning_gendiag.diagnostics.k_star.monitor import KStarMonitor
+from lightning_gendiag.diagnostics.latent_regions.monitor import LatentRegionsMonitor
+from lightning_gendiag.diagnostics.manifold_entropy.monitor import ManifoldEntropyMonitor
+from lightning_gendiag.diagnostics.posterior_kl.monitor import PosteriorKLMonitor
+from lightning_gendiag.diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor
+from lightning_gendiag.functional.text import representation
+from lightning_gendiag.model import compat
+from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.batches import images_of
+from lightning_gendiag.model.reference import Reference
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_gendiag.model.view import ModelView
+
+MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
+    CosineMeanSimilarityMonitor,
+    GenerationBalanceMonitor,
+    KStarMonitor,
+    ManifoldEntropyMonitor,
+    PosteriorKLMonitor,
+    LatentRegionsMonitor,
+    RegionalPrimitivesMonitor,
+)
+
+
+class GenerativeDiagnostics(Callback):
+    """Enables every diagnostic that applies to a module, with one stopper, and logs which were left out and why.
+
+    It inspects the module for a sampler, an encoder, a decoder and a posterior, and the first batch for images and labels.
+    Where nothing applies it warns, and training goes on. A diagnostic that the trainer has a monitor of already is left to
+    that monitor, and so is a :class:`CollapseStopping`.
+
+    Args:
+        action: Of the :class:`CollapseStopping` that is added, unless there is one; None adds none.
+        every_n_epochs: Number of epochs from one evaluation to the next; latent regions are evaluated a fifth, regional
+            primitives a tenth as often.
+        every_n_train_steps: The same in batches that stepped an optimizer.
+        warmup_epochs: See :class:`Monitor`.
+        num_samples: See :class:`ModelAdapter`.
+        num_reference: See :class:`ModelAdapter`.
+        reference: See :class:`ModelAdapter`.
+        sample: See :class:`ModelAdapter`.
+        encode: See :class:`ModelAdapter`.
+        decode: See :class:`ModelAdapter`.
+        latent_dim: See :class:`ModelAdapter`.
+        conditional: See :class:`ModelAdapter`.
+        images: See :class:`ModelAdapter`.
+        labels: See :class:`ModelAdapter`.
+        weights: See :class:`ModelAdapter`.
+        seed: See :class:`ModelAdapter`.
+        adapter: An adapter in place of all these.
+        num_regions: See :class:`CosineMeanSimilarityMonitor`.
+        skip: Names of diagnostics that are not wanted, such as ``("k_star",)``.
+        max_overhead: Largest share of the training's time that the diagnostics may take together after setup; if they
+            need more, they run less often. ``None`` lets them run whenever they are due, which finds more in short runs.
+        log_images: See :class:`Monitor`.
+        on_error: See :class:`Monitor`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> GenerativeDiagnostics("warn", every_n_epochs=2, skip=("k_star",))  # among a Trainer's callbacks
+        GenerativeDiagnostics(action='warn', every_n_epochs=2, skip=('k_star',))
+
+    Attributes:
+        attached: Names of the diagnostics that evaluate the module.
+        left_out: Name and reason of the others.
+        stopping: The :class:`CollapseStopping`, or None.
+    """
+
+    def __init__(
+        self,
+        action: Literal["stop", "warn"] | None = "stop",
+        *,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        warmup_epochs: int = 0,
+        num_samples: int = 1024,
+        num_reference: int = 1024,
+        reference: Any = None,
+        sample: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
+        encode: str | Callable | None = None,  # type: ignore[type-arg]
+        decode: str | Callable | None = None,  # type: ignore[type-arg]
+        latent_dim: int | None = None,
+        conditional: bool = False,
+        images: Callable | None = None,  # type: ignore[type-arg]
+        labels: Callable | None = None,  # type: ignore[type-arg]
+        weights: Literal["auto", "raw", "ema"] = "auto",
+        seed: int = 0,
+        adapter: ModelAdapter | None = None,
+        num_regions: int | None = 5,
+        skip: tuple[str, ...] = (),
+        max_overhead: float | None = 0.05,
+        log_images: bool = True,
+        on_error: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__()
+        own = ModelAdapter(
+            sample, encode, decode, num_samples, seed, weights, reference=reference, num_reference=num_reference,
+            latent_dim=latent_dim, conditional=conditional, images=images, labels=labels,
+        )  # fmt: skip
+        chosen = repr(own) != repr(ModelAdapter())
+        if adapter is not None and chosen:
+            raise ValueError(
+                f"adapter must be given alone, got {own!r} beside it. To fix this, pass these arguments to ModelAdapter."
+            )
+        names = [kind.name for kind in MONITORS]
+        unknown = sorted(set(skip) - set(names))
+        if unknown:
+            raise ValueError(f"skip must name diagnostics out of {', '.join(names)}, got {', '.join(unknown)}.")
+        self.action, self.every_n_epochs, self.every_n_train_steps = action, every_n_epochs, every_n_train_steps
+        self.warmup_epochs, self.num_samples, self.num_reference = warmup_epochs, num_samples, num_reference
+        self.reference, self.sample, self.encode, self.decode = reference, sample, encode, decode
+        self.latent_dim, self.conditional, self.images, self.labels = latent_dim, conditional, images, labels
+        self.weights, self.seed, self.adapter, self.num_regions, self.skip = weights, seed, adapter, num_regions, skip
+        self.max_overhead, self.log_images, self.on_error = max_overhead, log_images, on_error
+        # without a choice of its own it takes the adapter of another monitor of the trainer
+        self._adapter = adapter or (own if chosen else None)
+        self.monitors = {kind.name: self._monitor(kind) for kind in MONITORS if kind.name not in skip}
+        self.stopping = None if action is None else CollapseStopping(action)
+        self.left_out: dict[str, str] = {}
+        # held from setup on, when no monitor may hold it yet
+        self._session: Session | None = None
+        self._stops = False
+        self._inspected = False
+        self._checking = 0.0
+
+    def _monitor(self, kind: type[Monitor[Any, Any]]) -> Monitor[Any, Any]:
+        times, steps = kind.period_multiplier, self.every_n_train_steps
+        regions: dict[str, Any] = {"num_regions": self.num_regions} if kind is CosineMeanSimilarityMonitor else {}
+        return kind(
+            adapter=self._adapter,
+            every_n_epochs=self.every_n_epochs * times,
+            every_n_train_steps=None if steps is None else steps * times,
+            warmup_epochs=self.warmup_epochs,
+            on_error=self.on_error,
+            log_images=self.log_images,
+            max_overhead=self.max_overhead,
+            **regions,
+        )
+
+    @property
+    def attached(self) -> list[str]:
+        """Names of the diagnostics that evaluate the module."""
+        return [name for name, monitor in self.monitors.items() if name not in self.left_out and monitor.enabled]
+
+    @property
+    def _active(self) -> list[Monitor[Any, Any]]:
+        return [monitor for name, monitor in self.monitors.items() if name not in self.left_out]
+
+    # ---- choosing ----
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Joins the trainer's session, before it is known which monitors the user has added."""
+        if stage == "fit":
+            self._session = Session.of(trainer)
+            self._session.begin(pl_module)
+            self._session.automatic = True
+            self._inspected = False
+            self.left_out = dict.fromkeys(self.skip, "it is in skip")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets each monitor join, and leaves out those that cannot work."""
+        started = time.monotonic()
+        session = Session.of(trainer)
+        present = {type(monitor) for monitor in session.monitors}
+        for name, monitor in self.monitors.items():
+            missing = [package for package in monitor.requires if importlib.util.find_spec(package) is None]
+            if type(monitor) in present:
+                self.left_out[name] = "the trainer has a monitor of it"
+            elif missing:
+                self.left_out[name] = f"it needs {', '.join(missing)}: pip install 'lightning_gendiag[latent]'"
+            elif name not in self.left_out:
+                monitor.join(trainer, pl_module)
+                self._try(trainer, name, partial(monitor.on_fit_start, trainer, pl_module))
+        self._stops = self.stopping is not None and session.stopper is None
+        if self.stopping is not None and self._stops:
+            self.stopping.join(trainer, pl_module)
+        self._checking = time.monotonic() - started
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to count the time."""
+        for monitor in self._active:
+            monitor.on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Inspects the first batch, and collects real images."""
+        if not self._inspected:
+            self._inspected = True
+            self._inspect(trainer, batch)
+        for monitor in self._active:
+            monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _inspect(self, trainer: Trainer, batch: Any) -> None:
+        """Leaves out what the first batch has no images or labels for, or what its images show not to work."""
+        started = time.monotonic()
+        session = Session.of(trainer)
+        # once for all monitors, since a callable of the user's may be slow
+        found_in = cache(partial(_found_in, batch))
+        for name, monitor in self.monitors.items():
+            if name not in self.left_out:
+                self._try(trainer, name, partial(_check_batch, monitor, session.view_of(monitor), found_in))
+        # what is left out before the first evaluation belongs to the time of setup
+        session.schedule.budget.charge(self._checking + time.monotonic() - started, ready=False)
+        self._say(session, trainer)
+
+    def _try(self, trainer: Trainer, name: str, attempt: Callable[[], None]) -> None:
+        """Leaves a monitor out, on all processes, if an attempt fails on any."""
+        reason = ""
+        try:
+            attempt()
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+        if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
+            self.left_out[name] = reason or "it failed on another process"
+            Session.of(trainer).leave(self.monitors[name])
+
+    def _say(self, session: Session, trainer: Trainer) -> None:
+        lines = [f"Diagnostics: {', '.join(self.attached) or 'none'}."]
+        lines += [f"Left out: {name}, since {reason}" for name, reason in self.left_out.items()]
+        if self.left_out.get("k_star", "").startswith("encode"):
+            lines.append("k* takes the features of any layer: add KStarMonitor('path.of.a.layer') to the callbacks.")
+        rank_zero_info("\n".join(lines))
+        if not session.monitors:
+            module = type(session.subject.trained).__name__
+            rank_zero_warn(
+                f"GenerativeDiagnostics found nothing to evaluate in {module}, and training goes on without it. "
+                + "\n".join(lines[1:]),
+                category=DiagnosticWarning,
+            )
+        session.logger(compat.batch_step(trainer, epoch_over=False)).log_text("attached", "\n\n".join(lines))
+
+    # ---- hooks that are handed over ----
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluates where the schedule counts steps."""
+        for monitor in self._active:
+            monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluates where the schedule counts epochs."""
+        for monitor in self._active:
+            monitor.on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the panels of the last evaluation, and writes the report."""
+        for monitor in self._active:
+            monitor.on_train_end(trainer, pl_module)
+        if self.stopping is not None and self._stops:
+            self.stopping.on_train_end(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ends the fit."""
+        if stage == "fit":
+            Session.of(trainer).end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ends the fit."""
+        Session.of(trainer).end()
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of the monitors that are attached, and of the stopper."""
+        state: dict[str, Any] = {"monitors": {name: self.monitors[name].state_dict() for name in self.attached}}
+        return state | ({"stopping": self.stopping.state_dict()} if self.stopping is not None and self._stops else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a checkpoint's state."""
+        for name, state in state_dict["monitors"].items():
+            if name in self.monitors:
+                self.monitors[name].load_state_dict(state)
+        if self.stopping is not None and "stopping" in state_dict:
+            self.stopping.load_state_dict(state_dict["stopping"])
+
+    def __repr__(self) -> str:
+        return representation(self)
+
+
+def _found_in(batch: Any, reference: Reference) -> tuple[Tensor | None, Any]:
+    """Images and labels of the reference that was given, or of a batch."""
+    images, labels = reference.images or reference.found_in(batch)
+    return images_of(images), labels
+
+
+def _check_batch(
+    monitor: Monitor[Any, Any], view: ModelView, found_in: Callable[[Reference], tuple[Tensor | None, Any]]
+) -> None:
+    """Raises ValueError where the first batch shows that a monitor cannot work."""
+    images, labels = found_in(view.real) if monitor.needs_reference or monitor.needs_labels else (None, None)
+    if monitor.needs_reference and images is None:
+        raise ValueError("the batches hold no (N, C, H, W) images; pass images=lambda batch: ...")
+    if monitor.needs_labels and labels is None:
+        raise ValueError("the batches hold no labels; pass labels=lambda batch: ...")
+    if images is not None:
+        monitor.check_images(view, images[:2])

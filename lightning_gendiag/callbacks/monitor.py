@@ -1,0 +1,451 @@
+"""The base of every diagnostic's callback: one evaluation from samples to logged numbers, with its failures contained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from weakref import ReferenceType, ref
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning
+from lightning_gendiag.callbacks.session import Session
+from lightning_gendiag.detection.history import Curve, Evaluation, Observation
+from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.functional.text import representation
+from lightning_gendiag.metric import Diagnostic, Result
+from lightning_gendiag.model import compat
+from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.parts import Need
+from lightning_gendiag.regions.clustering import find_regions
+from lightning_gendiag.regions.region_map import RegionMap
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+
+    from lightning_gendiag.detection.alarm import Alarm
+    from lightning_gendiag.model.view import ModelView
+
+__all__ = ["DiagnosticWarning", "Monitor", "Need"]
+
+FAILURES = 3
+"""Number of failures in a row that switch a monitor off."""
+
+MetricT = TypeVar("MetricT", bound=Diagnostic)
+ResultT = TypeVar("ResultT", bound=Result)
+
+
+class Monitor(Callback, Generic[MetricT, ResultT]):
+    """A diagnostic attached to training: evaluates on a schedule, logs numbers and panels, and never ends a run itself.
+
+    A subclass names its metric, builds it, gives it rows, and says what is observed and plotted. Evaluations take place
+    at the end of training epochs or after training batches, on an isolated copy of the module with its raw weights, or
+    averaged ones where there are any.
+
+    Args:
+        adapter: How the module is used; by default one adapter that all monitors of the trainer share.
+        every_n_epochs: Number of epochs from one evaluation to the next.
+        every_n_train_steps: Number of batches that stepped an optimizer from one evaluation to the next, instead of
+            epochs.
+        warmup_epochs: Number of epochs before the first evaluation.
+        on_error: ``"warn"``: a failure is named in a warning and the run goes on, and after three in a row the monitor is
+            switched off; ``"raise"`` for debugging.
+        name: Of this monitor in tags and checkpoints, for two of one kind on a trainer.
+        log_images: Whether panels are logged beside the scalars: at the first 20 evaluations, then each time their
+            number grows by 10 %, and once at the end.
+        max_overhead: Largest share of the training's time, in (0, 1], that all monitors with such a limit may take
+            together after setup: if they need more, all evaluate less often in proportion. By default there is no limit.
+
+    Raises:
+        ValueError: If an argument is out of its range; in ``on_fit_start`` for a configuration that cannot work.
+    """
+
+    name: str = ""
+    metric_class: ClassVar[type[Diagnostic]]
+    """The metric that is monitored."""
+    needs: ClassVar[tuple[Need, ...]] = ("sample",)
+    """What of the module is used."""
+    needs_reference: bool = True
+    """Whether it needs real images."""
+    needs_labels: bool = False
+    """Whether it needs labels in the batches."""
+    requires: tuple[str, ...] = ()
+    """Packages that it needs beyond the dependencies."""
+    period_multiplier: ClassVar[int] = 1
+    """``GenerativeDiagnostics`` evaluates expensive monitors this many times less often."""
+
+    def __init__(
+        self,
+        *,
+        adapter: ModelAdapter | None = None,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int | None = None,
+        warmup_epochs: int = 0,
+        on_error: Literal["warn", "raise"] = "warn",
+        name: str | None = None,
+        log_images: bool = True,
+        max_overhead: float | None = None,
+    ) -> None:
+        super().__init__()
+        for argument, value in (("every_n_epochs", every_n_epochs), ("every_n_train_steps", every_n_train_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{argument} must be at least 1, got {value}.")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error must be 'warn' or 'raise', got {on_error!r}.")
+        if max_overhead is not None and not 0 < max_overhead <= 1:
+            raise ValueError(f"max_overhead must be in (0, 1] or None, got {max_overhead}.")
+        self.adapter, self.max_overhead = adapter, max_overhead
+        self.every_n_epochs, self.every_n_train_steps = every_n_epochs, every_n_train_steps
+        self.warmup_epochs, self.on_error, self.log_images = warmup_epochs, on_error, log_images
+        self.name = name or type(self).name
+        self.result: ResultT | None = None
+        self.latest: Evaluation | None = None
+        self.evaluations = 0
+        self.seconds = 0.0
+        self.enabled = True
+        self.last_step: int | None = None
+        """Step of the newest evaluation, on the loggers' axis."""
+        self._metric: MetricT | None = None
+        self._session: Session | None = None
+        self._module: ReferenceType[LightningModule] | None = None
+        self._session_state: dict[str, Any] | None = None
+        self._failures = 0
+        self._next_panel = 0
+        self._logged: list[Observation] | None = None
+
+    # ---- what a subclass says ----
+
+    def check(self, view: ModelView) -> None:
+        """Checks before training that the module can be evaluated.
+
+        Raises:
+            ValueError: For a configuration that cannot work.
+        """
+        if "sample" in self.needs:
+            view.try_sample()
+
+    def check_images(self, view: ModelView, images: Tensor) -> None:
+        """Checks with two real images (2, C, H, W) that the module can be evaluated.
+
+        Raises:
+            ValueError: For a configuration that cannot work.
+        """
+
+    def build_metric(self, view: ModelView) -> MetricT:
+        """Returns the metric, made once when the reference is there; on every rank alike."""
+        raise NotImplementedError
+
+    def update(self, view: ModelView) -> None:
+        """Gives the metric this rank's rows."""
+        raise NotImplementedError
+
+    def postprocess(self, view: ModelView, result: ResultT) -> ResultT:
+        """Returns the result with what can be computed only once it is there; on every rank alike."""
+        return result
+
+    def scalars(self, result: ResultT) -> dict[str, Tensor]:
+        """Returns what is logged, by name."""
+        return result.scalars()
+
+    def observations(self, result: ResultT) -> list[Observation]:
+        """Returns one value for each series; depends on nothing but the result."""
+        return []
+
+    def contributions(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+        """Returns each component's contribution to a drop of the aggregate, adding to one; empty where there is none."""
+        return {}
+
+    def log_plots(
+        self, result: ResultT, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
+    ) -> None:
+        """Logs panels, charts and tables; on rank 0 only, and not at every evaluation."""
+
+    def log_alarm(
+        self,
+        alarm: Alarm,
+        result: ResultT,
+        evaluation: Evaluation,
+        curves: Mapping[str, Curve],
+        logger: DiagnosticLogger,
+    ) -> None:
+        """Logs a picture of where an alarm lies; on rank 0 only."""
+
+    def depends_on_model(self, view: ModelView) -> bool:
+        """Returns whether the metric holds what changes with the module, and must be built at each evaluation."""
+        return False
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Returns what a subclass keeps in checkpoints: plain Python and tensors."""
+        return {}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`get_extra_state` returned."""
+
+    def reset(self) -> None:
+        """Forgets all that was learned, for another module or other data."""
+        self._metric, self.result, self.latest, self.enabled = None, None, None, True
+        self.evaluations, self.seconds, self.last_step = 0, 0.0, None
+        self._failures, self._next_panel, self._logged = 0, 0, None
+
+    # ---- what a subclass uses ----
+
+    @property
+    def metric(self) -> MetricT:
+        """The metric.
+
+        Raises:
+            RuntimeError: Before the first evaluation.
+        """
+        if self._metric is None:
+            raise RuntimeError(f"{type(self).__name__} has no metric before its first evaluation.")
+        return self._metric
+
+    @property
+    def session(self) -> Session:
+        """What the monitors of the trainer share.
+
+        Raises:
+            RuntimeError: Before the trainer has set its callbacks up.
+        """
+        if self._session is None:
+            raise RuntimeError(f"{type(self).__name__} is not attached to a trainer yet.")
+        return self._session
+
+    @property
+    def view(self) -> ModelView:
+        """What the monitor sees of the module."""
+        return self.session.view_of(self)
+
+    def find_regions(self, view: ModelView, num_regions: int | None, num_images: int) -> RegionMap:
+        """Returns the regions of the reference's first images, found once for all monitors and all ranks."""
+        key = num_regions, num_images
+        if key not in view.region_maps:
+            images = as_images(view.reference.images[:num_images])
+            state = view.broadcast(lambda: find_regions(images.to(view.device), num_regions).state_dict())
+            view.region_maps[key] = RegionMap.from_state_dict(state)
+        return view.region_maps[key]
+
+    def known_scalars(self) -> list[str]:
+        """Returns the names of the scalars that are logged at every evaluation of any model."""
+        info = getattr(getattr(type(self), "metric_class", None), "scalar_info", {})
+        return [name for name, scalar in info.items() if not scalar.optional and "{" not in name]
+
+    # ---- Lightning's hooks ----
+
+    @property
+    def state_key(self) -> str:
+        """One for each name, so that two monitors of a kind can be on one trainer."""
+        return f"{type(self).__qualname__}[{self.name}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Joins the trainer's session."""
+        if stage == "fit":
+            self.join(trainer, pl_module)
+
+    def join(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Joins the session of a trainer, and begins anew where its module is another than before."""
+        before, self._session = self._session, Session.of(trainer)
+        self._session.begin(pl_module)
+        self._session.join(self)
+        if self._module is not None and self._module() is not pl_module:
+            self.reset()
+        elif before is not None and before is not self._session:
+            # another trainer goes on with the same module
+            self._session_state = before.state_dict(self)
+        self._module = ref(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over a checkpoint's state, and checks the configuration once the module is on its device."""
+        self._load_session_state()
+        self.view.attach(self.needs)
+        self.check(self.view)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins to count the time; takes over a checkpoint's state where the strategy loads it late."""
+        self._load_session_state()
+        if self.session.leads(self):
+            self.session.on_train_start()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Collects real images."""
+        if self.session.leads(self):
+            self.session.on_train_batch_start(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluates where the schedule counts steps."""
+        if self.session.leads(self):
+            self.session.on_train_batch_end()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluates where the schedule counts epochs."""
+        if self.session.leads(self):
+            self.session.on_train_epoch_end()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the panels of the last evaluation."""
+        if self.session.leads(self):
+            self.session.on_train_end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ends the fit."""
+        if stage == "fit" and self._session is not None:
+            self._session.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ends the fit."""
+        if self._session is not None:
+            self._session.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counts, the subclass's own state, the series of this monitor and the real images."""
+        state: dict[str, Any] = {"evaluations": self.evaluations, "seconds": self.seconds, **self.get_extra_state()}
+        return state if self._session is None else state | {"session": self._session.state_dict(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a checkpoint's state; begins anew where it cannot be read."""
+        try:
+            self.set_extra_state(state_dict)
+            self.evaluations, self.seconds = state_dict["evaluations"], state_dict["seconds"]
+            self._session_state = state_dict["session"]
+        except Exception as error:
+            self._cannot_read(error)
+
+    def _load_session_state(self) -> None:
+        state, self._session_state = self._session_state, None
+        if state is not None:
+            try:
+                self.session.load_state_dict(self, state)
+            except Exception as error:
+                self._cannot_read(error)
+
+    def _cannot_read(self, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        self.reset()
+        rank_zero_warn(
+            f"{type(self).__name__} begins anew, since its state in the checkpoint cannot be read: "
+            f"{type(error).__name__}: {error}",
+            category=DiagnosticWarning,
+        )
+
+    def __repr__(self) -> str:
+        return representation(self, name=None if self.name == type(self).name else self.name)
+
+    # ---- one evaluation ----
+
+    def evaluate(self, view: ModelView, step: int, epoch_over: bool, unreadable: Exception | None = None) -> bool:
+        """Evaluates the module once, and returns whether there was anything to evaluate.
+
+        A rank that fails must not leave the others waiting in a collective, so all agree after each part.
+
+        Args:
+            view: The module as it is now.
+            step: On the loggers' axis.
+            epoch_over: Whether a training epoch has ended, or a batch.
+            unreadable: Why a batch could not be read, if one could not.
+        """
+        started = time.monotonic()
+        self.last_step = step
+        error: Exception | None = None
+        ready = True
+        try:
+            # all ranks ask together, whether or not one of them failed before
+            ready = not self.needs_reference or view.real.ready(epoch_over)
+            if unreadable is not None and not ready:
+                raise unreadable
+            if ready:
+                held = None if self.depends_on_model(view) else self._metric
+                self._metric = (held or self.build_metric(view)).to(view.device)
+                self._metric.reset()
+                self.update(view)
+        except Exception as caught:
+            error = unreadable or caught
+        if not self._agreed(error) or not ready:
+            return ready
+        evaluation: Evaluation | None = None
+        scalars: dict[str, float] = {}
+        try:
+            self.result = self.postprocess(view, self.metric.compute())
+            scalars = {name: float(value) for name, value in self.scalars(self.result).items()}
+            observations = self.observations(self.result)
+            epoch = self.session.trainer.current_epoch
+            evaluation = Evaluation(self.evaluations + 1, step, epoch, observations, view.averaged)
+        except Exception as caught:
+            error = caught
+        if not self._agreed(error) or evaluation is None:
+            return ready
+        self._failures = 0
+        self.evaluations, self.latest = evaluation.number, evaluation
+        self.session.history.append(self.name, evaluation)
+        self.session.note_evaluation(self)
+        for name, value in scalars.items():
+            # loggers are served below: through self.log they would get only every log_every_n_steps
+            compat.log_value(view.subject.trained, f"{PREFIX}/{self.name}/{name}", value, epoch_over=epoch_over)
+        self._publish(evaluation, scalars, started)
+        return ready
+
+    def _agreed(self, error: Exception | None) -> bool:
+        """Whether no rank failed."""
+        if self.session.trainer.strategy.reduce_boolean_decision(error is None, all=True):
+            return True
+        self._contain(error or RuntimeError("the diagnostic failed on another process"))
+        return False
+
+    def _publish(self, evaluation: Evaluation, scalars: dict[str, float], started: float) -> None:
+        """Logs panels and numbers of an evaluation."""
+        logger = self.session.logger(evaluation.step, self.name)
+        if evaluation.number >= self._next_panel:
+            self._log_panels(evaluation, logger)
+        seconds = time.monotonic() - started
+        self.seconds += seconds
+        try:
+            logger.log_scalars(scalars | {"seconds": seconds})
+        except Exception as error:
+            # on rank 0 alone, so the others need not agree
+            self._contain(error, counts=False)
+
+    def log_last(self) -> None:
+        """Logs the panels of the newest evaluation, if they were not logged."""
+        if self.latest is not None:
+            self._log_panels(self.latest, self.session.logger(self.latest.step, self.name))
+
+    def _log_panels(self, evaluation: Evaluation, logger: DiagnosticLogger) -> None:
+        """Logs panels less and less often, since TensorBoard keeps ten of a tag, and not where nothing has changed."""
+        unchanged = bool(evaluation.observations) and evaluation.observations == self._logged
+        if not self.log_images or not self.session.trainer.is_global_zero or unchanged or self.result is None:
+            return
+        self._next_panel = evaluation.number + max(1, evaluation.number // 10)
+        self._logged = evaluation.observations
+        try:
+            self.log_plots(self.result, evaluation, self.session.history.curves(self.name), logger)
+        except Exception as error:
+            self.log_images = False
+            self._contain(error, counts=False)
+
+    def log_alarm_picture(self, alarm: Alarm, logger: DiagnosticLogger) -> None:
+        """Logs a picture of an alarm of the newest evaluation."""
+        if self.result is not None and self.latest is not None:
+            curves = self.session.history.curves(self.name)
+            self.log_alarm(alarm, self.result, self.latest, curves, logger)
+
+    def _contain(self, error: Exception, counts: bool = True) -> None:
+        """Names a failure in a warning; switches the monitor off after three in a row."""
+        if self.on_error == "raise":
+            raise error
+        self._failures += counts
+        off = self._failures >= FAILURES
+        self.enabled = self.enabled and not off
+        effect = "from now on" if off else "this time" if counts else "with its panels switched off"
+        text = (
+            f"{type(self).__name__} failed at step {self.last_step or 0} and the run goes on without it {effect}: "
+            if counts
+            else f"{type(self).__name__} failed at step {self.last_step or 0} and goes on {effect}: "
+        ) + f"{type(error).__name__}: {error}"
+        if off or not counts or self._failures == 1:
+            rank_zero_warn(text, category=DiagnosticWarning)
+            self.session.logger(self.last_step or 0, self.name).log_text("failure", text)

@@ -1,0 +1,271 @@
+"""What the monitors of one trainer share: the module's copy, real images, schedule, loggers, and the history of all series."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, Layout
+from lightning_gendiag.callbacks.schedule import Schedule
+from lightning_gendiag.detection.history import History
+from lightning_gendiag.model import compat
+from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.subject import Subject
+from lightning_gendiag.model.view import ModelView
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_gendiag.callbacks.monitor import Monitor
+
+
+class Listener(Protocol):
+    """What is notified after evaluations, wherever it stands among the trainer's callbacks."""
+
+    def on_evaluations(self, trainer: Trainer) -> None:
+        """Acts on what monitors observed."""
+        ...
+
+    def restart(self, monitor: str) -> None:
+        """Forgets what was learned of a monitor."""
+        ...
+
+
+_SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
+
+
+class Session:
+    """One trainer's monitors and what they share. Its first monitor hands Lightning's hooks over to it.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.monitors: list[Monitor[Any, Any]] = []
+        self.listeners: list[Listener] = []
+        self.default_adapter: ModelAdapter | None = None
+        """The adapter of monitors that were given none, if no monitor was given one."""
+        self.stopper: object | None = None
+        """The ``CollapseStopping`` that the user added to the trainer."""
+        self.automatic = False
+        """Whether the trainer has a ``GenerativeDiagnostics``."""
+        self.history = History()
+        self.layout: Layout = {}
+        self.schedule = Schedule(trainer)
+        self._subject: Subject | None = None
+        self._views: dict[ModelAdapter, ModelView] = {}
+        self._unreadable: dict[ModelAdapter, Exception] = {}
+        self._batches = 0
+        self._evaluated_at: dict[str, int] = {}
+        self._followers: list[compat.Follower] = []
+        self._said_budget = False
+        self._ended = False
+
+    @staticmethod
+    def of(trainer: Trainer) -> Session:
+        """Returns the session of a trainer, made when it is first asked for."""
+        session = _SESSIONS.get(id(trainer))
+        if session is None or session.trainer is not trainer:
+            session = _SESSIONS[id(trainer)] = Session(trainer)
+        return session
+
+    # ---- joining ----
+
+    def begin(self, module: LightningModule) -> None:
+        """Prepares for a fit of a module; called by every callback of ours when it is set up, the first one decides."""
+        if self._ended:
+            # a second fit: who takes part says so again
+            self._ended = False
+            self.monitors, self.listeners, self.stopper, self.automatic = [], [], None, False
+            for view in self._views.values():
+                view.real.doubt()
+        if self._subject is None or self._subject.trained is not module:
+            self._subject = Subject(module, self.trainer)
+            self._views, self.history, self._evaluated_at = {}, History(), {}
+
+    def join(self, monitor: Monitor[Any, Any]) -> None:
+        """Adds a monitor.
+
+        Raises:
+            ValueError: If another monitor has its name.
+        """
+        if monitor in self.monitors:
+            # the fit before this one was ended by an error
+            self._ended = True
+            self.begin(self.subject.trained)
+        if any(other.name == monitor.name for other in self.monitors):
+            raise ValueError(
+                f"name must be unique among the monitors of a trainer, got {monitor.name!r} twice. "
+                f"To fix this, pass {type(monitor).__name__}(name=...)."
+            )
+        self.monitors.append(monitor)
+
+    def leave(self, monitor: Monitor[Any, Any]) -> None:
+        """Removes a monitor that cannot work here."""
+        if monitor in self.monitors:
+            self.monitors.remove(monitor)
+
+    def end(self) -> None:
+        """Ends the fit: lets callbacks of others go on as they were."""
+        self._ended = True
+        for follower in self._followers:
+            follower.undo()
+        self._followers = []
+        for view in self._views.values():
+            view.expire()
+        if self._subject is not None:
+            self._subject.release()
+
+    def leads(self, monitor: Monitor[Any, Any]) -> bool:
+        """Returns whether a monitor hands the hooks over."""
+        return bool(self.monitors) and self.monitors[0] is monitor
+
+    @property
+    def subject(self) -> Subject:
+        """The module that is trained, and its copy."""
+        if self._subject is None:
+            raise RuntimeError("the session has no module before the trainer sets its callbacks up.")
+        return self._subject
+
+    def view_of(self, monitor: Monitor[Any, Any]) -> ModelView:
+        """Returns the view of a monitor: of its adapter, or of the first one that another monitor was given."""
+        adapter = monitor.adapter or next((m.adapter for m in self.monitors if m.adapter), None)
+        if adapter is None:
+            adapter = self.default_adapter = self.default_adapter or ModelAdapter()
+        if adapter not in self._views:
+            self._views[adapter] = ModelView(adapter, self.subject, self.trainer)
+        return self._views[adapter]
+
+    # ---- hooks, handed over by the first monitor ----
+
+    def on_train_start(self) -> None:
+        """Begins to count the time, and lets callbacks that monitor our keys act on evaluations only."""
+        self.schedule, self._said_budget = Schedule(self.trainer), False
+        found = (
+            compat.following(callback, f"{PREFIX}/", self.is_fresh) for callback in compat.callbacks_of(self.trainer)
+        )
+        self._followers += [follower for follower in found if follower is not None]
+
+    def on_train_batch_start(self, batch: Any) -> None:
+        """Collects real images before the training step can change them; what was drawn is of an older module now."""
+        self._batches += 1
+        self.subject.expire()
+        for view in self._views.values():
+            view.expire()
+            users = [m for m in self.monitors if m.enabled and m.needs_reference and self.view_of(m) is view]
+            if not users:
+                continue
+            try:
+                view.real.collect(batch)
+            except Exception as error:
+                if any(monitor.on_error == "raise" for monitor in users):
+                    raise
+                # raised at the next evaluation, where all processes can agree on it
+                self._unreadable[view.adapter] = error
+
+    def on_train_batch_end(self) -> None:
+        """Evaluates what is due by steps."""
+        if self._batches == 1:
+            self._define_keys()
+        if compat.has_stepped(self.trainer):
+            self._evaluate(compat.batch_step(self.trainer, epoch_over=False), epoch_over=False)
+
+    def on_train_epoch_end(self) -> None:
+        """Evaluates what is due by epochs."""
+        self._evaluate(compat.batch_step(self.trainer, epoch_over=True), epoch_over=True)
+        for view in self._views.values():
+            view.real.end_epoch()
+
+    def on_train_end(self) -> None:
+        """Logs the panels of the last evaluation, and the charts where the user wrote others meanwhile."""
+        for monitor in self.monitors:
+            monitor.log_last()
+        self.logger(0).write_layout(only_merged=True)
+
+    # ---- evaluating ----
+
+    def _evaluate(self, step: int, epoch_over: bool) -> None:
+        enabled = [monitor for monitor in self.monitors if monitor.enabled]
+        chosen = self.schedule.choose(enabled, step, epoch_over)
+        if self.schedule.exceeded and not self._said_budget:
+            self._say_budget(step, min(m.max_overhead for m in enabled if m.max_overhead is not None))
+        if not chosen:
+            return
+        for view in {id(view): view for view in map(self.view_of, chosen)}.values():
+            if view.real.is_of_other_data():
+                self._restart(view)
+        for monitor in chosen:
+            started = time.monotonic()
+            view = self.view_of(monitor)
+            ready = True
+            try:
+                view.refresh()
+                ready = monitor.evaluate(view, step, epoch_over, self._unreadable.get(view.adapter))
+            finally:
+                if monitor.max_overhead is not None:
+                    self.schedule.budget.charge(time.monotonic() - started, ready)
+        for monitor in chosen:
+            self._unreadable.pop(self.view_of(monitor).adapter, None)
+        for listener in self.listeners:
+            listener.on_evaluations(self.trainer)
+        for follower in self._followers:
+            if follower.act is not None and self.is_fresh(follower.key):
+                follower.act(self.trainer)
+
+    def note_evaluation(self, monitor: Monitor[Any, Any]) -> None:
+        """Notes that a monitor has evaluated the weights that the module has now."""
+        self._evaluated_at[f"{PREFIX}/{monitor.name}/"] = self._batches
+
+    def is_fresh(self, key: str) -> bool:
+        """Returns whether a key of ours was evaluated for the weights that the module has now."""
+        return any(key.startswith(tag) and batches == self._batches for tag, batches in self._evaluated_at.items())
+
+    def _define_keys(self) -> None:
+        """Puts the keys that are known into ``trainer.callback_metrics`` as nan, so that callbacks find them at any time."""
+        for monitor in self.monitors:
+            for name in monitor.known_scalars() if monitor.enabled and monitor.latest is None else ():
+                compat.log_value(
+                    self.subject.trained, f"{PREFIX}/{monitor.name}/{name}", float("nan"), epoch_over=False
+                )
+
+    def _restart(self, view: ModelView) -> None:
+        """Begins anew with the data that this fit brings."""
+        view.forget_reference()
+        for monitor in self.monitors:
+            if self.view_of(monitor) is view:
+                monitor.reset()
+                self.history.clear(monitor.name)
+                for listener in self.listeners:
+                    listener.restart(monitor.name)
+        rank_zero_info("The training data are others than before: the diagnostics begin anew with these.")
+
+    def _say_budget(self, step: int, max_overhead: float) -> None:
+        self._said_budget = True
+        budget = self.schedule.budget
+        text = (
+            f"Diagnostics took {budget.spent:.1f} s of the first {budget.training + budget.spent:.0f} s. From now on they "
+            f"evaluate less often, so that they take at most {max_overhead:.0%} of the training time. To evaluate whenever "
+            "it is due, pass max_overhead=None."
+        )
+        rank_zero_info(text)
+        self.logger(step).log_text("budget", text)
+
+    def logger(self, step: int, name: str = "") -> DiagnosticLogger:
+        """Returns a logger for a monitor, or for what is of none."""
+        return DiagnosticLogger(self.trainer, step, name, self.layout)
+
+    # ---- checkpoints ----
+
+    def state_dict(self, monitor: Monitor[Any, Any]) -> dict[str, Any]:
+        """Returns what a monitor's checkpoint holds of the session; images that monitors share are stored once."""
+        return {"reference": self.view_of(monitor).real.state_dict(), "history": self.history.state_dict(monitor.name)}
+
+    def load_state_dict(self, monitor: Monitor[Any, Any], state: dict[str, Any]) -> None:
+        """Takes over the images and the series of a checkpoint."""
+        self.history.load_state_dict(monitor.name, state["history"])
+        self.view_of(monitor).real.load_state_dict(state["reference"])

@@ -1,0 +1,155 @@
+"""The one store of all series that monitors observe; panels, alarms, the report and checkpoints read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+Role = Literal["component", "aggregate", "standalone", "record"]
+
+KEPT_WHOLE = 64
+"""The newest values of a series are all kept; of older ones every second is dropped when there are too many."""
+
+LARGEST_LENGTH = 400
+"""Largest number of values kept of a series."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a series of numbers is of, declared once."""
+
+    name: str
+    """Unique within its monitor, such as ``"bottom right"``, ``"class 3"``, ``"dimension 2"`` or ``"image"``."""
+    role: Role = "component"
+    """A drop of the aggregate is divided among the components, a standalone series stands for itself, and a record is
+    shown in panels but never judged."""
+    quantity: str = ""
+    """What is measured, as in "<quantity> of <label> fell from"."""
+    unit: str = ""
+    event: str = "collapsed"
+    """What an alarm says happened, a verb phrase."""
+    label: str = ""
+    """What an alarm calls it; the name where empty."""
+    index: int | None = None
+    """Number of the region, class or dimension."""
+    min_std: float = 0.0
+    """Fluctuations of the severity below this are never news."""
+    min_delta: float = 0.0
+    """Lasting rises of the severity up to this are no news."""
+    patience: int = 0
+    """Number of further evaluations that an alarm must last before it may stop a run."""
+    confirm: int = 1
+    """Number of evaluations in a row in which the severity must be inf before a rule raises an alarm."""
+
+
+class Observation(NamedTuple):
+    """One value of a series."""
+
+    series: Series
+    value: float
+    """The number as people know it."""
+    severity: float
+    """The same on a scale on which larger is worse and fluctuations are about equally large everywhere; inf where a rule
+    says that something is wrong."""
+    label: str = ""
+    """Replaces the series' label at this evaluation."""
+    message: str = ""
+    """What an alarm says where a rule decided; ``{evaluations}`` stands for how many in a row."""
+
+
+class Evaluation(NamedTuple):
+    """What a monitor observed at one step."""
+
+    number: int
+    """Counts the monitor's evaluations from 1, over resumed runs too."""
+    step: int
+    """Position on the loggers' axis."""
+    epoch: int
+    observations: list[Observation]
+    averaged: bool = False
+    """Whether averaged (EMA) weights were evaluated."""
+
+
+class Entry(NamedTuple):
+    """One value of a series in the history."""
+
+    number: int
+    step: int
+    value: float
+    severity: float
+
+
+class Curve(NamedTuple):
+    """The values of one series over time."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class History:
+    """All series of all monitors, by the monitor's name and the series' name, bounded in length."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, dict[str, list[Entry]]] = {}
+
+    def append(self, monitor: str, evaluation: Evaluation) -> None:
+        """Adds one evaluation of a monitor."""
+        held = self._entries.setdefault(monitor, {})
+        for series, value, severity, *_ in evaluation.observations:
+            entries = held.setdefault(series.name, [])
+            entries.append(Entry(evaluation.number, evaluation.step, value, severity))
+            if len(entries) > LARGEST_LENGTH:
+                del entries[:-KEPT_WHOLE:2]
+
+    def entries(self, monitor: str, series: str) -> list[Entry]:
+        """Returns the values of a series from the oldest to the newest; empty where nothing was observed."""
+        return list(self._entries.get(monitor, {}).get(series, ()))
+
+    def curves(self, monitor: str) -> dict[str, Curve]:
+        """Returns all series of a monitor by name."""
+        return {
+            name: Curve([entry.step for entry in entries], [entry.value for entry in entries])
+            for name, entries in self._entries.get(monitor, {}).items()
+        }
+
+    def in_a_row(self, monitor: str, series: str) -> int:
+        """Returns in how many of the newest evaluations in a row the severity was inf."""
+        count = 0
+        for entry in reversed(self._entries.get(monitor, {}).get(series, ())):
+            if entry.severity != math.inf:
+                break
+            count += 1
+        return count
+
+    def clear(self, monitor: str | None = None) -> None:
+        """Forgets the series of one monitor, or of all."""
+        if monitor is None:
+            self._entries.clear()
+        else:
+            self._entries.pop(monitor, None)
+
+    def state_dict(self, monitor: str) -> dict[str, Any]:
+        """Returns the series of a monitor as plain lists."""
+        return {name: [list(entry) for entry in entries] for name, entries in self._entries.get(monitor, {}).items()}
+
+    def load_state_dict(self, monitor: str, state: Mapping[str, Any]) -> None:
+        """Replaces the series of a monitor by those of a checkpoint."""
+        self._entries[monitor] = {
+            name: [
+                Entry(int(number), int(step), float(value), float(severity)) for number, step, value, severity in rows
+            ]
+            for name, rows in state.items()
+        }
+
+
+def divided(falls: Mapping[str, float]) -> dict[str, float]:
+    """Returns each component's contribution to a drop, adding to one; empty where the components did not drop together.
+
+    Example:
+        >>> divided({"left": 3.0, "right": 1.0})
+        {'left': 0.75, 'right': 0.25}
+    """
+    total = math.fsum(falls.values())
+    return {name: fall / total for name, fall in falls.items()} if total > 0 else {}

@@ -1,0 +1,247 @@
+"""Decides which observations of a monitor are alarms, and which part of the model each alarm names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from lightning_gendiag.detection.alarm import Alarm, listed
+from lightning_gendiag.detection.detector import LARGEST_DEVIATION, Detection, Detector, evaluations_needed
+from lightning_gendiag.detection.history import Evaluation, History, Observation
+
+MERGED = 3
+"""More components than these that fall at the same evaluation are reported as one alarm."""
+
+Contributions = Callable[[dict[str, float], dict[str, float]], dict[str, float]]
+"""From the components' values before and after to each one's contribution to the overall drop."""
+
+
+class Judge:
+    """Judges each series against its own level and its own fluctuation, at every evaluation once.
+
+    Components that fall together are merged into one alarm; where three quarters of them fall, the aggregate is named.
+
+    Args:
+        false_alarm_rate: Probability of a false alarm at one evaluation of one monitor, over all its series.
+        warmup: Number of evaluations to learn from before the first judgement.
+
+    Attributes:
+        alarms: All alarms in the order in which they were raised.
+        evaluations: Number of the newest evaluation of each monitor.
+    """
+
+    def __init__(self, false_alarm_rate: float, warmup: int) -> None:
+        # refuses wrong arguments now and not at the first evaluation
+        Detector(false_alarm_rate, warmup=warmup)
+        self.false_alarm_rate, self.warmup = false_alarm_rate, warmup
+        self.alarms: list[Alarm] = []
+        self.evaluations: dict[str, int] = {}
+        self._detectors: dict[str, dict[str, Detector]] = {}
+        self._states: dict[str, dict[str, Any]] = {}
+        self._deviations: dict[str, dict[str, float]] = {}
+
+    def update(
+        self, monitor: str, evaluation: Evaluation, history: History, contributions: Contributions = lambda *_: {}
+    ) -> list[Alarm]:
+        """Judges one evaluation and returns the alarms that it raises, equal on every process.
+
+        Args:
+            monitor: Name of the monitor.
+            evaluation: Later than all before; already in the history.
+            history: All values so far.
+            contributions: Divides a drop of the aggregate among the components.
+
+        Returns:
+            New alarms, those first that account for most of the drop; they are also added to ``alarms``.
+        """
+        self.evaluations[monitor] = evaluation.number
+        judged = {o.series.name: o for o in evaluation.observations if o.series.role != "record"}
+        detections = {
+            name: self._detector(monitor, observation, len(judged)).update(
+                evaluation.number, _confirmed(observation, history.in_a_row(monitor, name))
+            )
+            for name, observation in judged.items()
+        }
+        for alarm in self.alarms:
+            detection = detections.get(alarm.series) if alarm.diagnostic == monitor else None
+            if alarm.recovered is None and detection is not None and detection.closed:
+                alarm.recovered = evaluation.step
+        self._deviations[monitor] = {name: detection.deviation for name, detection in detections.items()}
+        raised = _Grouping(self, monitor, evaluation, history, contributions, judged, detections).alarms()
+        raised.sort(key=lambda alarm: -alarm.contributions.get(alarm.names[0], 1.0))
+        self.alarms += raised
+        return raised
+
+    def open_alarms(self, monitor: str | None = None) -> list[Alarm]:
+        """Returns the alarms, of one monitor or of all, that have not recovered."""
+        return [a for a in self.alarms if a.recovered is None and monitor in (None, a.diagnostic)]
+
+    def needed(self, monitor: str) -> int:
+        """Returns the number of evaluations of a monitor with which an alarm is possible."""
+        rates = [detector.false_alarm_rate for detector in self._detectors.get(monitor, {}).values()]
+        return evaluations_needed(min(rates, default=self.false_alarm_rate), self.warmup)
+
+    def also_changed(self, alarm: Alarm, most: int = 6) -> list[str]:
+        """Returns the other series that lie far from their level now, as ``diagnostic: series``."""
+        far = [
+            (deviation, f"{monitor}: {name}")
+            for monitor, series in self._deviations.items()
+            for name, deviation in series.items()
+            if deviation > LARGEST_DEVIATION and not (monitor == alarm.diagnostic and name in alarm.names)
+        ]
+        return [text for _, text in sorted(far, reverse=True)[:most]]
+
+    def clear(self, monitor: str | None = None) -> None:
+        """Forgets what was learned of one monitor, or everything."""
+        if monitor is None:
+            self.alarms.clear()
+        for held in (self._detectors, self._states, self._deviations, self.evaluations):
+            if monitor is None:
+                held.clear()
+            else:
+                held.pop(monitor, None)
+
+    def _detector(self, monitor: str, observation: Observation, count: int) -> Detector:
+        series, held = observation.series, self._detectors.setdefault(monitor, {})
+        if series.name not in held:
+            # Bonferroni's correction for many series
+            rate = self.false_alarm_rate / max(count, 1)
+            detector = Detector(rate, warmup=self.warmup, min_std=series.min_std, min_delta=series.min_delta)
+            state = self._states.get(monitor, {}).pop(series.name, None)
+            if state is not None:
+                detector.load_state_dict(state)
+            held[series.name] = detector
+        return held[series.name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as plain numbers, strings, lists and dictionaries."""
+        states = {monitor: dict(held) for monitor, held in self._states.items()}
+        for monitor, held in self._detectors.items():
+            states.setdefault(monitor, {}).update({name: detector.state_dict() for name, detector in held.items()})
+        return {
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+            "evaluations": dict(self.evaluations),
+            "detectors": states,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state; detectors are made when their series are next observed."""
+        self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+        self.evaluations = dict(state["evaluations"])
+        self._detectors = {}
+        self._states = {monitor: dict(held) for monitor, held in state["detectors"].items()}
+
+
+def _confirmed(observation: Observation, in_a_row: int) -> float:
+    """Returns the severity, with inf only where it has lasted as long as the series demands."""
+    if observation.severity == math.inf and in_a_row < observation.series.confirm:
+        return 0.0
+    return observation.severity
+
+
+class _Grouping:
+    """Groups the detections of one evaluation into alarms."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        monitor: str,
+        evaluation: Evaluation,
+        history: History,
+        contributions: Contributions,
+        judged: dict[str, Observation],
+        detections: dict[str, Detection],
+    ) -> None:
+        self.monitor, self.evaluation, self.history, self.contributions = monitor, evaluation, history, contributions
+        self.judged, self.detections = judged, detections
+        self.known = {name for alarm in judge.open_alarms(monitor) for name in alarm.names}
+
+    def alarms(self) -> list[Alarm]:
+        """Returns what this evaluation newly shows."""
+        detections = self.detections
+        components = [name for name, o in self.judged.items() if o.series.role == "component"]
+        aggregate = next((name for name, o in self.judged.items() if o.series.role == "aggregate"), None)
+        standalone = [n for n, o in self.judged.items() if o.series.role == "standalone" and detections[n].opened]
+        opened = [name for name in components if detections[name].opened]
+        alarms = [self._alarm([name], name) for name in standalone if name not in self.known]
+        if any(math.isinf(detections[name].score) for name in standalone):
+            # what the components show then is a consequence
+            return alarms
+        if aggregate is not None and aggregate in self.known:
+            return alarms
+        # a fault of the whole may show in one component an evaluation before it does in the others
+        fallen = [n for n in components if detections[n].active or detections[n].deviation > LARGEST_DEVIATION]
+        if aggregate is not None and opened and len(components) > 1 and len(fallen) >= 0.75 * len(components):
+            by = aggregate if detections[aggregate].active else max(opened, key=lambda name: detections[name].score)
+            return [*alarms, self._alarm([aggregate, *fallen], by)]
+        new = [name for name in opened if name not in self.known]
+        if len(new) > MERGED:
+            new.sort(key=lambda name: -detections[name].score)
+            alarms.append(self._alarm(new, new[0]))
+        else:
+            alarms += [self._alarm([name], name) for name in new]
+        if aggregate is not None and detections[aggregate].opened and not opened:
+            alarms += self._alarm_of_aggregate(aggregate)
+        return alarms
+
+    def _alarm_of_aggregate(self, aggregate: str) -> list[Alarm]:
+        """The aggregate may show a drop before a component's own fluctuation lets it: then that component is named."""
+        alarm = self._alarm([aggregate], aggregate)
+        parts = alarm.contributions
+        lead = max(parts, key=parts.__getitem__) if parts else aggregate
+        if sum(parts.get(name, 0.0) for name in self.known) >= 0.5:
+            return []
+        return [self._alarm([lead], aggregate) if parts.get(lead, 0.0) >= 0.5 else alarm]
+
+    def _alarm(self, names: list[str], by: str) -> Alarm:
+        """An alarm about series, raised by the detector of one of them."""
+        detection, first = self.detections[by], self.judged[names[0]]
+        since = self.evaluation.number if detection.since is None else detection.since
+        before = {name: self._level(name, since) for name in self.judged}
+        after = {name: observation.value for name, observation in self.judged.items()}
+        components = {
+            name: (before[name], after[name])
+            for name, o in self.judged.items()
+            if o.series.role == "component" and math.isfinite(before[name]) and math.isfinite(after[name])
+        }
+        about = [self.judged[name] for name in names]
+        # an aggregate stands for its components
+        labels = [_label(o) for o in (about if first.series.role != "aggregate" else about[:1])]
+        decided_by_rule = first.severity == math.inf and first.message
+        in_a_row = self.history.in_a_row(self.monitor, names[0])
+        steps = {entry.number: entry.step for entry in self.history.entries(self.monitor, by)}
+        return Alarm(
+            step=self.evaluation.step,
+            epoch=self.evaluation.epoch,
+            diagnostic=self.monitor,
+            label=listed(labels),
+            before=before[names[0]],
+            after=after[names[0]],
+            score=detection.score,
+            since=steps.get(since, self.evaluation.step),
+            evaluations_to_false_alarm=detection.evaluations_to_false_alarm,
+            quantity=first.series.quantity,
+            event=first.series.event,
+            contributions=self.contributions(
+                {name: old for name, (old, _) in components.items()},
+                {name: new for name, (_, new) in components.items()},
+            ),
+            series=by,
+            names=names,
+            indices=[o.series.index for o in about if o.series.index is not None],
+            rule=first.message.replace("{evaluations}", str(in_a_row)) if decided_by_rule else "",
+            number=self.evaluation.number,
+        )
+
+    def _level(self, name: str, since: int) -> float:
+        """The median of the newest values from before the change."""
+        entries = self.history.entries(self.monitor, name)
+        values = [entry.value for entry in entries if entry.number < since and math.isfinite(entry.value)]
+        return median(values[-16:] or [math.nan])
+
+
+def _label(observation: Observation) -> str:
+    return observation.label or observation.series.label or observation.series.name

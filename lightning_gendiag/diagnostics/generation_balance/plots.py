@@ -1,0 +1,82 @@
+"""The panel and the table of the balance of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from lightning_gendiag.detection.alarm import listed
+from lightning_gendiag.diagnostics.generation_balance.functional import GenerationBalanceResult
+from lightning_gendiag.plots import canvas, charts, pictures
+
+SHOWN = 8
+"""Number of generated images of each class in the panel."""
+
+MAX_CLASSES = 10
+"""Largest number of classes whose images are in the panel."""
+
+
+def panel(
+    result: GenerationBalanceResult, images: Tensor | None, step: int, marked: Collection[int] = (), note: str = ""
+) -> Tensor:
+    """Draws the share of each class beside the real one, the FID within each class, and generated images.
+
+    Args:
+        result: Of the evaluation.
+        images: (K, 8, C, H, W) from :func:`sheet`, if known.
+        step: Of the evaluation.
+        marked: Numbers of the classes that are drawn in the colour of an alarm.
+        note: Text below the panel.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    names = [str(c) for c in range(len(result.fid))]
+    odd = (result.dropped | result.dominating).tolist()
+    alarmed = [odd[c] or c in marked for c in range(len(names))]
+    changes = []
+    for change, classes in (("dropped", result.dropped), ("dominating", result.dominating)):
+        some = [str(c) for c in classes.nonzero()[:, 0].tolist()]
+        changes += [f"{change}: class {listed(some, 12)}"] if some else []
+    shares, targets = result.generated_share.tolist(), result.real_share.tolist()
+    intervals, fid = result.interval.tolist(), result.fid.tolist()
+    bars = charts.bars(shares, names, alarmed, floor=0.0, targets=targets, intervals=intervals)
+    tiles = [
+        canvas.Tile("share: generated, line = real", bars),
+        canvas.Tile("FID within each class", charts.bars(fid, names, alarmed, floor=0.0)),
+    ]
+    if images is not None:
+        tiles.append(canvas.Tile("generated, one row per class", pictures.contact_sheet(images)))
+    rows = [
+        *(canvas.Row(canvas.ALARM, change, strong=True) for change in changes),
+        canvas.Row(canvas.INK, f"{float(result.imbalance):.0%} of the images would have to change class"),
+        canvas.Row(canvas.INK, f"accuracy of the classifier on real images: {float(result.accuracy):.1%}"),
+    ]
+    title = "; ".join(changes) or "no class is clearly dropped or dominating"
+    return canvas.panel(f"{title[0].upper()}{title[1:]} (step {step})", tiles, rows, note)
+
+
+def table(result: GenerationBalanceResult) -> str:
+    """Returns the share and the FID of each class as markdown."""
+    lines = ["| class | real | generated | at least | at most | FID | |", "|---|---|---|---|---|---|---|"]
+    columns = (result.real_share, result.generated_share, result.interval, result.fid)
+    for c, (real, share, (low, high), fid) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
+        change = "dropped" if result.dropped[c] else "dominates" if result.dominating[c] else ""
+        lines.append(f"| {c} | {real:.1%} | {share:.1%} | {low:.1%} | {high:.1%} | {fid:.2f} | {change} |")
+    return "\n".join(lines)
+
+
+def sheet(images: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """Selects the first images (N, C, H, W) of each of the first ten classes (N,).
+
+    Returns:
+        (K, 8, C, H, W), blank where a class has fewer.
+    """
+    blank = float(images.min()) if len(images) else 0.0
+    rows = torch.full((min(num_classes, MAX_CLASSES), SHOWN, *images.shape[1:]), blank)
+    for c, row in enumerate(rows):
+        own = images[classes == c][:SHOWN]
+        row[: len(own)] = own
+    return rows

@@ -1,0 +1,266 @@
+"""The k* distribution, computed by blocks of the distance matrix and without sorting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_gendiag.functional.arrays import exact_matmul
+from lightning_gendiag.functional.distances import squared_distances
+from lightning_gendiag.functional.results import loggable
+
+Distance = Literal["euclidean", "cosine"]
+
+CELLS = 1 << 24
+"""Entries of the distance matrix that are held at a time."""
+
+PAIRS = 1 << 20
+"""Pairs whose distances are computed again in float64 at a time."""
+
+FRACTURED, CLUSTERED = 0.5, -0.5
+"""Skewness above and below which a class counts as fractured and clustered, as in the papers."""
+
+MAX_CLASS_TAGS = 20
+"""Largest number of classes for which each class has a scalar."""
+
+
+@loggable
+class KStarResult(NamedTuple):
+    """The k* distribution of samples and its moments within each class.
+
+    Since ``values`` is a field, the result has no method ``values()``; ``dict(result)`` gives all scalars.
+    """
+
+    values: Tensor
+    """(N,) k* over the size of the class, in (0, 1]; 1 where all of the class is nearer to the sample than any other class.
+    nan for latents with nan or inf, and where there is one class only."""
+    labels: Tensor
+    """(N,) classes of ``values``."""
+    classes: Tensor
+    """(K,) labels that occur, ascending."""
+    mean: Tensor
+    """(K,) mean of the values of each class."""
+    std: Tensor
+    """(K,) population standard deviation of the values of each class."""
+    skewness: Tensor
+    """(K,) Fisher's skewness from population moments; -inf where all values are 1, nan where all are equal otherwise."""
+    rivals: Tensor
+    """(K, K) fraction of the samples of a class whose nearest sample of another class is of the class of the column; rows
+    add to one."""
+    invalid: Tensor
+    """() fraction of the latents that contain nan or inf and are left out."""
+
+    @property
+    def pattern(self) -> list[str]:
+        """The pattern of each class: ``"fractured"``, ``"overlapped"``, ``"clustered"``, or ``"undefined"``."""
+        patterns = []
+        for skewness in self.skewness.tolist():
+            if math.isnan(skewness):
+                patterns.append("undefined")
+            elif skewness > FRACTURED:
+                patterns.append("fractured")
+            else:
+                patterns.append("clustered" if skewness < CLUSTERED else "overlapped")
+        return patterns
+
+    @property
+    def nearest_rival(self) -> Tensor:
+        """(K,) class that is most often the nearest other class; -1 where there is none."""
+        frequency = self.rivals.nan_to_num(0.0)
+        if len(self.classes) == 0:
+            return self.classes
+        return torch.where(frequency.sum(1) > 0, self.classes[frequency.argmax(1)], -1)
+
+    @property
+    def true_skewness(self) -> Tensor:
+        """() skewness of all values together; lower is better."""
+        return _skewness(self.values[~self.values.isnan()])
+
+    @property
+    def approximate_skewness(self) -> Tensor:
+        """() mean of the skewness of the classes, over those where it is finite; lower is better."""
+        finite = self.skewness[self.skewness.isfinite()]
+        return finite.mean() if len(finite) else torch.full_like(self.invalid, math.nan)
+
+    @property
+    def worst(self) -> int:
+        """Position in ``classes`` of the class with the lowest mean; -1 where there is no class."""
+        return int(self.mean.nan_to_num(2.0).argmin()) if len(self.classes) else -1
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Returns the scalars of all samples, of the worst class and, for up to 20 classes, of each class."""
+        nan = torch.full_like(self.invalid, math.nan)
+        patterns = self.pattern
+        values = {
+            "true_skewness": self.true_skewness,
+            "approximate_skewness": self.approximate_skewness,
+            "mean": self.values[~self.values.isnan()].mean() if len(self.values) else nan,
+            "worst_class_mean": self.mean[self.worst] if len(self.classes) else nan,
+            "fractured": torch.full_like(self.invalid, float(patterns.count("fractured"))),
+            "invalid": self.invalid,
+        }
+        if len(self.classes) <= MAX_CLASS_TAGS:
+            values |= {f"class_{int(c)}": value for c, value in zip(self.classes, self.mean, strict=True)}
+        return values
+
+
+def k_star(latents: Tensor, labels: Tensor, *, distance: Distance = "euclidean") -> KStarResult:
+    r"""Computes the k* distribution: the fraction of a sample's class that is nearer to it than any other class.
+
+    The number of samples of the class that are nearer than the nearest sample of any other class, including the sample
+    itself, is divided by the size of the class. At equal distances the sample of the other class comes first. The result is
+    exact: distances come from blocks of matrix products, and nearly equal ones are computed again in float64 from the
+    differences. The time grows with N^2 D, and memory holds one block of rows.
+
+    Source: Kotyan, Ueda, Vargas, *k\\* Distribution: Evaluating the Latent Space of Deep Neural Networks*, 2024, and
+    Kotyan, Chen, Vargas, arXiv 2408.09065.
+
+    Args:
+        latents: (N, D), any floating-point type; rows with nan or inf are left out and have the value nan.
+        labels: (N,) integers.
+        distance: ``"euclidean"``, or ``"cosine"`` for 1 - cos.
+
+    Returns:
+        Values in (0, 1] and their moments within each class; nan where there is a single class.
+
+    Raises:
+        ValueError: if shapes or types do not match.
+
+    Example:
+        >>> line = torch.tensor([[0.0], [1.0], [2.0], [9.0], [10.0]])
+        >>> k_star(line, torch.tensor([0, 0, 1, 1, 1])).values
+        tensor([1.0000, 0.5000, 0.3333, 1.0000, 1.0000], dtype=torch.float64)
+    """
+    check(latents, labels, distance)
+    x = latents.detach()
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    finite = x.isfinite().all(1) if x.shape[1] else torch.ones(len(x), dtype=torch.bool, device=x.device)
+    invalid = 1 - finite.double().mean() if len(x) else torch.zeros((), dtype=torch.float64, device=x.device)
+    values = torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
+    labels = labels.long()
+    x, known = x[finite], labels[finite]
+    # samples are sorted by class, so that a class is a slice of columns
+    order = known.argsort(stable=True)
+    x, known = x[order], known[order]
+    if distance == "cosine":
+        x = torch.nn.functional.normalize(x.double(), dim=1).to(x.dtype)
+    classes, sizes = torch.unique_consecutive(known, return_counts=True)
+    counts = torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
+    rivals = torch.zeros(len(classes), len(classes), dtype=torch.float64, device=x.device)
+    if len(classes) > 1:
+        place = torch.repeat_interleave(torch.arange(len(classes), device=x.device), sizes)
+        with exact_matmul():
+            for rows, count, first in _blocks(x, sizes.tolist()):
+                counts[rows] = count.double()
+                pairs = place[rows] * len(classes) + place[first]
+                rivals += torch.bincount(pairs, minlength=len(classes) ** 2).view_as(rivals)
+    normal = counts / torch.repeat_interleave(sizes, sizes)
+    values[finite.nonzero()[:, 0][order]] = normal
+    parts = normal.split(sizes.tolist())  # type: ignore[no-untyped-call]
+    nan = torch.full((0,), math.nan, dtype=torch.float64, device=x.device)
+    return KStarResult(
+        values=values,
+        labels=labels,
+        classes=classes,
+        mean=torch.stack([part.mean() for part in parts]) if parts and len(classes) else nan,
+        std=torch.stack([part.std(correction=0) for part in parts]) if parts and len(classes) else nan,
+        skewness=torch.stack([_skewness(part) for part in parts]) if parts and len(classes) else nan,
+        rivals=rivals / rivals.sum(1, keepdim=True),
+        invalid=invalid,
+    )
+
+
+def check(latents: Tensor, labels: Tensor, distance: str) -> None:
+    """Checks the arguments of :func:`k_star`.
+
+    Raises:
+        ValueError: if shapes or types do not match, or the distance is unknown.
+    """
+    if latents.ndim != 2 or not latents.is_floating_point():
+        raise ValueError(
+            f"latents must be (N, D) of floats, got {latents.dtype} of shape {tuple(latents.shape)}. "
+            "To fix this, flatten features: latents.flatten(1)."
+        )
+    if labels.shape != latents.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be ({len(latents)},) integers, got {labels.dtype} of shape {tuple(labels.shape)}. "
+            "To fix this, pass one class number per latent."
+        )
+    if distance not in ("euclidean", "cosine"):
+        raise ValueError(
+            f"distance must be 'euclidean' or 'cosine', got {distance!r}. To fix this, pass one of the two."
+        )
+
+
+def _blocks(x: Tensor, sizes: list[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yields blocks of rows, how many of their class are nearer than any other class, and the nearest other sample.
+
+    Rows must be sorted by class, and ``sizes`` are those of the classes in this order.
+    """
+    centred = x - x.mean(0)
+    squares = centred.square().sum(1)
+    # twice the rounding error of a squared distance from a matrix product
+    slack = 4 * torch.finfo(x.dtype).eps * math.sqrt(x.shape[1] + 4) * (squares.max() + squares)
+    start = 0
+    for size in sizes:
+        stop = start + size
+        step = max(1, CELLS // len(x))
+        for begin in range(start, stop, step):
+            rows = slice(begin, min(begin + step, stop))
+            d = squared_distances(centred[rows], centred)  # (B, N)
+            before, after = d[:, :start], d[:, stop:]
+            near = torch.full((len(d),), math.inf, dtype=d.dtype, device=d.device)
+            first = torch.zeros(len(d), dtype=torch.long, device=d.device)
+            for part, offset in ((before, 0), (after, stop)):
+                if part.shape[1]:
+                    value, index = part.min(1)
+                    first = torch.where(value < near, index + offset, first)
+                    near = torch.minimum(near, value)
+            own, tolerance = d[:, start:stop], slack[rows]
+            # the sample itself is always first
+            own[:, rows.start - start :].diagonal().fill_(-math.inf)
+            surely = (own < (near - tolerance)[:, None]).sum(1)
+            perhaps = (own <= (near + tolerance)[:, None]).sum(1)
+            for row in _chunks((perhaps > surely).nonzero()[:, 0]):
+                surely[row], first[row] = _measured(x, d[row], row + rows.start, start, stop, near[row], tolerance[row])
+            yield rows, surely, first
+        start = stop
+
+
+def _chunks(rows: Tensor) -> Iterator[Tensor]:
+    """Yields at most 64 rows at a time."""
+    for start in range(0, len(rows), 64):
+        yield rows[start : start + 64]
+
+
+def _measured(
+    x: Tensor, d: Tensor, rows: Tensor, start: int, stop: int, near: Tensor, tolerance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Computes the same for rows whose distances are too close to compare, from differences in float64."""
+    column = torch.arange(d.shape[1], device=d.device)
+    own = (column >= start) & (column < stop)
+    close = (d - near[:, None]).abs() <= 2 * tolerance[:, None]
+    exact = torch.full(d.shape, math.inf, dtype=torch.float64, device=d.device)
+    i, j = close.nonzero(as_tuple=True)
+    for part in range(0, len(i), max(1, PAIRS // max(x.shape[1], 1))):
+        some = slice(part, part + max(1, PAIRS // max(x.shape[1], 1)))
+        exact[i[some], j[some]] = (x[rows[i[some]]].double() - x[j[some]].double()).square().sum(1)
+    nearest, first = exact.masked_fill(own, math.inf).min(1)
+    surely = ((d < (near - 2 * tolerance)[:, None]) & own).sum(1)
+    closer = ((exact < nearest[:, None]) & own & close).sum(1)
+    return surely + closer, first
+
+
+def _skewness(values: Tensor) -> Tensor:
+    """Computes the third standardised moment; -inf where all values are one, nan where all are equal otherwise."""
+    if len(values) == 0 or values.isnan().any():
+        return torch.full((), math.nan, dtype=torch.float64, device=values.device)
+    deviation = values - values.mean()
+    # values that are all equal differ from their mean by rounding only
+    if (values == values[0]).all():
+        return torch.full_like(values[0], -math.inf if float(values[0]) == 1 else math.nan)
+    return deviation.pow(3).mean() / deviation.square().mean().pow(1.5)

@@ -1,0 +1,136 @@
+"""KL divergence of a VAE's posterior over batches and processes, in constant memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_gendiag.diagnostics.posterior_kl.functional import ACTIVE, PosteriorKLResult, posterior_kl
+from lightning_gendiag.metric import Diagnostic, ScalarInfo
+
+FULL_COVARIANCE = 512
+"""Largest number of dimensions for which the whole covariance of the aggregate posterior is kept, not its diagonal only."""
+
+
+class PosteriorKL(Diagnostic):
+    """KL divergence of a VAE's posterior by dimension, active units, and the aggregate posterior against the prior.
+
+    The values are nats of the posterior itself and do not depend on weights or scales in the loss. Memory: sums of (L,)
+    numbers, and of (L, L) numbers for up to 512 dimensions, which do not grow with the number of rows.
+
+    Args:
+        latent_dim: L.
+        threshold: variance of a dimension's posterior mean over the data above which the dimension is active.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Example:
+        >>> metric = PosteriorKL(2)
+        >>> metric.update(torch.tensor([[2.0, 0.0], [-2.0, 0.0]]), torch.tensor([[-2.0, 0.0], [-2.0, 0.0]]))
+        >>> metric.compute().active
+        tensor([ True, False])
+    """
+
+    higher_is_better = None
+    plotted = ("dimension_", "total")
+    scalar_info: ClassVar[dict[str, ScalarInfo]] = {
+        "total": ScalarInfo("KL divergence of the posterior from N(0, 1), over all dimensions.", unit="nats"),
+        "active_units": ScalarInfo(
+            "Number of dimensions whose posterior mean varies over the data by more than the threshold."
+        ),
+        "dead_share": ScalarInfo("Fraction of the dimensions that are not active.", higher_is_better=False),
+        "aggregate_kl": ScalarInfo(
+            "KL divergence of the latents of all data together from N(0, 1), by their first two moments.",
+            unit="nats",
+            higher_is_better=False,
+        ),
+        "information": ScalarInfo(
+            "Upper bound of the mutual information of data and latents: the total minus the aggregate KL.",
+            unit="nats",
+            higher_is_better=True,
+        ),
+        "highest": ScalarInfo("Highest KL divergence of a dimension.", unit="nats"),
+        "lowest": ScalarInfo("Lowest KL divergence of a dimension.", unit="nats"),
+        "invalid": ScalarInfo(
+            "Fraction of the posteriors that contain nan or inf and are left out.", higher_is_better=False
+        ),
+        "dimension_{i}": ScalarInfo(
+            "KL divergence of the posterior from N(0, 1) in the dimension, for up to 20 dimensions.", unit="nats"
+        ),
+    }
+    rows_seen: Tensor
+    left_out: Tensor
+    divergence: Tensor
+    means: Tensor
+    products: Tensor
+    variances: Tensor
+
+    def __init__(self, latent_dim: int, *, threshold: float = ACTIVE, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if latent_dim < 1:
+            raise ValueError(
+                f"latent_dim must be at least 1, got {latent_dim}. To fix this, pass the length of the latents."
+            )
+        if threshold < 0:
+            raise ValueError(f"threshold must be 0 or more, got {threshold}. To fix this, pass a number such as 0.01.")
+        self.latent_dim, self.threshold = latent_dim, threshold
+        square = (latent_dim, latent_dim) if latent_dim <= FULL_COVARIANCE else (latent_dim,)
+        shapes = {"rows_seen": (), "left_out": (), "divergence": (latent_dim,), "means": (latent_dim,),
+                  "products": square, "variances": (latent_dim,)}  # fmt: skip
+        for name, shape in shapes.items():
+            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_configuration(latent_dim=latent_dim, threshold=threshold)
+
+    def update(self, mean: Tensor, log_variance: Tensor) -> None:
+        """Adds the posteriors of images.
+
+        Args:
+            mean: (N, L) floats.
+            log_variance: (N, L) natural logarithms of the variances. Rows with nan or inf are left out.
+
+        Raises:
+            ValueError: if an argument has another shape or type.
+        """
+        for name, given in (("mean", mean), ("log_variance", log_variance)):
+            if given.ndim != 2 or given.shape[1] != self.latent_dim or not given.is_floating_point():
+                raise ValueError(
+                    f"{name} must be (N, {self.latent_dim}) of floats, got {given.dtype} of shape {tuple(given.shape)}. "
+                    f"To fix this, flatten it, or create PosteriorKL({given[:1].numel()})."
+                )
+        divergence = posterior_kl(mean.detach(), log_variance.detach())
+        finite = divergence.isfinite().all(1)
+        m, v = mean.detach().double()[finite], log_variance.detach().double()[finite].exp()
+        self.rows_seen = self.rows_seen + len(m)
+        self.left_out = self.left_out + (~finite).sum()
+        self.divergence = self.divergence + divergence[finite].sum(0)
+        self.means = self.means + m.sum(0)
+        self.variances = self.variances + v.sum(0)
+        self.products = self.products + (m.T @ m if self.products.ndim == 2 else m.square().sum(0))
+
+    def compute(self) -> PosteriorKLResult:
+        """Computes the divergences over all rows; nan where there are none."""
+        n = self.rows_seen
+        mean, inner = self.means / n, self.variances / n
+        if self.products.ndim == 2:
+            between = self.products / n - mean[:, None] * mean
+            covariance = between + inner.diag()
+            spread = between.diagonal().clamp(min=0)
+            finite = covariance.isfinite().all()
+            log_volume = torch.linalg.slogdet(covariance)[1] if finite else torch.full_like(n, math.nan)
+        else:
+            spread = (self.products / n - mean.square()).clamp(min=0)
+            log_volume = (spread + inner).log().sum()
+        aggregate = 0.5 * ((spread + inner + mean.square() - 1).sum() - log_volume)
+        return PosteriorKLResult(
+            per_dimension=self.divergence / n,
+            variance_of_mean=spread,
+            aggregate_mean=mean,
+            aggregate_variance=spread + inner,
+            aggregate_kl=aggregate.clamp(min=0),
+            invalid=self.left_out / (n + self.left_out),
+            threshold=torch.full_like(n, self.threshold),
+        )

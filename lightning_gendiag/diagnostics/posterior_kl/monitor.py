@@ -1,0 +1,210 @@
+"""Monitors the KL divergence of a VAE's posterior while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.detection.history import Observation, Series, divided
+from lightning_gendiag.diagnostics.posterior_kl import plots
+from lightning_gendiag.diagnostics.posterior_kl.functional import ACTIVE, MAX_DIMENSION_TAGS, PosteriorKLResult
+from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
+from lightning_gendiag.functional.arrays import as_images
+
+if TYPE_CHECKING:
+    from lightning_gendiag.callbacks.logging import DiagnosticLogger
+    from lightning_gendiag.detection.alarm import Alarm
+    from lightning_gendiag.detection.history import Curve, Evaluation
+    from lightning_gendiag.model.view import ModelView
+
+IN_USE = 1.0
+"""Nats: a dimension that carries as much is in use, and it does not matter how much more it carries."""
+
+LEAST = 1e-4
+"""Nats below which all dimensions count as equally dead."""
+
+WATCHED = 256
+"""Largest number of dimensions that are watched one by one; of more, such as spatial latents, only the total is."""
+
+CHUNK = 128
+"""Largest number of images that go through the encoder at a time."""
+
+MIN_STD = 0.25
+"""A quarter more or less of the little that a dimension carries is a usual fluctuation."""
+
+TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD)
+
+Spread = Literal["log_variance", "variance", "log_std", "std"]
+
+
+def _dimension_series(dim: int) -> Series:
+    """Returns the series of one dimension's KL divergence."""
+    return Series(f"dimension {dim}", "component", "KL in nats", "nats", event="died", index=dim, min_std=MIN_STD)
+
+
+def _unused_series(patience: int) -> Series:
+    """Returns the series of the rule that some dimension must be active."""
+    return Series(
+        "all of the latent", "standalone", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD, confirm=patience
+    )
+
+
+class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
+    """Monitors :class:`PosteriorKL` of a VAE's encoder on the reference images.
+
+    A dimension dies when its KL divergence falls from its level to almost zero. Changes above one nat raise no alarm, and
+    so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been active for
+    ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions only the
+    total is watched.
+
+    Args:
+        posterior: What gives mean and spread, both (N, L), of images: the name of a method of the module, or a callable
+            ``(module, images)``; by default the model's encoder. It returns a pair of tensors, or a distribution.
+        spread: What the second of the pair is.
+        threshold: See :class:`PosteriorKL`.
+        patience: Number of evaluations without an active dimension after which the latent counts as collapsed.
+        kwargs: Arguments of :class:`Monitor`.
+
+    Raises:
+        ValueError: If an argument is out of its range; before training starts, if the module cannot be monitored.
+
+    Example:
+        >>> monitor = PosteriorKLMonitor(spread="std")  # one of the Trainer's callbacks
+    """
+
+    name = "posterior_kl"
+    metric_class = PosteriorKL
+    needs = ()
+
+    def __init__(
+        self,
+        posterior: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
+        *,
+        spread: Spread = "log_variance",
+        threshold: float = ACTIVE,
+        patience: int = 6,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if spread not in ("log_variance", "variance", "log_std", "std"):
+            raise ValueError(f"spread must be 'log_variance', 'variance', 'log_std' or 'std', got {spread!r}.")
+        if patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}.")
+        PosteriorKL(1, threshold=threshold)
+        self.posterior, self.spread, self.threshold, self.patience = posterior, spread, threshold, patience
+
+    def check(self, view: ModelView) -> None:
+        """Looks for the encoder."""
+        self._encoder(view)
+
+    def check_images(self, view: ModelView, images: Tensor) -> None:
+        """Looks for a mean and a variance in what the encoder returns for two images."""
+        self._try(view, images)
+
+    def _encoder(self, view: ModelView) -> Callable[[Tensor], Any]:
+        if not isinstance(self.posterior, str):
+            return view.resolve_extractor(self.posterior) or view.parts.encode
+        found: Callable[[Tensor], Any] | None = getattr(view.module, self.posterior, None)
+        if not callable(found):
+            module = type(view.module).__name__
+            raise ValueError(f"posterior must be a callable or name a method of {module}, got {self.posterior!r}.")
+        return found
+
+    def _try(self, view: ModelView, images: Tensor) -> int:
+        """Returns L, the number of dimensions of the posterior of images (n, C, H, W)."""
+        with view.isolated(exact=True):
+            mean, _ = self._moments(self._encoder(view)(view.as_input(as_images(images))), len(images))
+        return mean.shape[1]
+
+    def _moments(self, output: Any, n: int) -> tuple[Tensor, Tensor]:
+        """Returns mean and log variance, both (n, L), in what the encoder returned for n images.
+
+        Raises:
+            ValueError: If it returned anything else.
+        """
+        if isinstance(getattr(output, "mean", None), Tensor) and isinstance(getattr(output, "variance", None), Tensor):
+            return output.mean.flatten(1), output.variance.log().flatten(1)
+        if (
+            isinstance(output, (tuple, list))
+            and len(output) == 2
+            and all(isinstance(part, Tensor) and len(part) == n for part in output)
+            and output[0].shape == output[1].shape
+        ):
+            spread = output[1].double()
+            log = spread if self.spread.startswith("log") else spread.log()
+            return output[0].flatten(1), (log if self.spread.endswith("variance") else 2 * log).flatten(1)
+        got = f"{len(output)} of them" if isinstance(output, (tuple, list)) else type(output).__name__
+        raise ValueError(
+            f"encode must return a pair of mean and log variance, or a distribution, got {got}. "
+            "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
+        )
+
+    def build_metric(self, view: ModelView) -> PosteriorKL:
+        """Creates a metric with as many dimensions as the posterior has."""
+        return PosteriorKL(self._try(view, view.reference.images[:2]), threshold=self.threshold)
+
+    def update(self, view: ModelView) -> None:
+        """Adds the posteriors of this rank's rows of the reference."""
+        if self.posterior is None:
+            for output, size, _ in view.encoded():
+                self.metric.update(*self._moments(output, size))
+            return
+        encoder, images = self._encoder(view), view.local_reference().images
+        with view.isolated(exact=True):
+            for start in range(0, len(images), CHUNK):
+                some = view.as_input(as_images(images[start : start + CHUNK]))
+                self.metric.update(*self._moments(encoder(some), len(some)))
+
+    def observations(self, result: PosteriorKLResult) -> list[Observation]:
+        """The KL divergence of each dimension and the total, and an alarm where no dimension is active."""
+        divergences, total = result.per_dimension.tolist(), float(result.total)
+        unused = not math.isnan(total) and int(result.active_units) == 0
+        message = (
+            f"the latent collapsed: KL is {total:.3f} nats and none of {len(divergences)} dimensions has been active for "
+            "{evaluations} evaluations"
+        )
+        return [
+            *(
+                Observation(_dimension_series(dim), value, _severity(value))
+                for dim, value in enumerate(divergences if len(divergences) <= WATCHED else [])
+            ),
+            Observation(TOTAL, total, _severity(total)),
+            Observation(_unused_series(self.patience), total, math.inf if unused else 0.0, message=message),
+        ]
+
+    def contributions(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+        """Each dimension's part of the drop of the total."""
+        return divided({name: value - after[name] for name, value in before.items()})
+
+    def log_plots(
+        self, result: PosteriorKLResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
+    ) -> None:
+        """Logs the histogram of the dimensions, the charts and the panel."""
+        logger.log_histogram("per dimension", result.per_dimension)
+        if len(result.per_dimension) <= MAX_DIMENSION_TAGS:
+            logger.log_chart(
+                "every dimension", "Multiline", [f"dimension_{i}" for i in range(len(result.per_dimension))]
+            )
+        logger.log_chart("active units", "Multiline", ["active_units"])
+        logger.log_image("panel", plots.panel(result, curves[TOTAL.name], evaluation.step))
+
+    def log_alarm(
+        self,
+        alarm: Alarm,
+        result: PosteriorKLResult,
+        evaluation: Evaluation,
+        curves: Mapping[str, Curve],
+        logger: DiagnosticLogger,
+    ) -> None:
+        """Logs the panel with the alarm's dimensions marked."""
+        picture = plots.panel(result, curves[TOTAL.name], evaluation.step, alarm.indices, str(alarm))
+        logger.log_image("picture", picture)
+
+
+def _severity(nats: float) -> float:
+    """Returns 0 for one nat or more, else the logarithm of how much less it is; nan stays nan."""
+    return math.nan if math.isnan(nats) else max(0.0, math.log(IN_USE / max(nats, LEAST)))

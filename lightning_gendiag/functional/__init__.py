@@ -1,0 +1,1 @@
+"""Mathematics that several diagnostics share: tensors in, tensors out."""

@@ -1,0 +1,118 @@
+"""Checks and conversions of images, decoder outputs and rows, and exact matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Computes matrix products at the full precision of their type inside the context.
+
+    A training script may lower ``torch.set_float32_matmul_precision`` or run under autocast, in which differences of nearly
+    equal squared norms would be lost. Both settings are restored afterwards.
+    """
+    # torch refuses to read the older setting where a script has chosen by the newer one
+    newer = torch.backends.cuda.matmul if hasattr(torch.backends.cuda.matmul, "fp32_precision") else None
+    chosen = None if newer is None else newer.fp32_precision
+    try:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:
+        if newer is None:
+            raise
+        precision = None
+        newer.fp32_precision = "ieee"
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        elif newer is not None:
+            newer.fp32_precision = chosen
+
+
+def as_images(images: Tensor, name: str = "images") -> Tensor:
+    """Returns images in float32 or float64, where uint8 is divided by 255.
+
+    Args:
+        images: (N, C, H, W), floating-point or uint8.
+        name: what an error calls them.
+
+    Returns:
+        (N, C, H, W) images.
+
+    Raises:
+        ValueError: if the shape or the type is another one.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"{name} must be an (N, C, H, W) tensor, got {got}. "
+            "To fix this, stack single images with torch.stack, and add a channel to grey ones: images[:, None]."
+        )
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be floating-point or uint8, got {images.dtype}. To fix this, call .float().")
+    return images if images.dtype in (torch.float32, torch.float64) else images.float()
+
+
+def tensor_of(output: Any, n: int) -> Tensor:
+    """Returns the data in the output of a decoder.
+
+    Args:
+        output: a tensor, a distribution with a ``mean``, or a tuple or list whose first item is either.
+        n: number of latents that were decoded.
+
+    Returns:
+        (n, ...) data.
+
+    Raises:
+        ValueError: if there is no tensor with n rows and at least two axes.
+    """
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
+        output = output.mean
+    if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != n:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"decode must return ({n}, ...) for ({n}, L) latents, got {got}. "
+            "To fix this, pass ModelAdapter(decode=lambda module, z: ...)."
+        )
+    return output
+
+
+def pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """Yields the rows of a tensor, at most ``size`` at a time; an empty tensor gives one empty piece.
+
+    Example:
+        >>> [len(piece) for piece in pieces(torch.zeros(5, 2), 2)]
+        [2, 2, 1]
+    """
+    for start in range(0, max(len(rows), 1), size):
+        yield rows[start : start + size]
+
+
+def median(values: Tensor) -> Tensor:
+    """Computes the median of all entries, which is the mean of the middle two where their number is even.
+
+    ``torch.median`` returns the lower of the two instead.
+
+    Example:
+        >>> median(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+        tensor(3.)
+    """
+    values = values.flatten()
+    lower = values.median()
+    half = len(values) // 2
+    if len(values) % 2 or (values <= lower).sum() > half:
+        return lower
+    return (lower + values[values > lower].min()) / 2

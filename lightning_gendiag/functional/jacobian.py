@@ -1,0 +1,243 @@
+"""Gram matrices of the Jacobian of a decoder, without storing the Jacobian of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gendiag.functional.arrays import tensor_of
+
+Decode = Callable[[Tensor], Any]
+
+WIDENING = 12
+"""Assumed working memory of a decoder as a multiple of that of its output."""
+
+BLOCK = 4096
+"""Number of outputs that are held in float64 at a time."""
+
+FORWARD_FAILS = (NotImplementedError, RuntimeError)
+"""Errors that torch raises where an operation has no forward-mode derivative."""
+
+
+def decoder_gram(
+    decode: Decode,
+    z: Tensor,
+    *,
+    dims: Tensor | None = None,
+    latent_scale: Tensor | float = 1.0,
+    data_scale: Tensor | float = 1.0,
+    mode: Literal["auto", "forward", "reverse"] = "auto",
+    max_bytes: int = 1 << 24,
+) -> Tensor:
+    """Computes ``J'J`` of a decoder at each latent, where ``J = dx/dz`` (X x L), exactly and without storing J for the batch.
+
+    Forward mode pushes all latent directions of a few samples through the decoder at a time. Reverse mode is for decoders
+    with operations that have no forward derivative; it sums ``J'J`` over blocks of outputs and takes about X / L times as
+    long. Samples must not influence each other, so the decoder must be in evaluation mode. Both modes work under ``no_grad``
+    and in inference mode.
+
+    Args:
+        decode: map from latents (n, L) to data (n, ...), which returns a tensor, a distribution with a ``mean``, or a tuple
+            whose first item is either.
+        z: (N, L) latents in float32 or float64.
+        dims: (l,) numbers of the latent dimensions to include; None for all of them.
+        latent_scale: standard deviation of each latent, (L,) or a number, by which the columns of J are multiplied.
+        data_scale: standard deviation by which the data were divided, (...) or a number, by which the rows of J are
+            multiplied.
+        mode: ``"forward"``, ``"reverse"``, or ``"auto"`` for forward mode where it works.
+        max_bytes: approximate bound on the working memory of the tangents; more is faster on a GPU.
+
+    Returns:
+        (N, L, L) matrices in float64, or (N, l, l) for given dimensions.
+
+    Raises:
+        ValueError: if z is not (N, L) of floats, or the decoder does not return one row per latent.
+        RuntimeError: if no derivative can be computed; the error names the layer where it is known.
+
+    Example:
+        >>> a = torch.tensor([[1.0, 2.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> decoder_gram(lambda z: z @ a.T, torch.zeros(1, 2))
+        tensor([[[1., 2.],
+                 [2., 5.]]], dtype=torch.float64)
+    """
+    if z.ndim != 2 or z.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"z must be (N, L) in float32 or float64, got {z.dtype} of shape {tuple(z.shape)}. "
+            "To fix this, pass z.flatten(1).float(), and a decoder that takes it."
+        )
+    wanted = torch.arange(z.shape[1], device=z.device) if dims is None else torch.as_tensor(dims, device=z.device)
+    if wanted.ndim != 1 or len(wanted) == 0 or not 0 <= int(wanted.min()) <= int(wanted.max()) < z.shape[1]:
+        raise ValueError(
+            f"dims must be numbers of latent dimensions, 0 to {z.shape[1] - 1}, got {dims}. "
+            "To fix this, leave dims out for all dimensions."
+        )
+    if len(z) == 0:
+        return torch.zeros(0, len(wanted), len(wanted), dtype=torch.float64, device=z.device)
+    row_scale = torch.as_tensor(data_scale, dtype=torch.float64, device=z.device)
+    column_scale = torch.as_tensor(latent_scale, dtype=torch.float64, device=z.device).expand(z.shape[1])[wanted]
+
+    def flat(latents: Tensor) -> Tensor:
+        return tensor_of(decode(latents), len(latents)).flatten(1)
+
+    with torch.no_grad(), plain_attention():
+        outputs = tensor_of(decode(z[:1]), 1)
+        rows = row_scale.expand(outputs.shape[1:]).flatten() if row_scale.ndim else row_scale
+        size = outputs[0].numel()
+        if mode != "reverse":
+            try:
+                return _forward(flat, z, wanted, size, rows, column_scale, max_bytes)
+            except FORWARD_FAILS as error:
+                if mode == "forward" or isinstance(error, torch.OutOfMemoryError):
+                    raise RuntimeError(_explained(decode, z, error)) from error
+        try:
+            return _reverse(flat, z, wanted, size, rows, column_scale, max_bytes)
+        except FORWARD_FAILS as error:
+            raise RuntimeError(
+                f"decode must be differentiable, got {type(error).__name__}: {error} "
+                "To fix this, remove torch.no_grad and detach from the decoder."
+            ) from error
+
+
+def _forward(
+    flat: Callable[[Tensor], Tensor],
+    z: Tensor,
+    wanted: Tensor,
+    size: int,
+    rows: Tensor,
+    columns: Tensor,
+    max_bytes: int,
+) -> Tensor:
+    """Computes the Gram matrices in forward mode."""
+    directions = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[wanted]  # (l, L)
+    # inside a decoder a tangent takes several times the memory of the output
+    room = max(1, max_bytes // (WIDENING * size * z.element_size()))
+    count, width = max(1, room // len(wanted)), min(room, len(wanted))
+    # allocated once before the work, since results that are kept piece by piece would fragment the memory
+    grams = torch.empty(len(z), len(wanted), len(wanted), dtype=torch.float64, device=z.device)
+    jacobian = torch.empty(min(count, len(z)), len(wanted), size, dtype=z.dtype, device=z.device)
+    for start in range(0, len(z), count):
+        at = z[start : start + count]
+
+        def pushed(direction: Tensor, at: Tensor = at) -> Tensor:
+            out: Tensor = torch.func.jvp(flat, (at,), (direction.expand_as(at),))[1]
+            return out
+
+        for first in range(0, len(wanted), width):
+            tangents = torch.func.vmap(pushed)(directions[first : first + width])  # (w, n, X)
+            jacobian[: len(at), first : first + width] = tangents.transpose(0, 1)
+        grams[start : start + count] = _products(jacobian[: len(at)], rows, columns)
+    return grams
+
+
+def _reverse(
+    flat: Callable[[Tensor], Tensor],
+    z: Tensor,
+    wanted: Tensor,
+    size: int,
+    rows: Tensor,
+    columns: Tensor,
+    max_bytes: int,
+) -> Tensor:
+    """Computes the Gram matrices in reverse mode, sample by sample."""
+    count = max(1, min(size, max_bytes // (16 * size * z.element_size())))
+    grams = []
+    for one in z:
+        pull = torch.func.vjp(flat, one[None])[1]
+        gram = torch.zeros(len(wanted), len(wanted), dtype=torch.float64, device=z.device)
+        for start in range(0, size, count):
+            block = torch.arange(start, min(start + count, size), device=z.device)
+            outputs = torch.zeros(len(block), 1, size, dtype=z.dtype, device=z.device)
+            outputs[torch.arange(len(block)), 0, block] = 1
+            part = torch.func.vmap(lambda v, pull=pull: pull(v)[0])(outputs)[:, 0, wanted].double()  # (B, l)
+            part = part * (rows[block][:, None] if rows.ndim else rows) * columns
+            gram += part.T @ part
+        grams.append(gram)
+    return torch.stack(grams)
+
+
+def _products(jacobian: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Computes Gram matrices (n, l, l) of Jacobians (n, l, X), in float64 so that singular ones can be recognised."""
+    plain = rows.ndim == 0 and float(rows) == 1
+    grams = torch.zeros(
+        len(jacobian), jacobian.shape[1], jacobian.shape[1], dtype=torch.float64, device=jacobian.device
+    )
+    for start in range(0, jacobian.shape[2], BLOCK):
+        block = jacobian[:, :, start : start + BLOCK].double()
+        if not plain:
+            block = block * (rows[start : start + BLOCK] if rows.ndim else rows)
+        grams += block @ block.mT
+    return grams * columns * columns[:, None]
+
+
+def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed: int = 0) -> Tensor:
+    """Estimates which latent dimensions move the output most, for latents of many dimensions.
+
+    ``|J_i|^2 = E_v (J'v)_i^2`` over random signs v takes a few reverse passes instead of L forward ones. Only the choice of
+    the dimensions is an estimate.
+
+    Args:
+        decode: see :func:`decoder_gram`.
+        z: (N, L) latents.
+        count: number of dimensions to choose; all of them where it is above L.
+        probes: number of random vectors per latent.
+        seed: seed of these vectors.
+
+    Returns:
+        (count,) numbers of dimensions in ascending order.
+    """
+
+    def flat(latents: Tensor) -> Tensor:
+        return tensor_of(decode(latents), len(latents)).flatten(1)
+
+    generator = torch.Generator().manual_seed(seed)
+    squares = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
+    with plain_attention():
+        out, pull = torch.func.vjp(flat, z)[:2]
+        for _ in range(probes):
+            signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
+            squares += pull(signs)[0].double().square().sum(0)
+    return squares.topk(min(count, z.shape[1])).indices.sort().values
+
+
+def _explained(decode: Decode, z: Tensor, error: Exception) -> str:
+    """Describes why forward mode fails, with the layer found by calling the decoder again with hooks."""
+    module = decode if isinstance(decode, nn.Module) else getattr(decode, "__self__", None)
+    location = ""
+    if isinstance(module, nn.Module):
+        entered: list[str] = []
+        hooks = [
+            part.register_forward_pre_hook(partial(_note, entered, f"{name} ({type(part).__name__})"))
+            for name, part in module.named_modules()
+            if name and not list(part.children())
+        ]
+        try:
+            torch.func.jvp(lambda x: tensor_of(decode(x), len(x)), (z[:1],), (torch.ones_like(z[:1]),))
+        except FORWARD_FAILS:
+            location = f" in {entered[-1]}" if entered else ""
+        finally:
+            for hook in hooks:
+                hook.remove()
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"forward-mode derivatives must be available for each layer, but they are not{location}: {reason} "
+        "To fix this, use mode='auto' or mode='reverse', which is slower."
+    )
+
+
+def _note(entered: list[str], name: str, *_: object) -> None:
+    """Records the name of a layer that is entered."""
+    entered.append(name)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Computes attention by plain matrix products inside the context, since fused kernels have no forward derivative."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield

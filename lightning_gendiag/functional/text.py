@@ -1,0 +1,54 @@
+"""Objects as text for people."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+def representation(value: Any, **instead: Any) -> str:
+    """Returns an object as the call that makes it, with the arguments that differ from their defaults.
+
+    The arguments are read from attributes of the same name, those of base classes too.
+
+    Args:
+        value: Any object.
+        instead: Values of arguments that are not kept under their own name.
+
+    Example:
+        >>> class Point:
+        ...     def __init__(self, x, y=0):
+        ...         self.x, self.y = x, y
+        >>> representation(Point(1))
+        'Point(x=1)'
+    """
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in type(value).__mro__:
+        if "__init__" in vars(base) and base is not object:
+            for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items():
+                if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    parameters.setdefault(name, parameter)
+            if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(vars(base)["__init__"]).parameters.values()):
+                break
+    held = {
+        name: instead[name] if name in instead else getattr(value, name, parameters[name].default)
+        for name in parameters
+    }
+    given = {name: argument for name, argument in held.items() if not _same(argument, parameters[name].default)}
+    return f"{type(value).__name__}({', '.join(f'{name}={_short(argument)}' for name, argument in given.items())})"
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except Exception:
+        return False
+
+
+def _short(value: Any) -> str:
+    """Large values, such as tensors and data sets, by their class and size."""
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return f"<{type(value).__name__} {tuple(shape)}>"
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"

@@ -1,0 +1,1 @@
+"""How a module is used: what samples, encodes and decodes, on an isolated copy."""

@@ -1,0 +1,93 @@
+"""What the user says about a model: what samples, encodes and decodes, and which real images it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning_gendiag.functional.text import representation
+from lightning_gendiag.model.batches import images_of, labels_of
+
+
+class ModelAdapter:
+    """Says how monitors use a module; what is not given is found by name and by trying.
+
+    One adapter serves all monitors of a trainer. Samples are drawn on an isolated copy of the module, in evaluation mode,
+    without gradients, in the trainer's precision, and from their own seed, so that training does not notice. They are
+    drawn in chunks that are seeded one by one and dealt out to the processes, so they are the same images for any number
+    of processes, and for the same weights at every evaluation.
+
+    Args:
+        sample: What makes images: the name of a method or submodule (``"generator"``, ``"model.decode"``), a callable
+            ``(module, n)``, or None for the module's own ``sample(n)``, else its ``decode``, ``decoder``, ``forward`` or
+            ``generator`` applied to noise. A submodule, ``decode`` and ``forward`` take standard normal noise
+            (n, latent_dim), or (n, latent_dim, 1, 1) where a generator begins with a convolution.
+        encode: A name, a callable ``(module, images)``, or None for the module's ``encode`` or ``encoder``, if that
+            returns latents and not features for layers such as ``fc_mu``.
+        decode: A name, a callable ``(module, latents)``, or None for the module's ``decode``, ``decoder``, what
+            ``sample`` names, or what a GAN makes images with.
+        num_samples: Number of images at an evaluation, over all processes.
+        seed: Seed of the samples; the same at every evaluation, so that curves change with the model only.
+        weights: ``"raw"``, ``"ema"`` (Lightning's ``WeightAveraging``), or ``"auto"`` for averaged weights once there are
+            any.
+        reference: Real images: None takes them from the training batches as they pass by; or a tensor (N, C, H, W), a
+            pair of images and labels, a dataset or a dataloader.
+        num_reference: Number of real images that are kept, over all processes.
+        latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
+        conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
+        images: Callable from a batch to its images; by default see :func:`images_of`.
+        labels: Callable from a batch to its labels; by default see :func:`labels_of`.
+        chunk_size: Number of images in one call of the sampler.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> ModelAdapter(sample="generator", latent_dim=100, num_samples=512)
+        ModelAdapter(sample='generator', num_samples=512, latent_dim=100)
+    """
+
+    def __init__(
+        self,
+        sample: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
+        encode: str | Callable | None = None,  # type: ignore[type-arg]
+        decode: str | Callable | None = None,  # type: ignore[type-arg]
+        num_samples: int = 1024,
+        seed: int = 0,
+        weights: Literal["auto", "raw", "ema"] = "auto",
+        *,
+        reference: Any = None,
+        num_reference: int = 1024,
+        latent_dim: int | None = None,
+        conditional: bool = False,
+        images: Callable | None = None,  # type: ignore[type-arg]
+        labels: Callable | None = None,  # type: ignore[type-arg]
+        chunk_size: int = 128,
+    ) -> None:
+        for name, number, least in (
+            ("num_samples", num_samples, 2),
+            ("num_reference", num_reference, 4),
+            ("chunk_size", chunk_size, 1),
+        ):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}.")
+        if weights not in ("auto", "raw", "ema"):
+            raise ValueError(f"weights must be 'auto', 'raw' or 'ema', got {weights!r}.")
+        self.sample, self.encode, self.decode = sample, encode, decode
+        self.num_samples, self.num_reference, self.chunk_size = num_samples, num_reference, chunk_size
+        self.seed, self.weights, self.conditional = seed, weights, conditional
+        self.reference, self.latent_dim = reference, latent_dim
+        self.images, self.labels = images, labels
+
+    @property
+    def find_images(self) -> Callable[[Any], Any]:
+        """The callable from a batch to its images."""
+        return self.images or images_of
+
+    @property
+    def find_labels(self) -> Callable[[Any], Any]:
+        """The callable from a batch to its labels."""
+        return self.labels or labels_of
+
+    def __repr__(self) -> str:
+        return representation(self)

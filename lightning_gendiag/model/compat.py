@@ -1,0 +1,201 @@
+"""The only place that touches private names of Lightning and torch; each use says what is missing in public."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+"""Strategies under which one process does not hold the whole module."""
+
+
+def is_kind(value: object, *names: str) -> bool:
+    """Returns whether an object is of a class with one of these names, of ``lightning`` or of ``pytorch_lightning``."""
+    return any(base.__name__ in names for base in type(value).__mro__)
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Returns the callbacks of a trainer, for reading only."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Returns whether one process holds a part of the module only."""
+    return is_kind(trainer.strategy, *SHARDED)
+
+
+def batch_step(trainer: Trainer, epoch_over: bool) -> int:
+    """Returns the step that ``self.log`` writes at: the number of batches that led to an optimizer step.
+
+    ``trainer.global_step`` counts the steps of all optimizers, so it is another axis.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) - int(epoch_over)
+
+
+def has_stepped(trainer: Trainer) -> bool:
+    """Returns whether the batch that ends has led to an optimizer step, and not only to accumulated gradients."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+# ---- logging ----
+
+
+def log_value(module: LightningModule, name: str, value: float, *, epoch_over: bool) -> None:
+    """Logs a number to ``trainer.callback_metrics``, even where a module overrides ``log``."""
+    if module.trainer.barebones:
+        return
+    base = next(base for base in type(module).__mro__ if base.__name__ == "LightningModule")
+    base.log(  # type: ignore[attr-defined]
+        module, name, value, logger=False, on_step=not epoch_over, on_epoch=epoch_over, batch_size=1
+    )
+
+
+class TrainerView:
+    """What a copy of a module sees as its trainer: everything can be read; nothing is logged, stopped or changed."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        vars(self).update(
+            _gendiag_trainer=trainer, should_stop=trainer.should_stop, logger=None, loggers=[], _results=None
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_gendiag_trainer"], name)
+
+
+def be_silent(module: LightningModule, trainer: Trainer) -> None:
+    """Gives a copy of a module a trainer to read from, and lets its ``log`` do nothing."""
+    vars(module)["_trainer"] = TrainerView(trainer)
+    for name in ("log", "log_dict"):
+        vars(module)[name] = _silent
+
+
+def _silent(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of a method that must do nothing."""
+
+
+# ---- weights ----
+
+
+def averaging_of(trainer: Trainer) -> Any | None:
+    """Returns Lightning's ``WeightAveraging`` callback, or None."""
+    return next((c for c in callbacks_of(trainer) if is_kind(c, "WeightAveraging")), None)
+
+
+def average_model(averaging: Any) -> nn.Module | None:
+    """Returns the averaged model of a ``WeightAveraging`` callback; None before training starts."""
+    model: nn.Module | None = averaging._average_model
+    return model
+
+
+def load_average(average: nn.Module, module: nn.Module) -> None:
+    """Copies averaged parameters and buffers into a copy of the module, as Lightning does before validation."""
+    inner: Any = average.module
+    with torch.no_grad():
+        pairs = zip(_tensors(inner), _tensors(module), strict=False)
+        for averaged, current in pairs:
+            current.data.copy_(averaged.data)
+
+
+def swap_average(averaging: Any, module: LightningModule) -> None:
+    """Swaps the weights of a module with the averaged ones in place, where no copy can be made."""
+    averaging._swap_models(module)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+# ---- the parts of a module ----
+
+
+def own_tensors(part: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Returns a module's own parameters, buffers and children, as the dictionaries that it keeps them in."""
+    return part._parameters, part._buffers, part._modules
+
+
+COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+"""Methods that Lightning replaces on the module itself where all of it was compiled."""
+
+
+def skipped_attributes(part: nn.Module) -> tuple[str, ...]:
+    """Returns attributes that a copy must not have: compiled calls, which are bound to the module that is trained."""
+    compiled = COMPILED_STEPS if getattr(part, "_compiler_ctx", None) is not None else ()
+    return ("_compiled_call_impl", "_trainer", "_fabric", "_compiler_ctx", *compiled)
+
+
+def unset_attributes(part: nn.Module) -> dict[str, None]:
+    """Returns those of them that must exist all the same, and their value."""
+    return {
+        name: None for name in ("_trainer", "_fabric", "_compiler_ctx", "_compiled_call_impl") if name in vars(part)
+    }
+
+
+def uncompiled(part: nn.Module) -> nn.Module:
+    """Returns what a module was compiled from, or the module itself."""
+    inner = getattr(part, "_orig_mod", part)
+    return inner if isinstance(inner, nn.Module) else part
+
+
+def without_compiling() -> AbstractContextManager[Any]:
+    """Runs compiled functions as they are: other sizes would make them compile anew, and training with other numbers."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+
+
+# ---- callbacks that monitor our keys ----
+
+
+class Follower(NamedTuple):
+    """A callback of Lightning's that acts on fresh evaluations only."""
+
+    key: str
+    act: Callable[[Trainer], None] | None
+    """What it does after an evaluation, where it is not called after all monitors by itself."""
+    undo: Callable[[], None]
+    """Lets it go on as it was."""
+
+
+def following(callback: Any, prefix: str, is_fresh: Callable[[str], bool]) -> Follower | None:
+    """Lets a ``ModelCheckpoint`` or an ``EarlyStopping`` that monitors our keys act on fresh evaluations only.
+
+    Lightning keeps the last value of a key for ever and has no way to say that an epoch had none, so a rare key would be
+    chosen, saved and counted again and again. A checkpoint is saved when the training epoch ends, since evaluations take
+    place then; a stopper, which Lightning may call before the monitors, is called after them.
+
+    Args:
+        callback: Any callback of the trainer.
+        prefix: Of our keys.
+        is_fresh: From a key to whether it was evaluated for the weights that the module has now.
+
+    Returns:
+        How it follows; None for a callback that monitors other keys.
+    """
+    key = getattr(callback, "monitor", None)
+    if not (isinstance(key, str) and key.startswith(prefix)):
+        return None
+    if is_kind(callback, "EarlyStopping"):
+        act = callback._run_early_stopping_check
+        vars(callback)["_run_early_stopping_check"] = _silent
+        return Follower(key, act, lambda: vars(callback).pop("_run_early_stopping_check", None))
+    if not is_kind(callback, "ModelCheckpoint"):
+        return None
+    save, when = callback._save_topk_checkpoint, callback._save_on_train_epoch_end
+
+    def save_if_fresh(*args: Any) -> None:
+        if is_fresh(key):
+            save(*args)
+
+    def undo() -> None:
+        vars(callback).pop("_save_topk_checkpoint", None)
+        callback._save_on_train_epoch_end = when
+
+    vars(callback)["_save_topk_checkpoint"] = save_if_fresh
+    callback._save_on_train_epoch_end = True
+    return Follower(key, None, undo)

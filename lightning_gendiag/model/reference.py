@@ -1,0 +1,233 @@
+"""The real images that a model is compared with: collected from training batches, or given, and then fixed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.batches import Images, Rows, shape_of
+from lightning_gendiag.model.isolation import random_state_kept, seed_all
+
+COMPARED = 512
+"""Number of images of each side that are compared to see whether a later fit brings other data."""
+
+OTHER_DATA = 6.0
+"""Standard errors by which a mean of new images must differ from the reference's to count as other data."""
+
+
+class Reference:
+    """Real images, at most ``num_reference`` over all processes.
+
+    Args:
+        adapter: Says where images and labels stand in a batch, and how many are kept.
+        trainer: Whose processes share the images.
+        device: Of the module.
+    """
+
+    def __init__(self, adapter: ModelAdapter, trainer: Trainer, device: torch.device) -> None:
+        self.adapter, self.trainer, self.device = adapter, trainer, device
+        self.images: Images | None = None
+        self._rows = Rows()
+        self._epoch_seen = False
+        self._unconfirmed = False
+
+    @property
+    def share(self) -> int:
+        """Number of images that each process collects."""
+        return math.ceil(self.adapter.num_reference / self.trainer.world_size)
+
+    # ---- from training batches ----
+
+    def collect(self, batch: Any) -> None:
+        """Keeps images of a training batch until this process has its share.
+
+        Raises:
+            ValueError: If no images are found in the batch.
+        """
+        if self.images is not None and not self._unconfirmed:
+            return
+        room = self.share - self._held
+        if room > 0:
+            part = self._part(batch, room)
+            self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu())
+
+    @property
+    def _held(self) -> int:
+        return sum(len(rows) for rows in self._rows.images)
+
+    def found_in(self, batch: Any) -> tuple[Any, Any]:
+        """Returns what is found of images and labels in a batch; training does not notice what the user's callables do."""
+        with torch.no_grad(), random_state_kept(self.device):
+            return self.adapter.find_images(batch), self.adapter.find_labels(batch)
+
+    def _part(self, batch: Any, room: int) -> Images:
+        """The first finite images of a batch."""
+        images, labels = self.found_in(batch)
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise ValueError(
+                f"a batch must hold (N, C, H, W) images, got {shape_of(batch)}. "
+                "To fix this, pass ModelAdapter(images=lambda batch: ...)."
+            )
+        images = images.detach()[:room]
+        if images.dtype != torch.uint8:
+            images = as_images(images, "the batch's images")
+        labels = None if labels is None else labels.detach()[:room]
+        finite = images.flatten(1).isfinite().all(1)
+        return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
+
+    def end_epoch(self) -> None:
+        """Notes that an epoch passed: what was collected by now is all that there is."""
+        self._epoch_seen = True
+
+    def ready(self, epoch_over: bool) -> bool:
+        """Returns whether the reference is there; pools it over all processes once each has its share or an epoch is over.
+
+        Every process must call it at the same time.
+        """
+        if epoch_over:
+            self.end_epoch()
+        if self.images is not None:
+            return True
+        full = self._epoch_seen or self._held >= self.share
+        if not self.trainer.strategy.reduce_boolean_decision(full, all=True):
+            return False
+        # collectives of an accelerator want its tensors
+        rows = self._rows.to(self.device)
+        images, labels = rows.compute()
+        self._rows = Rows()
+        if len(images) < 4:
+            raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
+        known, most = len(labels) == len(images), self.adapter.num_reference
+        self.images = Images(images[:most].cpu(), labels[:most].cpu() if known else None)
+        return True
+
+    # ---- whether a later fit brings other data ----
+
+    def doubt(self) -> None:
+        """Collects images anew, to see whether a later fit, or a checkpoint, brings the data of the reference."""
+        if self.images is not None and self.adapter.reference is None:
+            self._unconfirmed, self._epoch_seen, self._rows = True, False, Rows()
+
+    def is_of_other_data(self) -> bool:
+        """Returns whether the images collected since :meth:`doubt` are of other data than the reference, which then goes.
+
+        Means of random projections, and of their squares, are compared. Every process must call it at the same time.
+        """
+        if not self._unconfirmed or self.images is None:
+            return False
+        # as many as the reference was made of, in case the loader brings one class after the other
+        enough = self._held >= min(self.share, len(self.images.images) // self.trainer.world_size)
+        if not self.trainer.strategy.reduce_boolean_decision(enough or self._epoch_seen, all=True):
+            return False
+        new = torch.cat(self._rows.images) if self._held else self.images.images
+        other = self.trainer.strategy.reduce_boolean_decision(_differs(self.images.images, new), all=False)
+        self._unconfirmed = False
+        if other:
+            self.images = None
+        else:
+            self._rows = Rows()
+        return bool(other)
+
+    # ---- given by the user ----
+
+    def read(self, given: Any) -> None:
+        """Takes the reference from what the user gave, the same on every process.
+
+        Raises:
+            ValueError: If it holds no images.
+        """
+        if isinstance(given, Tensor) or (isinstance(given, (tuple, list)) and isinstance(given[0], Tensor)):
+            parts = [self._part(given, self.adapter.num_reference)]
+        elif isinstance(given, (DataLoader, Dataset)):
+            # the loader may be the one that trains: its generators, and those of the data, must not move
+            data = given.dataset if isinstance(given, DataLoader) else given
+            sampler = getattr(given, "sampler", None)
+            with random_state_kept(self.device, given, data, sampler, getattr(given, "batch_sampler", None)):
+                seed_all(self.adapter.seed, self.device)
+                parts = list(self._parts(given))
+        else:
+            raise ValueError(
+                "reference must be a tensor, a pair of images and labels, a dataset or a dataloader, got "
+                f"{type(given).__name__}."
+            )
+        images = torch.cat([part.images for part in parts]).cpu() if parts else torch.empty(0)
+        if len(images) < 4:
+            raise ValueError(f"reference must hold at least 4 finite images, got {len(images)}.")
+        labels = [part.labels.cpu() for part in parts if part.labels is not None]
+        self.images = Images(images, torch.cat(labels) if len(labels) == len(parts) else None)
+
+    def _parts(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[Images]:
+        room = self.adapter.num_reference
+        for batch in self._batches(given):
+            part = self._part(batch, room)
+            yield part
+            room -= len(part.images)
+            if room <= 0:
+                return
+
+    def _batches(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[Any]:
+        data = given.dataset if isinstance(given, DataLoader) else given
+        if isinstance(data, IterableDataset):
+            yield from given if isinstance(given, DataLoader) else DataLoader(data, batch_size=64)
+            return
+        collate = given.collate_fn if isinstance(given, DataLoader) else torch.utils.data.default_collate
+        total = len(data)  # type: ignore[arg-type]
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.adapter.seed)).tolist()
+        for start in range(0, total, 64):
+            yield collate([data[index] for index in order[start : start + 64]])
+
+    # ---- use ----
+
+    def local(self) -> Images:
+        """Returns this process's rows; together the processes have each row once."""
+        if self.images is None:
+            raise RuntimeError("the reference is not complete yet.")
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        images, labels = self.images
+        return Images(images[rank::world], None if labels is None else labels[rank::world])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the images that were collected; those that were given are read again instead."""
+        state: dict[str, Any] = {"epoch_seen": self._epoch_seen}
+        if self.adapter.reference is None and self.images is not None:
+            state |= {"images": self.images.images, "labels": self.images.labels}
+        elif self._held and self.trainer.world_size == 1:
+            # with several processes each has rows of its own, and one of them writes the checkpoint
+            state |= {"rows": torch.cat(self._rows.images)}
+            state |= {"row_labels": torch.cat(self._rows.labels) if self._rows.labels else None}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the images of a checkpoint, which are compared with the batches to come."""
+        if self.adapter.reference is not None:
+            return
+        self._epoch_seen = state["epoch_seen"]
+        if "images" in state:
+            self.images = Images(state["images"], state["labels"])
+            self.doubt()
+        elif "rows" in state:
+            self._rows = Rows()
+            self._rows.update(state["rows"], state["row_labels"])
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    """Whether two sets of images (N, C, H, W) come from different distributions, by means of seeded projections."""
+    if a.shape[1:] != b.shape[1:]:
+        return True
+    x, y = (as_images(images[:COMPARED]).flatten(1).double() for images in (a, b))
+    centre, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-3 * float(x.std(correction=0)) + 1e-12)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(x.shape[1], 24, generator=generator, dtype=torch.float64)
+    directions = torch.cat([directions, torch.ones(x.shape[1], 1, dtype=torch.float64)], 1) / math.sqrt(x.shape[1])
+    p, q = ((images - centre) / scale @ directions for images in (x, y))
+    p, q = (torch.cat([values, values.square()], 1) for values in (p, q))
+    error = (p.var(0) / len(p) + q.var(0) / len(q)).sqrt().clamp(min=1e-9)
+    return bool(((p.mean(0) - q.mean(0)).abs() / error).nan_to_num(0.0).max() > OTHER_DATA)

@@ -1,0 +1,77 @@
+"""The module that is trained, and the isolated copy of it that is evaluated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_gendiag.model import compat
+from lightning_gendiag.model.isolation import ModuleCopy, copy_module, fits_in_memory
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class Subject:
+    """Keeps one copy of the module of a trainer, and renews it when it is asked for after the module may have changed.
+
+    Args:
+        trained: The module that is trained; it is read and never changed.
+        trainer: Its trainer.
+    """
+
+    def __init__(self, trained: LightningModule, trainer: Trainer) -> None:
+        self.trained, self.trainer = trained, trainer
+        self.in_place = compat.is_sharded(trainer) or not fits_in_memory(trained)
+        """Whether the module itself is evaluated, since no copy can be made."""
+        self._copy: ModuleCopy | None = None
+        self._average: nn.Module | None = None
+        self._current = False
+        if self.in_place:
+            self._say("it is sharded or larger than half of the free memory")
+
+    @property
+    def module(self) -> LightningModule:
+        """The copy, made when it is first asked for; the module itself where no copy can be made."""
+        if self._copy is None and not self.in_place:
+            self._renew()
+        return self.trained if self._copy is None else self._copy.module
+
+    def expire(self) -> None:
+        """Notes that the module may have changed."""
+        self._current = False
+
+    def refresh(self, average: nn.Module | None = None) -> None:
+        """Renews the copy where the module may have changed, with averaged weights if they are given."""
+        if not self.in_place and not (self._current and self._average is average):
+            self._average = average
+            self._renew()
+
+    def counterpart(self, value: Any) -> Any:
+        """Returns a part of the module, a method of it, or a function that refers to it, as it is on the copy."""
+        return value if self._copy is None else self._copy.counterpart(value)
+
+    def release(self) -> None:
+        """Frees the copy's memory."""
+        self._copy, self._average, self._current = None, None, False
+
+    def _renew(self) -> None:
+        previous, self._copy = self._copy, None
+        try:
+            self._copy = copy_module(self.trained, previous)
+            if self._average is not None:
+                compat.load_average(self._average, self._copy.module)
+            compat.be_silent(self._copy.module, self.trainer)
+            self._current = True
+        except Exception as error:
+            self._copy, self.in_place = None, True
+            self._say(f"{type(error).__name__}: {error}")
+
+    def _say(self, reason: str) -> None:
+        rank_zero_warn(
+            f"{type(self.trained).__name__} cannot be copied ({reason}), so evaluations use the module itself and restore "
+            "its modes, buffers and plain attributes afterwards. Layers that act in train() or eval() may notice.",
+            category=UserWarning,
+        )

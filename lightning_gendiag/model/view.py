@@ -1,0 +1,391 @@
+"""What a monitor sees of a model at one evaluation: an isolated copy, its samples and latents, and the real images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_gendiag.functional.arrays import as_images, tensor_of
+from lightning_gendiag.model import compat
+from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.batches import Images
+from lightning_gendiag.model.features import FeatureExtractor
+from lightning_gendiag.model.isolation import (
+    evaluating,
+    in_full_precision,
+    isolated_in_place,
+    random_state_kept,
+    seed_all,
+)
+from lightning_gendiag.model.parts import FIXES, ModelParts, Need, takes_noise
+from lightning_gendiag.model.reference import Reference
+from lightning_gendiag.model.subject import Subject
+from lightning_gendiag.regions.region_map import RegionMap
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+T = TypeVar("T")
+
+PRIOR_CHUNK = 16
+"""Number of latents of the prior that are drawn with one seed."""
+
+
+class Encoded(NamedTuple):
+    """What the encoder returned for some real images."""
+
+    output: Any
+    size: int
+    """Number of images."""
+    labels: Tensor | None
+    """(size,) on the module's device."""
+
+
+class ModelView:
+    """One adapter's view of the module of a trainer; what it draws is shared by all monitors with that adapter.
+
+    Args:
+        adapter: The user's choices.
+        subject: The module, and the isolated copy of it.
+        trainer: The trainer.
+    """
+
+    def __init__(self, adapter: ModelAdapter, subject: Subject, trainer: Trainer) -> None:
+        self.adapter, self.subject, self.trainer = adapter, subject, trainer
+        self.real = Reference(adapter, trainer, subject.trained.device)
+        self.parts = ModelParts(adapter, subject, self.real)
+        self.region_maps: dict[tuple[int | None, int], RegionMap] = {}
+        self.averaged = False
+        """Whether averaged weights are evaluated."""
+        self._samples: Images | None = None
+        self._encoded: list[Encoded] | None = None
+        self._tried: Images | None = None
+        self._extractor: FeatureExtractor | None = None
+        self._range: tuple[float, float] | None = None
+        self._warned_range = False
+
+    # ---- what there is ----
+
+    @property
+    def module(self) -> LightningModule:
+        """An isolated copy of the module that is trained; the module itself where no copy can be made."""
+        return self.subject.module
+
+    @property
+    def device(self) -> torch.device:
+        """The module's device."""
+        return self.subject.trained.device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.trainer.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.trainer.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process writes to loggers."""
+        return self.trainer.is_global_zero
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the real images are complete."""
+        return self.real.images is not None
+
+    @property
+    def reference(self) -> Images:
+        """The real images of all processes.
+
+        Raises:
+            RuntimeError: If they are not complete yet.
+        """
+        if self.real.images is None:
+            raise RuntimeError("the reference is not complete yet.")
+        return self.real.images
+
+    def local_reference(self) -> Images:
+        """Returns this process's rows of the reference; together the processes have each row once."""
+        return self.real.local()
+
+    @property
+    def latent_dim(self) -> int:
+        """L, the length of the prior's noise.
+
+        Raises:
+            ValueError: If it is not known.
+        """
+        return self.parts.prior_length
+
+    @property
+    def feature_extractor(self) -> FeatureExtractor:
+        """Features of images for those who bring no network, fitted on the reference once for all monitors."""
+        if self._extractor is None:
+            self._extractor = FeatureExtractor(as_images(self.reference.images).to(self.device))
+        return self._extractor
+
+    # ---- the life of a view ----
+
+    def attach(self, needs: tuple[Need, ...]) -> None:
+        """Checks before training that the module has what is needed, and reads a reference that was given.
+
+        Raises:
+            ValueError: If the module lacks what is needed, or the reference holds no images.
+        """
+        for need in needs:
+            target = self.parts.resolve(need)
+            if need == "sample" and takes_noise(target):
+                # raises at once if the length is not known
+                _ = self.parts.prior_length
+        if self.adapter.weights == "ema" and compat.averaging_of(self.trainer) is None:
+            raise ValueError(
+                "weights must be 'raw' or 'auto' where no callback averages weights, got 'ema'. "
+                "To fix this, add lightning.pytorch.callbacks.WeightAveraging to the trainer."
+            )
+        if self.adapter.reference is not None and self.real.images is None:
+            self.real.read(self.adapter.reference)
+
+    def expire(self) -> None:
+        """Forgets what was drawn, since the module may have changed."""
+        self._samples = self._encoded = None
+
+    def refresh(self) -> None:
+        """Takes up a copy of the module as it is now, with averaged weights where they are to be evaluated."""
+        average = self._average()
+        self.averaged = average is not None
+        self.subject.refresh(average)
+
+    def forget_reference(self) -> None:
+        """Forgets what was derived from a reference that is gone."""
+        self.region_maps.clear()
+        self._extractor = self._range = self._samples = self._encoded = None
+
+    def _average(self) -> nn.Module | None:
+        """The averaged model to be evaluated, if any."""
+        averaging = None if self.adapter.weights == "raw" else compat.averaging_of(self.trainer)
+        average = None if averaging is None else compat.average_model(averaging)
+        if average is None:
+            return None
+        started = int(average.n_averaged) > 0  # type: ignore[arg-type]
+        return average if self.adapter.weights == "ema" or started else None
+
+    @contextmanager
+    def isolated(self, exact: bool = False) -> Iterator[None]:
+        """Runs the copy in evaluation mode, without gradients, and in the trainer's precision.
+
+        Args:
+            exact: Whether to run in float32 or better, independently of the trainer's precision.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(random_state_kept(self.device))
+            if self.subject.in_place:
+                averaging = compat.averaging_of(self.trainer) if self.averaged else None
+                if averaging is not None:
+                    compat.swap_average(averaging, self.module)
+                    stack.callback(compat.swap_average, averaging, self.module)
+                stack.enter_context(isolated_in_place(self.module))
+            else:
+                stack.enter_context(evaluating(self.module))
+            if exact:
+                stack.enter_context(in_full_precision(self.module))
+            else:
+                stack.enter_context(self.trainer.precision_plugin.forward_context())
+            yield
+
+    # ---- samples ----
+
+    def try_sample(self) -> Images:
+        """Returns two samples, drawn once to see before training that sampling works.
+
+        Raises:
+            ValueError: If the sampler fails or returns no images.
+        """
+        if self.device.type == "meta":
+            raise ValueError("the module must be on a real device before it can be sampled, got 'meta'.")
+        if self._tried is None:
+            with self.isolated():
+                self._tried = self._chunk(0, 2)
+            if self.adapter.sample is None and takes_noise(self.parts.resolve("sample")):
+                rank_zero_info(f"Samples: {self.parts.sampled_by}. To choose another sampler, pass sample=....")
+        return self._tried
+
+    def samples(self) -> Images:
+        """Returns this process's samples of this evaluation, drawn once and shared by all monitors."""
+        if self._samples is None:
+            size, total, world = self.adapter.chunk_size, self.adapter.num_samples, self.world_size
+            chunks = math.ceil(total / size)
+            drawn = []
+            with self.isolated():
+                # every process calls the model equally often, since a sharded model communicates in each call
+                for index in range(self.rank, math.ceil(chunks / world) * world, world):
+                    n = min(size, total - index * size)
+                    chunk = self._chunk(index, max(n, 1))
+                    drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
+            labels = [chunk.labels for chunk in drawn if chunk.labels is not None]
+            self._samples = Images(torch.cat([chunk.images for chunk in drawn]), torch.cat(labels) if labels else None)
+            self._check_range(self._samples.images)
+        return self._samples
+
+    def _chunk(self, index: int, n: int) -> Images:
+        """One seeded call of the sampler, as float32 images; inside :meth:`isolated`."""
+        sampler = self.parts.sampler()
+        seed_all(self.adapter.seed + 7919 * index, self.device, self.module)
+        labels = self.parts.sample_labels(n) if self.adapter.conditional else None
+        try:
+            output = sampler(n) if labels is None else sampler(n, labels)
+        except Exception as error:
+            raise ValueError(
+                f"sample must make {n} images when called with {n}{'' if labels is None else ' and labels'}, "
+                f"got {type(error).__name__}: {error}. To fix this, pass {FIXES['sample']}."
+            ) from error
+        images = self.parts.images_in(output, n)
+        return Images(as_images(images.detach(), "generated").float(), labels)
+
+    def _check_range(self, generated: Tensor) -> None:
+        """Warns once where generated and real images seem to have different ranges of values."""
+        if self._warned_range or not self.has_reference or not len(generated):
+            return
+        if self._range is None:
+            bounds = as_images(self.reference.images).aminmax()
+            self._range = float(bounds.min), float(bounds.max)
+        finite = generated[generated.isfinite()]
+        if not len(finite):
+            return
+        (low, high), (least, most) = self._range, (float(finite.min()), float(finite.max()))
+        slack = (high - low) / 4
+        if high > low and (
+            least < low - slack or most > high + slack or (low < -slack and least >= 0 and most > slack)
+        ):
+            self._warned_range = True
+            rank_zero_warn(
+                f"generated images span {least:.3g} to {most:.3g}, real ones {low:.3g} to {high:.3g}. To fix this, bring "
+                "both to one range, with ModelAdapter(sample=...) or ModelAdapter(images=...).",
+                category=UserWarning,
+            )
+
+    # ---- latents ----
+
+    def prior_latents(self, n: int, all_ranks: bool = False) -> Iterator[Tensor]:
+        """Yields seeded draws (., L) of the prior N(0, 1) in float32, in chunks.
+
+        Args:
+            n: Number of draws over all processes.
+            all_ranks: Whether each process gets all of them, instead of its share.
+        """
+        rank, world = (0, 1) if all_ranks else (self.rank, self.world_size)
+        size = min(self.adapter.chunk_size, PRIOR_CHUNK)
+        for index in range(rank, math.ceil(n / size), world):
+            generator = torch.Generator().manual_seed(self.adapter.seed + 7919 * index)
+            yield self.as_input(torch.randn(min(size, n - index * size), self.latent_dim, generator=generator))
+
+    def as_input(self, x: Tensor) -> Tensor:
+        """Returns images or latents as the module takes them in ``isolated(exact=True)``: on its device, float64 if it is."""
+        double = any(parameter.dtype == torch.float64 for parameter in self.module.parameters())
+        return x.to(self.device, torch.float64 if double else torch.float32)
+
+    def encode(self, images: Tensor) -> Any:
+        """Returns what the encoder gives for images (n, C, H, W); inside :meth:`isolated`."""
+        return self.parts.encode(images)
+
+    def latents_of(self, images: Tensor) -> Tensor:
+        """Returns latents (n, L) of images, the posterior's mean where there is one; inside :meth:`isolated`."""
+        return self.parts.latents_of(images)
+
+    def latents_in(self, output: Any, n: int) -> Tensor:
+        """Returns the latents (n, L) in what the encoder gave for n images."""
+        return self.parts.latents_in(output, n)
+
+    def encoded(self) -> list[Encoded]:
+        """Returns what the encoder gives for this process's share of the reference, computed once for all monitors."""
+        if self._encoded is None:
+            images, labels = self.local_reference()
+            most, size = math.ceil(len(self.reference.images) / self.world_size), self.adapter.chunk_size
+            encoded = []
+            with self.isolated(exact=True):
+                # every process calls the model equally often, as for samples
+                for start in range(0, most, size):
+                    chunk = images[start : start + size]
+                    output = self.encode(self.as_input(as_images(chunk if len(chunk) else self.reference.images[:1])))
+                    own = None if labels is None else labels[start : start + size].to(self.device)
+                    encoded += [Encoded(output, len(chunk), own)] if len(chunk) else []
+            self._encoded = encoded
+        return self._encoded
+
+    @property
+    def decode(self) -> Callable[[Tensor], Any]:
+        """The callable from latents (n, L) to data; inside :meth:`isolated`."""
+        return self.parts.decode
+
+    def decoded_images(self, z: Tensor) -> Tensor:
+        """Returns images (n, C, H, W) of latents (n, L); inside :meth:`isolated`.
+
+        Raises:
+            ValueError: If what decodes returns no images.
+        """
+        return self.parts.decoded_images(z)
+
+    def try_latents(self, images: Tensor, decoded: bool = False) -> None:
+        """Checks that images (n, C, H, W) have latents and, if asked, that these can be decoded.
+
+        Raises:
+            ValueError: If they have none, or what decodes takes others.
+        """
+        with self.isolated(exact=True):
+            latents = self.latents_of(self.as_input(as_images(images)))
+            if not decoded:
+                return
+            try:
+                tensor_of(self.decode(self.as_input(latents)), len(latents))
+            except Exception as error:
+                raise ValueError(
+                    f"encode must return the latents that decode takes, got {tuple(latents.shape)}, of which decode makes "
+                    f"{type(error).__name__}: {error}. To fix this, pass {FIXES['encode']}."
+                ) from error
+
+    # ---- networks that the user gave ----
+
+    def resolve_extractor(self, given: nn.Module | Callable[..., Any] | None) -> Callable[[Tensor], Any] | None:
+        """Returns a feature extractor or classifier as a callable of images.
+
+        Args:
+            given: A module, which is used as it is, or as it is on the copy where it is a part of the model; a callable
+                ``(module, images)``; or None.
+        """
+        if given is None:
+            return None
+        if isinstance(given, nn.Module):
+            if self.moves_with_model(given):
+                return lambda images: self.subject.counterpart(given)(self.as_input(images))
+            return given.to(self.device).eval()
+        return lambda images: self.subject.counterpart(given)(self.module, self.as_input(images))
+
+    def moves_with_model(self, given: nn.Module | Callable[..., Any] | None) -> bool:
+        """Returns whether what a network gives may change as the model trains: a callable, or a part of the model."""
+        if isinstance(given, nn.Module):
+            return any(part is given for part in self.subject.trained.modules())
+        return given is not None
+
+    # ---- processes ----
+
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Returns what ``make()`` returns on rank 0, on every rank; its exception too."""
+        made: tuple[Any, str | None] = (None, None)
+        if self.is_global_zero:
+            try:
+                made = make(), None
+            except Exception as error:
+                made = None, f"{type(error).__name__}: {error}"
+        value, failure = self.trainer.strategy.broadcast(made) if self.world_size > 1 else made
+        if failure is not None:
+            raise ValueError(failure)
+        result: T = value
+        return result

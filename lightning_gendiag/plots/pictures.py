@@ -1,0 +1,121 @@
+"""Pictures of images and of regions, as uint8 tensors (H, W, 3): scaled, enlarged, outlined, coloured and in grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from lightning_gendiag.plots.canvas import ALARM, INK, TILE, Colour, font, on_white_tile
+
+
+def as_rgb(image: Tensor, low: float, high: float) -> Tensor:
+    """Returns images (..., C, H, W) as (..., H, W, 3) uint8, where ``low`` is black and ``high`` is white.
+
+    Images with other than three channels become grey by the mean over their channels.
+    """
+    image = image.detach().float().cpu()
+    scaled = ((image - low) / max(high - low, 1e-12)).nan_to_num(0.0)
+    if image.shape[-3] != 3:
+        scaled = scaled.mean(-3, keepdim=True)
+    pixels = (scaled.clamp(0, 1) * 255).round().byte()
+    return pixels.movedim(-3, -1).expand(*image.shape[:-3], *image.shape[-2:], 3)
+
+
+def enlarged(picture: Tensor, height: int = TILE) -> Tensor:
+    """Returns a picture (H, W, 3) enlarged without blur, by the largest integer factor that fits a height.
+
+    Larger pictures are reduced to this height.
+    """
+    h = picture.shape[0]
+    if h > height:
+        shape = (height, max(1, picture.shape[1] * height // h))
+        small = F.interpolate(picture.permute(2, 0, 1)[None].float(), size=shape, mode="area")
+        return small[0].permute(1, 2, 0).round().byte()
+    factor = max(1, height // h)
+    return picture.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+
+
+def enlarged_labels(labels: Tensor, height: int = TILE) -> Tensor:
+    """Returns labels (H, W) in the size that :func:`enlarged` gives to a picture of the same height and width."""
+    h, w = labels.shape
+    if h > height:
+        rows = torch.arange(height) * h // height
+        columns = torch.arange(max(1, w * height // h)) * h // height
+        return labels[rows][:, columns.clamp(max=w - 1)]
+    factor = max(1, height // h)
+    return labels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+
+
+def edges(labels: Tensor, thickness: int = 1) -> Tensor:
+    """Returns (H, W) bool, true within ``thickness`` pixels of a border between different labels."""
+    edge = torch.zeros(labels.shape, dtype=torch.bool)
+    edge[1:] |= labels[1:] != labels[:-1]
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    if thickness > 1:
+        grown = F.max_pool2d(edge[None].float(), 2 * thickness - 1, stride=1, padding=thickness - 1)
+        edge = grown[0] > 0
+    return edge
+
+
+def outlined(picture: Tensor, labels: Tensor, chosen: int | None = None) -> Tensor:
+    """Returns a picture with grey lines between regions, and a thick red line around the chosen region.
+
+    The picture (H, W, 3) and the labels (H, W) have the same size.
+    """
+    picture = picture.clone()
+    picture[edges(labels)] = torch.tensor((128, 134, 139), dtype=torch.uint8)
+    if chosen is not None:
+        # the padding has another label, so that the line is closed at the image's border
+        inside = F.pad((labels == chosen).long(), (1, 1, 1, 1))
+        picture[edges(inside, 2)[1:-1, 1:-1] | _rim(labels, chosen)] = torch.tensor(ALARM, dtype=torch.uint8)
+    return picture
+
+
+def _rim(labels: Tensor, chosen: int) -> Tensor:
+    """Returns (H, W) bool, true where the chosen region lies within two pixels of the image's border."""
+    rim = torch.zeros(labels.shape, dtype=torch.bool)
+    rim[:2], rim[-2:], rim[:, :2], rim[:, -2:] = True, True, True, True
+    return rim & (labels == chosen)
+
+
+def filled(labels: Tensor, colours: Sequence[Colour], names: Sequence[str] = ()) -> Tensor:
+    """Returns a map of regions (H, W) in their colours, with the name of each region at its innermost point."""
+    from scipy.ndimage import distance_transform_edt
+
+    table = torch.tensor(list(colours), dtype=torch.uint8)
+    picture = outlined(table[labels], labels)
+    if not names:
+        return picture
+    image = Image.fromarray(picture.numpy())
+    draw = ImageDraw.Draw(image)
+    for region, name in enumerate(names):
+        inner = distance_transform_edt(np.pad((labels == region).numpy(), 1))[1:-1, 1:-1]
+        y, x = np.unravel_index(inner.argmax(), inner.shape)
+        half = draw.textlength(name, font=font(13)) / 2 + 2
+        x = float(np.clip(x, half, labels.shape[1] - half))
+        light = sum(colours[region]) > 380
+        draw.text((x, float(y)), name, fill=INK if light else (255, 255, 255), font=font(13), anchor="mm")
+    return torch.from_numpy(np.asarray(image).copy())
+
+
+def tinted(picture: Tensor, labels: Tensor, colours: Sequence[Colour], strength: float = 0.55) -> Tensor:
+    """Returns a picture blended with the colour of each region, which has a weight of ``strength``."""
+    tint = torch.tensor(list(colours), dtype=torch.float)[labels]
+    return (picture.float() * (1 - strength) + tint * strength).round().byte()
+
+
+def contact_sheet(images: Tensor) -> Tensor:
+    """Returns one tile with a grid of images (rows, columns, C, H, W), which share one scale of values."""
+    low, high = float(images.min()), float(images.max())
+    cells = F.pad(as_rgb(images, low, high), (0, 0, 0, 1, 0, 1), value=255)  # (r, c, H + 1, W + 1, 3)
+    sheet = cells.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    size = max(sheet.shape[:2])
+    scale = TILE / size
+    shape = (max(1, round(sheet.shape[0] * scale)), max(1, round(sheet.shape[1] * scale)))
+    resized = F.interpolate(sheet.permute(2, 0, 1)[None].float(), size=shape, mode="area" if scale < 1 else "nearest")
+    return on_white_tile(resized[0].permute(1, 2, 0).round().byte())

@@ -1,0 +1,222 @@
+"""Centred kernel alignment of pixels: which positions of an image depend on each other."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_gendiag.functional.arrays import as_images, exact_matmul, median
+from lightning_gendiag.functional.distances import squared_distances
+
+WorkT = TypeVar("WorkT")
+
+BANDWIDTH_IMAGES = 2048
+"""Largest number of images over which a median distance is taken, spread evenly over those given."""
+
+SERIES = 0.05
+"""Largest exponent ``2 g x^2`` for which three terms of the kernel's series replace the kernel."""
+
+ROWS = 512
+"""Positions whose distances to the others are held at a time."""
+
+
+def median_bandwidth(x: Tensor) -> Tensor:
+    """Computes the RBF bandwidth ``g = 1 / median |x_i - x_j|^2`` over all pairs, including a row with itself.
+
+    Where more than half of the pairs are equal, the mean replaces the median.
+
+    Args:
+        x: (N, D) rows, of which at most ``BANDWIDTH_IMAGES`` are used.
+
+    Returns:
+        () the bandwidth; inf where all rows are equal.
+    """
+    if len(x) > BANDWIDTH_IMAGES:
+        x = x[torch.linspace(0, len(x) - 1, BANDWIDTH_IMAGES).round().long()]
+    # shifted by a row and not by the mean, so that equal rows stay exactly equal
+    x = x - x[:1]
+    distances = squared_distances(x, x)
+    # a matrix product leaves a trace of rounding where rows are equal
+    noise = 8 * torch.finfo(x.dtype).eps * x.square().sum(1).max()
+    typical = median(distances)
+    if typical <= noise:
+        typical = distances.mean()
+    return torch.where(typical > noise, 1 / typical, math.inf)
+
+
+def pixel_cka(
+    images: Tensor,
+    gamma: float | None = None,
+    batch_size: int = 100,
+    *,
+    max_bytes: int = 1 << 30,
+    progress: bool = True,
+) -> Tensor:
+    """Computes the centred kernel alignment of every pair of pixels, 0 (independent) to 1 (equal up to the kernel).
+
+    A pixel is the C-vector at one position. Its kernel over a batch of n images is the RBF ``exp(-gamma |x - y|^2)``, and
+    ``CKA_ij = <A K_i A, A K_j A> / (|A K_i A| |A K_j A|)`` with the centring matrix A. The result is the mean over all whole
+    batches. One matrix product of the flattened and normalised kernel matrices gives the alignments of all pairs. A pixel
+    that does not vary in a batch counts as independent of all pixels there, including itself.
+
+    Source: arXiv 2409.01314, section 3.
+
+    Args:
+        images: (N, C, H, W), on the device on which to compute.
+        gamma: the bandwidth; by default 1 / median squared distance between two whole images.
+        batch_size: n. Images beyond the last whole batch are left out; fewer than n images form one batch.
+        max_bytes: bound on the working memory, in addition to the result.
+        progress: whether to show a progress bar where the work takes more than a few seconds.
+
+    Returns:
+        (P, P) alignments with P = H * W, in row-major order of positions.
+
+    Raises:
+        ValueError: if fewer than two images are given, or an image is not finite.
+
+    Example:
+        >>> images = torch.rand(100, 1, 1, 2, generator=torch.Generator().manual_seed(0)).double()
+        >>> images[:, :, :, 1] = 1 - images[:, :, :, 0]  # a pixel and its negative have the same kernel
+        >>> pixel_cka(images).round(decimals=6)
+        tensor([[1., 1.],
+                [1., 1.]], dtype=torch.float64)
+    """
+    batches, gamma = _batches(images, gamma, batch_size)
+    positions = batches[0].shape[2]
+    total = batches[0].new_zeros(positions, positions)
+    for batch in _progress(batches, "pixel CKA", progress):
+        _batch_cka(batch, gamma, max_bytes, total)
+    return _mirror(total).div_(len(batches))
+
+
+def _progress(work: Sequence[WorkT], description: str, show: bool) -> Iterable[WorkT]:
+    """Iterates over work, with a progress bar after three seconds."""
+    from tqdm import tqdm
+
+    bar: Iterable[WorkT] = tqdm(work, desc=description, delay=3, leave=False, disable=not show)
+    return bar
+
+
+def _batches(images: Tensor, gamma: float | None, batch_size: int) -> tuple[list[Tensor], float]:
+    """Returns whole batches of pixel vectors (n, C, P), and the bandwidth."""
+    images = as_images(images)
+    if len(images) < 2 or batch_size < 2:
+        raise ValueError(
+            f"images must be at least 2 in batches of at least 2, got {len(images)} in batches of {batch_size}. "
+            "To fix this, collect more images; maps from 400 images or more are steadier."
+        )
+    if not images.isfinite().all():
+        raise ValueError(
+            "images must be finite, got nan or inf. To fix this, leave such images out: images[images.isfinite()"
+            ".flatten(1).all(1)]."
+        )
+    if gamma is None:
+        with exact_matmul():
+            gamma = float(median_bandwidth(images.flatten(1)))
+        if math.isinf(gamma):
+            warnings.warn("all images are equal, so every pixel counts as independent of all others", stacklevel=3)
+            gamma = 1.0
+    whole = max(1, len(images) // batch_size) * min(batch_size, len(images))
+    size = min(batch_size, len(images))
+    pixels = images[:whole].flatten(2)
+    return [pixels[i : i + size] for i in range(0, whole, size)], gamma
+
+
+def _kernel_rows(pixels: Tensor, gamma: float) -> Tensor:
+    """Returns the centred, normalised kernel matrices of pixels (n, C, B) as rows (B, n (n + 1) / 2).
+
+    The product of two rows is the CKA of the two pixels: a row holds the upper triangle of the symmetric matrix, with
+    off-diagonal entries times sqrt(2).
+    """
+    n = len(pixels)
+    x = pixels.permute(2, 0, 1)  # (B, n, C)
+    if x.shape[-1] == 1:
+        distances = (x - x.mT).square_()
+    else:
+        distances = torch.zeros(len(x), n, n, dtype=x.dtype, device=x.device)
+        for channel in x.unbind(-1):
+            distances += (channel[:, :, None] - channel[:, None, :]).square_()
+    # centring removes constants, and expm1 keeps the digits that exp would lose beside 1
+    kernels = distances.mul_(-gamma).expm1_()
+    mean = kernels.mean(-1)  # (B, n)
+    kernels.sub_(mean[:, :, None]).sub_(mean[:, None, :]).add_(mean.mean(-1)[:, None, None])
+    i, j = torch.triu_indices(n, n, device=x.device)
+    rows = kernels.flatten(1).index_select(1, i * n + j)
+    rows.mul_((2 - (i == j).to(rows.dtype)).sqrt_())
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows.div_(torch.where(norms > 0, norms, math.inf))
+
+
+def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | None = None) -> Tensor:
+    """Adds the alignments of one batch (n, C, P) to the upper block triangle of ``total`` (P, P), and returns it."""
+    n, _, positions = pixels.shape
+    element = pixels.element_size()
+    # rows are held for all positions if they fit, otherwise for two blocks at a time
+    held = n * (n + 1) // 2 * element
+    making = 3 * n * n * element
+    fits = held * positions + making * 256 <= max_bytes
+    block = min(positions, 256 if fits else max(1, max_bytes // (2 * held + making)))
+    starts = range(0, positions, block)
+    if total is None:
+        total = torch.zeros(positions, positions, dtype=pixels.dtype, device=pixels.device)
+
+    with exact_matmul():
+        if fits:
+            rows = torch.empty(positions, n * (n + 1) // 2, dtype=pixels.dtype, device=pixels.device)
+            for i in starts:
+                rows[i : i + block] = _kernel_rows(pixels[..., i : i + block], gamma)
+            # a few wide products compute half of the square at the speed of large matrices
+            wide = max(block, positions // 4)
+            for i in range(0, positions, wide):
+                total[i : i + wide, i:].addmm_(rows[i : i + wide], rows[i:].T)
+            return total
+        for i in starts:
+            a = _kernel_rows(pixels[..., i : i + block], gamma)
+            for j in range(i, positions, block):
+                b = a if i == j else _kernel_rows(pixels[..., j : j + block], gamma)
+                total[i : i + block, j : j + block].addmm_(a, b.T)
+    return total
+
+
+def _series_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | None = None) -> Tensor:
+    """Computes the same as ``_batch_cka`` for grey pixels (n, 1, P) that differ little, in an n-th of the time.
+
+    Three terms of the Taylor series replace the kernel: ``k(x, y) = sum_k f_k(x) f_k(y)`` with
+    ``f_k(x) = exp(-g x^2) x^k sqrt((2 g)^k / k!)``, so ``<K_i, K_j> = |F_i' F_j|^2`` for centred features F (n, 3) of pixels.
+    """
+    positions = pixels.shape[2]
+    # shifted by a value before the mean is subtracted, so that equal values stay exactly equal
+    x = pixels[:, 0] - pixels[:1, 0]
+    x = x - x.mean(0)  # (n, P)
+    decay = (-gamma * x.square()).expm1_()
+    features = torch.stack([decay, (2 * gamma) ** 0.5 * x * (1 + decay), 2**0.5 * gamma * x.square() * (1 + decay)])
+    features -= features.mean(1, keepdim=True)  # (3, n, P)
+    with exact_matmul():
+        norms = torch.einsum("anp,bnp->pab", features, features).flatten(1).norm(dim=1).sqrt_()
+    features /= torch.where(norms > 0, norms, math.inf)
+    if total is None:
+        total = torch.zeros(positions, positions, dtype=pixels.dtype, device=pixels.device)
+    block = max(1, min(positions, max_bytes // (4 * positions * pixels.element_size())))
+    with exact_matmul():
+        for i in range(0, positions, block):
+            for a in features:
+                for b in features:
+                    total[i : i + block, i:] += (a[:, i : i + block].T @ b[:, i:]).square_()
+    return total
+
+
+def _differ_little(batches: Sequence[Tensor], gamma: float) -> bool:
+    """Returns whether pixels are grey and so near to their means that three terms of the series are exact to 1e-4."""
+    return batches[0].shape[1] == 1 and all(
+        2 * gamma * float((batch - batch.mean(0)).square().max()) < SERIES for batch in batches
+    )
+
+
+def _mirror(upper: Tensor) -> Tensor:
+    """Returns the symmetric matrix that has the upper triangle of ``upper``."""
+    return torch.triu(upper).add_(torch.triu(upper, 1).T)

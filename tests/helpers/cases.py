@@ -1,0 +1,89 @@
+"""The data of the laws and of the two-process test; the test file of each diagnostic declares them as ``CASE``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import lightning_gendiag
+from lightning_gendiag import Diagnostic
+
+LEFT_AND_RIGHT = torch.arange(8).repeat(8, 1) // 4
+
+
+class Case(NamedTuple):
+    make: Callable[[], Diagnostic]
+    updates: list[dict[str, Any]]
+    """Keyword arguments of at least eight calls of ``update``."""
+    tolerance: float = 1e-6
+    """Tolerance for the difference between two processes and one."""
+
+
+class Arguments(NamedTuple):
+    """Arguments of a metric's constructor: valid values, and another value for each argument."""
+
+    valid: dict[str, Any]
+    changes: dict[str, dict[str, Any]]
+
+
+ARGUMENTS = {
+    "cosine_mean_similarity": Arguments(
+        {"regions": LEFT_AND_RIGHT},
+        {
+            "regions": {"regions": LEFT_AND_RIGHT.T},
+            "bandwidth": {"bandwidth": "image"},
+            "unbiased": {"unbiased": False},
+            "num_regions": {"regions": None, "num_regions": 2},
+            "num_classes": {"num_classes": 10},
+            "null_splits": {"null_splits": 8},
+            "reset_real_features": {"reset_real_features": False},
+            "seed": {"seed": 1},
+        },
+    ),
+    "generation_balance": Arguments(
+        {"num_classes": 3}, {"num_classes": {"num_classes": 4}, "confidence": {"confidence": 0.9}}
+    ),
+    "k_star": Arguments(
+        {"max_rows": 50},
+        {"distance": {"distance": "cosine"}, "max_rows": {"max_rows": 100}, "seed": {"seed": 1}},
+    ),
+    "latent_regions": Arguments(
+        {"components": 2, "max_rows": 50},
+        {
+            "components": {"components": 3},
+            "max_components": {"max_components": 5},
+            "max_rows": {"max_rows": None},
+            "seed": {"seed": 1},
+        },
+    ),
+    "manifold_entropy": Arguments(
+        {"latent_dim": 4},
+        {
+            "latent_dim": {"latent_dim": 5},
+            "order": {"order": torch.tensor([1, 0, 2, 3])},
+            "partition": {"partition": [[0, 1], [2, 3]]},
+            "num_classes": {"num_classes": 3},
+        },
+    ),
+    "posterior_kl": Arguments({"latent_dim": 5}, {"latent_dim": {"latent_dim": 6}, "threshold": {"threshold": 0.5}}),
+    "regional_primitives": Arguments({"num_regions": 3}, {"num_regions": {"num_regions": 4}}),
+}
+
+
+def cases() -> dict[str, Case]:
+    """Returns one case for each folder under ``lightning_gendiag/diagnostics``."""
+    folder = Path(lightning_gendiag.__file__).parent / "diagnostics"
+    names = sorted(path.stem for path in folder.iterdir() if path.stem not in ("__init__", "__pycache__"))
+    return {name: import_module(f"tests.test_{name}").CASE for name in names}
+
+
+def all_cases() -> dict[str, Case]:
+    """Returns the cases of all diagnostics, and those of metrics that are used in a second way."""
+    known = cases()
+    cms = known["cosine_mean_similarity"]
+    found = Case(lambda: type(cms.make())(num_regions=3), cms.updates, cms.tolerance)
+    return known | {"cosine_mean_similarity, regions found": found}

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from lightning_gendiag.detection import Detector, alarm_positions
+
+
+def normal(n: int, seed: int, sigma: float = 1.0) -> list[float]:
+    source = random.Random(seed)
+    return [source.gauss(0, sigma) for _ in range(n)]
+
+
+def alarms(series: list[float], **options: float) -> list[int]:
+    detector = Detector(**({"false_alarm_rate": 1e-3} | options))
+    return [i for i, value in enumerate(series) if detector.update(i, value).opened]
+
+
+@pytest.mark.parametrize("rate", [1e-2, 2e-3])
+def test_the_false_alarm_rate_is_at_most_as_stated(rate: float) -> None:
+    runs, length = 60, 200
+    count = sum(len(alarms(normal(length, seed), false_alarm_rate=rate)) for seed in range(runs))
+    expected = rate * runs * length
+    # three standard deviations of a Poisson count
+    assert count < expected + 3 * math.sqrt(expected)
+    # a detector that raises no alarms at all would pass the first test too
+    assert count > expected / 6
+
+
+@pytest.mark.parametrize("rise", [6.0, 20.0])
+def test_a_sudden_rise_is_found_in_two_evaluations(rise: float) -> None:
+    for seed in range(20):
+        series = normal(40, seed)
+        assert alarms(series) == []
+        assert alarms(series[:30] + [value + rise for value in series[30:]])[0] <= 32
+
+
+def test_a_series_that_always_rose_may_continue_to_rise() -> None:
+    wrong = 0
+    for seed in range(20):
+        rising = [0.07 * i + value for i, value in enumerate(normal(60, seed, 0.03))]
+        wrong += bool(alarms(rising, min_std=0.2))
+        # a faster rise is an alarm
+        assert 40 < alarms(rising[:40] + [value + 2 for value in rising[40:]], min_std=0.2)[-1] <= 43
+    assert wrong <= 1
+
+
+def test_a_fault_after_the_end_of_a_climb_is_found() -> None:
+    for seed in range(10):
+        climb = [10 * (1 - math.exp(-i / 4)) + 0.1 * value for i, value in enumerate(normal(40, seed))]
+        assert [i for i in alarms(climb[:30] + [value + 2 for value in climb[30:]]) if i >= 30][:1] in ([31], [32])
+
+
+def test_lasting_rises_up_to_min_delta_raise_no_alarm() -> None:
+    for seed in range(10):
+        series = normal(30, seed, 0.1) + [0.8 + value for value in normal(60, seed + 100, 0.1)]
+        assert alarms(series)
+        assert alarms(series, min_delta=0.8) == []
+        assert alarms([value + 2 * (i >= 30) for i, value in enumerate(series)], min_delta=0.8)
+
+
+def test_a_slow_slide_is_found() -> None:
+    for seed in range(20):
+        series = [value + max(0.0, 0.5 * (i - 25)) for i, value in enumerate(normal(60, seed))]
+        positions = alarms(series)
+        assert positions
+        assert 25 < positions[0] < 42
+
+
+def test_an_outlier_of_one_evaluation_raises_no_alarm() -> None:
+    series = normal(40, 3)
+    series[30] += 50
+    assert alarms(series) == []
+
+
+def test_an_improving_noisy_run_raises_no_alarm() -> None:
+    for seed in range(20):
+        series = [value - 0.2 * i for i, value in enumerate(normal(60, seed))]
+        assert alarms(series) == []
+
+
+def test_changes_below_min_std_raise_no_alarm() -> None:
+    series = normal(30, 0, 1e-3) + [0.1] * 20
+    assert alarms(series) == [31]
+    assert alarms(series, min_std=0.1) == []
+
+
+def test_an_alarm_ends_with_recovery_and_may_be_raised_again() -> None:
+    calm = normal(30, 1)
+    series = calm + [9.0] * 5 + [0.1, -0.1, 0.2, 0.0, 0.1] * 3 + [9.0] * 5
+    detector = Detector(1e-3)
+    detections = [detector.update(i, value) for i, value in enumerate(series)]
+    assert [i for i, v in enumerate(detections) if v.opened] == [31, 51]
+    assert [i for i, v in enumerate(detections) if v.closed] == [36]
+    assert all(v.active for v in detections[31:36])
+    assert detections[31].since == 30
+    assert detections[51].since == 50
+
+
+def test_a_lasting_fault_does_not_shift_the_level() -> None:
+    detector = Detector(1e-3)
+    detections = [detector.update(i, value) for i, value in enumerate(normal(30, 1) + [9.0] * 100)]
+    assert detections[-1].active
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_inf_raise_an_alarm_except_at_the_start(value: float) -> None:
+    detector = Detector(1e-3)
+    assert not detector.update(0, value).active
+    assert not detector.update(1, 0.0).active
+    detection = detector.update(2, value)
+    assert detection.opened
+    assert detection.since == 2
+    assert not detector.update(3, value).opened
+
+
+def test_a_restored_detector_continues_like_the_original() -> None:
+    series = [value + max(0.0, 0.5 * (i - 25)) for i, value in enumerate(normal(60, 4))]
+    whole = Detector(1e-3)
+    expected = [whole.update(i, value) for i, value in enumerate(series)]
+    for cut in (3, 20, 28, 33, 50):
+        first, second = Detector(1e-3), Detector(1e-3)
+        detections = [first.update(i, value) for i, value in enumerate(series[:cut])]
+        second.load_state_dict(first.state_dict())
+        detections += [second.update(cut + i, value) for i, value in enumerate(series[cut:])]
+        assert detections == expected
+
+
+def test_invalid_arguments_raise_errors() -> None:
+    with pytest.raises(ValueError, match="false_alarm_rate must be in"):
+        Detector(0.5)
+    with pytest.raises(ValueError, match="warmup must be at least 4"):
+        Detector(1e-3, warmup=2)
+
+
+def test_alarm_positions_are_those_of_the_default_detector() -> None:
+    series = normal(40, 5) + [9.0] * 5
+    assert alarm_positions(series) == alarms(series, false_alarm_rate=3e-4) == [41]
+    assert alarm_positions(iter(series), false_alarm_rate=1e-6) == [42]
+    assert alarm_positions([]) == []

@@ -1,0 +1,525 @@
+from __future__ import annotations
+
+import math
+import random
+from threading import Lock
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from example_models.data import digits
+from lightning_gendiag import ModelAdapter
+from lightning_gendiag.model import compat
+from lightning_gendiag.model.batches import images_of, labels_of
+from lightning_gendiag.model.isolation import copy_module, isolated_in_place
+from lightning_gendiag.model.subject import Subject
+from lightning_gendiag.model.view import ModelView
+from tests.helpers.models import TinyGAN
+from tests.helpers.running import attached, batches, trainer
+
+
+class Disturbed(TinyGAN):
+    """A GAN whose sampler changes modes, weights, buffers and the state of random number generators."""
+
+    def sample(self, n: int) -> Tensor:
+        self.generator.train()
+        self.still.weight.data.add_(0)
+        self.still.running_mean += 1
+        self.still.num_batches_tracked = torch.tensor(99)
+        random.random()
+        np.random.rand()
+        return self(torch.randn(n, self.latent_dim))
+
+
+def test_sampling_leaves_no_trace() -> None:
+    module = Disturbed()
+    module.generator[1].eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    modes = [part.training for part in module.modules()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    view = attached(module, ModelAdapter(num_samples=300))
+    images = view.samples().images
+    assert images.shape == (300, 1, 8, 8)
+    assert not images.requires_grad
+    after = module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [part.training for part in module.modules()] == modes
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert (states[2] == np.random.get_state()[1]).all()
+
+
+def test_a_failing_sampler_leaves_no_trace_either() -> None:
+    class Failing(TinyGAN):
+        def sample(self, n: int) -> Tensor:
+            self.still.running_mean += 1
+            torch.randn(3)
+            raise RuntimeError("no luck")
+
+    module = Failing()
+    view = attached(module, ModelAdapter())
+    state, modes = torch.get_rng_state(), [part.training for part in module.modules()]
+    with pytest.raises(ValueError, match=r"sample must make 128 images .* got RuntimeError: no luck"):
+        view.samples()
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(module.still.running_mean, torch.zeros(3))
+    assert [part.training for part in module.modules()] == modes
+
+
+class Acting(nn.Linear):
+    """A layer that acts when its mode changes, as LoRA layers do, with a flag and with buffers that are hard to compare."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.calls, self.ready = 0, False
+        self.register_buffer("running", torch.zeros(2))
+        self.register_buffer("operator", torch.eye(2).to_sparse())
+        self.register_buffer("expanded", torch.tensor([math.nan]).expand(3))
+
+    def train(self, mode: bool = True) -> Any:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().train(mode)
+
+
+def test_a_module_that_cannot_be_copied_is_restored_in_place() -> None:
+    module = nn.Sequential(Acting(), nn.Dropout(), nn.BatchNorm1d(2).eval())
+    calls, modes, state = module[0].calls, [part.training for part in module.modules()], torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="no luck"), isolated_in_place(module):
+        assert not any(part.training for part in module.modules())
+        assert not torch.is_grad_enabled()
+        module[0].running += 1
+        module[0].running = torch.ones(2)
+        module[0].ready = True
+        torch.rand(1)
+        raise RuntimeError("no luck")
+    assert module[0].calls == calls
+    assert [part.training for part in module.modules()] == modes
+    assert torch.equal(module[0].running, torch.zeros(2))
+    assert module[0].ready is False
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_sharded_module_is_evaluated_in_place_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "SHARDED", ("SingleDeviceStrategy",))
+    module = TinyGAN()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.warns(UserWarning, match="TinyGAN cannot be copied .it is sharded"):
+        view = attached(module, ModelAdapter(num_samples=20))
+    assert view.module is module
+    assert view.samples().images.shape == (20, 1, 8, 8)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert module.generator.training
+
+
+class TestCopies:
+    def test_a_copy_shares_no_tensor_and_no_part_with_the_module(self) -> None:
+        module = TinyGAN()
+        copied = copy_module(module)
+        mine = {t.data_ptr() for t in (*module.parameters(), *module.buffers())}
+        assert not mine & {t.data_ptr() for t in (*copied.module.parameters(), *copied.module.buffers())}
+        assert not {id(part) for part in module.modules()} & {id(part) for part in copied.module.modules()}
+        assert [name for name, _ in copied.module.named_modules()] == [name for name, _ in module.named_modules()]
+        assert all(map(torch.equal, module.state_dict().values(), copied.module.state_dict().values()))
+
+    def test_the_next_copy_reuses_the_memory(self) -> None:
+        module = TinyGAN()
+        first = copy_module(module)
+        places = {t.data_ptr() for t in first.module.parameters()}
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1)
+        second = copy_module(module, first)
+        assert {t.data_ptr() for t in second.module.parameters()} == places
+        assert all(map(torch.equal, module.parameters(), second.module.parameters()))
+
+    def test_references_to_a_part_become_references_to_its_copy(self) -> None:
+        module = TinyGAN()
+        module.tied = nn.Linear(4, 16)
+        module.tied.weight = module.generator[0].weight
+        module.sampler, module.bound = lambda n: module.generator(torch.randn(n, 4)), module.forward
+        module.parts = {"first": module.generator[0]}
+        copied = copy_module(module)
+        twin: Any = copied.module
+        assert twin.tied.weight is twin.generator[0].weight
+        assert twin.bound.__self__ is twin
+        assert twin.parts["first"] is twin.generator[0]
+        with torch.no_grad():
+            twin.generator[4].weight.zero_()
+            twin.generator[4].bias.zero_()
+        assert not twin.sampler(3).any()
+        assert module.sampler(3).any()
+        assert copied.counterpart(module.generator) is twin.generator
+        assert copied.counterpart(module.generator.forward).__self__ is twin.generator
+        assert not copied.counterpart(lambda: module.generator(torch.randn(2, 4)))().any()
+
+    def test_only_attributes_that_cannot_be_copied_are_shared(self) -> None:
+        module = TinyGAN()
+        module.kept = module(torch.randn(2, 4))
+        module.things = [torch.zeros(2), Lock(), {"x": torch.ones(1)}]
+        twin: Any = copy_module(module).module
+        assert torch.equal(twin.kept, module.kept)
+        assert not twin.kept.requires_grad
+        assert twin.things[1] is module.things[1]
+        assert twin.things[0] is not module.things[0]
+        assert twin.things[2]["x"] is not module.things[2]["x"]
+
+    def test_a_module_with_a_part_that_cannot_be_copied_is_evaluated_in_place(self) -> None:
+        class Handle(nn.Linear):
+            def __reduce_ex__(self, protocol: Any) -> Any:
+                raise TypeError("a handle cannot be copied")
+
+        module = TinyGAN()
+        module.handle = Handle(4, 4)
+        with pytest.raises(TypeError, match="handle cannot be copied"):
+            copy_module(module)
+        with pytest.warns(UserWarning, match=r"TinyGAN cannot be copied .TypeError: handle cannot be copied"):
+            view = attached(module, ModelAdapter(num_samples=4))
+        assert view.module is module
+        assert view.samples().images.shape == (4, 1, 8, 8)
+        assert module.handle.training
+        # the module's own log method is not replaced
+        assert "log" not in vars(module)
+
+    def test_a_callback_or_a_trainer_in_an_attribute_is_shared(self) -> None:
+        module = TinyGAN()
+        own = trainer()
+        module.things = {"trainer": own, "callback": own.callbacks[0] if own.callbacks else own}
+        twin: Any = copy_module(module).module
+        assert twin.things["trainer"] is own
+
+    def test_metrics_of_a_copy_are_independent_of_the_modules(self) -> None:
+        module = TinyGAN()
+        module.average = MeanMetric()
+        module.average.update(3.0)
+        twin: Any = copy_module(module).module
+        twin.average.update(9.0)
+        assert float(twin.average.compute()) == 6
+        assert float(module.average.compute()) == 3
+
+    def test_a_copy_can_read_its_trainer_and_neither_log_nor_stop(self) -> None:
+        class Chatty(TinyGAN):
+            def log(self, name: str, value: Any) -> None:  # type: ignore[override]
+                raise RuntimeError("log is not for copies")
+
+            def sample(self, n: int) -> Tensor:
+                self.log("samples", n)
+                self.log_dict({"samples": n})
+                self.trainer.should_stop = True
+                assert self.trainer.world_size == 1
+                assert self.current_epoch == 0
+                assert self.logger is None
+                return self(torch.randn(n, 4))
+
+        view = attached(Chatty(), ModelAdapter(num_samples=4))
+        assert view.samples().images.shape == (4, 1, 8, 8)
+        assert not view.trainer.should_stop
+
+
+def test_samples_are_the_same_at_each_evaluation_and_computed_once() -> None:
+    calls = []
+
+    class Counting(TinyGAN):
+        def sample(self, n: int) -> Tensor:
+            calls.append(n)
+            return self(torch.randn(n, self.latent_dim))
+
+    view = attached(Counting(), ModelAdapter(num_samples=200))
+    first = view.samples()
+    assert view.samples() is first
+    assert calls == [128, 72]
+    view.expire()
+    assert torch.equal(view.samples().images, first.images)
+    assert not torch.equal(first.images[:72], first.images[128:])
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_all_ranks_together_have_the_samples_of_one_process(world: int) -> None:
+    module = TinyGAN()
+    whole = attached(module, ModelAdapter(num_samples=300)).samples().images
+    parts = []
+    for rank in range(world):
+        view = attached(module, ModelAdapter(num_samples=300))
+        view.trainer = SimpleNamespace(
+            global_rank=rank, world_size=world, callbacks=[], precision_plugin=view.trainer.precision_plugin
+        )
+        parts += list(view.samples().images)
+    assert len(parts) == 300
+    known = {tuple(image.flatten().tolist()) for image in whole}
+    assert {tuple(image.flatten().tolist()) for image in parts} == known
+
+
+def conditional(module: Any, n: int, labels: Tensor) -> Tensor:
+    return labels.float().view(n, 1, 1, 1).expand(n, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [None, "forward", "generator_image", "generate", lambda module, n: module.generate(n)],
+)
+def test_a_sampler_may_be_a_method_a_submodule_or_a_callable(sample: Any) -> None:
+    class Many(TinyGAN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator_image = nn.Sequential(self.generator, nn.Unflatten(1, (1, 8, 8)))
+
+        def generate(self, n: int) -> Tensor:
+            return self(torch.randn(n, self.latent_dim))
+
+    assert attached(Many(), ModelAdapter(sample, num_samples=10)).samples().images.shape == (10, 1, 8, 8)
+
+
+def test_a_conditional_sampler_gets_the_labels_of_the_reference() -> None:
+    reference = 3 + 3 * torch.rand(40, 1, 8, 8), torch.arange(40) % 4 + 3
+    view = attached(TinyGAN(), ModelAdapter(conditional, conditional=True, reference=reference, num_samples=60))
+    sampled = view.samples()
+    assert sampled.labels is not None
+    assert torch.equal(sampled.images[:, 0, 0, 0].long(), sampled.labels)
+    assert set(sampled.labels.tolist()) == {3, 4, 5, 6}
+
+
+def test_encode_and_decode_are_found_or_raise_an_error() -> None:
+    module = TinyGAN()
+    with pytest.raises(
+        ValueError, match=r"encode must be known, but TinyGAN has none of encode, encoder. To fix this, define"
+    ):
+        attached(module, ModelAdapter(), ("encode",))
+    view = attached(module, ModelAdapter(encode="discriminator", decode=lambda m, z: m(z)), ("encode", "decode"))
+    with view.isolated():
+        assert view.parts.resolve("encode")(torch.zeros(2, 1, 8, 8)).shape == (2, 1)
+        assert view.parts.resolve("decode")(torch.zeros(2, 4)).shape == (2, 1, 8, 8)
+
+
+def test_errors_about_sampling_show_the_fix() -> None:
+    class Mute(LightningModule):
+        pass
+
+    class NoNoise(LightningModule):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Other(TinyGAN):
+        def sample(self, z: Tensor) -> Tensor:
+            return self(z)
+
+    with pytest.raises(ValueError, match="Mute has none of sample, decode, decoder, forward, generator"):
+        attached(Mute(), ModelAdapter())
+    with pytest.raises(ValueError, match=r"latent_dim must be known .* pass ModelAdapter\(latent_dim=...\)"):
+        attached(NoNoise(), ModelAdapter())
+    with pytest.raises(ValueError, match=r"sample must name a method or submodule of TinyGAN, got 'nowhere.at_all'"):
+        attached(TinyGAN(), ModelAdapter("nowhere.at_all"))
+    with pytest.raises(ValueError, match=r"sample must make 2 images when called with 2, got TypeError"):
+        attached(Other(), ModelAdapter()).try_sample()
+    with pytest.raises(ValueError, match=r"sample must return \(2, C, H, W\) images when asked for 2, got \(2, 64\)"):
+        attached(TinyGAN(), ModelAdapter("generator")).try_sample()
+    with pytest.raises(ValueError, match="weights must be 'raw' or 'auto' where no callback averages weights"):
+        attached(TinyGAN(), ModelAdapter(weights="ema"))
+    with pytest.raises(ValueError, match="num_samples must be an integer of at least 2"):
+        ModelAdapter(num_samples=1)
+    with pytest.raises(ValueError, match="weights must be 'auto'"):
+        ModelAdapter(weights="best")  # type: ignore[arg-type]
+
+
+class WithEncoder(LightningModule):
+    """Latents of length 4, and an encoder whose output may be something else."""
+
+    def __init__(self, length: int, **layers: nn.Module) -> None:
+        super().__init__()
+        self.latent_dim, self.encoder = 4, nn.Sequential(nn.Flatten(), nn.Linear(64, length))
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+def test_an_encoder_is_used_only_where_it_returns_latents() -> None:
+    def latents_of_zeros(module: LightningModule, **options: Any) -> Tensor:
+        view = attached(module, ModelAdapter(**options), ("encode",))
+        with view.isolated():
+            return view.latents_of(torch.zeros(2, 1, 8, 8))
+
+    assert latents_of_zeros(WithEncoder(4)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"encode must return \(2, 4\) latents, got \(2, 7\) from WithEncoder.encoder"):
+        latents_of_zeros(WithEncoder(7))
+    # a name that the user gives is trusted
+    assert latents_of_zeros(WithEncoder(7), encode="encoder").shape == (2, 7)
+    with pytest.raises(
+        ValueError, match=r"pass ModelAdapter\(encode=lambda module, images: module.encoder\(images\).chunk\(2, 1\)"
+    ):
+        latents_of_zeros(WithEncoder(8))
+    with pytest.raises(ValueError, match=r"images: module.to_mu\(module.encoder\(images\).flatten\(1\)\)\)"):
+        latents_of_zeros(WithEncoder(4, to_mu=nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"head in \(module.mu_conv, module.log_var_conv\)"):
+        latents_of_zeros(WithEncoder(4, log_var_conv=nn.Conv2d(1, 1, 1), mu_conv=nn.Conv2d(1, 1, 1)))
+    # names that merely resemble those of a posterior's layers
+    assert latents_of_zeros(WithEncoder(4, num=nn.Linear(4, 4), museum=nn.Linear(4, 4))).shape == (2, 4)
+
+
+def test_a_submodule_named_for_samples_gives_the_latent_length_and_decodes() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.z_dim, self.layer = 3, nn.Linear(3, 64)
+
+        def paint(self, n: int) -> Tensor:
+            return self(torch.randn(n, 3))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.layer(z).view(-1, 1, 8, 8)
+
+    class Outer(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Inner()
+
+    view = attached(Outer(), ModelAdapter("model", num_samples=4), ("sample", "decode"))
+    assert view.latent_dim == 3
+    assert view.samples().images.shape == (4, 1, 8, 8)
+    with view.isolated():
+        assert view.decode(torch.zeros(2, 3)).shape == (2, 1, 8, 8)
+    # a method that takes the number of images cannot decode
+    with pytest.raises(ValueError, match="decode must be known"):
+        attached(Outer(), ModelAdapter("model.paint"), ("sample", "decode"))
+
+
+class TestReference:
+    images, labels = digits(8)
+
+    @pytest.mark.parametrize("kind", ["tensor", "pair", "dataset", "loader"])
+    def test_may_be_given_in_any_form(self, kind: str) -> None:
+        given = {
+            "tensor": self.images,
+            "pair": (self.images, self.labels),
+            "dataset": TensorDataset(self.images, self.labels),
+            "loader": DataLoader(TensorDataset(self.images, self.labels), batch_size=30, shuffle=True),
+        }[kind]
+        module = TinyGAN()
+        state = torch.get_rng_state()
+        view = attached(module, ModelAdapter(reference=given, num_reference=100))
+        assert torch.equal(state, torch.get_rng_state())
+        assert view.has_reference
+        assert view.reference.images.shape == (100, 1, 8, 8)
+        assert (view.reference.labels is None) == (kind == "tensor")
+        again = attached(TinyGAN(), ModelAdapter(reference=given, num_reference=100))
+        assert again.has_reference
+        assert torch.equal(view.reference.images, again.reference.images)
+
+    def test_is_collected_from_training_batches(self) -> None:
+        view = attached(TinyGAN(), ModelAdapter(num_reference=50))
+        for index, batch in enumerate(batches(n=100)):
+            view.real.collect(batch)
+            assert view.real.ready(epoch_over=False) == (index >= 3)
+        assert view.has_reference
+        assert len(view.reference.images) == 50
+        assert len(view.reference.images.flatten(1).unique(dim=0)) == 50
+
+    def test_is_complete_when_an_epoch_is_over(self) -> None:
+        view = attached(TinyGAN(), ModelAdapter(num_reference=500))
+        for batch in batches(n=64):
+            view.real.collect(batch)
+        assert not view.real.ready(epoch_over=False)
+        assert view.real.ready(epoch_over=True)
+        assert view.has_reference
+        assert len(view.reference.images) == 64
+
+    def test_leaves_out_images_that_are_not_finite(self) -> None:
+        images = self.images[:20].clone()
+        images[3] = math.nan
+        view = attached(TinyGAN(), ModelAdapter(reference=images))
+        assert view.has_reference
+        assert len(view.reference.images) == 19
+
+    def test_says_what_a_batch_must_hold(self) -> None:
+        view = attached(TinyGAN(), ModelAdapter())
+        with pytest.raises(
+            ValueError, match=r"a batch must hold \(N, C, H, W\) images, got \{text: \(str\)\}. To fix this"
+        ):
+            view.real.collect({"text": ["a"]})
+        with pytest.raises(ValueError, match="reference must hold at least 4 finite images, got 3"):
+            attached(TinyGAN(), ModelAdapter(reference=self.images[:3]))
+        with pytest.raises(ValueError, match="reference must be a tensor, a pair"):
+            attached(TinyGAN(), ModelAdapter(reference=7))
+
+    def test_round_trips(self) -> None:
+        view = attached(TinyGAN(), ModelAdapter(num_reference=50))
+        loader = list(batches(n=100))
+        for batch in loader[:2]:
+            view.real.collect(batch)
+        other = attached(TinyGAN(), ModelAdapter(num_reference=50))
+        other.real.load_state_dict(view.real.state_dict())
+        for batch in loader[2:]:
+            view.real.collect(batch)
+            other.real.collect(batch)
+        assert view.real.ready(epoch_over=False)
+        assert other.real.ready(epoch_over=False)
+        assert view.has_reference
+        assert other.has_reference
+        assert torch.equal(view.reference.images, other.reference.images)
+        third = attached(TinyGAN(), ModelAdapter())
+        third.real.load_state_dict(view.real.state_dict())
+        assert third.real.ready(epoch_over=False)
+
+
+def test_batches_of_every_form_are_read() -> None:
+    x, y = torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])
+    for batch in (x, (x, y), [x, y], {"image": x, "label": y}, {"pixel_values": x, "labels": y}, ((x, y), y)):
+        assert images_of(batch) is x
+    assert labels_of((x, y)) is y
+    assert labels_of({"x": x, "y": y}) is y
+    assert labels_of((x, x)) is None
+    assert labels_of(x) is None
+    assert images_of("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("real", "generated", "warns"),
+    [((-1, 1), (-1, 1), False), ((0, 1), (-1, 1), True), ((-1, 1), (0, 1), True), ((0, 1), (0, 255), True),
+     ((-1, 1), (-0.1, 0.1), False)],
+)  # fmt: skip
+def test_a_warning_about_different_ranges_of_values_is_given_once(
+    real: tuple[float, float], generated: tuple[float, float], warns: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    def spread(low: float, high: float) -> Tensor:
+        return torch.linspace(low, high, 64 * 10).view(10, 1, 8, 8)
+
+    view = attached(TinyGAN(), ModelAdapter(reference=spread(*real)))
+    view._check_range(spread(*generated))
+    view._check_range(spread(*generated))
+    assert [str(w.message).startswith("generated images span") for w in recwarn] == [True] * warns
+
+
+class Averaging(WeightAveraging):
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
+@pytest.mark.parametrize("weights", ["raw", "ema", "auto"])
+def test_averaged_weights_are_evaluated_on_request_and_both_sets_of_weights_stay_the_same(weights: Any) -> None:
+    from lightning.pytorch.callbacks import Callback
+
+    seen = {}
+
+    class Peek(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            view = ModelView(ModelAdapter(weights=weights), Subject(pl_module, trainer), trainer)
+            view.attach(("sample",))
+            average = averaging._average_model.module
+            before = [p.clone() for p in pl_module.parameters()], [p.clone() for p in average.parameters()]
+            view.refresh()
+            with view.isolated():
+                now = [p.clone() for p in view.module.parameters()]
+            seen["raw"] = all(map(torch.equal, now, before[0]))
+            seen["ema"] = all(map(torch.equal, now, before[1]))
+            assert view.averaged == seen["ema"]
+            assert all(map(torch.equal, pl_module.parameters(), before[0]))
+            assert all(map(torch.equal, average.parameters(), before[1]))
+
+    averaging = Averaging()
+    trainer(averaging, Peek(), max_epochs=1).fit(TinyGAN(), batches())
+    assert seen == {"raw": weights == "raw", "ema": weights != "raw"}

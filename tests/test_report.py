@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_gendiag import Alarm, CollapseWarning
+from lightning_gendiag.callbacks.checkpoints import checkpoints, last_good_checkpoint
+from lightning_gendiag.detection.report import FILE, report
+from tests.helpers.faults import planted, run_with_fault
+from tests.helpers.logs import events
+
+
+def test_a_collapse_ends_in_a_summary_json_and_the_last_good_checkpoint(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "kept", every_n_epochs=4, save_top_k=-1)
+    loggers = [TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="table")]
+    with pytest.warns(CollapseWarning, match="bottom right collapsed"):
+        own, stopping = run_with_fault(
+            planted("frozen", "bottom right", 14), checkpoint, logger=loggers, enable_checkpointing=True
+        )
+    alarm = stopping.alarms[0]
+    steps = {path: step for step, path in checkpoints(own)}
+    assert len(steps) >= 3
+    state = stopping.report(own)
+    good = state["last_good_checkpoint"]
+    assert good is not None
+    assert steps[good] == max(step for step in steps.values() if step <= alarm.since)
+    assert last_good_checkpoint(own, -1) is None
+    assert state["state"] == "unhealthy"
+    assert state["alarms"][0]["label"] == "bottom right"
+    assert str(alarm) in state["summary"]
+    assert f"The last good checkpoint is {good}." in state["summary"]
+    assert "See gendiag/alarm_1/picture, gendiag/cms/panel in TensorBoard." in state["summary"]
+    for logger in loggers:
+        written = json.loads((Path(logger.log_dir) / FILE).read_text())
+        assert written["summary"] == state["summary"]
+        assert written["evaluations"] == {"cms": alarm.epoch + 1}
+    assert "gendiag/report/text_summary" in events(loggers[0].log_dir).Tags()["tensors"]
+
+
+def test_the_report_of_a_healthy_run_says_so(tmp_path: Path) -> None:
+    own, stopping = run_with_fault(None, epochs=15, logger=CSVLogger(tmp_path))
+    written = json.loads((Path(own.logger.log_dir) / FILE).read_text())
+    assert written["state"] == "healthy"
+    assert written["alarms"] == []
+    assert written["summary"] == "Healthy: no series of cms left its level in 15 evaluations."
+    assert written["last_good_checkpoint"] is None
+    assert stopping.report() == written
+
+
+def test_too_few_evaluations_are_not_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        own, stopping = run_with_fault(None, epochs=14, logger=CSVLogger(tmp_path))
+    written = json.loads((Path(own.logger.log_dir) / FILE).read_text())
+    assert written["state"] == "not judged"
+    assert written["summary"].startswith(
+        "Not judged: there were 14 evaluations, and no alarm is possible before the 15th."
+    )
+    assert stopping.report() == written
+    logged = [record.message for record in caplog.records if record.message.startswith("Not judged")]
+    assert len(logged) == 1
+    assert logged[0].endswith(f"{FILE}.")
+
+
+def test_without_a_logger_no_file_is_written_and_an_unreadable_checkpoint_is_skipped(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "kept", save_top_k=-1, every_n_epochs=5)
+    with pytest.warns(CollapseWarning, match="top left collapsed"):
+        own, stopping = run_with_fault(planted("noise", "top left", 12), checkpoint, enable_checkpointing=True)
+    (tmp_path / "kept" / "other.ckpt").write_bytes(b"not a checkpoint")
+    with pytest.warns(UserWarning, match=r"other.ckpt was skipped"):
+        assert str(stopping.report(own)["last_good_checkpoint"]).endswith(".ckpt")
+    assert not list(tmp_path.rglob(FILE))
+
+
+def alarm(**options: Any) -> Alarm:
+    fields: dict[str, Any] = {
+        "step": 5, "epoch": 1, "diagnostic": "cms", "label": "centre", "before": 0.9, "after": 0.4, "score": 7.0, "since": 4,
+        "evaluations_to_false_alarm": 2e6, "quantity": "cosine mean similarity", "names": ["centre"],
+    }  # fmt: skip
+    return Alarm(**(fields | options))
+
+
+def test_a_report_of_open_alarms_names_what_else_changed() -> None:
+    one = alarm(also_changed=["k_star: class 3", "cms: centre"], tags=["gendiag/alarm_1/picture"])
+    healthy = alarm(recovered=9)
+    state = report([one, healthy], {"cms": 20}, needed={"cms": 15}, checkpoint="a.ckpt")
+    assert state["state"] == "unhealthy"
+    assert state["summary"] == (
+        "centre collapsed: cosine mean similarity fell from 0.900 to 0.400 since step 4, detected at epoch 1, step 5 "
+        "(7.0 σ beyond its usual fluctuation; fewer than 1 false alarm expected in 10⁶ evaluations). "
+        "Also changed: k_star: class 3. See gendiag/alarm_1/picture in TensorBoard. The last good checkpoint is a.ckpt."
+    )
+    assert [a["recovered"] for a in state["alarms"]] == [None, 9]
+    assert report([healthy], {"cms": 20}, needed={"cms": 15})["state"] == "healthy"
+
+
+def test_a_message_gives_the_odds_and_the_contribution() -> None:
+    one = alarm(evaluations_to_false_alarm=12345.0, contributions={"centre": 0.7, "border": 0.3})
+    assert "1 false alarm expected in 12,345 evaluations" in one.message
+    assert one.message.endswith("It accounts for 70% of the overall drop.")
+
+
+def test_a_message_may_report_nan_or_a_rule() -> None:
+    assert alarm(after=math.nan, score=math.inf).message == (
+        "centre collapsed: cosine mean similarity was 0.900 and is nan or inf at epoch 1, step 5."
+    )
+    assert alarm(rule="samples collapsed").message == "samples collapsed, detected at epoch 1, step 5."

@@ -1,0 +1,277 @@
+"""Training is the same with and without diagnostics: everything that a module holds stays equal."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from example_models.data import digits
+from lightning_gendiag import (
+    CollapseStopping,
+    CosineMeanSimilarityMonitor,
+    GenerativeDiagnostics,
+    KStarMonitor,
+    LatentRegionsMonitor,
+    ManifoldEntropyMonitor,
+    ModelAdapter,
+    PosteriorKLMonitor,
+    RegionalPrimitivesMonitor,
+)
+from tests.helpers.everything import everything
+from tests.helpers.models import SmallVAE
+from tests.helpers.running import batches, trainer
+
+# untrained models generate images in another range of values
+pytestmark = pytest.mark.filterwarnings("ignore:generated images span", "ignore:Lazy modules are a new feature")
+
+
+class LowRankLinear(nn.Linear):
+    """A layer that adds its update to the weight in ``eval()`` and subtracts it in ``train()``, as LoRA layers do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Parameter(torch.randn(2, inputs) / 10), nn.Parameter(torch.zeros(outputs, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (self.b @ self.a) * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.a.T @ self.b.T
+
+
+class WithLowRank(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_net[0] = LowRankLinear(3, 32)
+
+
+class ActNorm(nn.Module):
+    """A layer that sets its scale from the first batch, and records this in a plain attribute."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.shift, self.scale = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.ones(size))
+        self.initialised, self.first = False, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.initialised:
+            with torch.no_grad():
+                self.shift.copy_(x.mean(0))
+                self.scale.copy_(1 / (x.std(0) + 1e-2))
+            self.initialised, self.first = True, tuple(x.shape)
+        return (x - self.shift) * self.scale
+
+
+class WithActNorm(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_net[1] = ActNorm(32)
+
+
+class WithLazy(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_net[0] = nn.LazyLinear(32)
+
+
+class WithSpectralNorms(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_net[0] = nn.utils.spectral_norm(nn.Linear(3, 32))
+        self.encoder_net[1] = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 16))
+        self.encoder_net[3] = nn.utils.parametrizations.weight_norm(nn.Linear(16, 6))
+
+
+class WithSparseBuffer(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("operator", torch.eye(64).to_sparse(), persistent=False)
+        self.register_buffer("unknown", torch.tensor([float("nan")]).expand(4), persistent=False)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return (self.operator @ super().decode(z).flatten(1).T).T.view(-1, 1, 8, 8)
+
+
+class WithTorchGenerator(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+
+class WithNumpyGenerator(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.helpers = {"generator": np.random.default_rng(0)}
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.from_numpy(self.helpers["generator"].standard_normal(shape)).float()
+
+
+class Buffer:
+    """A replay buffer of images with a lock, which cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock, self.images, self.count = threading.Lock(), deque(maxlen=64), 0
+
+    def push(self, images: Tensor) -> Tensor:
+        with self.lock:
+            self.count += len(images)
+            self.images.extend(images.detach())
+            return torch.stack(list(self.images)[-len(images) :])
+
+
+class WithReplayBuffer(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.replay, self.calls = Buffer(), 0
+        self.generated = self.decode(torch.randn(4, 3))
+        self.paint = lambda z: self.count(self.decode(z))
+
+    def count(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.replay.push(images)
+
+    def sample(self, n: int) -> Tensor:
+        return self.paint(self.noise(n, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.count(batch[0])
+        self.generated = self.decode(self.noise(4, 3))
+        return super().training_step(batch, batch_idx) + 0.1 * self.replay.images[0].mean() * self.generated.mean()
+
+
+MODELS = [
+    SmallVAE,
+    WithLowRank,
+    WithActNorm,
+    WithLazy,
+    WithSpectralNorms,
+    WithSparseBuffer,
+    WithTorchGenerator,
+    WithNumpyGenerator,
+    WithReplayBuffer,
+]
+
+
+def small() -> ModelAdapter:
+    return ModelAdapter(num_samples=32, num_reference=64)
+
+
+def single_monitors() -> list[Any]:
+    options: dict[str, Any] = {"adapter": small(), "every_n_train_steps": 2, "on_error": "raise"}
+    return [
+        CosineMeanSimilarityMonitor(num_regions=2, **options),
+        ManifoldEntropyMonitor(num_latents=4, **options),
+        PosteriorKLMonitor(**options),
+        KStarMonitor("encoder_net.1", **options),
+        LatentRegionsMonitor(2, num_points=20, **options),
+        RegionalPrimitivesMonitor(num_regions=2, num_images=1, max_steps=2, **options),
+    ]
+
+
+def trained(make: Callable[[], LightningModule], callbacks: list[Any], data: DataLoader[Any] | None = None) -> Any:
+    seed_everything(0, verbose=False)
+    module = make()
+    seed_everything(1, verbose=False)
+    own = trainer(*callbacks, max_epochs=2)
+    own.fit(module, batches() if data is None else data)
+    optimizers = [optimizer.state_dict()["state"] for optimizer in own.optimizers]
+    return everything(module), everything(optimizers), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_all_diagnostics_leave_everything_in_a_module_unchanged(make: type[LightningModule]) -> None:
+    everything_applicable = GenerativeDiagnostics(adapter=small(), max_overhead=None, on_error="raise")
+    assert trained(make, [everything_applicable]) == trained(make, [])
+    # torch has no vectorized derivative of sparse products
+    needs_derivatives = {"manifold_entropy", "regional_primitives"} if make is WithSparseBuffer else set()
+    assert set(everything_applicable.left_out) <= needs_derivatives
+    evaluated = {name for name, monitor in everything_applicable.monitors.items() if monitor.evaluations > 0}
+    assert evaluated >= {"cms", "k_star", "posterior_kl"}
+
+
+@pytest.mark.parametrize("make", [make for make in MODELS if make is not WithSparseBuffer])
+def test_single_monitors_leave_everything_in_a_module_unchanged(make: type[LightningModule]) -> None:
+    monitors = single_monitors()
+    assert trained(make, [CollapseStopping(), *monitors]) == trained(make, [])
+    assert all(monitor.evaluations > 1 for monitor in monitors)
+
+
+@pytest.mark.parametrize("make", [WithTorchGenerator, WithNumpyGenerator])
+def test_the_same_weights_give_the_same_samples_even_with_a_modules_own_generator(make: type[SmallVAE]) -> None:
+    samples = []
+
+    class Still(make):  # type: ignore[misc, valid-type]
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder_net[3] = nn.Identity()
+
+    class Peek(CosineMeanSimilarityMonitor):
+        def update(self, view: Any) -> None:
+            super().update(view)
+            samples.append(view.samples().images)
+
+    trainer(Peek(num_regions=2, adapter=small(), on_error="raise"), max_epochs=2).fit(Still(), batches())
+    assert len(samples) == 2
+    assert torch.equal(*samples)
+
+
+def test_a_loader_that_is_the_reference_gives_training_the_same_batches() -> None:
+    class Noisy(TensorDataset):
+        """A dataset that adds noise from its own generator."""
+
+        def __init__(self, *tensors: Tensor) -> None:
+            super().__init__(*tensors)
+            self.rng = np.random.default_rng(0)
+
+        def __getitem__(self, index: int) -> Any:
+            image, label = super().__getitem__(index)
+            return image + float(self.rng.normal()) / 100, label
+
+    def loader() -> DataLoader[Any]:
+        images, labels = (rows[:64] for rows in digits(8))
+        generator = torch.Generator().manual_seed(5)
+        return DataLoader(Noisy(images, labels), batch_size=16, shuffle=True, generator=generator)
+
+    data = loader()
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=ModelAdapter(reference=data, num_samples=32))
+    assert trained(SmallVAE, [monitor], data) == trained(SmallVAE, [], loader())
+    assert monitor.evaluations == 2
+
+
+def test_the_reference_is_collected_before_a_step_can_change_its_batch() -> None:
+    class InPlace(SmallVAE):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            images = batch[0].clone()
+            batch[0].zero_()
+            return super().training_step([images], batch_idx)
+
+    class Copying(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            return tuple(tensor[index].clone() for tensor in self.tensors)
+
+    images, labels = (rows[:64] for rows in digits(8))
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=small())
+    trainer(monitor, max_epochs=1).fit(InPlace(), DataLoader(Copying(images, labels), batch_size=16))
+    assert torch.equal(monitor.view.reference.images, images)
