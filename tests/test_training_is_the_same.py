@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,25 @@ class WithReplayBuffer(SmallVAE):
         return super().training_step(batch, batch_idx) + 0.1 * self.replay.images[0].mean() * self.generated.mean()
 
 
+class WithHooks(SmallVAE):
+    """Remembers what passed through its parts, by functions that refer to the module, and by references to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[Any] = []
+        self.itself, self.again = {"me": self}, self.decoder_net
+        self.register_parameter("nothing", None)
+        self.handle = self.decoder_net.register_forward_hook(
+            lambda module, inputs, output: self.shapes.append(output.shape)
+        )
+        self.encoder_net[1].register_forward_pre_hook(partial(self.note, "encoder"))
+        remember = self.note
+        self.decoder_net[0].register_forward_hook(lambda *arguments: remember("decoder", *arguments))
+
+    def note(self, name: str, *arguments: Any) -> None:
+        self.shapes.append(name)
+
+
 MODELS = [
     SmallVAE,
     WithLowRank,
@@ -168,6 +188,7 @@ MODELS = [
     WithTorchGenerator,
     WithNumpyGenerator,
     WithReplayBuffer,
+    WithHooks,
 ]
 
 

@@ -157,13 +157,7 @@ class ModuleCopy(NamedTuple):
 
     def counterpart(self, value: Any) -> Any:
         """Returns a user's callable as it is on the copy: a part, a method of a part, or a function that refers to one."""
-        if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, self.counterpart(value.__self__))
-        if isinstance(value, types.FunctionType):
-            return _rebound(value, self.parts)
-        if isinstance(value, partial):
-            return partial(self.counterpart(value.func), *map(self.counterpart, value.args), **value.keywords)
-        return self.parts.get(id(value), value)
+        return _counterpart(value, self.parts)
 
 
 def copy_module(module: LightningModule, previous: ModuleCopy | None = None) -> ModuleCopy:
@@ -212,8 +206,10 @@ class _Copier:
         for part in parts.values():
             if id(part) not in self.memo:
                 self._remember(part, self._attempt(part))
-        for part in plain.values():
-            self._copy_attributes(part)
+        for hooks in (True, False):
+            # hooks first, since what refers to them, such as a handle, must find their copies
+            for part in plain.values():
+                self._copy_attributes(part, hooks)
         copied: nn.Module = self.memo[id(module)]
         return copied
 
@@ -261,12 +257,14 @@ class _Copier:
             return copy.deepcopy(tensor)
         return data.requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
-    def _copy_attributes(self, part: nn.Module) -> None:
+    def _copy_attributes(self, part: nn.Module, hooks: bool) -> None:
         target = vars(self.memo[id(part)])
         skipped = compat.skipped_attributes(part)
         for name, value in vars(part).items():
-            if name not in skipped:
+            if name not in skipped and name.endswith("_hooks") == hooks:
                 target[name] = self._attempt(value)
+                if hooks:
+                    self._remember(value, target[name])
 
     def _attempt(self, value: Any) -> Any:
         """A copy of a value, or the value itself where it cannot be copied."""
@@ -274,12 +272,18 @@ class _Copier:
             return value
         if id(value) in self.memo:
             return self.memo[id(value)]
-        if isinstance(value, types.FunctionType):
-            return _rebound(value, self.memo)
+        if isinstance(value, (types.FunctionType, partial)):
+            return _counterpart(value, self.memo)
         if isinstance(value, dict) and not value:
             return type(value)() if type(value) is dict else copy.copy(value)
         if compat.is_kind(value, *SHARED_KINDS):
             return value
+        if isinstance(value, (dict, list, tuple)) and any(
+            isinstance(item, (types.FunctionType, partial))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ):
+            # deepcopy shares functions, such as hooks that refer to the module
+            return self._attempt_items(value)
         self._detach_tensors(value, DEPTH)
         known = len(self.memo)
         try:
@@ -330,10 +334,10 @@ class _Copier:
                     self._detach_tensors(item, depth - 1)
 
 
-def _rebound(function: types.FunctionType, parts: dict[int, Any]) -> types.FunctionType:
+def _rebound(function: types.FunctionType, parts: dict[int, Any], depth: int = DEPTH) -> types.FunctionType:
     """A function that was made in a method and refers to a part of the module, such as ``lambda: self.decode(z)``."""
     cells = function.__closure__ or ()
-    contents = [parts.get(id(_content(cell)), _content(cell)) for cell in cells]
+    contents = [_counterpart(_content(cell), parts, depth) for cell in cells]
     if all(new is _content(cell) for new, cell in zip(contents, cells, strict=True)):
         return function
     closure = tuple(types.CellType(new) for new in contents)
@@ -342,6 +346,21 @@ def _rebound(function: types.FunctionType, parts: dict[int, Any]) -> types.Funct
     )
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
+
+
+def _counterpart(value: Any, parts: dict[int, Any], depth: int = DEPTH) -> Any:
+    """A part of the module, a method of a part, or a function that refers to one, as it is on the copy."""
+    if depth == 0 or id(value) in parts:
+        return parts.get(id(value), value)
+    if isinstance(value, types.FunctionType):
+        return _rebound(value, parts, depth - 1)
+    if isinstance(value, types.MethodType) and id(value.__self__) in parts:
+        return types.MethodType(value.__func__, parts[id(value.__self__)])
+    if isinstance(value, partial):
+        given = {name: _counterpart(argument, parts, depth - 1) for name, argument in value.keywords.items()}
+        arguments = [_counterpart(argument, parts, depth - 1) for argument in value.args]
+        return partial(_counterpart(value.func, parts, depth - 1), *arguments, **given)
+    return value
 
 
 def _content(cell: types.CellType) -> Any:

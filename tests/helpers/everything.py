@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 LIGHTNINGS_OWN = {"_trainer", "_fabric", "_fabric_optimizers", "_metric_attributes", "_current_fx_name"}
 """Attributes that belong to the run and not to the model."""
@@ -17,7 +18,7 @@ LIGHTNINGS_OWN = {"_trainer", "_fabric", "_fabric_optimizers", "_metric_attribut
 
 def everything(value: Any, depth: int = 6) -> Any:
     """Returns modules, containers, tensors, generators and attributes as nested plain values."""
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module) and depth > 0:
         own = {
             # the keys of hooks come from a counter that all modules share
             name: everything(list(held.values()) if name.endswith("_hooks") else held, depth - 1)
@@ -48,6 +49,9 @@ def everything(value: Any, depth: int = 6) -> Any:
         return [everything(held, depth - 1) for held in value] if depth else len(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, RemovableHandle):
+        # it holds a number of the same counter
+        return "RemovableHandle"
     if depth and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
         return type(value).__name__, everything(vars(value), depth - 1)
     return type(value).__name__
