@@ -338,3 +338,32 @@ def test_a_monitor_still_raises_alarms_after_it_was_used_for_another_module() ->
     with pytest.warns(UserWarning, match="image collapsed|collapsed: cosine"):
         own.fit(ScriptedGenerator(lambda images, epoch: images * 0 if epoch > 9 else images), batches(16, 32))
     assert 11 <= stopping.alarms[0].epoch <= 13
+
+
+def test_steps_that_are_due_before_the_reference_is_full_do_not_stop_the_schedule() -> None:
+    monitor = cms(every_n_train_steps=1, max_overhead=1.0)
+    trainer(monitor, max_epochs=4).fit(SmallVAE(), batches())
+    assert monitor.evaluations > 0
+
+
+def test_a_stopper_acts_once_for_each_evaluation_of_its_own_monitor() -> None:
+    by_steps, by_epochs = cms(every_n_train_steps=2, name="steps"), cms(name="epochs")
+    stopper = EarlyStopping("gendiag/steps/worst", mode="max", patience=1000, min_delta=10.0)
+    trainer(stopper, by_steps, by_epochs, max_epochs=3).fit(SmallVAE(), batches())
+    # the first evaluation is the best
+    assert stopper.wait_count == by_steps.evaluations - 1 > 0
+
+
+def test_images_of_several_sizes_in_a_second_fit_do_not_end_it() -> None:
+    class Free(SmallVAE):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.decode(self.noise(4, 3)).square().mean()
+
+    monitor, model = cms(), Free()
+    own = trainer(monitor, max_epochs=2)
+    own.fit(model, batches())
+    own.fit_loop.max_epochs = 4
+    sizes = [(torch.rand(16, 1, size, size), torch.zeros(16).long()) for size in (8, 10, 8, 10)]
+    with pytest.warns(UserWarning, match="CosineMeanSimilarityMonitor failed"):
+        own.fit(model, DataLoader(sizes, batch_size=None))  # type: ignore[arg-type]
+    assert own.current_epoch == 4

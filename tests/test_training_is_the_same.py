@@ -178,6 +178,31 @@ class WithHooks(SmallVAE):
         self.shapes.append(name)
 
 
+class WithLoader(SmallVAE):
+    """Keeps the loader that it is trained with, which has a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        images, labels = (rows[:64] for rows in digits(8))
+        generator = torch.Generator().manual_seed(3)
+        self.loader = DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=True, generator=generator)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader
+
+
+def test_a_loader_that_a_module_keeps_brings_the_same_batches() -> None:
+    def weights(*callbacks: Any) -> list[Tensor]:
+        seed_everything(0, verbose=False)
+        module = WithLoader()
+        trainer(*callbacks, max_epochs=3).fit(module)
+        return [parameter.detach().clone() for parameter in module.parameters()]
+
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=small())
+    assert all(map(torch.equal, weights(monitor), weights()))
+    assert monitor.evaluations == 3
+
+
 MODELS = [
     SmallVAE,
     WithLowRank,

@@ -86,6 +86,9 @@ class Schedule:
         limits = [monitor.max_overhead for monitor in due if monitor.max_overhead is not None]
         if not limits:
             return due
+        if not self.budget.ready:
+            # rounds in which no monitor had its real images yet do not count
+            self._last_round.clear()
         granted = self.budget.grants(min(limits), run_progress(self.trainer))
         if self.trainer.world_size > 1:
             granted = self.trainer.strategy.broadcast(granted)

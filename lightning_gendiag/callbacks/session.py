@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, Layout
+from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning, Layout
 from lightning_gendiag.callbacks.schedule import Schedule
 from lightning_gendiag.detection.history import History
 from lightning_gendiag.model import compat
@@ -64,6 +64,7 @@ class Session:
         self._evaluated_at: dict[str, int] = {}
         self._followers: list[compat.Follower] = []
         self._said_budget = False
+        self._defined = False
         self._ended = False
 
     @staticmethod
@@ -116,6 +117,7 @@ class Session:
         for follower in self._followers:
             follower.undo()
         self._followers = []
+        self._unreadable.clear()
         for view in self._views.values():
             view.expire()
         if self._subject is not None:
@@ -145,7 +147,7 @@ class Session:
 
     def on_train_start(self) -> None:
         """Begins to count the time, and lets callbacks that monitor our keys act on evaluations only."""
-        self.schedule, self._said_budget = Schedule(self.trainer), False
+        self.schedule, self._said_budget, self._defined = Schedule(self.trainer), False, False
         found = (
             compat.following(callback, f"{PREFIX}/", self.is_fresh) for callback in compat.callbacks_of(self.trainer)
         )
@@ -170,7 +172,8 @@ class Session:
 
     def on_train_batch_end(self) -> None:
         """Evaluates what is due by steps."""
-        if self._batches == 1:
+        if not self._defined:
+            self._defined = True
             self._define_keys()
         if compat.has_stepped(self.trainer):
             self._evaluate(compat.batch_step(self.trainer, epoch_over=False), epoch_over=False)
@@ -185,7 +188,10 @@ class Session:
         """Logs the panels of the last evaluation, and the charts where the user wrote others meanwhile."""
         for monitor in self.monitors:
             monitor.log_last()
-        self.logger(0).write_layout(only_merged=True)
+        try:
+            self.logger(0).write_layout(only_merged=True)
+        except Exception as error:
+            rank_zero_warn(f"the charts could not be written: {error}", category=DiagnosticWarning)
 
     # ---- evaluating ----
 
@@ -213,8 +219,9 @@ class Session:
             self._unreadable.pop(self.view_of(monitor).adapter, None)
         for listener in self.listeners:
             listener.on_evaluations(self.trainer)
+        evaluated = tuple(f"{PREFIX}/{monitor.name}/" for monitor in chosen)
         for follower in self._followers:
-            if follower.act is not None and self.is_fresh(follower.key):
+            if follower.act is not None and follower.key.startswith(evaluated) and self.is_fresh(follower.key):
                 follower.act(self.trainer)
 
     def note_evaluation(self, monitor: Monitor[Any, Any]) -> None:
@@ -228,7 +235,7 @@ class Session:
     def _define_keys(self) -> None:
         """Puts the keys that are known into ``trainer.callback_metrics`` as nan, so that callbacks find them at any time."""
         for monitor in self.monitors:
-            for name in monitor.known_scalars() if monitor.enabled and monitor.latest is None else ():
+            for name in monitor.known_scalars() if monitor.enabled else ():
                 compat.log_value(
                     self.subject.trained, f"{PREFIX}/{monitor.name}/{name}", float("nan"), epoch_over=False
                 )

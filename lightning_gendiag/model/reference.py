@@ -127,7 +127,12 @@ class Reference:
         enough = self._held >= min(self.share, len(self.images.images) // self.trainer.world_size)
         if not self.trainer.strategy.reduce_boolean_decision(enough or self._epoch_seen, all=True):
             return False
-        new = torch.cat(self._rows.images) if self._held else self.images.images
+        rows = self._rows.images
+        if any(part.shape[1:] != rows[0].shape[1:] for part in rows):
+            # images of several sizes are no reference, which the next evaluation says
+            new = rows[0][:, :, :0]
+        else:
+            new = torch.cat(rows) if rows else self.images.images
         other = self.trainer.strategy.reduce_boolean_decision(_differs(self.images.images, new), all=False)
         self._unconfirmed = False
         if other:

@@ -186,7 +186,7 @@ class ModelView:
             exact: Whether to run in float32 or better, independently of the trainer's precision.
         """
         with ExitStack() as stack:
-            stack.enter_context(random_state_kept(self.device))
+            stack.enter_context(random_state_kept(self.device, self.subject.trained))
             if self.subject.in_place:
                 averaging = compat.averaging_of(self.trainer) if self.averaged else None
                 if averaging is not None:
