@@ -308,6 +308,8 @@ class Monitor(Callback, Generic[MetricT, ResultT]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a checkpoint's state; begins anew where it cannot be read."""
+        # an evaluation of the run before is none of the one that goes on
+        self.latest, self.result, self._logged, self._next_panel = None, None, None, 0
         try:
             self.set_extra_state(state_dict)
             self.evaluations, self.seconds = state_dict["evaluations"], state_dict["seconds"]
