@@ -161,8 +161,9 @@ class ModuleCopy(NamedTuple):
 
 
 def copy_module(module: LightningModule, previous: ModuleCopy | None = None) -> ModuleCopy:
-    """Copies a module part by part; nothing of the copy that can change is the module's.
+    """Copies a module part by part, so that evaluating the copy does not change the module.
 
+    State that is held only by a closure, a weak reference, a Python generator or an object with ``__slots__`` is shared.
     Compiled parts are copied as what they were compiled from. A tensor with a graph is copied without it. The trainer is
     left out.
 
