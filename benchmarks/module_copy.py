@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from example_models.gan import GAN
-from lightning_gendiag.model.isolation import copy_module
+from lightning_gendiag.model.copying import copy_module
 
 
 class Large(LightningModule):

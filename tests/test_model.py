@@ -19,7 +19,8 @@ from example_models.data import digits
 from lightning_gendiag import ModelAdapter
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.batches import images_of, labels_of
-from lightning_gendiag.model.isolation import copy_module, isolated_in_place
+from lightning_gendiag.model.copying import copy_module
+from lightning_gendiag.model.isolation import isolated_in_place
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.models import TinyGAN

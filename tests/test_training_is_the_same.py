@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -178,6 +180,103 @@ class WithHooks(SmallVAE):
         self.shapes.append(name)
 
 
+class WithFunctions(SmallVAE):
+    """Keeps its state in functions: generators, lists and counters that nothing else refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator, calls, count = torch.Generator().manual_seed(2), [], 0
+
+        def noise(*shape: int) -> Tensor:
+            nonlocal count
+            count += 1
+            calls.append(count)
+            return torch.randn(*shape, generator=generator)
+
+        self.draw, self.counted = noise, lambda: count
+        self.shift = partial(torch.rand, 3, generator=torch.Generator().manual_seed(4))
+        self.remember = calls.append
+        self.scale = lru_cache(maxsize=None)(self.uncached_scale)
+        self.decoder_net[0].register_forward_hook(lambda *arguments: calls.append(len(calls)))
+
+    def uncached_scale(self, n: int) -> int:
+        self.remember(n)
+        return 1
+
+    def noise(self, *shape: int) -> Tensor:
+        return self.draw(*shape) * self.scale(shape[0]) + self.shift() / 100
+
+
+class Counters:
+    """Counts without a ``__dict__``."""
+
+    __slots__ = ("_calls", "seen")
+
+    def __init__(self) -> None:
+        self._calls, self.seen = 0, [threading.Lock()]
+
+    def count(self) -> None:
+        self._calls += 1
+        self.seen.append(self._calls)
+
+
+class Slotted(nn.Linear):
+    """A layer with a slot of its own."""
+
+    __slots__ = ("calls",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x)
+
+
+class WithSlots(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_net[0], self.counters = Slotted(3, 32), Counters()
+
+    def decode(self, z: Tensor) -> Tensor:
+        self.counters.count()
+        return super().decode(z)
+
+
+class WithWeakReferences(SmallVAE):
+    """Reaches its decoder, which counts its calls, by weak references only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_net[0] = Slotted(3, 32)
+        self.hidden, self.proxies = weakref.ref(self.decoder_net), [weakref.proxy(self.decoder_net)]
+        self.method, self.calls = weakref.WeakMethod(self.count), 0
+        self.scales = weakref.WeakKeyDictionary({self.decoder_net: [1.0]})
+        self.parts = weakref.WeakSet([self.decoder_net])
+
+    def count(self) -> None:
+        self.calls += 1
+
+    def decode(self, z: Tensor) -> Tensor:
+        self.method()()
+        (part,) = self.parts
+        self.scales[part].append(1.0)
+        return (self.hidden()(z) + 0 * self.proxies[0](z)).view(-1, 1, 8, 8)
+
+
+class WithIterators(SmallVAE):
+    """Advances iterators when it is trained, and one also when it is sampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stream, self.numbers = (0.1 / n for n in count(1)), count()
+        self.rows = iter(DataLoader(TensorDataset(torch.arange(1000.0)), shuffle=True))
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randn(*shape) + 0.001 * (next(self.numbers) % 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (row,) = next(self.rows)
+        return super().training_step(batch, batch_idx) * (1 + next(self.stream) + row.item() / 1000)
+
+
 class WithLoader(SmallVAE):
     """Keeps the loader that it is trained with, which has a generator of its own."""
 
@@ -214,6 +313,10 @@ MODELS = [
     WithNumpyGenerator,
     WithReplayBuffer,
     WithHooks,
+    WithFunctions,
+    WithSlots,
+    WithWeakReferences,
+    WithIterators,
 ]
 
 
@@ -261,7 +364,76 @@ def test_single_monitors_leave_everything_in_a_module_unchanged(make: type[Light
     assert all(monitor.evaluations > 1 for monitor in monitors)
 
 
-@pytest.mark.parametrize("make", [WithTorchGenerator, WithNumpyGenerator])
+def test_an_iterator_that_a_sampler_would_advance_is_left_to_training() -> None:
+    class Streaming(SmallVAE):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stream = (torch.randn(3, generator=torch.Generator().manual_seed(n)) for n in count())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (1 + next(self.stream).mean().abs())
+
+        def sample(self, n: int) -> Tensor:
+            return self.decode(torch.stack([next(self.stream) for _ in range(n)]))
+
+    diagnostics = GenerativeDiagnostics(adapter=small(), max_overhead=None)
+    assert trained(Streaming, [diagnostics]) == trained(Streaming, [])
+    assert "an evaluation cannot advance a generator of the module" in diagnostics.left_out["cms"]
+
+
+class Watch(Callback):
+    """A user's callback that counts what passes through the module, and what its own hook is given."""
+
+    def __init__(self) -> None:
+        self.shapes: list[Any] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.decoder_net.register_forward_hook(self.note)
+
+    def note(self, module: Any, inputs: Any, output: Tensor) -> None:
+        self.shapes.append(tuple(output.shape))
+
+
+def test_hooks_of_a_users_callback_see_training_only() -> None:
+    alone, together = Watch(), Watch()
+    assert trained(SmallVAE, [together, *single_monitors()]) == trained(SmallVAE, [alone])
+    assert together.shapes == alone.shapes
+
+
+class Sampler:
+    """A user's sampler that refers to a part of the module, has a generator that training uses too, and counts."""
+
+    def __init__(self) -> None:
+        self.generator, self.decoder, self.calls = torch.Generator().manual_seed(9), nn.Identity(), []
+
+    def __call__(self, module: Any, n: int) -> Tensor:
+        self.calls.append(n)
+        return self.decoder(torch.randn(n, 3, generator=self.generator))
+
+
+def test_a_users_sampler_uses_the_copy_and_leaves_its_generator_to_training() -> None:
+    sampler = Sampler()
+
+    class Sampled(SmallVAE):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder_net.insert(1, nn.BatchNorm1d(32))
+            sampler.decoder = self.decoder_net
+            sampler.generator.manual_seed(9)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + 0.1 * sampler(self, 4).mean()
+
+    for given in (sampler, partial(sampler), lambda module, n: sampler(module, n)):
+        adapter = ModelAdapter(sample=given, num_samples=32, num_reference=64)
+        monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=adapter, on_error="raise")
+        sampler.calls.clear()
+        noticed = trained(Sampled, [monitor])
+        assert 32 in sampler.calls
+        assert noticed == trained(Sampled, [])
+
+
+@pytest.mark.parametrize("make", [WithTorchGenerator, WithNumpyGenerator, WithFunctions])
 def test_the_same_weights_give_the_same_samples_even_with_a_modules_own_generator(make: type[SmallVAE]) -> None:
     samples = []
 

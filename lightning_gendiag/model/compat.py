@@ -144,6 +144,11 @@ def uncompiled(part: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else part
 
 
+def is_internal(value: object) -> bool:
+    """Returns whether an object belongs to torch's compiler, as the functions that it makes refer to."""
+    return str(type(value).__module__).startswith("torch._dynamo")
+
+
 def without_compiling() -> AbstractContextManager[Any]:
     """Runs compiled functions as they are: other sizes would make them compile anew, and training with other numbers."""
     return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()

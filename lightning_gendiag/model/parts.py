@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_gendiag.functional.arrays import as_images, tensor_of
 from lightning_gendiag.model.batches import Images, images_of
-from lightning_gendiag.model.isolation import random_state_kept
+from lightning_gendiag.model.generators import random_state_kept
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.batches import Images, Rows, shape_of
-from lightning_gendiag.model.isolation import random_state_kept, seed_all
+from lightning_gendiag.model.generators import random_state_kept, seed_all
 
 COMPARED = 512
 """Number of images of each side that are compared to see whether a later fit brings other data."""

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_gendiag.model import compat
-from lightning_gendiag.model.isolation import ModuleCopy, copy_module, fits_in_memory
+from lightning_gendiag.model.copying import ModuleCopy, copy_module, fits_in_memory
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

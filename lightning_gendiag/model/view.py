@@ -16,13 +16,8 @@ from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor
-from lightning_gendiag.model.isolation import (
-    evaluating,
-    in_full_precision,
-    isolated_in_place,
-    random_state_kept,
-    seed_all,
-)
+from lightning_gendiag.model.generators import random_state_kept, seed_all
+from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place
 from lightning_gendiag.model.parts import FIXES, ModelParts, Need, takes_noise
 from lightning_gendiag.model.reference import Reference
 from lightning_gendiag.model.subject import Subject
@@ -186,7 +181,7 @@ class ModelView:
             exact: Whether to run in float32 or better, independently of the trainer's precision.
         """
         with ExitStack() as stack:
-            stack.enter_context(random_state_kept(self.device, self.subject.trained))
+            stack.enter_context(random_state_kept(self.device, self.subject.trained, self.adapter))
             if self.subject.in_place:
                 averaging = compat.averaging_of(self.trainer) if self.averaged else None
                 if averaging is not None:
@@ -238,7 +233,7 @@ class ModelView:
     def _chunk(self, index: int, n: int) -> Images:
         """One seeded call of the sampler, as float32 images; inside :meth:`isolated`."""
         sampler = self.parts.sampler()
-        seed_all(self.adapter.seed + 7919 * index, self.device, self.module)
+        seed_all(self.adapter.seed + 7919 * index, self.device, self.module, self.adapter)
         labels = self.parts.sample_labels(n) if self.adapter.conditional else None
         try:
             output = sampler(n) if labels is None else sampler(n, labels)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import types
 from collections.abc import Mapping
+from inspect import getgeneratorlocals
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,8 @@ def everything(value: Any, depth: int = 6) -> Any:
         }
         tensors = {**value._parameters, **value._buffers}
         grads = {name: everything(p.grad) for name, p in value._parameters.items() if p is not None}
+        slots = {name for base in type(value).__mro__ for name in vars(base).get("__slots__", ())}
+        own |= {name: everything(getattr(value, name, None), depth - 1) for name in sorted(slots)}
         children = {name: everything(child, depth) for name, child in value._modules.items()}
         return {"attributes": own, "tensors": everything(tensors), "grads": grads, "children": children}
     if isinstance(value, Tensor):
@@ -52,6 +57,21 @@ def everything(value: Any, depth: int = 6) -> Any:
     if isinstance(value, RemovableHandle):
         # it holds a number of the same counter
         return "RemovableHandle"
-    if depth and hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
-        return type(value).__name__, everything(vars(value), depth - 1)
-    return type(value).__name__
+    if not depth or isinstance(value, (type, types.ModuleType)):
+        return type(value).__name__
+    if isinstance(value, types.FunctionType):
+        made_with = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__name__, everything([made_with, value.__defaults__, value.__kwdefaults__], depth - 1)
+    if isinstance(value, functools.partial):
+        return everything([value.func, value.args, value.keywords], depth - 1)
+    if isinstance(value, types.MethodType):
+        return everything([value.__func__, value.__self__], depth - 1)
+    if isinstance(value, types.BuiltinFunctionType):
+        return everything(value.__self__, depth - 1)
+    if isinstance(value, (count, types.GeneratorType)):
+        return repr(value) if isinstance(value, count) else everything(getgeneratorlocals(value), depth - 1)
+    if hasattr(value, "cache_info"):
+        return str(value.cache_info()), everything(value.__wrapped__, depth - 1)
+    slots = [name for base in type(value).__mro__ for name in vars(base).get("__slots__", ())]
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return type(value).__name__, everything({**getattr(value, "__dict__", {}), **held}, depth - 1)
