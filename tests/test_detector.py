@@ -140,3 +140,13 @@ def test_alarm_positions_are_those_of_the_default_detector() -> None:
     assert alarm_positions(series) == alarms(series, false_alarm_rate=3e-4) == [41]
     assert alarm_positions(iter(series), false_alarm_rate=1e-6) == [42]
     assert alarm_positions([]) == []
+
+
+def test_a_lasting_alarm_takes_bounded_memory_and_ends_as_soon_as_the_series_recovers() -> None:
+    series = normal(30, 0) + [20 + value for value in normal(5000, 1)] + normal(10, 2)
+    detector = Detector(1e-3)
+    detections = [detector.update(position, value) for position, value in enumerate(series)]
+    assert [i for i, detection in enumerate(detections) if detection.opened] == [31]
+    assert 5031 <= next(i for i, detection in enumerate(detections) if detection.closed) <= 5034
+    detector = Detector(1e-3)
+    assert max(len(detector.values) for i, v in enumerate(series) if detector.update(i, v)) < 64

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -140,6 +143,33 @@ class TestAnotherFit:
         assert monitor.evaluations == 5
         assert len(monitor.session.history.curves("cms")["image"].values) == 5
 
+    @pytest.mark.filterwarnings("ignore:Checkpoint directory")
+    def test_from_an_older_checkpoint_judges_only_what_comes_after_it(self, tmp_path: Path) -> None:
+        monitor, other, stopping, model = cms(), cms(name="other"), CollapseStopping("warn"), SmallVAE()
+        checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", auto_insert_metric_name=False, save_top_k=-1)
+        own = trainer(monitor, other, stopping, checkpoint, max_epochs=4, enable_checkpointing=True)
+        own.fit(model, batches())
+        other.warmup_epochs = 5
+        own.fit_loop.max_epochs = 5
+        own.fit(model, batches(), ckpt_path=tmp_path / "1.ckpt", weights_only=True)
+        assert (monitor.evaluations, other.evaluations) == (5, 2)
+        assert stopping.judge.evaluations == {"cms": 5, "other": 2}
+        assert len(monitor.session.history.curves("other")["image"].values) == 2
+
+    def test_from_an_unreadable_checkpoint_judges_from_the_first_evaluation_on(self, tmp_path: Path) -> None:
+        own = trainer(cms(), CollapseStopping("warn"), max_epochs=3)
+        own.fit(SmallVAE(), batches())
+        own.save_checkpoint(tmp_path / "whole.ckpt")
+        state = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+        del state["callbacks"]["CosineMeanSimilarityMonitor[cms]"]["evaluations"]
+        torch.save(state, tmp_path / "broken.ckpt")
+        monitor, stopping = cms(), CollapseStopping("warn")
+        again = trainer(monitor, stopping, max_epochs=5)
+        with pytest.warns(UserWarning, match="begins anew, since its state in the checkpoint cannot be read"):
+            again.fit(SmallVAE(), batches(), ckpt_path=tmp_path / "broken.ckpt", weights_only=True)
+        assert monitor.evaluations == len(monitor.session.history.curves("cms")["image"].values) == 2
+        assert stopping.judge.evaluations == {"cms": 2}
+
     def test_from_a_checkpoint_on_other_data_starts_again(self, tmp_path: Path) -> None:
         own = trainer(cms(), max_epochs=2)
         own.fit(SmallVAE(), batches())
@@ -243,6 +273,16 @@ class TestKeys:
         assert own.current_epoch == 9
         assert stopper.wait_count == 2
 
+    @pytest.mark.filterwarnings("ignore:Checkpoint directory")
+    def test_a_second_fit_defines_the_keys_too(self) -> None:
+        keys, monitor = Keys(), cms(every_n_epochs=3)
+        own = self.fit(monitor, keys, max_epochs=3)
+        own.fit_loop.max_epochs = 5
+        own.fit(WithValidation(), batches(), batches(shuffle=False))
+        assert monitor.evaluations == 0
+        assert len(keys.seen) == 10
+        assert all(keys.seen)
+
     def test_callbacks_that_monitor_other_keys_stay_unchanged(self, tmp_path: Path) -> None:
         checkpoint, stopper = ModelCheckpoint(tmp_path, monitor="val_mean"), EarlyStopping("val_mean", patience=1)
         before = attributes(checkpoint), attributes(stopper)
@@ -319,6 +359,31 @@ class TestLogging:
         own = Trainer(max_epochs=2, accelerator="cpu", barebones=True, callbacks=[monitor])
         own.fit(SmallVAE(), batches())
         assert monitor.evaluations == 2
+
+
+def test_charts_that_cannot_be_written_do_not_end_the_run(tmp_path: Path) -> None:
+    def full(layout: Any) -> None:
+        raise OSError("no space left on device")
+
+    logger = TensorBoardLogger(tmp_path)
+    logger.experiment.add_custom_scalars = full
+    monitor = cms()
+    with pytest.warns(UserWarning, match="no space left on device"):
+        trainer(monitor, max_epochs=2, logger=logger).fit(SmallVAE(), batches())
+    assert monitor.evaluations == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda callbacks: pickle.loads(pickle.dumps(callbacks))])
+def test_callbacks_can_be_copied_after_a_fit_and_used_again(copied: Any) -> None:
+    callbacks = [cms(), CollapseStopping(), GenerativeDiagnostics(num_samples=64, skip=("regional_primitives",))]
+    model = SmallVAE()
+    trainer(*callbacks, max_epochs=2).fit(model, batches())
+    twins = copied(callbacks)
+    assert twins[0].evaluations == 2
+    with pytest.raises(RuntimeError, match="CosineMeanSimilarityMonitor is not attached to a trainer yet"):
+        _ = twins[0].session
+    trainer(*twins, max_epochs=1).fit(model, batches())
+    assert (callbacks[0].evaluations, twins[0].evaluations) == (2, 3)
 
 
 def test_representations_are_the_calls_that_create_the_objects() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import ReferenceType, ref
 
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticWarning
-from lightning_gendiag.callbacks.session import Session
+from lightning_gendiag.callbacks.session import Member
 from lightning_gendiag.detection.alarm import Alarm
 from lightning_gendiag.detection.report import FILE, report
 from lightning_gendiag.detection.rules import Judge
@@ -28,7 +27,7 @@ class CollapseWarning(UserWarning):
     """A part of the model collapsed."""
 
 
-class CollapseStopping(EarlyStopping):
+class CollapseStopping(Member, EarlyStopping):
     """Watches what the monitors of a trainer observe, and stops the run when a part of the model collapses.
 
     Each series (each region, class and dimension, and the aggregate) is judged against its own level and its own
@@ -71,8 +70,6 @@ class CollapseStopping(EarlyStopping):
         self.action, self.false_alarm_rate, self.warmup_evaluations = action, false_alarm_rate, warmup_evaluations
         self.evaluations_to_last = patience
         self.judge = Judge(false_alarm_rate, warmup_evaluations)
-        self._session: Session | None = None
-        self._module: ReferenceType[LightningModule] | None = None
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -84,17 +81,6 @@ class CollapseStopping(EarlyStopping):
         """One for each action."""
         return f"{type(self).__qualname__}[{self.action}]"
 
-    @property
-    def session(self) -> Session:
-        """What the monitors of the trainer share.
-
-        Raises:
-            RuntimeError: Before the trainer has set its callbacks up.
-        """
-        if self._session is None:
-            raise RuntimeError("CollapseStopping is not attached to a trainer yet.")
-        return self._session
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Joins the trainer's session."""
         if stage == "fit":
@@ -103,13 +89,10 @@ class CollapseStopping(EarlyStopping):
 
     def join(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Joins the session of a trainer, and begins anew where its module is another than before."""
-        self._session = Session.of(trainer)
-        self._session.begin(pl_module)
-        if self not in self._session.listeners:
-            self._session.listeners.append(self)
-        if self._module is not None and self._module() is not pl_module:
+        if self.enter(trainer, pl_module):
             self.judge.clear()
-        self._module = ref(pl_module)
+        if self not in self.session.listeners:
+            self.session.listeners.append(self)
 
     def restart(self, monitor: str) -> None:
         """Forgets what was learned of a monitor, which begins anew with other data."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_gendiag.callbacks.collapse_stopping import CollapseStopping
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.callbacks.monitor import Monitor
-from lightning_gendiag.callbacks.session import Session
+from lightning_gendiag.callbacks.session import Member, Session
 from lightning_gendiag.diagnostics.cosine_mean_similarity.monitor import CosineMeanSimilarityMonitor
 from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationBalanceMonitor
 from lightning_gendiag.diagnostics.k_star.monitor import KStarMonitor
@@ -45,7 +45,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
 )
 
 
-class GenerativeDiagnostics(Callback):
+class GenerativeDiagnostics(Member, Callback):
     """Enables every diagnostic that applies to a module, with one stopper, and logs which were left out and why.
 
     It inspects the module for a sampler, an encoder, a decoder and a posterior, and the first batch for images and labels.
@@ -142,8 +142,6 @@ class GenerativeDiagnostics(Callback):
         self.monitors = {kind.name: self._monitor(kind) for kind in MONITORS if kind.name not in skip}
         self.stopping = None if action is None else CollapseStopping(action)
         self.left_out: dict[str, str] = {}
-        # held from setup on, when no monitor may hold it yet
-        self._session: Session | None = None
         self._stops = False
         self._inspected = False
         self._checking = 0.0
@@ -176,16 +174,15 @@ class GenerativeDiagnostics(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Joins the trainer's session, before it is known which monitors the user has added."""
         if stage == "fit":
-            self._session = Session.of(trainer)
-            self._session.begin(pl_module)
-            self._session.automatic = True
+            self.enter(trainer, pl_module)
+            self.session.automatic = True
             self._inspected = False
             self.left_out = dict.fromkeys(self.skip, "it is in skip")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets each monitor join, and leaves out those that cannot work."""
         started = time.monotonic()
-        session = Session.of(trainer)
+        session = self.session
         present = {type(monitor) for monitor in session.monitors}
         for name, monitor in self.monitors.items():
             missing = [package for package in monitor.requires if importlib.util.find_spec(package) is None]
@@ -217,7 +214,7 @@ class GenerativeDiagnostics(Callback):
     def _inspect(self, trainer: Trainer, batch: Any) -> None:
         """Leaves out what the first batch has no images or labels for, or what its images show not to work."""
         started = time.monotonic()
-        session = Session.of(trainer)
+        session = self.session
         # once for all monitors, since a callable of the user's may be slow
         found_in = cache(partial(_found_in, batch))
         for name, monitor in self.monitors.items():
@@ -236,7 +233,7 @@ class GenerativeDiagnostics(Callback):
             reason = str(error) or type(error).__name__
         if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
             self.left_out[name] = reason or "it failed on another process"
-            Session.of(trainer).leave(self.monitors[name])
+            self.session.leave(self.monitors[name])
 
     def _say(self, session: Session, trainer: Trainer) -> None:
         lines = [f"Diagnostics: {', '.join(self.attached) or 'none'}."]
@@ -277,11 +274,11 @@ class GenerativeDiagnostics(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends the fit."""
         if stage == "fit":
-            Session.of(trainer).end()
+            self.session.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Ends the fit."""
-        Session.of(trainer).end()
+        self.session.end()
 
     # ---- checkpoints ----
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
-from weakref import ReferenceType, ref
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning
-from lightning_gendiag.callbacks.session import Session
+from lightning_gendiag.callbacks.session import Member
 from lightning_gendiag.detection.history import Curve, Evaluation, Observation
 from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.functional.text import representation
@@ -38,7 +37,7 @@ MetricT = TypeVar("MetricT", bound=Diagnostic)
 ResultT = TypeVar("ResultT", bound=Result)
 
 
-class Monitor(Callback, Generic[MetricT, ResultT]):
+class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     """A diagnostic attached to training: evaluates on a schedule, logs numbers and panels, and never ends a run itself.
 
     A subclass names its metric, builds it, gives it rows, and says what is observed and plotted. Evaluations take place
@@ -109,9 +108,8 @@ class Monitor(Callback, Generic[MetricT, ResultT]):
         self.last_step: int | None = None
         """Step of the newest evaluation, on the loggers' axis."""
         self._metric: MetricT | None = None
-        self._session: Session | None = None
-        self._module: ReferenceType[LightningModule] | None = None
         self._session_state: dict[str, Any] | None = None
+        self._begins_anew = False
         self._failures = 0
         self._next_panel = 0
         self._logged: list[Observation] | None = None
@@ -204,17 +202,6 @@ class Monitor(Callback, Generic[MetricT, ResultT]):
         return self._metric
 
     @property
-    def session(self) -> Session:
-        """What the monitors of the trainer share.
-
-        Raises:
-            RuntimeError: Before the trainer has set its callbacks up.
-        """
-        if self._session is None:
-            raise RuntimeError(f"{type(self).__name__} is not attached to a trainer yet.")
-        return self._session
-
-    @property
     def view(self) -> ModelView:
         """What the monitor sees of the module."""
         return self.session.view_of(self)
@@ -247,15 +234,14 @@ class Monitor(Callback, Generic[MetricT, ResultT]):
 
     def join(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Joins the session of a trainer, and begins anew where its module is another than before."""
-        before, self._session = self._session, Session.of(trainer)
-        self._session.begin(pl_module)
-        self._session.join(self)
-        if self._module is not None and self._module() is not pl_module:
+        before = self._session
+        is_other = self.enter(trainer, pl_module)
+        self.session.join(self)
+        if is_other:
             self.reset()
-        elif before is not None and before is not self._session:
+        elif before is not None and before is not self.session:
             # another trainer goes on with the same module
             self._session_state = before.state_dict(self)
-        self._module = ref(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over a checkpoint's state, and checks the configuration once the module is on its device."""
@@ -324,11 +310,16 @@ class Monitor(Callback, Generic[MetricT, ResultT]):
                 self.session.load_state_dict(self, state)
             except Exception as error:
                 self._cannot_read(error)
+        if self._begins_anew:
+            # now that listeners too have taken over what the checkpoint holds
+            self._begins_anew = False
+            self.session.restart(self)
 
     def _cannot_read(self, error: Exception) -> None:
         if self.on_error == "raise":
             raise error
         self.reset()
+        self._begins_anew, self._session_state = True, None
         rank_zero_warn(
             f"{type(self).__name__} begins anew, since its state in the checkpoint cannot be read: "
             f"{type(error).__name__}: {error}",

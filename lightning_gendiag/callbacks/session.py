@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -240,15 +240,19 @@ class Session:
                     self.subject.trained, f"{PREFIX}/{monitor.name}/{name}", float("nan"), epoch_over=False
                 )
 
+    def restart(self, monitor: Monitor[Any, Any]) -> None:
+        """Forgets what was learned of a monitor, everywhere."""
+        monitor.reset()
+        self.history.clear(monitor.name)
+        for listener in self.listeners:
+            listener.restart(monitor.name)
+
     def _restart(self, view: ModelView) -> None:
         """Begins anew with the data that this fit brings."""
         view.forget_reference()
         for monitor in self.monitors:
             if self.view_of(monitor) is view:
-                monitor.reset()
-                self.history.clear(monitor.name)
-                for listener in self.listeners:
-                    listener.restart(monitor.name)
+                self.restart(monitor)
         rank_zero_info("The training data are others than before: the diagnostics begin anew with these.")
 
     def _say_budget(self, step: int, max_overhead: float) -> None:
@@ -276,3 +280,32 @@ class Session:
         """Takes over the images and the series of a checkpoint."""
         self.history.load_state_dict(monitor.name, state["history"])
         self.view_of(monitor).real.load_state_dict(state["reference"])
+
+
+class Member:
+    """What takes part in a trainer's session; a copy of it, in memory or in a file, takes part in none."""
+
+    _session: Session | None = None
+    _module: ReferenceType[LightningModule] | None = None
+
+    @property
+    def session(self) -> Session:
+        """What the monitors of the trainer share.
+
+        Raises:
+            RuntimeError: Before the trainer has set its callbacks up.
+        """
+        if self._session is None:
+            raise RuntimeError(f"{type(self).__name__} is not attached to a trainer yet.")
+        return self._session
+
+    def enter(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Takes part in the session of a trainer, and returns whether its module is another than before."""
+        self._session = Session.of(trainer)
+        self._session.begin(module)
+        is_other = self._module is not None and self._module() is not module
+        self._module = ref(module)
+        return is_other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_session", "_module")}

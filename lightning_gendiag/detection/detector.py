@@ -142,12 +142,11 @@ class Detector:
     def _while_active(self) -> Detection:
         (deviation,) = self._deviations(self.values[-1:], self.healthy)
         self.calm = self.calm + 1 if deviation < 1 else 0
+        # values of the collapse are no example of health, but the last two may be those that end it
+        healthy = sum(position < (self.since or 0) for position in self.positions)
+        del self.positions[healthy:-2], self.values[healthy:-2]
         if self.calm < 2:
             return Detection(True, False, False, self.since, deviation, deviation)
-        # values of the collapse are no example of health
-        kept = [(p, v) for p, v in zip(self.positions, self.values, strict=True) if p < (self.since or 0)]
-        kept += list(zip(self.positions[-2:], self.values[-2:], strict=True))
-        self.positions, self.values = [p for p, _ in kept], [v for _, v in kept]
         self.active, self.since, self.calm = False, None, 0
         return Detection(False, False, True, None, deviation, deviation)
 
