@@ -413,7 +413,7 @@ def diagnosed(
 
 def sampled_by(diagnostics: GenerativeDiagnostics) -> str:
     """Returns the description of the sampler."""
-    return diagnostics.monitors["cms"].view.parts.sampled_by
+    return diagnostics.monitors["cms"].view.parts.way("sample").name
 
 
 def error_of(module: Any, adapter: ModelAdapter | None = None) -> str:

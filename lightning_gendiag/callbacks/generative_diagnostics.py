@@ -64,6 +64,7 @@ class GenerativeDiagnostics(Member, Callback):
         sample: See :class:`ModelAdapter`.
         encode: See :class:`ModelAdapter`.
         decode: See :class:`ModelAdapter`.
+        reconstruct: See :class:`ModelAdapter`.
         latent_dim: See :class:`ModelAdapter`.
         conditional: See :class:`ModelAdapter`.
         images: See :class:`ModelAdapter`.
@@ -104,6 +105,7 @@ class GenerativeDiagnostics(Member, Callback):
         sample: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
         encode: str | Callable | None = None,  # type: ignore[type-arg]
         decode: str | Callable | None = None,  # type: ignore[type-arg]
+        reconstruct: str | Callable | None = None,  # type: ignore[type-arg]
         latent_dim: int | None = None,
         conditional: bool = False,
         images: Callable | None = None,  # type: ignore[type-arg]
@@ -119,8 +121,8 @@ class GenerativeDiagnostics(Member, Callback):
     ) -> None:
         super().__init__()
         own = ModelAdapter(
-            sample, encode, decode, num_samples, seed, weights, reference=reference, num_reference=num_reference,
-            latent_dim=latent_dim, conditional=conditional, images=images, labels=labels,
+            sample, encode, decode, num_samples, seed, weights, reconstruct=reconstruct, reference=reference,
+            num_reference=num_reference, latent_dim=latent_dim, conditional=conditional, images=images, labels=labels,
         )  # fmt: skip
         chosen = repr(own) != repr(ModelAdapter())
         if adapter is not None and chosen:
@@ -133,7 +135,8 @@ class GenerativeDiagnostics(Member, Callback):
             raise ValueError(f"skip must name diagnostics out of {', '.join(names)}, got {', '.join(unknown)}.")
         self.action, self.every_n_epochs, self.every_n_train_steps = action, every_n_epochs, every_n_train_steps
         self.warmup_epochs, self.num_samples, self.num_reference = warmup_epochs, num_samples, num_reference
-        self.reference, self.sample, self.encode, self.decode = reference, sample, encode, decode
+        self.reference, self.reconstruct = reference, reconstruct
+        self.sample, self.encode, self.decode = sample, encode, decode
         self.latent_dim, self.conditional, self.images, self.labels = latent_dim, conditional, images, labels
         self.weights, self.seed, self.adapter, self.num_regions, self.skip = weights, seed, adapter, num_regions, skip
         self.max_overhead, self.log_images, self.on_error = max_overhead, log_images, on_error
@@ -192,7 +195,7 @@ class GenerativeDiagnostics(Member, Callback):
                 self.left_out[name] = f"it needs {', '.join(missing)}: pip install 'lightning_gendiag[latent]'"
             elif name not in self.left_out:
                 monitor.join(trainer, pl_module)
-                self._try(trainer, name, partial(monitor.on_fit_start, trainer, pl_module))
+                self._try(trainer, name, monitor.prepare)
         self._stops = self.stopping is not None and session.stopper is None
         if self.stopping is not None and self._stops:
             self.stopping.join(trainer, pl_module)
@@ -219,7 +222,10 @@ class GenerativeDiagnostics(Member, Callback):
         found_in = cache(partial(_found_in, batch))
         for name, monitor in self.monitors.items():
             if name not in self.left_out:
-                self._try(trainer, name, partial(_check_batch, monitor, session.view_of(monitor), found_in))
+                view = session.view_of(monitor)
+                # parts that were made when training started are there now
+                view.refresh()
+                self._try(trainer, name, partial(_check, monitor, view, found_in))
         # what is left out before the first evaluation belongs to the time of setup
         session.schedule.budget.charge(self._checking + time.monotonic() - started, ready=False)
         self._say(session, trainer)
@@ -305,14 +311,13 @@ def _found_in(batch: Any, reference: Reference) -> tuple[Tensor | None, Any]:
     return images_of(images), labels
 
 
-def _check_batch(
+def _check(
     monitor: Monitor[Any, Any], view: ModelView, found_in: Callable[[Reference], tuple[Tensor | None, Any]]
 ) -> None:
-    """Raises ValueError where the first batch shows that a monitor cannot work."""
+    """Raises ValueError where the module or the first batch shows that a monitor cannot work."""
     images, labels = found_in(view.real) if monitor.needs_reference or monitor.needs_labels else (None, None)
     if monitor.needs_reference and images is None:
         raise ValueError("the batches hold no (N, C, H, W) images; pass images=lambda batch: ...")
     if monitor.needs_labels and labels is None:
         raise ValueError("the batches hold no labels; pass labels=lambda batch: ...")
-    if images is not None:
-        monitor.check_images(view, images[:2])
+    monitor.check(view)

@@ -17,7 +17,7 @@ from lightning_gendiag.functional.text import representation
 from lightning_gendiag.metric import Diagnostic, Result
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
-from lightning_gendiag.model.parts import Need
+from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.regions.clustering import find_regions
 from lightning_gendiag.regions.region_map import RegionMap
 
@@ -122,15 +122,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         Raises:
             ValueError: For a configuration that cannot work.
         """
-        if "sample" in self.needs:
-            view.try_sample()
-
-    def check_images(self, view: ModelView, images: Tensor) -> None:
-        """Checks with two real images (2, C, H, W) that the module can be evaluated.
-
-        Raises:
-            ValueError: For a configuration that cannot work.
-        """
+        view.find(*self.needs)
 
     def build_metric(self, view: ModelView) -> MetricT:
         """Returns the metric, made once when the reference is there; on every rank alike."""
@@ -245,9 +237,13 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over a checkpoint's state, and checks the configuration once the module is on its device."""
-        self._load_session_state()
-        self.view.attach(self.needs)
+        self.prepare()
         self.check(self.view)
+
+    def prepare(self) -> None:
+        """Takes over a checkpoint's state, and reads a reference that was given."""
+        self._load_session_state()
+        self.view.attach()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to count the time; takes over a checkpoint's state where the strategy loads it late."""

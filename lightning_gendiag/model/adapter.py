@@ -10,7 +10,10 @@ from lightning_gendiag.model.batches import images_of, labels_of
 
 
 class ModelAdapter:
-    """Says how monitors use a module; what is not given is found by name and by trying.
+    """Says how monitors use a module; what is not given is found.
+
+    The module's own methods, those of the modules that it holds and known libraries are tried with two samples, and the
+    first is taken whose images are of the size of the real ones. The log says which.
 
     One adapter serves all monitors of a trainer. Samples are drawn on an isolated copy of the module, in evaluation mode,
     without gradients, in the trainer's precision, and from their own seed, so that training does not notice. They are
@@ -19,17 +22,14 @@ class ModelAdapter:
 
     Args:
         sample: What makes images: the name of a method or submodule (``"generator"``, ``"model.decode"``), a callable
-            ``(module, n)``, or None for the module's own ``sample(n)``, else its ``decode``, ``decoder``, ``forward`` or
-            ``generator`` applied to noise. A submodule, ``decode`` and ``forward`` take standard normal noise
-            (n, latent_dim), or (n, latent_dim, 1, 1) where a generator begins with a convolution.
-        encode: A name, a callable ``(module, images)``, or None for the module's ``encode`` or ``encoder``, if that
-            returns latents and not features for layers such as ``fc_mu``.
-        decode: A name, a callable ``(module, latents)``, or None for the module's ``decode``, ``decoder``, what
-            ``sample`` names, or what a GAN makes images with.
+            ``(module, n)``, or None to find it. A submodule, ``decode`` and ``forward`` take standard normal noise.
+        encode: What makes latents: a name, a callable ``(module, images)``, or None to find it.
+        decode: What decodes latents: a name, a callable ``(module, latents)``, or None to find it.
         num_samples: Number of images at an evaluation, over all processes.
         seed: Seed of the samples; the same at every evaluation, so that curves change with the model only.
         weights: ``"raw"``, ``"ema"`` (Lightning's ``WeightAveraging``), or ``"auto"`` for averaged weights once there are
             any.
+        reconstruct: What reconstructs images: a name, a callable ``(module, images)``, or None to find it.
         reference: Real images: None takes them from the training batches as they pass by; or a tensor (N, C, H, W), a
             pair of images and labels, a dataset or a dataloader.
         num_reference: Number of real images that are kept, over all processes.
@@ -56,6 +56,7 @@ class ModelAdapter:
         seed: int = 0,
         weights: Literal["auto", "raw", "ema"] = "auto",
         *,
+        reconstruct: str | Callable | None = None,  # type: ignore[type-arg]
         reference: Any = None,
         num_reference: int = 1024,
         latent_dim: int | None = None,
@@ -73,7 +74,7 @@ class ModelAdapter:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}.")
         if weights not in ("auto", "raw", "ema"):
             raise ValueError(f"weights must be 'auto', 'raw' or 'ema', got {weights!r}.")
-        self.sample, self.encode, self.decode = sample, encode, decode
+        self.sample, self.encode, self.decode, self.reconstruct = sample, encode, decode, reconstruct
         self.num_samples, self.num_reference, self.chunk_size = num_samples, num_reference, chunk_size
         self.seed, self.weights, self.conditional = seed, weights, conditional
         self.reference, self.latent_dim = reference, latent_dim

@@ -1,20 +1,36 @@
-"""Finds the methods and submodules with which a module samples, encodes and decodes, and calls them."""
+"""Chooses the ways in which a module samples, encodes, decodes and reconstructs, by trying them on the isolated copy."""
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_gendiag.functional.arrays import as_images, tensor_of
-from lightning_gendiag.model.batches import Images, images_of
-from lightning_gendiag.model.generators import random_state_kept
+from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.adapters import RECOGNISERS
+from lightning_gendiag.model.adapters.base import Context, Need, Way
+from lightning_gendiag.model.adapters.own import (
+    DECODE_NAMES,
+    ENCODE_NAMES,
+    GENERATOR_NAMES,
+    RECONSTRUCT_NAMES,
+    SAMPLE_NAMES,
+    attribute,
+    decoder_ways,
+    latent_length,
+    normal,
+    sampler_ways,
+    signature_of,
+)
+from lightning_gendiag.model.batches import Images
+from lightning_gendiag.model.generators import seed_all
+from lightning_gendiag.model.outputs import data_in, scaled_like
+from lightning_gendiag.model.posterior import posterior_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -23,49 +39,64 @@ if TYPE_CHECKING:
     from lightning_gendiag.model.reference import Reference
     from lightning_gendiag.model.subject import Subject
 
-Need = Literal["sample", "encode", "decode"]
-"""An ability of a module that a diagnostic needs."""
+UNKNOWN_LENGTH = "the length of its latents is not known; pass"
 
-LATENT_NAMES = ("latent_dim", "latent_size", "z_dim", "z_size", "dim_z", "noise_dim", "noise_size", "nz", "n_latent")
-"""Attributes of a module, of its ``hparams`` or of its decoder that hold the length of the noise."""
+MOST_REASONS = 4
+"""Number of failed ways that a message names."""
 
-LABEL_NAMES = ("y", "label", "labels", "cls", "classes", "target", "targets")
-"""Names of parameters that take class labels."""
-
-DECODER_NAMES = ("decode", "decoder")
-GENERATOR_NAMES = ("forward", "generator", "gen", "netG", "G")
-"""Names of callables from noise to data; ``forward`` stands for the module itself, as in many GANs."""
-
-DEFAULT_NAMES = {
-    "sample": ("sample", *DECODER_NAMES, *GENERATOR_NAMES),
-    "encode": ("encode", "encoder"),
-    "decode": (*DECODER_NAMES, *GENERATOR_NAMES),
-}
-"""Attributes that are tried in this order where the user names none; those with an unsuitable signature are skipped."""
-
-FIXES = {
-    "sample": "ModelAdapter(sample=lambda module, n: ...)",
-    "encode": "ModelAdapter(encode=lambda module, images: ...)",
-    "decode": "ModelAdapter(decode=lambda module, z: ...)",
+ARGUMENTS: dict[Need, str] = {"sample": "n", "encode": "images", "decode": "z", "reconstruct": "images"}
+FIXES: dict[Need, str] = {
+    need: f"ModelAdapter({need}=lambda module, {argument}: ...)" for need, argument in ARGUMENTS.items()
 }
 """The line of code that an error message suggests for each need where nothing more specific is known."""
 
-MEAN_LAYER, VARIANCE_LAYER = re.compile(r"(^|_|2)(mu|mean)(_|$)"), re.compile(r"var(_|$)|sigma|std")
-"""Names of layers that turn an encoder's features into the mean and the variance of a posterior."""
+DOES: dict[Need, str] = {
+    "sample": "makes images",
+    "encode": "makes latents",
+    "decode": "decodes latents",
+    "reconstruct": "reconstructs images",
+}
+
+NAMES: dict[Need, tuple[str, ...]] = {
+    "sample": (*SAMPLE_NAMES, *DECODE_NAMES, "forward", *GENERATOR_NAMES),
+    "encode": ENCODE_NAMES,
+    "decode": (*DECODE_NAMES, "forward", *GENERATOR_NAMES),
+    "reconstruct": RECONSTRUCT_NAMES,
+}
+
+LARGEST_ERROR = 1e-3
+"""What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
+
+MEANS = ("mean", "mu", "loc", "embedding", "z_mean", "latent", "latents", "z")
+"""Names under which encoders return latents, best first."""
 
 
 class ModelParts:
-    """Finds the callables behind ``sample``, ``encode`` and ``decode``, and calls them inside ``ModelView.isolated``.
+    """Chooses one way for each need, on two samples, and again once real images show which shape fits.
 
     Args:
         adapter: The user's choices.
         subject: The module, and the copy of it that is evaluated.
         real: The real images.
+        isolated: Makes the copy ready for calls, in full precision if that is asked for.
     """
 
-    def __init__(self, adapter: ModelAdapter, subject: Subject, real: Reference) -> None:
-        self.adapter, self.subject, self.real = adapter, subject, real
-        self._spatial: dict[Need, bool] = {}
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        subject: Subject,
+        real: Reference,
+        isolated: Callable[[bool], AbstractContextManager[None]],
+    ) -> None:
+        self.adapter, self.subject, self.real, self.isolated = adapter, subject, real, isolated
+        self.tried: Images | None = None
+        """The two samples by which the sampler was chosen; None where they are not known to be images yet."""
+        self._chosen: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
+        self._missing: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
+        self._ways: dict[Need, Way] = {}
+        self._of: nn.Module | None = None
+        self._latent: tuple[int, ...] | None = None
+        self._has_posterior = False
 
     @property
     def module(self) -> LightningModule:
@@ -73,387 +104,313 @@ class ModelParts:
         return self.subject.module
 
     @property
-    def reference(self) -> Images | None:
-        """The real images; None until they are complete."""
-        return self.real.images
+    def context(self) -> Context:
+        """What is known of the data now."""
+        example, adapter = self.real.example, self.adapter
+        shape = None if example is None else tuple(example.shape[1:])
+        return Context(self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional)
 
-    def resolve(self, need: Need) -> Callable[..., Any]:
-        """Returns the callable behind ``sample``, ``encode`` or ``decode``."""
-        return self.find(need)[1]
+    # ---- choosing ----
 
-    def find(self, need: Need) -> tuple[str, Callable[..., Any]]:
-        """Returns the name of the callable behind a need, which is empty for one that the user gave, and the callable.
+    def way(self, need: Need) -> Way:
+        """Returns the way in which the copy does what is needed.
 
         Raises:
-            ValueError: If there is none; the message shows the line that fixes it.
+            ValueError: If there is none; the message says what was tried, and the line that fixes it.
         """
-        wanted, module = getattr(self.adapter, need), self.module
-        own = type(module).__name__
-        target: Any
-        if wanted is None and need == "decode" and isinstance(self.adapter.sample, str) and not self._has_decoder():
+        if self._of is not self.module:
+            # another copy, whose parts are other objects
+            self._of, self._ways = self.module, {}
+        shape = self.context.shape
+        if need not in self._ways or self._chosen[need][1] != shape:
+            self._ways[need] = self._choose(need, shape)
+        return self._ways[need]
+
+    def has(self, need: Need) -> bool:
+        """Returns whether there is a way."""
+        try:
+            self.way(need)
+        except ValueError:
+            return False
+        return True
+
+    def _choose(self, need: Need, shape: tuple[int, ...] | None) -> Way:
+        if need != "encode":
+            # a decoder takes what the encoder returns
+            self.has("encode")
+        message, tried_with = self._missing.get(need, ("", None))
+        if message and tried_with == shape:
+            raise ValueError(message)
+        name, chosen_with = self._chosen.get(need, ("", None))
+        # the one that was chosen before comes first
+        ways = sorted(self._given(need) or self._found(need), key=lambda way: way.name != name)
+        if ways and ways[0].name == name and (chosen_with == shape or self._already_fits(ways[0], shape)):
+            self._chosen[need] = name, shape
+            return ways[0]
+        failures = []
+        for way in ways:
+            try:
+                with self.isolated(need != "sample"):
+                    seed_all(self.adapter.seed, self.context.device, self.module, self.adapter)
+                    getattr(self, f"_try_{need}")(way)
+            except Exception as error:
+                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                failures.append(f"{way.name}: {reason}")
+            else:
+                self._chosen[need] = way.name, shape
+                return way
+        self._missing[need] = self._message(need, failures), shape
+        raise ValueError(self._missing[need][0])
+
+    def _already_fits(self, way: Way, shape: tuple[int, ...] | None) -> bool:
+        """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
+        if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
+            return False
+        return not way.assumes_prior or self.adapter.sample is not None or self._has_prior
+
+    def _found(self, need: Need) -> Iterator[Way]:
+        for recogniser in RECOGNISERS:
+            yield from (way for way in recogniser(self.module, self.context) if way.need == need)
+        if need == "reconstruct" and self.has("encode") and self.has("decode"):
+            name = f"{self.way('decode').name} of {self.way('encode').name}"
+            yield Way("reconstruct", name, lambda images: self.decode(self.latents_of(images)))
+
+    def _given(self, need: Need) -> list[Way]:
+        """The ways that the user's argument leaves; empty where none was given."""
+        wanted = getattr(self.adapter, need)
+        if wanted is None and need == "decode" and isinstance(self.adapter.sample, str):
             # what the user named for samples also decodes, if it takes latents
-            name, target = self.find("sample")
-            if takes_noise(target):
-                return name, target
+            return self._ways_of(need, self._named("sample", self.adapter.sample), self.adapter.sample)
         if wanted is None:
-            return self._find_default(need)
-        target = module
+            return []
         if isinstance(wanted, str):
-            for part in wanted.split(".") if wanted != "forward" else ():
-                target = getattr(target, part, None)
-            if not callable(target):
-                raise ValueError(
-                    f"{need} must name a method or submodule of {own}, got {wanted!r}. To fix this, pass {FIXES[need]}."
-                )
-            return wanted, target
+            return self._ways_of(need, self._named(need, wanted), wanted)
         if not callable(wanted):
             raise ValueError(f"{need} must be a name or a callable, got {wanted!r}. To fix this, pass {FIXES[need]}.")
         given = self.subject.counterpart(wanted)
-        return "", given if isinstance(given, nn.Module) else partial(given, module)
+        if isinstance(given, nn.Module):
+            return self._ways_of(need, given, type(given).__name__)
+        text = f"the callable in ModelAdapter({need}=...)"
+        return [Way(need, text, partial(given, self.module), takes_labels=self.adapter.conditional)]
 
-    def _find_default(self, need: Need) -> tuple[str, Callable[..., Any]]:
-        """Returns the name and the callable of the first default name whose signature is suitable."""
-        module, names = self.module, DEFAULT_NAMES[need]
-        own = type(module).__name__
-        given = 2 if need == "sample" and self.adapter.conditional else 1
-        skipped = []
-        for name in names:
-            found = self._attribute(name)
-            if not callable(found):
-                continue
-            signature = _signature(found)
-            if signature is not None and not _accepts(signature, given):
-                skipped.append(f"{own}.{name} takes {signature}")
-            elif name == "encoder" and (heads := self._posterior_layers()):
-                skipped.append(f"{own}.encoder returns features, from which {' and '.join(heads)} make a posterior")
-            else:
-                return name, found
-        argument = {"sample": "n", "encode": "images", "decode": "z"}[need]
-        unsuitable = f" that can be used ({', '.join(skipped)})" if skipped else ""
-        raise ValueError(
-            f"{need} must be known, but {own} has none of {', '.join(names)}{unsuitable}. "
-            f"To fix this, define {own}.{need}({argument}), or pass {self._fix(need)}."
-        )
-
-    def _attribute(self, name: str) -> Any:
-        """Returns an attribute of the module, or None; ``forward`` stands for a module that defines it."""
-        if name == "forward":
-            return self.module if _has_forward(self.module) else None
-        return getattr(self.module, name, None)
-
-    def _has_decoder(self) -> bool:
-        """Returns whether the module has a decoder under one of its usual names."""
-        return any(callable(self._attribute(name)) for name in DECODER_NAMES)
-
-    def _posterior_layers(self) -> list[str]:
-        """Returns the names of the layers beside an ``encoder`` that make a mean and a log variance of its features."""
-        names = [name for name, _ in self.module.named_children()]
-        mean = [name for name in names if MEAN_LAYER.search(name)][:1]
-        return mean + [name for name in names if VARIANCE_LAYER.search(name) and name not in mean][:1] if mean else []
-
-    def _fix(self, need: Need) -> str:
-        """Returns the line of code that an error message suggests, as specific as the module allows."""
-        module = self.module
-        if need == "encode" and (heads := self._posterior_layers()) and callable(getattr(module, "encoder", None)):
-            features = f"module.encoder(images){'.flatten(1)' * isinstance(getattr(module, heads[0]), nn.Linear)}"
-            layers = ", ".join(f"module.{head}" for head in heads)
-            made = f"{layers}({features})" if len(heads) == 1 else f"[head({features}) for head in ({layers})]"
-            return f"ModelAdapter(encode=lambda module, images: {made})"
-        for name in DEFAULT_NAMES[need]:
-            found = self._attribute(name)
-            signature = _signature(found) if callable(found) else None
-            call = _as_code(name)
-            if signature is None or not _accepts(signature, 2) or _accepts(signature, 1):
-                continue
-            second = list(signature.parameters)[1]
-            if second in LABEL_NAMES and need == "sample" and not self.adapter.conditional:
-                return "ModelAdapter(conditional=True)"
-            if second in LABEL_NAMES and need == "decode":
-                one_class = "torch.zeros(len(z), dtype=torch.long, device=z.device)"
-                return f"ModelAdapter(decode=lambda module, z: {call}(z, {one_class}))"
-            if "device" in second and name == "sample":
-                return "ModelAdapter(sample=lambda module, n: module.sample(n, module.device))"
-        inner = dict(module.named_children())
-        for path, part in (("", module), *inner.items()):
-            if need == "sample" and (path or _has_forward(module)) and _returns_distribution(part):
-                return f"ModelAdapter(sample=lambda module, n: module{path and '.'}{path}().sample((n,)))"
-        for path, part in inner.items():
-            for name in DEFAULT_NAMES[need]:
-                found = None if name in GENERATOR_NAMES else getattr(part, name, None)
-                if callable(found) and (signature := _signature(found)) is not None and _accepts(signature, 1):
-                    return f'ModelAdapter({need}="{path}.{name}")'
-        return FIXES[need]
-
-    def _latents_to_data(self, need: Need) -> Callable[..., Any]:
-        """Returns a callable from latents (n, L) to data; one call finds out whether the module needs (n, L, 1, 1)."""
-        name, target = self.find(need)
-        if isinstance(target, partial):
-            return target
-        if need not in self._spatial:
-            with random_state_kept(self.module.device):
-                self._spatial[need] = self._needs_spatial_latents(need, name, target)
-        if self._spatial[need]:
-            return lambda z, *labels: target(z[:, :, None, None], *labels)
-        return target
-
-    def _needs_spatial_latents(self, need: Need, name: str, target: Callable[..., Any]) -> bool:
-        """Returns whether a callable takes latents (2, L, 1, 1) and not (2, L); raises a ValueError if it takes neither."""
-        z = self._noise(2)
-        labels = (self.sample_labels(2),) if need == "sample" and self.adapter.conditional else ()
-        try:
-            target(z, *labels)
-        except Exception as error:
-            # any convolution takes latents of one pixel, but a decoder of larger feature maps would make a wrong, small image
-            if name not in DECODER_NAMES or getattr(self.adapter, need) is not None:
-                with suppress(Exception):
-                    target(z[:, :, None, None], *labels)
-                    return True
+    def _named(self, need: Need, path: str) -> Callable[..., Any]:
+        target: Any = self.module
+        for part in path.split(".") if path != "forward" else ():
+            target = getattr(target, part, None)
+        if not callable(target):
             raise ValueError(
-                f"{need} must take normal noise {tuple(z.shape)}{' and labels' if labels else ''}, but "
-                f"{type(self.module).__name__}.{name} raised {type(error).__name__}: {error}. "
-                f"To fix this, pass {self._fix(need)}."
-            ) from error
+                f"{need} must name a method or submodule of {type(self.module).__name__}, got {path!r}. "
+                f"To fix this, pass {FIXES[need]}."
+            )
+        named: Callable[..., Any] = target
+        return named
+
+    def _ways_of(self, need: Need, target: Callable[..., Any], path: str) -> list[Way]:
+        """The ways in which something that the user gave is called."""
+        owner: Any = self.module
+        for part in path.split(".")[:-1]:
+            owner = getattr(owner, part, owner)
+        name, parts = f"self.{path}", (self.module, owner)
+        if need in ("encode", "reconstruct"):
+            return [Way(need, f"{name}(images)", target)]
+        takes_noise = isinstance(target, nn.Module) or path.split(".")[-1] in (*DECODE_NAMES, *GENERATOR_NAMES)
+        if takes_noise:
+            ways = [way for way in decoder_ways(target, name, *parts, self.context, given=True) if way.need == need]
+            return ways or ([Way(need, name, target)] if need == "decode" else [])
+        if need == "decode":
+            return [] if self.adapter.decode is None else [Way(need, name, target)]
+        plain = Way(need, f"{name}(n)", target, takes_labels=self.adapter.conditional)
+        return list(sampler_ways(target, name, *parts, self.context)) or [plain]
+
+    # ---- trying ----
+
+    @property
+    def _example(self) -> Tensor | None:
+        """Two real images as the copy takes them."""
+        return None if self.real.example is None else self.as_input(as_images(self.real.example))
+
+    def as_input(self, x: Tensor) -> Tensor:
+        """Returns images or latents on the copy's device, in float64 if its weights are."""
+        double = any(parameter.dtype == torch.float64 for parameter in self.module.parameters())
+        return x.to(self.context.device, torch.float64 if double else torch.float32)
+
+    def _try_sample(self, way: Way) -> None:
+        if way.assumes_prior and self.adapter.sample is None and not self._has_prior:
+            raise ValueError("nothing shows that normal noise is the prior of its latents")
+        labels = (self.sample_labels(2),) if way.takes_labels else ()
+        output, shape = way.call(2, *labels), self.context.shape
+        # rows may fill the shape of the images, which the first batch shows
+        rows = shape is None and data_in(output, 2, None).ndim == 2
+        self.tried = None if rows else Images(self.images_in(output, 2), labels[0] if labels else None)
+
+    def _try_encode(self, way: Way) -> None:
+        example = self._example
+        if example is None:
+            return
+        output = way.call(example)
+        latents = self._latents(output, len(example), way)
+        if self.adapter.encode is None and latents.shape[1:] == example.shape[1:] and latents.ndim > 3:
+            raise ValueError("it returns images")
+        self._latent = tuple(latents.shape[1:])
+        self._has_posterior = _is_posterior(output, latents)
+
+    def _try_decode(self, way: Way) -> None:
+        shape, example = way.latent or self._latent, self._example
+        if example is not None and self.has("encode"):
+            z = self.latents_of(example)
+        elif shape is not None:
+            z = normal(self.module, 2, shape)
+        else:
+            raise ValueError(f"{UNKNOWN_LENGTH} ModelAdapter(latent_dim=...)")
+        self._decoded(way, z)
+
+    def _try_reconstruct(self, way: Way) -> None:
+        example = self._example
+        if example is None:
+            return
+        images = data_in(way.call(example), len(example), tuple(example.shape[1:]))
+        if torch.equal(images.to(example), example):
+            raise ValueError("it returns the images themselves")
+        if torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1]):
+            raise ValueError("it returns the same for all images")
+
+    @property
+    def _has_prior(self) -> bool:
+        """Whether normal noise is the prior of the latents: a posterior is pulled towards it, and a flow maps it to data."""
+        example = self._example
+        if self.adapter.latent_dim is not None or example is None or not self.has("encode"):
+            return True
+        if self._has_posterior:
+            return self._latent is not None and math.prod(self._latent[1:]) == 1
+        if not self.has("decode"):
+            return False
+        with suppress(Exception):
+            again = data_in(self.decode(self.latents_of(example)), len(example), tuple(example.shape[1:]))
+            return float((again - example).norm()) < LARGEST_ERROR * float(example.norm())
         return False
 
-    def sampler(self) -> Callable[..., Any]:
-        """Returns a callable from the number of images, and labels where the sampler is conditional, to images."""
-        target = self.resolve("sample")
-        if not takes_noise(target):
-            return target
-        generator = self._latents_to_data("sample")
-        return lambda n, *labels: generator(self._noise(n), *labels)
+    def _message(self, need: Need, failures: list[str]) -> str:
+        own = type(self.module).__name__
+        if getattr(self.adapter, need) is not None:
+            reason = failures[0] if failures else f"{UNKNOWN_LENGTH} ModelAdapter(latent_dim=...)"
+            return f"{need} must be what {DOES[need]}, but {reason.rstrip('.')}. To fix this, pass {self._fix(need)}."
+        failures += self._unsuitable(need) if len(failures) < MOST_REASONS else []
+        tried = "; ".join(failures[:MOST_REASONS]) or f"{own} has none of {', '.join(NAMES[need])}"
+        return (
+            f"{need} must be known, but {tried.rstrip('.')}. "
+            f"To fix this, define {own}.{need}({ARGUMENTS[need]}), or pass {FIXES[need]}."
+        )
 
-    @property
-    def sampled_by(self) -> str:
-        """A description of the sampler for messages, such as ``"GAN.forward from normal noise (n, 32)"``."""
-        name, target = self.find("sample")
-        own = f"{type(self.module).__name__}.{name}" if name else "the callable in ModelAdapter(sample=...)"
-        if not takes_noise(target):
-            return own
-        return f"{own} from normal noise (n, {self.prior_length}{', 1, 1' if self._spatial.get('sample') else ''})"
+    def _unsuitable(self, need: Need) -> list[str]:
+        """Names of methods that are not called, since it is not known with what."""
+        found = ((name, attribute(self.module, name)) for name in NAMES[need])
+        return [f"self.{name} takes {signature_of(target)}" for name, target in found if target is not None]
 
-    @property
-    def prior_length(self) -> int:
-        """L, the length of the noise.
+    def _fix(self, need: Need) -> str:
+        """A line that was run in place of one that the user gave and that does not work."""
+        for way in self._found(need):
+            with suppress(Exception), self.isolated(need != "sample"):
+                getattr(self, f"_try_{need}")(way)
+                return f"{need}=None, with which {way.name} is used"
+        return FIXES[need]
 
-        Raises:
-            ValueError: If it is not known.
-        """
-        length = self._find_latent_dim()
-        if length is None:
-            raise ValueError(
-                f"latent_dim must be known to sample noise for {type(self.module).__name__}, which has none of "
-                f"{', '.join(LATENT_NAMES)}. To fix this, pass ModelAdapter(latent_dim=...) or {self._fix('sample')}."
-            )
-        return length
-
-    def _find_latent_dim(self) -> int | None:
-        """Returns the length of the latents that the user or an attribute of the module states, or None."""
-        if self.adapter.latent_dim is not None:
-            return self.adapter.latent_dim
-        holders: list[Any] = [self.module, self.module.hparams]
-        holders += [
-            getattr(self.module, name, None) for name in (*DECODER_NAMES, *GENERATOR_NAMES) if name != "forward"
-        ]
-        for wanted in (self.adapter.sample, self.adapter.decode):
-            part: Any = self.module
-            for attribute in wanted.split(".") if isinstance(wanted, str) else ():
-                part = getattr(part, attribute, None)
-                holders.append(part)
-        for holder in holders:
-            for name in LATENT_NAMES if isinstance(holder, (Mapping, nn.Module)) else ():
-                value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
-                if isinstance(value, int) and not isinstance(value, bool):
-                    return value
-        return None
-
-    def _noise(self, n: int) -> Tensor:
-        """Returns normal noise (n, L) on the module's device and in the precision of its weights."""
-        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
-        return torch.randn(n, self.prior_length, device=self.module.device, dtype=dtype)
+    # ---- calling ----
 
     def sample_labels(self, n: int) -> Tensor:
         """Returns n labels sampled from the reference, or zeros while there is no reference."""
-        if self.reference is None:
+        if self.real.images is None:
             return torch.zeros(n, dtype=torch.long, device=self.module.device)
-        if self.reference.labels is None:
+        labels = self.real.images.labels
+        if labels is None:
             raise ValueError(
                 "labels must be known for a conditional sampler, but the batches have none. "
                 "To fix this, pass ModelAdapter(labels=lambda batch: ...)."
             )
-        return self.reference.labels[torch.randint(len(self.reference.labels), (n,))].to(self.module.device)
+        return labels[torch.randint(len(labels), (n,))].to(self.module.device)
 
     def images_in(self, output: Any, n: int) -> Tensor:
-        """Returns the images (n, C, H, W) in the output of a sampler.
+        """Returns the images (n, C, H, W) in what a sampler returned, in float32 and in the range of the real ones.
 
         Raises:
-            ValueError: If the output holds no images, or several tensors that may be the images.
+            ValueError: If it returned anything else.
         """
-        if isinstance(output, torch.distributions.Distribution):
-            with suppress(NotImplementedError):
-                # the mean stands for a distribution over images, as in functional.arrays.tensor_of
-                output = output.mean
-        images = images_of(output)
-        call = self._sampler_call()
-        if images is None or len(images) != n:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            flat = isinstance(output, Tensor) and output.ndim == 2 and len(output) == n
-            if isinstance(output, torch.distributions.Distribution):
-                call, flat = f"{call}.sample((n,))", True
-            line = (
-                f"ModelAdapter(sample=lambda module, n: {call}.view(n, {self._image_shape()}))"
-                if flat
-                else self._fix("sample")
-            )
-            raise ValueError(
-                f"sample must return ({n}, C, H, W) images when asked for {n}, got {got}. To fix this, pass {line}."
-            )
-        if isinstance(output, (tuple, list)):
-            alike = sum(isinstance(part, Tensor) and part.shape == images.shape for part in output)
-            if alike > 1:
-                raise ValueError(
-                    f"sample must return one batch of images, got {alike} of {tuple(images.shape)}. "
-                    f"To fix this, pass ModelAdapter(sample=lambda module, n: {call}[-1]) to use the last."
-                )
-        return images
+        images = data_in(output, n, self.context.shape).detach()
+        if not images.is_floating_point() and self.real.range is not None:
+            images = scaled_like(images, *self.real.range)
+        return as_images(images, "generated").float()
 
-    def _sampler_call(self) -> str:
-        """Returns the call of the sampler as code; ``given`` stands for the user's callable."""
-        name, target = self.find("sample")
-        if not name:
-            return f"given(module, n{', labels' if self.adapter.conditional else ''})"
-        spatial = ", 1, 1" if self._spatial.get("sample") else ""
-        noise = f"torch.randn(n, {self.prior_length}{spatial}, device=module.device)" if takes_noise(target) else "n"
-        return f"{_as_code(name)}({noise}{', labels' if self.adapter.conditional else ''})"
+    def latents_in(self, output: Any, n: int) -> Tensor:
+        """Returns the latents (n, L) in what the encoder returned for n images."""
+        return self._latents(output, n, self.way("encode")).flatten(1).float()
 
     def latents_of(self, images: Tensor) -> Tensor:
         """Returns latents (n, L) of images (n, C, H, W); of a posterior, these are its mean."""
-        return self.latents_in(self.encode(images), len(images))
+        return self.latents_in(self.way("encode").call(images), len(images))
 
-    def latents_in(self, output: Any, n: int) -> Tensor:
-        """Returns the latents (n, L) in the output of the encoder for n images.
+    def _latents(self, output: Any, n: int, way: Way) -> Tensor:
+        single = isinstance(output, Tensor)
+        found = _mean_in(output)
+        if found is None or len(found) != n or found.ndim < 2:
+            got = tuple(found.shape) if found is not None else type(output).__name__
+            raise ValueError(f"it must return ({n}, L) latents, got {got}")
+        length = latent_length(self.module, None, self.context)
+        if self.adapter.encode is None and length is not None and length != found.shape[1]:
+            if single and found.shape[1] == 2 * length:
+                return found.detach().chunk(2, 1)[0]
+            if ".encoder(" in way.name and length != found.flatten(1).shape[1]:
+                raise ValueError(f"it must return ({n}, {length}) latents, got {tuple(found.shape)}")
+        return found.detach()
+
+    @property
+    def latent_dim(self) -> int:
+        """L, the length of the latents that are decoded.
 
         Raises:
-            ValueError: If the output holds no latents, or their length is not the length of the latent space.
+            ValueError: If nothing decodes, or the length is not known.
         """
-        single = isinstance(output, Tensor)
-        while isinstance(output, (tuple, list)) and output:
-            output = output[0]
-        if not isinstance(output, Tensor) and isinstance(getattr(output, "mean", None), Tensor):
-            output = output.mean
-        if not isinstance(output, Tensor) or len(output) != n:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"encode must return ({n}, L) latents, got {got}. "
-                "To fix this, pass ModelAdapter(encode=lambda module, images: ...)."
-            )
-        latents = output.flatten(1).detach().float()
-        length = self._find_latent_dim()
-        if self.adapter.encode is None and length is not None and length not in (latents.shape[1], *output.shape[1:2]):
-            name = self.find("encode")[0]
-            both = single and output.shape[1:] == (2 * length,)
-            if both or name == "encoder":
-                halves = f"ModelAdapter(encode=lambda module, images: module.{name}(images).chunk(2, 1))"
-                raise ValueError(
-                    f"encode must return ({n}, {length}) latents, got {tuple(output.shape)} from "
-                    f"{type(self.module).__name__}.{name}. To fix this, pass {halves if both else FIXES['encode']}."
-                )
-        return latents
+        shape = self.way("decode").latent or self._latent
+        if shape is None:
+            raise ValueError(f"{UNKNOWN_LENGTH} ModelAdapter(latent_dim=...).")
+        return math.prod(shape)
 
-    @property
-    def encode(self) -> Callable[[Tensor], Any]:
-        """The callable from images (n, C, H, W) to the output of the encoder."""
-        name, target = self.find("encode")
+    def decode(self, z: Tensor) -> Any:
+        """Returns what the decoder makes of latents (n, L)."""
+        way = self.way("decode")
+        shape = way.latent or self._latent
+        return way.call(z if shape is None else z.view(len(z), *shape))
 
-        def encoded(images: Tensor) -> Any:
-            try:
-                return target(images)
-            except Exception as error:
-                line = FIXES["encode"]
-                with suppress(Exception):
-                    target(images.flatten(1))
-                    line = (
-                        f"ModelAdapter(encode=lambda module, images: module.{name}(images.flatten(1)))"
-                        if name
-                        else line
-                    )
-                raise ValueError(
-                    f"encode must take images {tuple(images.shape)}, but {name or 'the given callable'} raised "
-                    f"{type(error).__name__}: {error}. To fix this, pass {line}."
-                ) from error
-
-        return encoded
-
-    @property
-    def decode(self) -> Callable[[Tensor], Any]:
-        """The callable from latents (n, L) to data."""
-        if self._find_latent_dim() is None:
-            # without the length there is no noise to try, so the latents of an encoder are passed on as they are
-            return self.resolve("decode")
-        return self._latents_to_data("decode")
+    def _decoded(self, way: Way, z: Tensor) -> Tensor:
+        shape = way.latent or self._latent
+        output = way.call(z if shape is None else z.view(len(z), *shape))
+        return data_in(output, len(z), self.context.shape)
 
     def decoded_images(self, z: Tensor) -> Tensor:
-        """Returns images (n, C, H, W) of latents (n, L).
-
-        Raises:
-            ValueError: If the decoder returns no images.
-        """
-        output = tensor_of(self.decode(z), len(z))
-        if output.ndim != 4:
-            name = self.find("decode")[0]
-            call = f"{_as_code(name)}(z)" if name else "given(module, z)"
-            line = (
-                f"ModelAdapter(decode=lambda module, z: {call}.view(-1, {self._image_shape()}))"
-                if output.ndim == 2
-                else FIXES["decode"]
-            )
-            raise ValueError(
-                f"decode must return ({len(z)}, C, H, W) images, got {tuple(output.shape)}. To fix this, pass {line}."
-            )
-        return as_images(output)
-
-    def _image_shape(self) -> str:
-        """Returns the shape of an image as code, with letters while there is no reference."""
-        return "C, H, W" if self.reference is None else ", ".join(map(str, self.reference.images.shape[1:]))
+        """Returns images (n, C, H, W) of latents (n, L)."""
+        return as_images(self._decoded(self.way("decode"), z))
 
 
-def _has_forward(module: nn.Module) -> bool:
-    """Returns whether a module defines ``forward`` and does not merely inherit it from torch or Lightning."""
-    first = next(base for base in type(module).__mro__ if "forward" in vars(base))
-    return first is not nn.Module and first.__name__ != "LightningModule"
+def _mean_in(output: Any) -> Tensor | None:
+    """The latents in what an encoder returned: the mean of a posterior, or the first of several tensors."""
+    output = getattr(output, "latent_dist", output)
+    while isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if isinstance(output, Tensor):
+        return output
+    for name in MEANS:
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return None
 
 
-def _as_code(name: str) -> str:
-    """Returns the code that refers to a part of the module."""
-    return "module" if name == "forward" else f"module.{name}"
-
-
-def takes_noise(target: Callable[..., Any]) -> bool:
-    """Returns whether a callable takes noise, as decoders and generators do, and not the number of images."""
-    return isinstance(target, nn.Module) or getattr(target, "__name__", "") in (*DECODER_NAMES, *GENERATOR_NAMES)
-
-
-def _signature(target: Callable[..., Any]) -> inspect.Signature | None:
-    """Returns the signature of a callable, or None where Python cannot determine it."""
-    if isinstance(target, nn.Module):
-        target = target.forward
+def _is_posterior(output: Any, latents: Tensor) -> bool:
+    """Whether what an encoder returned has a mean and a spread of the same shape."""
+    if isinstance(output, Tensor):
+        # mean and spread in one tensor
+        return output.shape[1] == 2 * latents.shape[1]
     try:
-        return inspect.signature(target)
-    except (TypeError, ValueError):
-        return None
-
-
-def _accepts(signature: inspect.Signature, given: int) -> bool:
-    """Returns whether a signature accepts a number of positional arguments."""
-    try:
-        signature.bind(*range(given))
-    except TypeError:
-        return False
+        posterior_in(output, len(latents))
+    except ValueError as error:
+        # two of the usual forms of a spread fit
+        return "spread=" in str(error)
     return True
-
-
-def _returns_distribution(module: nn.Module) -> bool:
-    """Returns whether a module is called without arguments, as a flow that returns a distribution."""
-    signature = _signature(module)
-    # a signature with *args or **kwargs accepts any call, and so it says nothing
-    return signature is not None and "*" not in str(signature) and _accepts(signature, 0)

@@ -19,6 +19,9 @@ from lightning_gendiag.model.generators import random_state_kept, seed_all
 COMPARED = 512
 """Number of images of each side that are compared to see whether a later fit brings other data."""
 
+SEEN = 16
+"""Number of images that are kept of the first batch, to see what fits them."""
+
 OTHER_DATA = 6.0
 """Standard errors by which a mean of new images must differ from the reference's to count as other data."""
 
@@ -35,6 +38,7 @@ class Reference:
     def __init__(self, adapter: ModelAdapter, trainer: Trainer, device: torch.device) -> None:
         self.adapter, self.trainer, self.device = adapter, trainer, device
         self.images: Images | None = None
+        self._seen: Tensor | None = None
         self._rows = Rows()
         self._epoch_seen = False
         self._unconfirmed = False
@@ -43,6 +47,21 @@ class Reference:
     def share(self) -> int:
         """Number of images that each process collects."""
         return math.ceil(self.adapter.num_reference / self.trainer.world_size)
+
+    @property
+    def example(self) -> Tensor | None:
+        """Up to two real images (n, C, H, W); None before the first batch."""
+        seen = self.images.images if self.images is not None else self._seen
+        return None if seen is None else as_images(seen[:2])
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Least and largest value of some real images; None before the first batch."""
+        seen = self.images.images if self.images is not None else self._seen
+        if seen is None:
+            return None
+        least, most = as_images(seen).aminmax()
+        return float(least), float(most)
 
     # ---- from training batches ----
 
@@ -66,7 +85,10 @@ class Reference:
     def found_in(self, batch: Any) -> tuple[Any, Any]:
         """Returns what is found of images and labels in a batch; training does not notice what the user's callables do."""
         with torch.no_grad(), random_state_kept(self.device):
-            return self.adapter.find_images(batch), self.adapter.find_labels(batch)
+            images, labels = self.adapter.find_images(batch), self.adapter.find_labels(batch)
+        if self._seen is None and isinstance(images, Tensor) and images.ndim == 4 and images.isfinite().all():
+            self._seen = images.detach()[:SEEN].cpu().clone()
+        return images, labels
 
     def _part(self, batch: Any, room: int) -> Images:
         """The first finite images of a batch."""
@@ -136,7 +158,7 @@ class Reference:
         other = self.trainer.strategy.reduce_boolean_decision(_differs(self.images.images, new), all=False)
         self._unconfirmed = False
         if other:
-            self.images = None
+            self.images = self._seen = None
         else:
             self._rows = Rows()
         return bool(other)

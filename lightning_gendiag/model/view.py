@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_gendiag.functional.arrays import as_images, tensor_of
+from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place
-from lightning_gendiag.model.parts import FIXES, ModelParts, Need, takes_noise
+from lightning_gendiag.model.parts import FIXES, ModelParts
 from lightning_gendiag.model.reference import Reference
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.regions.region_map import RegionMap
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 T = TypeVar("T")
+
+LOGGED: dict[Need, str] = {
+    "sample": "Samples", "encode": "Latents", "decode": "Decoded", "reconstruct": "Reconstructions",
+}  # fmt: skip
+"""What a line of the log calls the results of each way."""
+
+Source = Literal["auto", "samples", "reconstructions"]
+"""What is compared with real images; by default samples, or reconstructions where nothing samples."""
 
 PRIOR_CHUNK = 16
 """Number of latents of the prior that are drawn with one seed."""
@@ -54,13 +63,14 @@ class ModelView:
     def __init__(self, adapter: ModelAdapter, subject: Subject, trainer: Trainer) -> None:
         self.adapter, self.subject, self.trainer = adapter, subject, trainer
         self.real = Reference(adapter, trainer, subject.trained.device)
-        self.parts = ModelParts(adapter, subject, self.real)
+        self.parts = ModelParts(adapter, subject, self.real, self.isolated)
         self.region_maps: dict[tuple[int | None, int], RegionMap] = {}
         self.averaged = False
         """Whether averaged weights are evaluated."""
         self._samples: Images | None = None
+        self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
-        self._tried: Images | None = None
+        self._said: set[Need] = set()
         self._extractor: FeatureExtractor | None = None
         self._range: tuple[float, float] | None = None
         self._warned_range = False
@@ -119,7 +129,7 @@ class ModelView:
         Raises:
             ValueError: If it is not known.
         """
-        return self.parts.prior_length
+        return self.parts.latent_dim
 
     @property
     def feature_extractor(self) -> FeatureExtractor:
@@ -130,17 +140,12 @@ class ModelView:
 
     # ---- the life of a view ----
 
-    def attach(self, needs: tuple[Need, ...]) -> None:
-        """Checks before training that the module has what is needed, and reads a reference that was given.
+    def attach(self) -> None:
+        """Reads a reference that was given.
 
         Raises:
-            ValueError: If the module lacks what is needed, or the reference holds no images.
+            ValueError: If it holds no images, or averaged weights are asked for where there are none.
         """
-        for need in needs:
-            target = self.parts.resolve(need)
-            if need == "sample" and takes_noise(target):
-                # raises at once if the length is not known
-                _ = self.parts.prior_length
         if self.adapter.weights == "ema" and compat.averaging_of(self.trainer) is None:
             raise ValueError(
                 "weights must be 'raw' or 'auto' where no callback averages weights, got 'ema'. "
@@ -151,7 +156,7 @@ class ModelView:
 
     def expire(self) -> None:
         """Forgets what was drawn, since the module may have changed."""
-        self._samples = self._encoded = None
+        self._samples = self._reconstructions = self._encoded = None
 
     def refresh(self) -> None:
         """Takes up a copy of the module as it is now, with averaged weights where they are to be evaluated."""
@@ -162,7 +167,7 @@ class ModelView:
     def forget_reference(self) -> None:
         """Forgets what was derived from a reference that is gone."""
         self.region_maps.clear()
-        self._extractor = self._range = self._samples = self._encoded = None
+        self._extractor = self._range = self._samples = self._reconstructions = self._encoded = None
 
     def _average(self) -> nn.Module | None:
         """The averaged model to be evaluated, if any."""
@@ -198,20 +203,79 @@ class ModelView:
 
     # ---- samples ----
 
-    def try_sample(self) -> Images:
-        """Returns two samples, drawn once to see before training that sampling works.
+    def find(self, *needs: Need) -> None:
+        """Finds how the module does what is needed, and logs it once.
 
         Raises:
-            ValueError: If the sampler fails or returns no images.
+            ValueError: If the module lacks what is needed.
         """
         if self.device.type == "meta":
-            raise ValueError("the module must be on a real device before it can be sampled, got 'meta'.")
-        if self._tried is None:
-            with self.isolated():
-                self._tried = self._chunk(0, 2)
-            if self.adapter.sample is None and takes_noise(self.parts.resolve("sample")):
-                rank_zero_info(f"Samples: {self.parts.sampled_by}. To choose another sampler, pass sample=....")
-        return self._tried
+            raise ValueError("the module must be on a real device before it can be evaluated, got 'meta'.")
+        for need in needs:
+            way = self.parts.way(need)
+            if need not in self._said and getattr(self.adapter, need) is None:
+                self._said.add(need)
+                rank_zero_info(f"{LOGGED[need]}: {way.name}. To choose another, pass {need}=....")
+
+    def try_sample(self) -> Images | None:
+        """Returns the two samples by which the sampler was chosen; None where they are not known to be images yet.
+
+        Raises:
+            ValueError: If nothing makes images.
+        """
+        self.find("sample")
+        return self.parts.tried
+
+    def source(self, wanted: Source = "auto") -> Literal["samples", "reconstructions"]:
+        """Returns what is compared with real images: samples, or reconstructions where nothing samples.
+
+        Raises:
+            ValueError: If the module has neither, or not what is wanted.
+        """
+        if wanted == "reconstructions" or (wanted == "auto" and not self.parts.has("sample") and self._reconstructs):
+            self.find("reconstruct")
+            return "reconstructions"
+        self.find("sample")
+        return "samples"
+
+    @property
+    def _reconstructs(self) -> bool:
+        return self.parts.has("reconstruct")
+
+    def compared(self, source: Literal["samples", "reconstructions"]) -> Images:
+        """Returns this process's generated images of this evaluation."""
+        return self.samples() if source == "samples" else self.reconstructions()
+
+    def compared_with(self, source: Literal["samples", "reconstructions"]) -> Images:
+        """Returns this process's real images that they are compared with.
+
+        Images are not compared with their own reconstructions, which would be more alike than two independent samples.
+        """
+        return self.local_reference() if source == "samples" else self._local_half(0)
+
+    def _local_half(self, first: int) -> Images:
+        """This process's rows of every second image of the reference."""
+        images, labels = (None if part is None else part[first::2] for part in self.reference)
+        own = slice(self.rank, None, self.world_size)
+        assert images is not None
+        return Images(images[own], None if labels is None else labels[own])
+
+    def reconstructions(self) -> Images:
+        """Returns reconstructions of this process's rows of every second image of the reference, computed once."""
+        if self._reconstructions is None:
+            images, labels = self._local_half(1)
+            way, size = self.parts.way("reconstruct"), self.adapter.chunk_size
+            made = []
+            most = math.ceil(len(self.reference.images) / 2 / self.world_size)
+            with self.isolated(exact=True):
+                seed_all(self.adapter.seed, self.device, self.module, self.adapter)
+                # every process calls the model equally often, as for samples
+                for start in range(0, most, size):
+                    some = images[start : start + size]
+                    given = self.as_input(as_images(some if len(some) else self.reference.images[:1]))
+                    made.append(self.parts.images_in(way.call(given), len(given))[: len(some)])
+            self._reconstructions = Images(torch.cat(made), None if labels is None else labels.to(self.device))
+        return self._reconstructions
 
     def samples(self) -> Images:
         """Returns this process's samples of this evaluation, drawn once and shared by all monitors."""
@@ -232,18 +296,17 @@ class ModelView:
 
     def _chunk(self, index: int, n: int) -> Images:
         """One seeded call of the sampler, as float32 images; inside :meth:`isolated`."""
-        sampler = self.parts.sampler()
+        way = self.parts.way("sample")
         seed_all(self.adapter.seed + 7919 * index, self.device, self.module, self.adapter)
-        labels = self.parts.sample_labels(n) if self.adapter.conditional else None
+        labels = self.parts.sample_labels(n) if way.takes_labels else None
         try:
-            output = sampler(n) if labels is None else sampler(n, labels)
+            output = way.call(n) if labels is None else way.call(n, labels)
+            return Images(self.parts.images_in(output, n), labels)
         except Exception as error:
             raise ValueError(
-                f"sample must make {n} images when called with {n}{'' if labels is None else ' and labels'}, "
-                f"got {type(error).__name__}: {error}. To fix this, pass {FIXES['sample']}."
+                f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
+                f"To fix this, pass {FIXES['sample']}."
             ) from error
-        images = self.parts.images_in(output, n)
-        return Images(as_images(images.detach(), "generated").float(), labels)
 
     def _check_range(self, generated: Tensor) -> None:
         """Warns once where generated and real images seem to have different ranges of values."""
@@ -284,12 +347,11 @@ class ModelView:
 
     def as_input(self, x: Tensor) -> Tensor:
         """Returns images or latents as the module takes them in ``isolated(exact=True)``: on its device, float64 if it is."""
-        double = any(parameter.dtype == torch.float64 for parameter in self.module.parameters())
-        return x.to(self.device, torch.float64 if double else torch.float32)
+        return self.parts.as_input(x)
 
     def encode(self, images: Tensor) -> Any:
         """Returns what the encoder gives for images (n, C, H, W); inside :meth:`isolated`."""
-        return self.parts.encode(images)
+        return self.parts.way("encode").call(images)
 
     def latents_of(self, images: Tensor) -> Tensor:
         """Returns latents (n, L) of images, the posterior's mean where there is one; inside :meth:`isolated`."""
@@ -327,24 +389,6 @@ class ModelView:
             ValueError: If what decodes returns no images.
         """
         return self.parts.decoded_images(z)
-
-    def try_latents(self, images: Tensor, decoded: bool = False) -> None:
-        """Checks that images (n, C, H, W) have latents and, if asked, that these can be decoded.
-
-        Raises:
-            ValueError: If they have none, or what decodes takes others.
-        """
-        with self.isolated(exact=True):
-            latents = self.latents_of(self.as_input(as_images(images)))
-            if not decoded:
-                return
-            try:
-                tensor_of(self.decode(self.as_input(latents)), len(latents))
-            except Exception as error:
-                raise ValueError(
-                    f"encode must return the latents that decode takes, got {tuple(latents.shape)}, of which decode makes "
-                    f"{type(error).__name__}: {error}. To fix this, pass {FIXES['encode']}."
-                ) from error
 
     # ---- networks that the user gave ----
 

@@ -16,7 +16,7 @@ from example_models.data import digits
 from lightning_gendiag import (
     ModelAdapter,
 )
-from lightning_gendiag.model.parts import Need
+from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.models import TinyGAN
@@ -71,5 +71,6 @@ def attached(module: LightningModule, adapter: ModelAdapter, needs: tuple[Need, 
     own = trainer()
     own.strategy.connect(module)
     view = ModelView(adapter, Subject(module, own), own)
-    view.attach(needs)
+    view.attach()
+    view.find(*needs)
     return view

@@ -92,14 +92,9 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
                 "To fix this, pass ModelAdapter(sample=lambda module, n, labels: ..., conditional=True)."
             )
         if self.features == "encode":
-            view.parts.resolve("encode")
+            view.find("encode")
         elif isinstance(self.features, str):
             _layer(view, self.features)
-
-    def check_images(self, view: ModelView, images: Tensor) -> None:
-        """Encodes two images, if latents are asked for."""
-        if self.features == "encode":
-            view.try_latents(images)
 
     def build_metric(self, view: ModelView) -> KStar:
         """Creates the metric, if labels are known."""

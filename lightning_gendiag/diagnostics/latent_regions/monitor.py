@@ -99,20 +99,10 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         self._chosen = self._neighbours = None
 
     def check(self, view: ModelView) -> None:
-        """Looks for scikit-learn, and decodes two latents of the prior where their length is known."""
+        """Looks for scikit-learn, an encoder and a decoder."""
         if find_spec("sklearn") is None:
             raise ValueError(SKLEARN_MISSING.format(who="a Gaussian mixture"))
-        try:
-            z = next(view.prior_latents(2, all_ranks=True))
-        except ValueError:
-            # the length shows in the latents of images, see check_images
-            return
-        with view.isolated(exact=True):
-            view.decoded_images(z)
-
-    def check_images(self, view: ModelView, images: Tensor) -> None:
-        """Encodes two images and decodes their latents."""
-        view.try_latents(images, decoded=True)
+        view.find("encode", "decode")
 
     def build_metric(self, view: ModelView) -> LatentRegions:
         """Computes the features of the reference, and fits the classifier where none is given."""

@@ -98,16 +98,14 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         self.posterior, self.spread, self.threshold, self.patience = posterior, spread, threshold, patience
 
     def check(self, view: ModelView) -> None:
-        """Looks for the encoder."""
+        """Looks for the encoder, and for a mean and a variance in what it returns for the first real images."""
         self._encoder(view)
-
-    def check_images(self, view: ModelView, images: Tensor) -> None:
-        """Looks for a mean and a variance in what the encoder returns for two images."""
-        self._try(view, images)
+        if view.real.example is not None:
+            self._try(view, view.real.example)
 
     def _encoder(self, view: ModelView) -> Callable[[Tensor], Any]:
         if not isinstance(self.posterior, str):
-            return view.resolve_extractor(self.posterior) or view.parts.encode
+            return view.resolve_extractor(self.posterior) or view.encode
         found: Callable[[Tensor], Any] | None = getattr(view.module, self.posterior, None)
         if not callable(found):
             module = type(view.module).__name__

@@ -1,0 +1,8 @@
+"""Recognisers: one small function for each way in which models are written, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from lightning_gendiag.model.adapters.base import Recogniser
+from lightning_gendiag.model.adapters.own import children, decoded_samples, own
+
+RECOGNISERS: tuple[Recogniser, ...] = (own, children, decoded_samples)

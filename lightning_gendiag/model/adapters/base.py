@@ -1,0 +1,50 @@
+"""What a recogniser of a kind of model returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Need = Literal["sample", "encode", "decode", "reconstruct"]
+"""An ability of a module that a diagnostic needs."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in which a module samples, encodes, decodes or reconstructs."""
+
+    need: Need
+    name: str
+    """What log lines call it, such as ``"self.model.sample(n)"``."""
+    call: Callable[..., Any]
+    """Of a sampler ``(n)`` or ``(n, labels)``; of an encoder and of what reconstructs ``(images)``; of a decoder
+    ``(latents)``."""
+    takes_labels: bool = False
+    """Whether a sampler takes labels."""
+    latent: tuple[int, ...] | None = None
+    """Shape of one latent that a decoder takes; None where it is that of the encoder's latents."""
+    assumes_prior: bool = False
+    """Whether a sampler decodes normal noise, which makes sense only where that is the prior of the latents."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of the data when ways are tried."""
+
+    device: torch.device
+    shape: tuple[int, ...] | None = None
+    """Of one real image, (C, H, W); None before the first batch."""
+    latent: tuple[int, ...] | None = None
+    """Of one latent that the module's encoder returns; None where it is not known."""
+    latent_dim: int | None = None
+    """Length of the latents that the user stated."""
+    conditional: bool = False
+    """Whether the user says that the sampler takes labels."""
+
+
+Recogniser = Callable[[nn.Module, Context], Iterator[Way]]
+"""From an isolated copy of a module to ways in order of preference, which are then tried with two samples."""

@@ -1,0 +1,290 @@
+"""What a module, and the modules that it holds, do by methods and submodules with usual names."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gendiag.model.adapters.base import Context, Way
+
+SAMPLE_NAMES = ("sample", "sample_images", "sample_image", "generate", "generate_images", "sampling", "synthesize")
+ENCODE_NAMES = ("encode", "encoder", "encode_first_stage")
+DECODE_NAMES = ("decode", "decoder", "decode_first_stage")
+GENERATOR_NAMES = ("generator", "gen", "netG", "G")
+RECONSTRUCT_NAMES = ("reconstruct", "autoencode", "forward")
+
+LATENT_NAMES = (
+    "latent_dim", "latent_size", "latent_dims", "z_dim", "z_size", "zdim", "dim_z", "noise_dim", "noise_size", "nz",
+    "n_latent", "code_dim", "code_size",
+)  # fmt: skip
+"""Attributes of a module, of its ``hparams`` or ``config``, or of its decoder that hold the length of the noise."""
+
+CONFIGS = ("hparams", "config", "model_config", "cfg", "args", "opt")
+
+COUNTS = re.compile(
+    r"(n|num|count|bs|batch|batch_?size|b|(n|num|number|number_of)_?(samples?|images?|imgs?)|samples|size)"
+)
+SHAPES = re.compile(r"(shape|(img|image|sample|data|x|output|batch)_?shape|(img|image)_?size)")
+LABELS = re.compile(r"(y|labels?|cls|class(es)?|class_?(labels?|ids?)|targets?)")
+CONDITIONS = re.compile(r"(c|cond|condition(s|ing)?|context|prompts?|.*_(cond|conditioning|context))")
+NOISE = re.compile(r"(z|zs|noise|latents?|code|eps|x_?t|z_?samples?)", re.IGNORECASE)
+"""Names of parameters of a sampler, by what they take."""
+
+MEAN_LAYER, VARIANCE_LAYER = re.compile(r"(^|_|2)(mu|mean)(_|$)"), re.compile(r"var(_|$)|sigma|std")
+"""Names of layers that turn an encoder's features into the mean and the variance of a posterior."""
+
+
+def own(module: nn.Module, context: Context) -> Iterator[Way]:
+    """Yields what the module does by itself."""
+    yield from _of(module, "self", module, context)
+
+
+def children(module: nn.Module, context: Context) -> Iterator[Way]:
+    """Yields what the modules do that a module holds, such as ``self.model`` of a wrapper."""
+    for name, child in module.named_children():
+        yield from _of(child, f"self.{name}", module, context)
+
+
+def decoded_samples(module: nn.Module, context: Context) -> Iterator[Way]:
+    """Yields samplers of latents, as latent diffusion models have, followed by the decoder of the first stage."""
+    parts = {"self": module, **{f"self.{name}": child for name, child in module.named_children()}}
+    decoders = [
+        (f"{path}.{name}", decoder)
+        for path, part in parts.items()
+        for name in reversed(DECODE_NAMES)
+        if (decoder := attribute(part, name)) is not None and accepts(decoder, 1)
+    ]
+    for path, part in parts.items():
+        for way in _of(part, path, module, context):
+            if way.need == "sample" and not way.assumes_prior and way.latent is None:
+                for name, decoder in decoders:
+                    call = partial(_decoded, decoder, way.call)
+                    yield Way("sample", f"{name} of {way.name}", call, takes_labels=way.takes_labels)
+
+
+def _decoded(decoder: Callable[..., Any], sampler: Callable[..., Any], n: int, *labels: Tensor) -> Any:
+    sampled = sampler(n, *labels)
+    return decoder(sampled[0] if isinstance(sampled, (tuple, list)) else sampled)
+
+
+def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iterator[Way]:
+    for name in SAMPLE_NAMES:
+        if callable(target := getattr(part, name, None)):
+            yield from sampler_ways(target, f"{path}.{name}", module, part, context)
+    yield from _encoders(part, path)
+    # forward of a submodule may be of a discriminator or of a loss
+    generators = ("forward", *GENERATOR_NAMES) if part is module else GENERATOR_NAMES
+    for name in (*DECODE_NAMES, *generators):
+        if (target := attribute(part, name)) is not None:
+            yield from decoder_ways(target, f"{path}.{name}", module, part, context)
+    for name in RECONSTRUCT_NAMES:
+        if (target := attribute(part, name)) is not None and accepts(target, 1):
+            yield Way("reconstruct", f"{path}.{name}(images)", target)
+
+
+def attribute(part: nn.Module, name: str) -> Callable[..., Any] | None:
+    """Returns what is callable under a name; ``forward`` stands for a module that defines it."""
+    if name == "forward":
+        return part if has_forward(part) else None
+    found = getattr(part, name, None)
+    return found if callable(found) else None
+
+
+# ---- samplers ----
+
+
+def sampler_ways(
+    target: Callable[..., Any], name: str, module: nn.Module, part: nn.Module, context: Context
+) -> Iterator[Way]:
+    """Yields how a method is called for n samples, by the names of its parameters."""
+    signature = signature_of(target)
+    if signature is None:
+        yield Way("sample", f"{name}(n)", target)
+        return
+    given: dict[str, str] = {}
+    named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for parameter in named:
+        role = _role(parameter, context)
+        if role is None and parameter.default is parameter.empty:
+            if given or any(COUNTS.fullmatch(p.name) for p in named):
+                return
+            role = "n"
+        if role is not None:
+            given[parameter.name] = role
+    if named and not {"n", "shape", "noise"} & set(given.values()) and isinstance(named[0].default, int):
+        given[named[0].name] = "n"
+    if not named or not {"n", "shape", "noise"} & set(given.values()):
+        return
+    length = latent_length(part, None, context) or latent_length(module, None, context)
+    if "noise" in given.values() and length is None:
+        return
+    by_position = {p.name for p in named if p.kind is p.POSITIONAL_ONLY}
+
+    def call(n: int, *labels: Tensor) -> Any:
+        values = {"n": n, "shape": (n, *(context.shape or ())), "device": context.device, "none": None}
+        values |= {"labels": labels[0] if labels else None}
+        values |= {"noise": normal(module, n, (length or 0,))} if "noise" in given.values() else {}
+        first = [values[role] for parameter, role in given.items() if parameter in by_position]
+        return target(*first, **{p: values[role] for p, role in given.items() if p not in by_position})
+
+    shown = ", ".join("None" if role == "none" else "n" if role == "n" else role for role in given.values())
+    yield Way("sample", f"{name}({shown})", call, takes_labels="labels" in given.values())
+
+
+def _role(parameter: inspect.Parameter, context: Context) -> str | None:
+    """What a parameter of a sampler is given; None for nothing."""
+    required = parameter.default is parameter.empty
+    name = parameter.name.lower()
+    if COUNTS.fullmatch(name):
+        return "n"
+    if SHAPES.fullmatch(name) and context.shape is not None and required:
+        return "shape"
+    if "device" in name and (required or parameter.default is None):
+        return "device"
+    if LABELS.fullmatch(name) and (required or context.conditional):
+        return "labels"
+    if not required:
+        return None
+    if NOISE.fullmatch(name):
+        return "noise"
+    return "none" if CONDITIONS.fullmatch(name) else None
+
+
+# ---- encoders and decoders ----
+
+
+def _encoders(part: nn.Module, path: str) -> Iterator[Way]:
+    for name in ENCODE_NAMES:
+        target = attribute(part, name)
+        if target is None or not accepts(target, 1):
+            continue
+        heads = posterior_layers(part) if name == "encoder" else []
+        if heads:
+            layers = [part.get_submodule(head) for head in heads]
+            text = " and ".join(f"{path}.{head}" for head in heads)
+            yield Way("encode", f"{text} of {path}.encoder(images)", partial(_through_heads, target, layers))
+        else:
+            yield Way("encode", f"{path}.{name}(images)", target)
+            # images as rows, as in Lightning's first example
+            yield Way("encode", f"{path}.{name}(images.flatten(1))", partial(_of_rows, target))
+
+
+def _through_heads(encoder: Callable[..., Any], layers: list[nn.Module], images: Tensor) -> Any:
+    features = encoder(images)
+    features = features[0] if isinstance(features, (tuple, list)) else features
+    features = features.flatten(1) if isinstance(layers[0], nn.Linear) else features
+    made = [layer(features) for layer in layers]
+    return made if len(made) > 1 else made[0]
+
+
+def _of_rows(encoder: Callable[..., Any], images: Tensor) -> Any:
+    return encoder(images.flatten(1))
+
+
+def decoder_ways(
+    target: Callable[..., Any], name: str, module: nn.Module, part: nn.Module, context: Context, given: bool = False
+) -> Iterator[Way]:
+    """Yields how a decoder or generator decodes latents, and how it samples from normal noise; ``given`` by the user."""
+    signature = signature_of(target)
+    labels = signature is not None and not accepts(target, 1) and accepts(target, 2)
+    if signature is not None and not accepts(target, 1):
+        second = list(signature.parameters.values())[1] if len(signature.parameters) > 1 else None
+        if not labels or second is None or not LABELS.fullmatch(second.name.lower()):
+            return
+    length = latent_length(part, target, context) or latent_length(module, None, context)
+    shapes: list[tuple[int, ...]] = []
+    if context.latent is not None and (length is None or context.latent[0] == length):
+        shapes.append(context.latent)
+    if length is not None:
+        shapes += [shape for shape in ((length,), (length, 1, 1)) if shape not in shapes]
+    is_generator = given or name.rpartition(".")[2] in (*GENERATOR_NAMES, "forward")
+    for shape in shapes:
+        # without an image to compare with, any convolution takes latents of one pixel
+        if shape[1:] == (1, 1) and context.shape is None and not is_generator:
+            continue
+        text = f"{name}{f' of latents {shape}' if len(shape) > 1 else ''}"
+        decode = partial(_with_class_0, target) if labels else target
+        yield Way("decode", f"{text}{' with class 0' if labels else ''}", decode, latent=shape)
+        if len(shape) > 1 and shape[1:] != (1, 1):
+            # a map of latents has no prior that is worth sampling
+            continue
+        noise = f"normal noise (n, {', '.join(map(str, shape))})"
+        yield Way(
+            "sample", f"{name} from {noise}{' and labels' if labels else ''}", partial(_sampled, target, module, shape),
+            takes_labels=labels, latent=shape, assumes_prior=not is_generator or name == "self.forward",
+        )  # fmt: skip
+
+
+def _with_class_0(decoder: Callable[..., Any], z: Tensor) -> Any:
+    return decoder(z, torch.zeros(len(z), dtype=torch.long, device=z.device))
+
+
+def _sampled(decoder: Callable[..., Any], module: nn.Module, shape: tuple[int, ...], n: int, *labels: Tensor) -> Any:
+    return decoder(normal(module, n, shape), *labels)
+
+
+def normal(module: nn.Module, n: int, shape: tuple[int, ...]) -> Tensor:
+    """Returns normal noise (n, *shape) on a module's device and in the precision of its weights."""
+    weights = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+    return torch.randn(n, *shape, device=weights.device, dtype=weights.dtype)
+
+
+# ---- what is found in a module ----
+
+
+def latent_length(part: nn.Module, target: Any, context: Context) -> int | None:
+    """Returns the length of the latents that the user, an attribute or the first layer of a decoder states, or None."""
+    if context.latent_dim is not None:
+        return context.latent_dim
+    holders: list[Any] = [part, *(getattr(part, name, None) for name in CONFIGS), target]
+    holders += [getattr(part, name, None) for name in (*DECODE_NAMES, *GENERATOR_NAMES)]
+    for holder in holders:
+        for name in LATENT_NAMES if holder is not None else ():
+            value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    if isinstance(target, nn.Module) and target is not part:
+        first = next(
+            (layer for layer in target.modules() if "weight" in dict(layer.named_parameters(recurse=False))), None
+        )
+        width = getattr(first, "in_features", getattr(first, "in_channels", None))
+        return width if isinstance(width, int) else None
+    return None
+
+
+def posterior_layers(part: nn.Module) -> list[str]:
+    """Returns the names of the layers beside an ``encoder`` that make a mean and a log variance of its features."""
+    names = [name for name, _ in part.named_children()]
+    mean = [name for name in names if MEAN_LAYER.search(name)][:1]
+    return mean + [name for name in names if VARIANCE_LAYER.search(name) and name not in mean][:1] if mean else []
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Returns whether a module defines ``forward`` and does not merely inherit it from torch or Lightning."""
+    first = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return first is not nn.Module and first.__name__ != "LightningModule"
+
+
+def signature_of(target: Callable[..., Any]) -> inspect.Signature | None:
+    """Returns the signature of a callable, or None where Python cannot determine it."""
+    try:
+        return inspect.signature(target.forward if isinstance(target, nn.Module) else target)
+    except (TypeError, ValueError):
+        return None
+
+
+def accepts(target: Callable[..., Any], given: int) -> bool:
+    """Returns whether a callable accepts a number of positional arguments; True where that cannot be determined."""
+    signature = signature_of(target)
+    try:
+        if signature is not None:
+            signature.bind(*range(given))
+    except TypeError:
+        return False
+    return True

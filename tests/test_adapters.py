@@ -1,0 +1,229 @@
+"""How models as people write them are sampled, encoded, decoded and reconstructed: stand-ins of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from example_models.data import digits
+from lightning_gendiag import ModelAdapter
+from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.model.view import ModelView
+from tests.helpers.running import attached
+
+# untrained models generate images in another range of values
+pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
+
+IMAGES, LABELS = (rows[:64] for rows in digits(8))
+
+
+def view_of(module: LightningModule, **options: Any) -> ModelView:
+    """Returns a view of a module with 8x8 digits as its reference."""
+    options = {"reference": (IMAGES, LABELS), "num_samples": 8} | options
+    return attached(module, ModelAdapter(**options), ())
+
+
+def name_of(view: ModelView, need: Need) -> str:
+    return view.parts.way(need).name
+
+
+class Coder(nn.Module):
+    """A VAE of 8x8 images with 3 latents."""
+
+    latent_dim = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_latents, self.to_images = nn.Linear(64, 6), nn.Linear(3, 64)
+
+    def encode(self, x: Tensor) -> Any:
+        return self.to_latents(x.flatten(1)).chunk(2, 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.to_images(z).view(-1, 1, 8, 8)
+
+
+class Wrapper(LightningModule):
+    """Holds a model under a name."""
+
+    def __init__(self, name: str = "model", part: nn.Module | None = None) -> None:
+        super().__init__()
+        setattr(self, name, part or Coder())
+
+
+def test_a_model_in_a_wrapper_is_found() -> None:
+    view = view_of(Wrapper())
+    assert name_of(view, "sample") == "self.model.decode from normal noise (n, 3)"
+    assert name_of(view, "encode") == "self.model.encode(images)"
+    assert name_of(view, "decode") == "self.model.decode"
+    assert view.samples().images.shape == (8, 1, 8, 8)
+    assert view.latent_dim == 3
+
+
+def noise(n: int) -> Tensor:
+    return torch.rand(n, 1, 8, 8)
+
+
+SAMPLERS: dict[str, tuple[Callable[..., Any], str]] = {
+    "n": (lambda self, n: noise(n), "self.sample(n)"),
+    "any name": (lambda self, how_many: noise(how_many), "self.sample(n)"),
+    "batch size by keyword": (lambda self, cond, batch_size=16: noise(batch_size), "self.sample(None, n)"),
+    "device": (lambda self, num_samples, current_device: noise(num_samples), "self.sample(n, device)"),
+    "shape": (lambda self, img_shape, z_init=None: torch.rand(*img_shape), "self.sample(shape)"),
+    "default": (lambda self, batch_size=16, steps=5: noise(batch_size), "self.sample(n)"),
+    "labels": (lambda self, n, y: noise(n) + y.view(-1, 1, 1, 1), "self.sample(n, labels)"),
+    "only keywords": (lambda self, *, num_images, device=None: noise(num_images), "self.sample(n, device)"),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_sampler_is_called_by_the_names_of_its_parameters(kind: str) -> None:
+    sample, name = SAMPLERS[kind]
+    view = view_of(type("Model", (LightningModule,), {"sample": sample})())
+    assert name_of(view, "sample") == name
+    assert view.samples().images.shape == (8, 1, 8, 8)
+    assert (view.samples().labels is not None) == (kind == "labels")
+
+
+def test_noise_of_a_sampler_has_the_length_that_a_configuration_states() -> None:
+    class Model(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(z_dim=5)
+            self.layer = nn.Linear(5, 64)
+
+        def sample(self, z: Tensor) -> Tensor:
+            return self.layer(z).view(-1, 1, 8, 8)
+
+    assert name_of(view_of(Model()), "sample") == "self.sample(noise)"
+
+
+def test_a_sampler_of_latents_is_followed_by_the_decoder_of_the_first_stage() -> None:
+    class Latent(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first_stage_model = nn.ConvTranspose2d(4, 1, 2, 2)
+
+        def sample(self, cond: Any, batch_size: int = 16) -> Tensor:
+            return torch.randn(batch_size, 4, 4, 4)
+
+        def decode_first_stage(self, z: Tensor) -> Tensor:
+            return self.first_stage_model(z)
+
+    view = view_of(Latent())
+    assert name_of(view, "sample") == "self.decode_first_stage of self.sample(None, n)"
+    assert view.samples().images.shape == (8, 1, 8, 8)
+
+
+def test_what_samples_is_found_again_on_each_copy() -> None:
+    module = Wrapper()
+    view = view_of(module)
+    first = view.samples().images
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    view.expire()
+    view.subject.expire()
+    view.refresh()
+    assert first.any()
+    assert not view.samples().images.any()
+
+
+class Auto(LightningModule):
+    """An autoencoder without a prior."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        self.decoder = nn.Sequential(nn.Linear(3, 64), nn.Unflatten(1, (1, 8, 8)))
+        self.latent_dim = 3
+
+
+class Spatial(LightningModule):
+    """A first stage: a posterior of spatial latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.d = nn.Conv2d(1, 8, 2, 2), nn.ConvTranspose2d(4, 1, 2, 2)
+
+    def encode(self, x: Tensor) -> Any:
+        return self.e(x).chunk(2, 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.d(z)
+
+
+class OnlyForward(LightningModule):
+    """A model whose forward reconstructs, and returns more beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x), x, torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (Auto, "self.decoder of self.encoder(images)"),
+        (Spatial, "self.decode of latents (4, 4, 4) of self.encode(images)"),
+        (OnlyForward, "self.forward(images)"),
+        (lambda: Wrapper("autoencoder", OnlyForward()), "self.autoencoder.forward(images)"),
+    ],
+)
+def test_what_has_no_prior_is_judged_by_its_reconstructions(make: Any, name: str) -> None:
+    view = view_of(make())
+    assert view.source() == "reconstructions"
+    assert name_of(view, "reconstruct") == name
+    made = view.reconstructions()
+    assert made.images.shape == (32, 1, 8, 8)
+    assert made.labels is not None
+    assert torch.equal(made.labels, LABELS[1::2])
+    assert torch.equal(view.compared_with("reconstructions").images, IMAGES[0::2])
+    # each image's own reconstruction, computed one by one
+    module = view.module
+    with torch.no_grad():
+        if isinstance(module, Auto):
+            again = torch.cat([module.decoder(module.encoder(image[None])) for image in IMAGES[1::2]])
+            assert torch.allclose(made.images, again, atol=1e-6)
+
+
+def test_a_flow_that_inverts_itself_has_a_normal_prior() -> None:
+    class Flow(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((64,), 2.0))
+
+        def encode(self, x: Tensor) -> Tensor:
+            return x.flatten(1) / self.scale
+
+        def decode(self, z: Tensor) -> Tensor:
+            return (z * self.scale).view(-1, 1, 8, 8)
+
+    view = view_of(Flow())
+    assert view.source() == "samples"
+    assert name_of(view, "sample") == "self.decode from normal noise (n, 64)"
+
+
+def test_a_stated_length_of_the_latents_states_their_prior() -> None:
+    assert view_of(Auto(), latent_dim=3).source() == "samples"
+
+
+def test_images_of_another_size_are_not_taken() -> None:
+    class Small(LightningModule):
+        latent_dim = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.ConvTranspose2d(3, 1, 4, 4)
+
+    with pytest.raises(ValueError, match=r"sample must be known"):
+        view_of(Small()).find("sample")
