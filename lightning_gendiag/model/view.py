@@ -17,7 +17,7 @@ from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor
 from lightning_gendiag.model.generators import random_state_kept, seed_all
-from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place
+from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
 from lightning_gendiag.model.parts import FIXES, ModelParts, Need, takes_noise
 from lightning_gendiag.model.reference import Reference
 from lightning_gendiag.model.subject import Subject
@@ -189,6 +189,7 @@ class ModelView:
                     stack.callback(compat.swap_average, averaging, self.module)
                 stack.enter_context(isolated_in_place(self.module))
             else:
+                stack.enter_context(not_called(self.subject.trained))
                 stack.enter_context(evaluating(self.module))
             if exact:
                 stack.enter_context(in_full_precision(self.module))
