@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lightning_gendiag.plots.canvas import ALARM, INK, TILE, Colour, font, on_white_tile
+from lightning_gendiag.plots.canvas import ALARM, INK, TILE, Colour, font, on_white_tile, picture_of
 
 
 def as_rgb(image: Tensor, low: float, high: float) -> Tensor:
@@ -43,12 +43,11 @@ def enlarged(picture: Tensor, height: int = TILE) -> Tensor:
 def enlarged_labels(labels: Tensor, height: int = TILE) -> Tensor:
     """Returns labels (H, W) in the size that :func:`enlarged` gives to a picture of the same height and width."""
     h, w = labels.shape
-    if h > height:
-        rows = torch.arange(height) * h // height
-        columns = torch.arange(max(1, w * height // h)) * h // height
-        return labels[rows][:, columns.clamp(max=w - 1)]
-    factor = max(1, height // h)
-    return labels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    if h <= height:
+        return enlarged(labels, height)
+    rows = torch.arange(height) * h // height
+    columns = torch.arange(max(1, w * height // h)) * h // height
+    return labels[rows][:, columns.clamp(max=w - 1)]
 
 
 def edges(labels: Tensor, thickness: int = 1) -> Tensor:
@@ -100,7 +99,7 @@ def filled(labels: Tensor, colours: Sequence[Colour], names: Sequence[str] = ())
         x = float(np.clip(x, half, labels.shape[1] - half))
         light = sum(colours[region]) > 380
         draw.text((x, float(y)), name, fill=INK if light else (255, 255, 255), font=font(13), anchor="mm")
-    return torch.from_numpy(np.asarray(image).copy())
+    return picture_of(image)
 
 
 def tinted(picture: Tensor, labels: Tensor, colours: Sequence[Colour], strength: float = 0.55) -> Tensor:
