@@ -69,17 +69,12 @@ def outlined(picture: Tensor, labels: Tensor, chosen: int | None = None) -> Tens
     picture = picture.clone()
     picture[edges(labels)] = torch.tensor((128, 134, 139), dtype=torch.uint8)
     if chosen is not None:
-        # the padding has another label, so that the line is closed at the image's border
-        inside = F.pad((labels == chosen).long(), (1, 1, 1, 1))
-        picture[edges(inside, 2)[1:-1, 1:-1] | _rim(labels, chosen)] = torch.tensor(ALARM, dtype=torch.uint8)
+        inside = labels == chosen
+        # the line is closed within two pixels of the image's border
+        rim = inside.clone()
+        rim[2:-2, 2:-2] = False
+        picture[edges(inside, 2) | rim] = torch.tensor(ALARM, dtype=torch.uint8)
     return picture
-
-
-def _rim(labels: Tensor, chosen: int) -> Tensor:
-    """Returns (H, W) bool, true where the chosen region lies within two pixels of the image's border."""
-    rim = torch.zeros(labels.shape, dtype=torch.bool)
-    rim[:2], rim[-2:], rim[:, :2], rim[:, -2:] = True, True, True, True
-    return rim & (labels == chosen)
 
 
 def filled(labels: Tensor, colours: Sequence[Colour], names: Sequence[str] = ()) -> Tensor:
@@ -87,10 +82,7 @@ def filled(labels: Tensor, colours: Sequence[Colour], names: Sequence[str] = ())
     from scipy.ndimage import distance_transform_edt
 
     table = torch.tensor(list(colours), dtype=torch.uint8)
-    picture = outlined(table[labels], labels)
-    if not names:
-        return picture
-    image = Image.fromarray(picture.numpy())
+    image = Image.fromarray(outlined(table[labels], labels).numpy())
     draw = ImageDraw.Draw(image)
     for region, name in enumerate(names):
         inner = distance_transform_edt(np.pad((labels == region).numpy(), 1))[1:-1, 1:-1]
@@ -113,8 +105,7 @@ def contact_sheet(images: Tensor) -> Tensor:
     low, high = float(images.min()), float(images.max())
     cells = F.pad(as_rgb(images, low, high), (0, 0, 0, 1, 0, 1), value=255)  # (r, c, H + 1, W + 1, 3)
     sheet = cells.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    size = max(sheet.shape[:2])
-    scale = TILE / size
+    scale = TILE / max(sheet.shape[:2])
     shape = (max(1, round(sheet.shape[0] * scale)), max(1, round(sheet.shape[1] * scale)))
     resized = F.interpolate(sheet.permute(2, 0, 1)[None].float(), size=shape, mode="area" if scale < 1 else "nearest")
     return on_white_tile(resized[0].permute(1, 2, 0).round().byte())
