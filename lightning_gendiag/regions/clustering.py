@@ -141,18 +141,18 @@ def _refined(labels: Tensor, batches: Sequence[Tensor], cell: int, gamma: float,
     fine = labels.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
     member = F.one_hot(labels.flatten()).to(batches[0])  # (h * w, R)
     there = member.T.view(1, -1, height, width)
-    meeting = F.max_pool2d(F.pad(there, (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0].flatten(1).T > 0  # (h * w, R)
+    meeting = F.max_pool2d(there, 3, stride=1, padding=1)[0].flatten(1).T > 0  # (h * w, R)
     border = (meeting.sum(1) > 1).nonzero()[:, 0]
     if len(border) == 0:
         return fine
     n = len(batches[0])
     block = max(1, max_bytes // (4 * n * n * batches[0].element_size()))
     size = member.sum(0)
-    pixels_to = torch.zeros(len(border) * cell * cell, len(size), dtype=member.dtype, device=member.device)
-    regions_to = torch.zeros(len(size), len(size), dtype=member.dtype, device=member.device)
+    pixels_to = member.new_zeros(len(border) * cell * cell, len(size))
+    regions_to = member.new_zeros(len(size), len(size))
     with exact_matmul():
         for batch in batches:
-            mean = torch.zeros(len(size), n * (n + 1) // 2, dtype=member.dtype, device=member.device)
+            mean = member.new_zeros(len(size), n * (n + 1) // 2)
             for i in range(0, len(member), block):
                 mean += member[i : i + block].T @ _kernel_rows(batch[..., i : i + block], gamma)
             mean /= size[:, None]
