@@ -324,8 +324,7 @@ class Reservoir(Diagnostic):
 
 def _row_keys(latents: Tensor, labels: Tensor, seed: int) -> Tensor:
     """Returns (N,) int64 hashes of rows by exact integer arithmetic, so that they are the same on every machine."""
-    wide = latents.double()
-    bits = (wide + 0.0).view(torch.int64)  # -0.0 and 0.0 are one number
+    bits = (latents.double() + 0.0).view(torch.int64)  # -0.0 and 0.0 are one number
     generator = torch.Generator().manual_seed(seed)
     odd = torch.randint(-(2**62), 2**62, (latents.shape[1] + 1,), generator=generator).to(bits.device) * 2 + 1
     key = (bits * odd[:-1]).sum(1) + labels * odd[-1]

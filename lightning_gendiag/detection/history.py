@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 Role = Literal["component", "aggregate", "standalone", "record"]
@@ -116,12 +117,8 @@ class History:
 
     def in_a_row(self, monitor: str, series: str) -> int:
         """Returns in how many of the newest evaluations in a row the severity was inf."""
-        count = 0
-        for entry in reversed(self._entries.get(monitor, {}).get(series, ())):
-            if entry.severity != math.inf:
-                break
-            count += 1
-        return count
+        newest_first = reversed(self.entries(monitor, series))
+        return len(list(takewhile(lambda entry: entry.severity == math.inf, newest_first)))
 
     def clear(self, monitor: str | None = None) -> None:
         """Forgets the series of one monitor, or of all."""

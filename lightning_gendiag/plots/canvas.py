@@ -80,6 +80,11 @@ def blank_tile() -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
+def picture_of(image: Image.Image) -> Tensor:
+    """Returns what was drawn on an image as a picture (H, W, 3) uint8."""
+    return torch.from_numpy(np.asarray(image).copy())
+
+
 def on_white_tile(picture: Tensor) -> Tensor:
     """Returns a tile with a picture (H, W, 3) in its top left corner, cropped where it is larger than the tile."""
     h, w = (min(size, TILE) for size in picture.shape[:2])
@@ -123,7 +128,7 @@ def panel(title: str, tiles: Sequence[Tile], rows: Sequence[Row] = (), note: str
     for text in notes:
         draw.text((margin, y), text, fill=FAINT, font=font(14))
         y += 18
-    return torch.from_numpy(np.asarray(image).copy())
+    return picture_of(image)
 
 
 PLAIN = str.maketrans({"σ": "std", "⁶": "^6", "×": "x"})
