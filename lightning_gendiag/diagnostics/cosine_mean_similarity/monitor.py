@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor
+from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.cosine_mean_similarity import plots
 from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
@@ -23,9 +22,7 @@ from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 QUANTITY = "cosine mean similarity"
@@ -188,40 +185,27 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         if self.region_map is None and state["regions"] is not None:
             self.region_map = RegionMap.from_state_dict(state["regions"])
 
-    def log_plots(
-        self,
-        result: CosineMeanSimilarityResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: CosineMeanSimilarityResult, context: PlotContext) -> None:
         """Logs the charts and the panel, and the region map once."""
         regions = self._regions
-        logger.log_chart("every region", "Multiline", [f"region_{r}" for r in range(regions.num_regions)])
-        logger.log_chart("worst, middle and best region", "Margin", ["median", "worst", "best"])
+        context.logger.log_chart("every region", "Multiline", [f"region_{r}" for r in range(regions.num_regions)])
+        context.logger.log_chart("worst, middle and best region", "Margin", ["median", "worst", "best"])
         if not self._map_logged:
             self._map_logged = True
-            logger.log_image("regions", plots.map_panel(regions, self._real))
-            logger.log_text("regions", plots.map_table(regions))
-        history = [curves[name] for name in regions.names]
+            context.logger.log_image("regions", plots.map_panel(regions, self._real))
+            context.logger.log_text("regions", plots.map_table(regions))
+        history = [context.curves[name] for name in regions.names]
         picture = plots.panel(
-            result, regions, self._real, self._generated, history, evaluation.step, evaluation.averaged
+            result, regions, self._real, self._generated, history, context.evaluation.step, context.evaluation.averaged
         )
-        logger.log_image("panel", picture)
+        context.logger.log_image("panel", picture)
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: CosineMeanSimilarityResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: CosineMeanSimilarityResult, context: PlotContext) -> None:
         """Logs the mean images with the alarm's region outlined."""
         region = next(iter(alarm.indices), None)
         title = f"{alarm.label} {alarm.event}"
         picture = plots.alarm_panel(self._regions, self._real, self._generated, region, title, str(alarm))
-        logger.log_image("picture", picture)
+        context.logger.log_image("picture", picture)
 
 
 def _distance(value: float, std: float) -> float:

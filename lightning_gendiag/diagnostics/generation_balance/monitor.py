@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.generation_balance import plots
 from lightning_gendiag.diagnostics.generation_balance.functional import COVERED, MAX_CLASS_TAGS, GenerationBalanceResult
@@ -19,9 +19,7 @@ from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, in_chunks, space_for
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 CHUNK = 128
@@ -205,32 +203,21 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
             Observation(BALANCE, imbalance, math.log(imbalance + 0.1), label=label),
         ]
 
-    def log_plots(
-        self,
-        result: GenerationBalanceResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the charts, the table and the panel."""
         classes = range(len(result.fid))
         if len(classes) <= MAX_CLASS_TAGS:
-            logger.log_chart("share of every class", "Multiline", [f"class_{c}" for c in classes])
-            logger.log_chart("FID of every class", "Multiline", [f"fid_class_{c}" for c in classes])
-        logger.log_chart("imbalance", "Multiline", ["imbalance"])
-        logger.log_text("classes", plots.table(result))
-        logger.log_image("panel", plots.panel(result, self._images, evaluation.step))
+            context.logger.log_chart("share of every class", "Multiline", [f"class_{c}" for c in classes])
+            context.logger.log_chart("FID of every class", "Multiline", [f"fid_class_{c}" for c in classes])
+        context.logger.log_chart("imbalance", "Multiline", ["imbalance"])
+        context.logger.log_text("classes", plots.table(result))
+        context.logger.log_image("panel", plots.panel(result, self._images, context.evaluation.step))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: GenerationBalanceResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's classes marked."""
-        logger.log_image("picture", plots.panel(result, self._images, evaluation.step, alarm.indices, str(alarm)))
+        context.logger.log_image(
+            "picture", plots.panel(result, self._images, context.evaluation.step, alarm.indices, str(alarm))
+        )
 
 
 def _severity(share: float, real: float) -> float:

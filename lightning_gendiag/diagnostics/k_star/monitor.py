@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.k_star import plots
 from lightning_gendiag.diagnostics.k_star.functional import MAX_CLASS_TAGS, Distance, KStarResult
@@ -15,9 +15,7 @@ from lightning_gendiag.diagnostics.k_star.metric import KStar
 from lightning_gendiag.functional.arrays import as_images
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 CHUNK = 128
@@ -153,27 +151,18 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
             Observation(ALL, mean, -mean),
         ]  # fmt: skip
 
-    def log_plots(
-        self, result: KStarResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
-    ) -> None:
+    def log_plots(self, result: KStarResult, context: PlotContext) -> None:
         """Logs the histogram of all values, the table, the charts and the panel."""
-        logger.log_histogram("values", result.values)
-        logger.log_text("classes", plots.table(result))
+        context.logger.log_histogram("values", result.values)
+        context.logger.log_text("classes", plots.table(result))
         if len(result.classes) <= MAX_CLASS_TAGS:
-            logger.log_chart("every class", "Multiline", [f"class_{c}" for c in result.classes.tolist()])
-        logger.log_chart("skewness", "Multiline", ["true_skewness", "approximate_skewness"])
-        logger.log_image("panel", plots.panel(result, evaluation.step))
+            context.logger.log_chart("every class", "Multiline", [f"class_{c}" for c in result.classes.tolist()])
+        context.logger.log_chart("skewness", "Multiline", ["true_skewness", "approximate_skewness"])
+        context.logger.log_image("panel", plots.panel(result, context.evaluation.step))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: KStarResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: KStarResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's classes marked."""
-        logger.log_image("picture", plots.panel(result, evaluation.step, alarm.indices, str(alarm)))
+        context.logger.log_image("picture", plots.panel(result, context.evaluation.step, alarm.indices, str(alarm)))
 
 
 def _layer(view: ModelView, path: str) -> tuple[nn.Module, nn.Module]:

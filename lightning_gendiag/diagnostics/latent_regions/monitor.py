@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.latent_regions import plots
 from lightning_gendiag.diagnostics.latent_regions.functional import KINDS, LatentRegionsResult, inception_score
@@ -20,9 +20,7 @@ from lightning_gendiag.functional.distances import frechet_distance
 from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, in_chunks, space_for
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 CHUNK = 128
@@ -199,29 +197,22 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         """Restores the number of components that was chosen."""
         self._chosen = state["components"]
 
-    def log_plots(
-        self, result: LatentRegionsResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
-    ) -> None:
+    def log_plots(self, result: LatentRegionsResult, context: PlotContext) -> None:
         """Logs the charts, the table of components and the panel."""
-        logger.log_chart("FID of each kind of point", "Multiline", [f"fid_{kind}" for kind in KINDS])
-        logger.log_chart("overlap of components", "Multiline", ["overlap", "grey_share"])
-        logger.log_text("components", plots.table(result))
-        logger.log_image("panel", self._panel(result, evaluation))
+        context.logger.log_chart("FID of each kind of point", "Multiline", [f"fid_{kind}" for kind in KINDS])
+        context.logger.log_chart("overlap of components", "Multiline", ["overlap", "grey_share"])
+        context.logger.log_text("components", plots.table(result))
+        context.logger.log_image("panel", self._panel(result, context))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: LatentRegionsResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: LatentRegionsResult, context: PlotContext) -> None:
         """Logs the panel."""
-        logger.log_image("picture", self._panel(result, evaluation, str(alarm)))
+        context.logger.log_image("picture", self._panel(result, context, str(alarm)))
 
-    def _panel(self, result: LatentRegionsResult, evaluation: Evaluation, note: str = "") -> Tensor:
+    def _panel(self, result: LatentRegionsResult, context: PlotContext, note: str = "") -> Tensor:
         latents, labels = self.metric.selected()
-        return plots.panel(result, latents.cpu(), labels.cpu(), self._points, self._decoded, evaluation.step, note)
+        return plots.panel(
+            result, latents.cpu(), labels.cpu(), self._points, self._decoded, context.evaluation.step, note
+        )
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.manifold_entropy import plots
 from lightning_gendiag.diagnostics.manifold_entropy.functional import MAX_DIMENSION_TAGS, ManifoldEntropyResult
@@ -18,9 +18,7 @@ from lightning_gendiag.functional.arrays import tensor_of
 from lightning_gendiag.functional.jacobian import active_dims, decoder_gram
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 MAX_BYTES = 1 << 26
@@ -202,38 +200,26 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """Restores the dimensions and their order."""
         self.dims, self._order = state["dims"], state["order"]
 
-    def log_plots(
-        self,
-        result: ManifoldEntropyResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: ManifoldEntropyResult, context: PlotContext) -> None:
         """Logs the spectrum over time, the charts and the panel."""
-        logger.log_histogram("spectrum", result.entropy)
+        context.logger.log_histogram("spectrum", result.entropy)
         if len(self.dims) <= MAX_DIMENSION_TAGS:
-            logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in self.dims.tolist()])
-        logger.log_chart("dimensions in use", "Multiline", ["effective_dimensions"])
-        logger.log_image("panel", self._panel(result, evaluation, curves))
+            context.logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in self.dims.tolist()])
+        context.logger.log_chart("dimensions in use", "Multiline", ["effective_dimensions"])
+        context.logger.log_image("panel", self._panel(result, context))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: ManifoldEntropyResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: ManifoldEntropyResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's dimensions marked."""
         pair = self.dims[list(result.strongest_pair)].tolist() if PAIR.name in alarm.names else []
-        logger.log_image("picture", self._panel(result, evaluation, curves, [*alarm.indices, *pair], str(alarm)))
+        context.logger.log_image("picture", self._panel(result, context, [*alarm.indices, *pair], str(alarm)))
 
     def _panel(
         self,
         result: ManifoldEntropyResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
+        context: PlotContext,
         marked: Collection[int] = (),
         note: str = "",
     ) -> Tensor:
-        return plots.panel(result, self.dims, self._traversal, curves[IN_USE.name], evaluation.step, marked, note)
+        return plots.panel(
+            result, self.dims, self._traversal, context.curves[IN_USE.name], context.evaluation.step, marked, note
+        )

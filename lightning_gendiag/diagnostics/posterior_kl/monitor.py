@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.posterior_kl import plots
 from lightning_gendiag.diagnostics.posterior_kl.functional import ACTIVE, MAX_DIMENSION_TAGS, PosteriorKLResult
@@ -16,9 +16,7 @@ from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
 from lightning_gendiag.functional.arrays import as_images
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 IN_USE = 1.0
@@ -180,29 +178,20 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         """Each dimension's part of the drop of the total."""
         return divided({name: value - after[name] for name, value in before.items()})
 
-    def log_plots(
-        self, result: PosteriorKLResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
-    ) -> None:
+    def log_plots(self, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the histogram of the dimensions, the charts and the panel."""
-        logger.log_histogram("per dimension", result.per_dimension)
+        context.logger.log_histogram("per dimension", result.per_dimension)
         if len(result.per_dimension) <= MAX_DIMENSION_TAGS:
-            logger.log_chart(
+            context.logger.log_chart(
                 "every dimension", "Multiline", [f"dimension_{i}" for i in range(len(result.per_dimension))]
             )
-        logger.log_chart("active units", "Multiline", ["active_units"])
-        logger.log_image("panel", plots.panel(result, curves[TOTAL.name], evaluation.step))
+        context.logger.log_chart("active units", "Multiline", ["active_units"])
+        context.logger.log_image("panel", plots.panel(result, context.curves[TOTAL.name], context.evaluation.step))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: PosteriorKLResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's dimensions marked."""
-        picture = plots.panel(result, curves[TOTAL.name], evaluation.step, alarm.indices, str(alarm))
-        logger.log_image("picture", picture)
+        picture = plots.panel(result, context.curves[TOTAL.name], context.evaluation.step, alarm.indices, str(alarm))
+        context.logger.log_image("picture", picture)
 
 
 def _severity(nats: float) -> float:

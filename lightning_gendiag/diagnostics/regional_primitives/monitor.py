@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor
+from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.regional_primitives import plots
 from lightning_gendiag.diagnostics.regional_primitives.functional import (
@@ -31,9 +31,7 @@ from lightning_gendiag.functional.arrays import pieces, tensor_of
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 DEPTH = 4
@@ -280,34 +278,23 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         """Restores the regions, and the layer unless another one was given."""
         self.labels, self.names, self.layer = state["labels"], list(state["names"]), self.split or state["layer"]
 
-    def log_plots(
-        self,
-        result: RegionalPrimitivesResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: RegionalPrimitivesResult, context: PlotContext) -> None:
         """Logs the charts, the table of components and the panel."""
         for what in ("strength", "leakage"):
-            logger.log_chart(f"{what} of every region", "Multiline", [f"{what}_{r}" for r in range(len(self.names))])
-        logger.log_text("components", plots.table(result, self.names, self.layer))
-        logger.log_image("panel", self._panel(result, evaluation))
+            context.logger.log_chart(
+                f"{what} of every region", "Multiline", [f"{what}_{r}" for r in range(len(self.names))]
+            )
+        context.logger.log_text("components", plots.table(result, self.names, self.layer))
+        context.logger.log_image("panel", self._panel(result, context))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: RegionalPrimitivesResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: RegionalPrimitivesResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's regions marked."""
-        logger.log_image("picture", self._panel(result, evaluation, alarm.indices, str(alarm)))
+        context.logger.log_image("picture", self._panel(result, context, alarm.indices, str(alarm)))
 
     def _panel(
-        self, result: RegionalPrimitivesResult, evaluation: Evaluation, marked: Collection[int] = (), note: str = ""
+        self, result: RegionalPrimitivesResult, context: PlotContext, marked: Collection[int] = (), note: str = ""
     ) -> Tensor:
-        return plots.panel(result, self.labels, self.names, self._drawn, evaluation.step, marked, note)
+        return plots.panel(result, self.labels, self.names, self._drawn, context.evaluation.step, marked, note)
 
 
 def grid(height: int, width: int, cells: int = 3) -> Tensor:
