@@ -18,6 +18,7 @@ from lightning_gendiag.metric import Diagnostic, Result
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.parts import Need
+from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions
 from lightning_gendiag.regions.region_map import RegionMap
 
@@ -45,6 +46,11 @@ class PlotContext(NamedTuple):
     curves: Mapping[str, Curve]
     """All series of the monitor over time, by name."""
     logger: DiagnosticLogger
+
+    def occasion(self, alarm: Alarm | None = None) -> Occasion:
+        """Returns the occasion of a panel, or of the picture of an alarm."""
+        step = self.evaluation.step
+        return Occasion(step) if alarm is None else Occasion(step, alarm.indices, str(alarm))
 
 
 class Monitor(Member, Callback, Generic[MetricT, ResultT]):

@@ -211,13 +211,11 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
             context.logger.log_chart("FID of every class", "Multiline", [f"fid_class_{c}" for c in classes])
         context.logger.log_chart("imbalance", "Multiline", ["imbalance"])
         context.logger.log_text("classes", plots.table(result))
-        context.logger.log_image("panel", plots.panel(result, self._images, context.evaluation.step))
+        context.logger.log_image("panel", plots.panel(result, self._images, context.occasion()))
 
     def log_alarm(self, alarm: Alarm, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's classes marked."""
-        context.logger.log_image(
-            "picture", plots.panel(result, self._images, context.evaluation.step, alarm.indices, str(alarm))
-        )
+        context.logger.log_image("picture", plots.panel(result, self._images, context.occasion(alarm)))
 
 
 def _severity(share: float, real: float) -> float:

@@ -158,11 +158,11 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
         if len(result.classes) <= MAX_CLASS_TAGS:
             context.logger.log_chart("every class", "Multiline", [f"class_{c}" for c in result.classes.tolist()])
         context.logger.log_chart("skewness", "Multiline", ["true_skewness", "approximate_skewness"])
-        context.logger.log_image("panel", plots.panel(result, context.evaluation.step))
+        context.logger.log_image("panel", plots.panel(result, context.occasion()))
 
     def log_alarm(self, alarm: Alarm, result: KStarResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's classes marked."""
-        context.logger.log_image("picture", plots.panel(result, context.evaluation.step, alarm.indices, str(alarm)))
+        context.logger.log_image("picture", plots.panel(result, context.occasion(alarm)))
 
 
 def _layer(view: ModelView, path: str) -> tuple[nn.Module, nn.Module]:

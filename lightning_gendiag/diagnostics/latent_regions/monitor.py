@@ -22,6 +22,7 @@ from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifie
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
     from lightning_gendiag.model.view import ModelView
+    from lightning_gendiag.plots.canvas import Occasion
 
 CHUNK = 128
 """Largest number of images or latents that go through the model at a time."""
@@ -202,17 +203,15 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         context.logger.log_chart("FID of each kind of point", "Multiline", [f"fid_{kind}" for kind in KINDS])
         context.logger.log_chart("overlap of components", "Multiline", ["overlap", "grey_share"])
         context.logger.log_text("components", plots.table(result))
-        context.logger.log_image("panel", self._panel(result, context))
+        context.logger.log_image("panel", self._panel(result, context.occasion()))
 
     def log_alarm(self, alarm: Alarm, result: LatentRegionsResult, context: PlotContext) -> None:
         """Logs the panel."""
-        context.logger.log_image("picture", self._panel(result, context, str(alarm)))
+        context.logger.log_image("picture", self._panel(result, context.occasion(alarm)))
 
-    def _panel(self, result: LatentRegionsResult, context: PlotContext, note: str = "") -> Tensor:
+    def _panel(self, result: LatentRegionsResult, occasion: Occasion) -> Tensor:
         latents, labels = self.metric.selected()
-        return plots.panel(
-            result, latents.cpu(), labels.cpu(), self._points, self._decoded, context.evaluation.step, note
-        )
+        return plots.panel(result, latents.cpu(), labels.cpu(), self._points, self._decoded, occasion)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

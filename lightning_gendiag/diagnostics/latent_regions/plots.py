@@ -28,8 +28,7 @@ def panel(
     labels: Tensor,
     points: Sequence[Tensor],
     decoded: Sequence[Tensor],
-    step: int,
-    note: str = "",
+    occasion: canvas.Occasion,
 ) -> Tensor:
     """Draws the latents with their regions, the class map, decoded images, and the FID of each kind of point.
 
@@ -39,8 +38,7 @@ def panel(
         labels: (N,), negative where not known.
         points: (n, D) for each of ``KINDS``.
         decoded: (n, C, H, W), n up to ``SHOWN``, for each of ``KINDS``.
-        step: Of the evaluation.
-        note: Text below the panel.
+        occasion: When it is drawn, and what an alarm marks in it.
 
     Returns:
         (H, W, 3) uint8.
@@ -60,7 +58,7 @@ def panel(
     fid = result.fid.tolist()
     worse = [value > 1.2 * fid[0] for value in fid]
     tiles.append(canvas.Tile("FID of each kind", charts.bars(fid, list(KINDS), worse, floor=0.0)))
-    return canvas.panel(f"{_title(result)} (step {step})", tiles, _legend(result), note)
+    return canvas.panel(f"{_title(result)} (step {occasion.step})", tiles, _legend(result), occasion.note)
 
 
 def table(result: LatentRegionsResult) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -206,20 +206,12 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         if len(self.dims) <= MAX_DIMENSION_TAGS:
             context.logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in self.dims.tolist()])
         context.logger.log_chart("dimensions in use", "Multiline", ["effective_dimensions"])
-        context.logger.log_image("panel", self._panel(result, context))
+        picture = plots.panel(result, self.dims, self._traversal, context.curves[IN_USE.name], context.occasion())
+        context.logger.log_image("panel", picture)
 
     def log_alarm(self, alarm: Alarm, result: ManifoldEntropyResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's dimensions marked."""
         pair = self.dims[list(result.strongest_pair)].tolist() if PAIR.name in alarm.names else []
-        context.logger.log_image("picture", self._panel(result, context, [*alarm.indices, *pair], str(alarm)))
-
-    def _panel(
-        self,
-        result: ManifoldEntropyResult,
-        context: PlotContext,
-        marked: Collection[int] = (),
-        note: str = "",
-    ) -> Tensor:
-        return plots.panel(
-            result, self.dims, self._traversal, context.curves[IN_USE.name], context.evaluation.step, marked, note
-        )
+        occasion = context.occasion(alarm)._replace(marked=[*alarm.indices, *pair])
+        picture = plots.panel(result, self.dims, self._traversal, context.curves[IN_USE.name], occasion)
+        context.logger.log_image("picture", picture)

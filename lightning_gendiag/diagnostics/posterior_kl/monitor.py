@@ -186,12 +186,11 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
                 "every dimension", "Multiline", [f"dimension_{i}" for i in range(len(result.per_dimension))]
             )
         context.logger.log_chart("active units", "Multiline", ["active_units"])
-        context.logger.log_image("panel", plots.panel(result, context.curves[TOTAL.name], context.evaluation.step))
+        context.logger.log_image("panel", plots.panel(result, context.curves[TOTAL.name], context.occasion()))
 
     def log_alarm(self, alarm: Alarm, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's dimensions marked."""
-        picture = plots.panel(result, context.curves[TOTAL.name], context.evaluation.step, alarm.indices, str(alarm))
-        context.logger.log_image("picture", picture)
+        context.logger.log_image("picture", plots.panel(result, context.curves[TOTAL.name], context.occasion(alarm)))
 
 
 def _severity(nats: float) -> float:

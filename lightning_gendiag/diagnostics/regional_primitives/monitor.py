@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -285,16 +285,13 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
                 f"{what} of every region", "Multiline", [f"{what}_{r}" for r in range(len(self.names))]
             )
         context.logger.log_text("components", plots.table(result, self.names, self.layer))
-        context.logger.log_image("panel", self._panel(result, context))
+        picture = plots.panel(result, self.labels, self.names, self._drawn, context.occasion())
+        context.logger.log_image("panel", picture)
 
     def log_alarm(self, alarm: Alarm, result: RegionalPrimitivesResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's regions marked."""
-        context.logger.log_image("picture", self._panel(result, context, alarm.indices, str(alarm)))
-
-    def _panel(
-        self, result: RegionalPrimitivesResult, context: PlotContext, marked: Collection[int] = (), note: str = ""
-    ) -> Tensor:
-        return plots.panel(result, self.labels, self.names, self._drawn, context.evaluation.step, marked, note)
+        picture = plots.panel(result, self.labels, self.names, self._drawn, context.occasion(alarm))
+        context.logger.log_image("picture", picture)
 
 
 def grid(height: int, width: int, cells: int = 3) -> Tensor:
