@@ -37,6 +37,16 @@ class ScalarInfo(NamedTuple):
     """Whether the scalar is logged under a condition only, such as with classes, labels or a classifier."""
 
 
+def more_is_better(description: str, unit: str = "", optional: bool = False) -> ScalarInfo:
+    """Returns the meaning of a scalar whose larger values are better."""
+    return ScalarInfo(description, unit, True, optional)
+
+
+def less_is_better(description: str, unit: str = "", optional: bool = False) -> ScalarInfo:
+    """Returns the meaning of a scalar whose smaller values are better."""
+    return ScalarInfo(description, unit, False, optional)
+
+
 class _Untouched:
     """Carries a result past torchmetrics, which would squeeze tensors of one element."""
 

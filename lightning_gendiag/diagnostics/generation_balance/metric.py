@@ -14,7 +14,7 @@ from lightning_gendiag.diagnostics.generation_balance.functional import (
     binomial_interval,
 )
 from lightning_gendiag.functional.distances import frechet_distance
-from lightning_gendiag.metric import Diagnostic, ScalarInfo
+from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
 
 class GenerationBalance(Diagnostic):
@@ -39,39 +39,28 @@ class GenerationBalance(Diagnostic):
         (0.5, [False, True])
     """
 
-    higher_is_better = None
     plotted = ("class_", "fid_class_")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
-        "imbalance": ScalarInfo(
-            "Fraction of generated images that would have to change class to match the real shares (total variation).",
-            higher_is_better=False,
+        "imbalance": less_is_better(
+            "Fraction of generated images that would have to change class to match the real shares (total variation)."
         ),
-        "divergence": ScalarInfo(
-            "KL divergence of the generated from the real shares of classes.", unit="nats", higher_is_better=False
+        "divergence": less_is_better("KL divergence of the generated from the real shares of classes.", unit="nats"),
+        "dropped": less_is_better("Number of classes that are surely less than half as frequent as among real images."),
+        "dominating": less_is_better(
+            "Number of classes that are surely more than twice as frequent as among real images."
         ),
-        "dropped": ScalarInfo(
-            "Number of classes that are surely less than half as frequent as among real images.", higher_is_better=False
+        "coverage": more_is_better(
+            "Fraction of the real classes that are generated with at least a tenth of their real share."
         ),
-        "dominating": ScalarInfo(
-            "Number of classes that are surely more than twice as frequent as among real images.",
-            higher_is_better=False,
+        "fid_mean": less_is_better("Mean Fréchet distance within classes."),
+        "fid_worst": less_is_better("Largest Fréchet distance within a class."),
+        "invalid": less_is_better(
+            "Fraction of the generated images whose features contain nan or inf and that are left out."
         ),
-        "coverage": ScalarInfo(
-            "Fraction of the real classes that are generated with at least a tenth of their real share.",
-            higher_is_better=True,
-        ),
-        "fid_mean": ScalarInfo("Mean Fréchet distance within classes.", higher_is_better=False),
-        "fid_worst": ScalarInfo("Largest Fréchet distance within a class.", higher_is_better=False),
-        "invalid": ScalarInfo(
-            "Fraction of the generated images whose features contain nan or inf and that are left out.",
-            higher_is_better=False,
-        ),
-        "accuracy": ScalarInfo("Accuracy of the classifier on real images.", higher_is_better=True, optional=True),
+        "accuracy": more_is_better("Accuracy of the classifier on real images.", optional=True),
         "class_{c}": ScalarInfo("Fraction of the generated images that are of the class, for up to 20 classes."),
-        "fid_class_{c}": ScalarInfo(
-            "Fréchet distance of real and generated features within the class, for up to 20 classes.",
-            higher_is_better=False,
-            optional=True,
+        "fid_class_{c}": less_is_better(
+            "Fréchet distance of real and generated features within the class, for up to 20 classes.", optional=True
         ),
     }
     counts: Tensor

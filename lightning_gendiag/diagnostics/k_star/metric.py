@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.k_star.functional import Distance, KStarResult, check, k_star
-from lightning_gendiag.metric import Reservoir, ScalarInfo
+from lightning_gendiag.metric import Reservoir, ScalarInfo, less_is_better, more_is_better
 
 
 class KStar(Reservoir):
@@ -32,23 +32,17 @@ class KStar(Reservoir):
         tensor([0.7500, 0.7500], dtype=torch.float64)
     """
 
-    higher_is_better = None
     plotted = ("class_",)
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
-        "true_skewness": ScalarInfo("Skewness of the k* values of all samples together.", higher_is_better=False),
-        "approximate_skewness": ScalarInfo(
-            "Mean of the classes' skewness, over the classes where it is finite.", higher_is_better=False
+        "true_skewness": less_is_better("Skewness of the k* values of all samples together."),
+        "approximate_skewness": less_is_better("Mean of the classes' skewness, over the classes where it is finite."),
+        "mean": more_is_better(
+            "Mean k* over all samples: the fraction of a sample's class that is nearer than any other class."
         ),
-        "mean": ScalarInfo(
-            "Mean k* over all samples: the fraction of a sample's class that is nearer than any other class.",
-            higher_is_better=True,
-        ),
-        "worst_class_mean": ScalarInfo("Lowest mean k* of a class.", higher_is_better=True),
-        "fractured": ScalarInfo("Number of classes whose skewness is above 0.5.", higher_is_better=False),
-        "invalid": ScalarInfo(
-            "Fraction of the latents that contain nan or inf and are left out.", higher_is_better=False
-        ),
-        "class_{c}": ScalarInfo("Mean k* of the class, for up to 20 classes.", higher_is_better=True),
+        "worst_class_mean": more_is_better("Lowest mean k* of a class."),
+        "fractured": less_is_better("Number of classes whose skewness is above 0.5."),
+        "invalid": less_is_better("Fraction of the latents that contain nan or inf and are left out."),
+        "class_{c}": more_is_better("Mean k* of the class, for up to 20 classes."),
     }
 
     def __init__(

@@ -15,7 +15,7 @@ from lightning_gendiag.diagnostics.manifold_entropy.functional import (
     entropies,
     gram_sums,
 )
-from lightning_gendiag.metric import Diagnostic, ScalarInfo
+from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better
 
 
 class ManifoldEntropy(Diagnostic):
@@ -39,32 +39,24 @@ class ManifoldEntropy(Diagnostic):
         tensor(1.6494, dtype=torch.float64)
     """
 
-    higher_is_better = None
     plotted = ("dimension_", "total_correlation", "effective_dimensions")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
         "total": ScalarInfo(
             "Entropy of all dimensions together, from the volume that a flow reports where it reports one.", unit="nats"
         ),
-        "total_correlation": ScalarInfo(
-            "Sum of the dimensions' entropies minus the total entropy, 0 where dimensions do not overlap.",
-            unit="nats",
-            higher_is_better=False,
+        "total_correlation": less_is_better(
+            "Sum of the dimensions' entropies minus the total entropy, 0 where dimensions do not overlap.", unit="nats"
         ),
         "effective_dimensions": ScalarInfo(
             "Number of dimensions in use: exponential of the Shannon entropy of their shares of squared movement."
         ),
-        "dead": ScalarInfo(
-            "Number of dimensions that move the data less than a thousandth of what the strongest one does.",
-            higher_is_better=False,
+        "dead": less_is_better(
+            "Number of dimensions that move the data less than a thousandth of what the strongest one does."
         ),
-        "largest_mutual_information": ScalarInfo(
-            "Largest mutual information of two dimensions.", unit="nats", higher_is_better=False
-        ),
+        "largest_mutual_information": less_is_better("Largest mutual information of two dimensions.", unit="nats"),
         "highest": ScalarInfo("Highest entropy of a dimension.", unit="nats"),
         "lowest": ScalarInfo("Lowest entropy of a dimension.", unit="nats"),
-        "singular": ScalarInfo(
-            "Fraction of the latents at which the Jacobian is rank deficient.", higher_is_better=False
-        ),
+        "singular": less_is_better("Fraction of the latents at which the Jacobian is rank deficient."),
         "core": ScalarInfo(
             "Entropy of the most important dimensions, as many as are in use.", unit="nats", optional=True
         ),

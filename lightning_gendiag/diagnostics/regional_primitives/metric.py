@@ -11,7 +11,7 @@ from lightning_gendiag.diagnostics.regional_primitives.functional import (
     MAX_REGIONS,
     RegionalPrimitivesResult,
 )
-from lightning_gendiag.metric import Diagnostic, ScalarInfo
+from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
 
 class RegionalPrimitives(Diagnostic):
@@ -37,41 +37,30 @@ class RegionalPrimitives(Diagnostic):
         [0.0, 0.894, 0.447, 0.0]
     """
 
-    higher_is_better = None
     plotted = ("strength_", "leakage_")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
-        "components": ScalarInfo(
-            "Number of feature components that carry nine tenths of all squared norms.", higher_is_better=False
+        "components": less_is_better("Number of feature components that carry nine tenths of all squared norms."),
+        "sparsity": less_is_better("Fraction of all feature components that carry nine tenths of all squared norms."),
+        "leakage": less_is_better(
+            "Fraction of the effect of a region's components that lies outside their regions, mean over regions."
         ),
-        "sparsity": ScalarInfo(
-            "Fraction of all feature components that carry nine tenths of all squared norms.", higher_is_better=False
+        "relevant": less_is_better(
+            "Squared error of a region drawn by its own components, over its change from the mean feature."
         ),
-        "leakage": ScalarInfo(
-            "Fraction of the effect of a region's components that lies outside their regions, mean over regions.",
-            higher_is_better=False,
+        "irrelevant": less_is_better(
+            "Squared change of a region by all other components, over its change from the mean feature."
         ),
-        "relevant": ScalarInfo(
-            "Squared error of a region drawn by its own components, over its change from the mean feature.",
-            higher_is_better=False,
+        "error_after_tenth": less_is_better(
+            "Squared error of the image drawn by the largest tenth of the components, 1 with none."
         ),
-        "irrelevant": ScalarInfo(
-            "Squared change of a region by all other components, over its change from the mean feature.",
-            higher_is_better=False,
-        ),
-        "error_after_tenth": ScalarInfo(
-            "Squared error of the image drawn by the largest tenth of the components, 1 with none.",
-            higher_is_better=False,
-        ),
-        "converged": ScalarInfo("Fraction of the optimisations that converged.", higher_is_better=True),
+        "converged": more_is_better("Fraction of the optimisations that converged."),
         "images": ScalarInfo("Number of images that were decomposed."),
-        "invalid": ScalarInfo(
-            "Fraction of the images that contain nan or inf and are left out.", higher_is_better=False
-        ),
+        "invalid": less_is_better("Fraction of the images that contain nan or inf and are left out."),
         "strength_{r}": ScalarInfo(
             "Strength of the components that draw the region: the root of the sum of their squared norms."
         ),
-        "leakage_{r}": ScalarInfo(
-            "Fraction of the effect of the region's components that lies outside their regions.", higher_is_better=False
+        "leakage_{r}": less_is_better(
+            "Fraction of the effect of the region's components that lies outside their regions."
         ),
     }
     images: Tensor
