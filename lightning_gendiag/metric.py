@@ -111,6 +111,17 @@ class Diagnostic(Metric):
         numbers = [int.from_bytes(digest[start : start + 4], "big") / 2**32 for start in range(0, len(digest), 4)]
         self.add_state("configuration", default=torch.tensor(numbers, dtype=torch.float64), dist_reduce_fx="max")
 
+    def add_sums(self, **shapes: tuple[int, ...]) -> None:
+        """Adds states that are sums in float64 over all batches and processes, given their shapes by name."""
+        for name, shape in shapes.items():
+            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def accumulate(self, **values: Tensor | int) -> None:
+        """Adds values to sums, by name."""
+        for name, value in values.items():
+            # a new tensor, since metrics of one compute group hold the same one
+            setattr(self, name, getattr(self, name) + value)
+
     def rows(self, state: str) -> Tensor:
         """Returns the rows of a list state as one tensor (N, ...), or (0,) where there are none."""
         held: Tensor | list[Tensor] = getattr(self, state)

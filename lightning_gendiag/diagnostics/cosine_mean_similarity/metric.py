@@ -136,7 +136,7 @@ class CosineMeanSimilarity(Diagnostic):
         self.reset_real_features = reset_real_features
         for state in ("real", "generated", "real_labels", "generated_labels"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
-        self.add_state("invalid", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sums(invalid=(2,))
         self.add_configuration(
             regions=None if self.region_map is None else self.region_map.labels, num_regions=num_regions,
             bandwidth=bandwidth, unbiased=unbiased, num_classes=self.num_classes, null_splits=null_splits,
@@ -173,7 +173,7 @@ class CosineMeanSimilarity(Diagnostic):
             labels = None if labels is None else labels[finite]
         if not real:
             counts = torch.stack([(~finite).sum(), torch.tensor(len(finite)).to(finite.device)])
-            self.invalid = self.invalid + counts.to(self.invalid)
+            self.accumulate(invalid=counts.to(self.invalid))
         getattr(self, name).append(images.detach())
         if self.num_classes and labels is not None:
             getattr(self, f"{name}_labels").append(labels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.manifold_entropy.functional import (
@@ -33,6 +32,7 @@ class ManifoldEntropy(Diagnostic):
         ValueError: if ``partition`` or ``order`` does not contain each dimension once.
 
     Example:
+        >>> import torch
         >>> metric = ManifoldEntropy(2)
         >>> metric.update(torch.diag(torch.tensor([4.0, 1.0]))[None])
         >>> metric.compute().effective_dimensions
@@ -86,19 +86,12 @@ class ManifoldEntropy(Diagnostic):
             check_partition([order.tolist()], latent_dim, "order")
         self.latent_dim, self.partition, self.num_classes = latent_dim, partition, num_classes
         self.register_buffer("order", order, persistent=False)
-        shapes = {
-            "latents": (1 + num_classes,),
-            "log_norms": (1 + num_classes, latent_dim),
-            "log_volume": (),
-            "log_parts": (),
-            "log_dependence": (latent_dim, latent_dim),
-            "leading": (latent_dim,),
-            "trailing": (latent_dim,),
-            "singular": (),
-        }
-        for name in Sums._fields:
-            self.add_state(name, default=torch.zeros(shapes[name], dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("left_out", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # those of Sums, and one more
+        self.add_sums(
+            latents=(1 + num_classes,), log_norms=(1 + num_classes, latent_dim), log_volume=(), log_parts=(),
+            log_dependence=(latent_dim, latent_dim), leading=(latent_dim,), trailing=(latent_dim,), singular=(),
+            left_out=(),
+        )  # fmt: skip
         self.add_configuration(latent_dim=latent_dim, order=order, partition=partition, num_classes=num_classes)
 
     def update(self, gram: Tensor, log_volume: Tensor | None = None, labels: Tensor | None = None) -> None:
@@ -136,9 +129,8 @@ class ManifoldEntropy(Diagnostic):
         labels = None if labels is None else labels[finite]
         if finite.any():
             sums = gram_sums(gram[finite], log_volume, labels, self.num_classes, self.order, self.partition)
-            for name, value in zip(Sums._fields, sums, strict=True):
-                setattr(self, name, getattr(self, name) + value)
-        self.left_out = self.left_out + (~finite).sum()
+            self.accumulate(**sums._asdict())
+        self.accumulate(left_out=(~finite).sum())
 
     def compute(self) -> ManifoldEntropyResult:
         """Computes the entropies over all latents; nan where there are none."""

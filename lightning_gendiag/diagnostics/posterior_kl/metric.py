@@ -72,10 +72,8 @@ class PosteriorKL(Diagnostic):
             raise ValueError(f"threshold must be 0 or more, got {threshold}. To fix this, pass a number such as 0.01.")
         self.latent_dim, self.threshold = latent_dim, threshold
         square = (latent_dim, latent_dim) if latent_dim <= FULL_COVARIANCE else (latent_dim,)
-        shapes = {"rows_seen": (), "left_out": (), "divergence": (latent_dim,), "means": (latent_dim,),
-                  "products": square, "variances": (latent_dim,)}  # fmt: skip
-        for name, shape in shapes.items():
-            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        each = (latent_dim,)
+        self.add_sums(rows_seen=(), left_out=(), divergence=each, means=each, products=square, variances=each)
         self.add_configuration(latent_dim=latent_dim, threshold=threshold)
 
     def update(self, mean: Tensor, log_variance: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.regional_primitives.functional import (
@@ -76,8 +75,7 @@ class RegionalPrimitives(Diagnostic):
         sets = 2**num_regions
         self.shapes = {"norms": (sets,), "effects": (sets, num_regions), "curve": (sets,), "relevant": (num_regions,),
                        "irrelevant": (num_regions,), "converged": ()}  # fmt: skip
-        for name, shape in {**self.shapes, "images": (), "left_out": ()}.items():
-            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sums(**self.shapes, images=(), left_out=())
         self.add_configuration(num_regions=num_regions)
 
     def update(
@@ -104,11 +102,9 @@ class RegionalPrimitives(Diagnostic):
                     "To fix this, pass the result of decompose on the same regions: metric.update(*decompose(...))."
                 )
         if not all(bool(value.isfinite().all()) for value in given.values()):
-            self.left_out = self.left_out + 1
-            return
-        for name, value in given.items():
-            setattr(self, name, getattr(self, name) + value.detach().double())
-        self.images = self.images + 1
+            self.accumulate(left_out=1)
+        else:
+            self.accumulate(images=1, **{name: value.detach().double() for name, value in given.items()})
 
     def compute(self) -> RegionalPrimitivesResult:
         """Computes the means over all images; nan where there are none."""
