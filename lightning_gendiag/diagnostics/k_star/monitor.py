@@ -127,11 +127,8 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
         path = str(self.features)
         entry, layer = _layer(view, path)
         outputs: list[Any] = []
-        handle = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-        try:
+        with layer.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
             entry(images)
-        finally:
-            handle.remove()
         if not outputs:
             raise ValueError(f"features must name a layer that {path.split('.')[0]} runs, got {path!r}.")
         return _rows(outputs[-1], len(images))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -170,11 +170,8 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         """Features (n, ...) at the split point for latents (n, L); finds the layer where it is not known."""
         self.layer = self.layer or _found_layer(view, z[:1])
         outputs: list[Any] = []
-        handle = self._submodule(view).register_forward_hook(lambda module, inputs, output: outputs.append(output))
-        try:
+        with self._submodule(view).register_forward_hook(lambda module, inputs, output: outputs.append(output)):
             view.decode(z)
-        finally:
-            handle.remove()
         if not outputs or not isinstance(outputs[0], Tensor) or len(outputs[0]) != len(z):
             got = type(outputs[0]).__name__ if outputs else "no call of it"
             raise ValueError(
@@ -189,18 +186,13 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         The features take the place of the output of the split module's first call; further calls are left alone.
         """
         given: list[Tensor] = []
-        handle = self._submodule(view).register_forward_hook(
-            lambda module, inputs, output: given.pop() if given else None
-        )
 
         def tail(features: Tensor) -> Tensor:
             given[:] = [features]
             return tensor_of(view.decode(z.expand(len(features), -1)), len(features))
 
-        try:
+        with self._submodule(view).register_forward_hook(lambda *_: given.pop() if given else None):
             yield tail
-        finally:
-            handle.remove()
 
     # ---- one evaluation ----
 
@@ -318,16 +310,11 @@ def _found_layer(view: ModelView, z: Tensor) -> str:
         ValueError: If there is none.
     """
     seen: list[tuple[str, int]] = []
-    handles = [
-        part.register_forward_hook(partial(_note_height, seen, name))
-        for name, part in view.module.named_modules()
-        if name and not list(part.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, part in view.module.named_modules():
+            if name and not list(part.children()):
+                hooks.enter_context(part.register_forward_hook(partial(_note_height, seen, name)))
         height = view.decoded_images(z).shape[2]
-    finally:
-        for handle in handles:
-            handle.remove()
     heights = [h for _, h in seen if height / DEPTH <= h < height]
     if not heights:
         middle = repr(seen[len(seen) // 2][0]) if seen else "..."
