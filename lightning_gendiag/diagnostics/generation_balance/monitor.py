@@ -16,7 +16,8 @@ from lightning_gendiag.diagnostics.generation_balance import plots
 from lightning_gendiag.diagnostics.generation_balance.functional import COVERED, MAX_CLASS_TAGS, GenerationBalanceResult
 from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance
 from lightning_gendiag.functional.arrays import as_images, pieces
-from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, in_chunks, space_for
+from lightning_gendiag.model.batches import known
+from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, space_for
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -110,38 +111,20 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     def check(self, view: ModelView) -> None:
         """Draws two samples, and finds the classifier."""
         super().check(view)
-        if self._given_classifier(view) is None and find_spec("sklearn") is None:
+        if self._classifier(view) is None and find_spec("sklearn") is None:
             raise ValueError(SKLEARN_MISSING.format(who="a nearest-neighbour classifier"))
 
-    def _given_classifier(self, view: ModelView) -> Callable[[Tensor], Any] | None:
+    def _classifier(self, view: ModelView) -> Callable[[Tensor], Any] | None:
         """The user's classifier as a callable of images."""
-        if not isinstance(self.classifier, str):
-            return view.resolve_extractor(self.classifier)
-        found = getattr(view.module, self.classifier, None)
-        if not callable(found):
-            raise ValueError(
-                f"classifier must be a callable or name a submodule or method of {type(view.module).__name__}, got "
-                f"{self.classifier!r}."
-            )
-        return lambda images: found(view.as_input(images))
-
-    def _extractor(self, view: ModelView) -> Callable[[Tensor], Tensor]:
-        """A callable from images on any device to features (n, F) on the module's."""
-        given, device = view.resolve_extractor(self.features), view.device
-        extract = view.feature_extractor if given is None else given
-        return lambda images: in_chunks(extract, images.to(device))
+        return view.resolve_named(self.classifier, "classifier", "submodule or method")
 
     def build_metric(self, view: ModelView) -> GenerationBalance:
         """Computes the features of this rank's real images, and fits or assesses the classifier."""
-        (images, labels), own, extract = view.reference, view.local_reference(), self._extractor(view)
-        if labels is None or own.labels is None:
-            raise ValueError(
-                "labels must be known, but the batches have none. "
-                "To fix this, pass ModelAdapter(labels=lambda batch: ...)."
-            )
-        num_classes, classify = int(labels.max()) + 1, self._given_classifier(view)
+        (images, classes), own, extract = view.reference, view.local_reference(), view.resolve_features(self.features)
+        labels, classify = known(classes), self._classifier(view)
+        num_classes = int(labels.max()) + 1
         with view.isolated(exact=True):
-            self._real = own.labels, extract(as_images(own.images)).cpu()
+            self._real = known(own.labels), extract(as_images(own.images)).cpu()
             if classify is None:
                 spaces = {"auto": space_for(images, extract), "pixels": None, "features": extract}
                 self._neighbours = NeighbourClassifier(images, labels, spaces[self.space], self.neighbours)
@@ -160,14 +143,14 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def _classes(self, view: ModelView, images: Tensor) -> Tensor:
         """Classes (n,) of finite images, n > 0, on the CPU; inside ``view.isolated``."""
-        classify = self._given_classifier(view)
+        classify = self._classifier(view)
         if classify is None:
             return self._neighbours(images).cpu()
         return torch.cat([class_of(classify(as_images(some)), len(some)).cpu() for some in pieces(images, CHUNK)])
 
     def update(self, view: ModelView) -> None:
         """Adds this rank's real and generated images by their classes and features."""
-        images, extract = view.samples().images, self._extractor(view)
+        images, extract = view.samples().images, view.resolve_features(self.features)
         labels, real = (part.to(view.device) for part in self._real)
         self.metric.update(labels, real=True, features=real)
         finite = images.flatten(1).isfinite().all(1)

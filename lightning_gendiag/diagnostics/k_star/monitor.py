@@ -13,6 +13,7 @@ from lightning_gendiag.diagnostics.k_star import plots
 from lightning_gendiag.diagnostics.k_star.functional import MAX_CLASS_TAGS, Distance, KStarResult
 from lightning_gendiag.diagnostics.k_star.metric import KStar
 from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.batches import known
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -101,17 +102,17 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
 
     def build_metric(self, view: ModelView) -> KStar:
         """Creates the metric, if labels are known."""
-        _known(view.reference.labels)
+        known(view.reference.labels)
         return KStar(self.distance, max_rows=self.max_rows)
 
     def update(self, view: ModelView) -> None:
         """Adds the features of this rank's images."""
         if self.features == "encode" and self.images == "real":
             for output, size, classes in view.encoded():
-                self.metric.update(view.latents_in(output, size), _known(classes))
+                self.metric.update(view.latents_in(output, size), known(classes))
             return
         images, classes = view.local_reference() if self.images == "real" else view.samples()
-        labels = _known(classes)
+        labels = known(classes)
         with view.isolated(exact=True):
             for start in range(0, len(images), CHUNK):
                 some = view.as_input(as_images(images[start : start + CHUNK]))
@@ -176,19 +177,6 @@ def _layer(view: ModelView, path: str) -> tuple[nn.Module, nn.Module]:
             f"features must be 'encode', a callable or the path of a submodule of {type(view.module).__name__}, got "
             f"{path!r}. Its layers are {', '.join(layers[:40])}."
         ) from None
-
-
-def _known(labels: Tensor | None) -> Tensor:
-    """Returns labels.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if labels is None:
-        raise ValueError(
-            "labels must be known, but the batches have none. To fix this, pass ModelAdapter(labels=lambda batch: ...)."
-        )
-    return labels
 
 
 def _rows(output: Any, n: int) -> Tensor:

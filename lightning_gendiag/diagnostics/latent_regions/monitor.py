@@ -17,7 +17,7 @@ from lightning_gendiag.diagnostics.latent_regions.functional import KINDS, Laten
 from lightning_gendiag.diagnostics.latent_regions.metric import LatentRegions
 from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.functional.distances import frechet_distance
-from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, in_chunks, space_for
+from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, space_for
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -116,19 +116,14 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     def build_metric(self, view: ModelView) -> LatentRegions:
         """Computes the features of the reference, and fits the classifier where none is given."""
         images, labels = view.reference
-        extract = self._extractor(view)
+        extract = view.resolve_features(self.features)
         with view.isolated(exact=True):
             self._neighbours = None
             if self.classifier is None and labels is not None:
-                space = space_for(images, lambda some: in_chunks(extract, some.to(view.device)).cpu())
-                self._neighbours = NeighbourClassifier(images, labels, space, accuracy=False)
-            features = [in_chunks(extract, some.to(view.device)) for some in pieces(images, CHUNK)]
+                self._neighbours = NeighbourClassifier(images, labels, space_for(images, extract), accuracy=False)
+            features = [extract(some) for some in pieces(images, CHUNK)]
         self._reference = _moments(torch.cat(features))
         return LatentRegions(self.components, max_components=self.max_components, max_rows=self.max_rows)
-
-    def _extractor(self, view: ModelView) -> Callable[[Tensor], Tensor]:
-        given = view.resolve_extractor(self.features)
-        return view.feature_extractor if given is None else given
 
     def depends_on_model(self, view: ModelView) -> bool:
         """Whether the reference's features change with the module."""
@@ -147,7 +142,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         self._chosen = len(result.weights) or None
         generator = torch.Generator().manual_seed(view.adapter.seed)
         fid, inception, decoded_share = result.fid.clone(), result.inception.clone(), result.decoded_share.clone()
-        extract, self._decoded = self._extractor(view), []
+        extract, self._decoded = view.resolve_features(self.features), []
         with view.isolated(exact=True):
             self._points = [result.sample(kind, self.num_points, generator) for kind in KINDS]
             for k, points in enumerate(self._points):
@@ -155,7 +150,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
                 self._decoded.append(images[: plots.SHOWN].cpu())
                 # a distance says little with fewer points than features
                 if len(images) >= self.num_points // 2:
-                    fid[k] = frechet_distance(*self._reference, *_moments(in_chunks(extract, images))).clamp(min=0)
+                    fid[k] = frechet_distance(*self._reference, *_moments(extract(images))).clamp(min=0)
                     probabilities = self._probabilities(view, images)
                     if probabilities is not None:
                         positive = probabilities.double().clamp(min=LEAST_PROBABILITY)

@@ -111,17 +111,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         z = next(view.prior_latents(2, all_ranks=True))
         with view.isolated(exact=True):
             decoder_gram(view.decode, z[:1], dims=torch.zeros(1, dtype=torch.long), mode=self.mode)
-        self._volume_function(view)
-
-    def _volume_function(self, view: ModelView) -> Callable[[Tensor], Tensor] | None:
-        """The flow's own ``log |det J|`` as a function of latents; None where it is not given."""
-        given = self.log_volume
-        found = getattr(view.module, given, None) if isinstance(given, str) else given
-        if given is not None and not callable(found):
-            raise ValueError(
-                f"log_volume must be a callable or name a method of {type(view.module).__name__}, got {given!r}."
-            )
-        return found if isinstance(given, str) else view.resolve_extractor(given)
+        view.resolve_named(self.log_volume, "log_volume")
 
     def build_metric(self, view: ModelView) -> ManifoldEntropy:
         """Chooses the dimensions that are monitored, and their first order."""
@@ -146,7 +136,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     def update(self, view: ModelView) -> None:
         """Adds the Gram matrices of this rank's latents, in full precision."""
         self.metric.order = self._order.to(view.device)
-        volume = self._volume_function(view)
+        volume = view.resolve_named(self.log_volume, "log_volume")
         with view.isolated(exact=True):
             for z in view.prior_latents(self.num_latents):
                 self.metric.update(self._grams(view, z), None if volume is None else volume(z))

@@ -104,13 +104,7 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         self._try(view, images)
 
     def _encoder(self, view: ModelView) -> Callable[[Tensor], Any]:
-        if not isinstance(self.posterior, str):
-            return view.resolve_extractor(self.posterior) or view.parts.encode
-        found: Callable[[Tensor], Any] | None = getattr(view.module, self.posterior, None)
-        if not callable(found):
-            module = type(view.module).__name__
-            raise ValueError(f"posterior must be a callable or name a method of {module}, got {self.posterior!r}.")
-        return found
+        return view.resolve_named(self.posterior, "posterior") or view.parts.encode
 
     def _try(self, view: ModelView, images: Tensor) -> int:
         """Returns L, the number of dimensions of the posterior of images (n, C, H, W)."""
