@@ -30,13 +30,9 @@ QUANTITY = "cosine mean similarity"
 MIN_STD = 0.25
 """A quarter more or less distance from 1 is a usual fluctuation of a GAN."""
 
+REGION = Series("region", "component", QUANTITY, min_std=MIN_STD)
 IMAGE = Series("image", "aggregate", QUANTITY, min_std=MIN_STD)
 SAMPLES = Series("samples", "standalone", "share with nan or inf", min_std=MIN_STD)
-
-
-def _region_series(name: str, index: int) -> Series:
-    """Returns the series of one region's similarity."""
-    return Series(name, "component", QUANTITY, index=index, min_std=MIN_STD)
 
 
 class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimilarityResult]):
@@ -161,10 +157,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         image, invalid = float(result.image), float(result.invalid)
         regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
         return [
-            *(
-                Observation(_region_series(name, index), value, _distance(value, std))
-                for index, (name, value, std) in enumerate(regions)
-            ),
+            *(Observation(REGION.numbered(r, name), x, _distance(x, std)) for r, (name, x, std) in enumerate(regions)),
             Observation(IMAGE, image, _distance(image, image_std)),
             Observation(
                 SAMPLES, invalid, math.inf if invalid else 0.0,

@@ -32,18 +32,13 @@ MIN_STD = 0.3
 PATIENCE = 8
 """While a GAN learns, a class may be dropped and come back within some evaluations."""
 
+CLASS = Series(
+    "class", "component", "share of generated images", event="was dropped", min_std=MIN_STD, patience=PATIENCE
+)
 BALANCE = Series(
     "all classes", "aggregate", "distance of their shares from the real ones", label="the balance of classes",
     min_std=MIN_STD,
 )  # fmt: skip
-
-
-def _class_series(number: int) -> Series:
-    """Returns the series of one class's share."""
-    return Series(
-        f"class {number}", "component", "share of generated images", event="was dropped", index=number,
-        min_std=MIN_STD, patience=PATIENCE,
-    )  # fmt: skip
 
 
 class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResult]):
@@ -171,15 +166,12 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def observations(self, result: GenerationBalanceResult) -> list[Observation]:
         """The share of each class that the reference has, and the imbalance of all."""
-        shares, imbalance, most = (
-            result.generated_share.tolist(),
-            float(result.imbalance),
-            int(result.generated_count.argmax()),
-        )
+        shares, imbalance = result.generated_share.tolist(), float(result.imbalance)
+        most = int(result.generated_count.argmax())
         label = f"{BALANCE.label}, with class {most} at {shares[most]:.0%}," if result.dominating[most] else ""
         return [
             *(
-                Observation(_class_series(c), share, _severity(share, real))
+                Observation(CLASS.numbered(c), share, _severity(share, real))
                 for c, (share, real) in enumerate(zip(shares, result.real_share.tolist(), strict=True))
                 if real > 0
             ),

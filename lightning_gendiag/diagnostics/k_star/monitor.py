@@ -28,14 +28,8 @@ MIN_STD = 0.02
 MIN_DELTA = 0.08
 """So is a lasting drop by this much: a flow's latents lose the classes as they become Gaussian."""
 
+CLASS = Series("class", "component", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
 ALL = Series("all classes", "aggregate", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
-
-
-def _class_series(number: int) -> Series:
-    """Returns the series of one class's mean."""
-    return Series(
-        f"class {number}", "component", "mean k*", event="fractured", index=number, min_std=MIN_STD, min_delta=MIN_DELTA
-    )
 
 
 class KStarMonitor(Monitor[KStar, KStarResult]):
@@ -136,18 +130,13 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
 
     def observations(self, result: KStarResult) -> list[Observation]:
         """The mean of each class, labelled with its nearest rival, and the mean of all classes."""
-        mean = float(result.scalars()["mean"])
+        observations = []
         classes = zip(result.classes.tolist(), result.mean.tolist(), result.nearest_rival.tolist(), strict=True)
-        return [
-            *(
-                Observation(
-                    _class_series(c), value, -value,
-                    label="" if rival < 0 else f"class {c}, now next to class {rival},",
-                )
-                for c, value, rival in classes
-            ),
-            Observation(ALL, mean, -mean),
-        ]  # fmt: skip
+        for c, value, rival in classes:
+            label = "" if rival < 0 else f"class {c}, now next to class {rival},"
+            observations.append(Observation(CLASS.numbered(c), value, -value, label))
+        mean = float(result.scalars()["mean"])
+        return [*observations, Observation(ALL, mean, -mean)]
 
     def log_plots(self, result: KStarResult, context: PlotContext) -> None:
         """Logs the histogram of all values, the table, the charts and the panel."""

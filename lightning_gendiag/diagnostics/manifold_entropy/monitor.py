@@ -33,18 +33,12 @@ MIN_STD = 0.2
 MIN_DELTA = 0.4
 """So is a third less that lasts, while a flow learns which directions of the data are noise."""
 
+DIMENSION = Series("dimension", "component", "entropy in nats", "nats", min_std=MIN_STD, min_delta=MIN_DELTA)
 MEAN = Series(
     "all dimensions", "aggregate", "mean entropy of a dimension in nats", "nats", min_std=MIN_STD, min_delta=MIN_DELTA
 )
 PAIR = Series("pair", "standalone", "mutual information in nats", "nats", event="became entangled", min_std=MIN_STD)
 IN_USE = Series("dimensions in use", "record", "dimensions in use")
-
-
-def _dimension_series(dim: int) -> Series:
-    """Returns the series of one dimension's entropy."""
-    return Series(
-        f"dimension {dim}", "component", "entropy in nats", "nats", index=dim, min_std=MIN_STD, min_delta=MIN_DELTA
-    )
 
 
 class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
@@ -168,11 +162,9 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         i, j = result.strongest_pair
         shared, mean = float(result.mutual_information[i, j]), float(result.entropy.mean())
         pair = f"dimension {int(self.dims[i])} with dimension {int(self.dims[j])}"
+        dimensions = zip(self.dims.tolist(), result.entropy.tolist(), strict=True)
         return [
-            *(
-                Observation(_dimension_series(dim), entropy, -entropy)
-                for dim, entropy in zip(self.dims.tolist(), result.entropy.tolist(), strict=True)
-            ),
+            *(Observation(DIMENSION.numbered(dim), entropy, -entropy) for dim, entropy in dimensions),
             Observation(MEAN, mean, -mean),
             Observation(PAIR, shared, math.log(shared + 0.1), label=pair),
             Observation(IN_USE, float(result.effective_dimensions), 0.0),

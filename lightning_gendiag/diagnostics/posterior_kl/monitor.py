@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -34,21 +35,12 @@ CHUNK = 128
 MIN_STD = 0.25
 """A quarter more or less of the little that a dimension carries is a usual fluctuation."""
 
+DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD)
 TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD)
+UNUSED = Series("all of the latent", "standalone", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD)
+"""Of the rule that some dimension must be active."""
 
 Spread = Literal["log_variance", "variance", "log_std", "std"]
-
-
-def _dimension_series(dim: int) -> Series:
-    """Returns the series of one dimension's KL divergence."""
-    return Series(f"dimension {dim}", "component", "KL in nats", "nats", event="died", index=dim, min_std=MIN_STD)
-
-
-def _unused_series(patience: int) -> Series:
-    """Returns the series of the rule that some dimension must be active."""
-    return Series(
-        "all of the latent", "standalone", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD, confirm=patience
-    )
 
 
 class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
@@ -154,18 +146,16 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     def observations(self, result: PosteriorKLResult) -> list[Observation]:
         """The KL divergence of each dimension and the total, and an alarm where no dimension is active."""
         divergences, total = result.per_dimension.tolist(), float(result.total)
+        watched = divergences if len(divergences) <= WATCHED else []
         unused = not math.isnan(total) and int(result.active_units) == 0
         message = (
             f"the latent collapsed: KL is {total:.3f} nats and none of {len(divergences)} dimensions has been active for "
             "{evaluations} evaluations"
         )
         return [
-            *(
-                Observation(_dimension_series(dim), value, _severity(value))
-                for dim, value in enumerate(divergences if len(divergences) <= WATCHED else [])
-            ),
+            *(Observation(DIMENSION.numbered(dim), nats, _severity(nats)) for dim, nats in enumerate(watched)),
             Observation(TOTAL, total, _severity(total)),
-            Observation(_unused_series(self.patience), total, math.inf if unused else 0.0, message=message),
+            Observation(replace(UNUSED, confirm=self.patience), total, math.inf if unused else 0.0, message=message),
         ]
 
     def contributions(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:

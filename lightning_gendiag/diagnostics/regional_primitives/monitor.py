@@ -46,12 +46,8 @@ BASELINE = 256
 MIN_STD = 0.3
 """A third more or less is a usual fluctuation."""
 
+REGION = Series("region", "component", "strength of its components", min_std=MIN_STD)
 IMAGE = Series("image", "aggregate", "strength of its components", min_std=MIN_STD)
-
-
-def _strength_series(name: str, index: int) -> Series:
-    """Returns the series of how strong the components of a region are."""
-    return Series(name, "component", "strength of its components", index=index, min_std=MIN_STD)
 
 
 def _leakage_series(name: str, index: int) -> Series:
@@ -256,7 +252,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         regions = zip(self.names, result.strength.tolist(), result.leakage.tolist(), strict=True)
         for index, (name, strength, leakage) in enumerate(regions):
             observations += [
-                Observation(_strength_series(name, index), strength, _weakness(strength)),
+                Observation(REGION.numbered(index, name), strength, _weakness(strength)),
                 Observation(_leakage_series(name, index), leakage, math.log(leakage + 0.1)),
             ]
         mean = float(result.strength.mean())
