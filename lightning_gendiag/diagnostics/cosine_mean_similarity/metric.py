@@ -249,12 +249,9 @@ class CosineMeanSimilarity(Diagnostic):
         return self.region_map
 
     def _undefined(self) -> CosineMeanSimilarityResult:
-        regions = torch.full((self.num_regions,), math.nan, device=self.device)
-        both = torch.full((self.num_regions + 1,), math.nan, device=self.device)
-        invalid = self.invalid[0] / self.invalid[1].clamp(min=1)
-        return CosineMeanSimilarityResult(
-            both[0], regions, both, both, both.expand(self.num_classes, -1), invalid.float()
-        )
+        nan = torch.full((self.num_regions + 1,), math.nan, device=self.device)
+        invalid = (self.invalid[0] / self.invalid[1].clamp(min=1)).float()
+        return CosineMeanSimilarityResult(nan[0], nan[:-1], nan, nan, nan.expand(self.num_classes, -1), invalid)
 
     def reset(self) -> None:
         """Drops the generated images, and the real ones and what was found in them unless ``reset_real_features=False``."""

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_gendiag.diagnostics.k_star.functional import Distance, KStarResult, check, k_star
+from lightning_gendiag.diagnostics.k_star.functional import Distance, KStarResult, check, check_distance, k_star
 from lightning_gendiag.metric import Reservoir, ScalarInfo, less_is_better, more_is_better
 
 
@@ -49,10 +49,7 @@ class KStar(Reservoir):
         self, distance: Distance = "euclidean", *, max_rows: int | None = None, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
-        if distance not in ("euclidean", "cosine"):
-            raise ValueError(
-                f"distance must be 'euclidean' or 'cosine', got {distance!r}. To fix this, pass one of the two."
-            )
+        check_distance(distance)
         self.distance = distance
         self.add_configuration(distance=distance)
 
@@ -66,7 +63,7 @@ class KStar(Reservoir):
         Raises:
             ValueError: if shapes or types do not match.
         """
-        check(latents, labels, self.distance)
+        check(latents, labels)
         self.append(latents, labels)
 
     def compute(self) -> KStarResult:

@@ -267,12 +267,7 @@ def manifold_entropy(
             f"jacobian must be finite (N, X, L), got {jacobian.dtype} of shape {tuple(jacobian.shape)}. "
             "To fix this, leave latents out whose Jacobian is not finite."
         )
-    if num_classes and (labels is None or labels.shape != jacobian.shape[:1]):
-        got = None if labels is None else tuple(labels.shape)
-        raise ValueError(
-            f"labels must be ({len(jacobian)},) where num_classes is given, got {got}. "
-            "To fix this, pass one class number per latent."
-        )
+    check_labels(labels, len(jacobian), num_classes)
     rows = torch.as_tensor(data_scale, dtype=torch.float64, device=jacobian.device)
     columns = torch.as_tensor(latent_scale, dtype=torch.float64, device=jacobian.device)
     scaled = jacobian.double() * (rows[:, None] if rows.ndim else rows) * columns
@@ -280,6 +275,19 @@ def manifold_entropy(
     check_partition(partition, jacobian.shape[2])
     first = entropies(gram_sums(gram, log_volume, labels, num_classes, None, partition), None)
     return entropies(gram_sums(gram, log_volume, labels, num_classes, first.order, partition), first.order)
+
+
+def check_labels(labels: Tensor | None, n: int, num_classes: int) -> None:
+    """Checks that there are labels of n latents where ``num_classes`` is positive.
+
+    Raises:
+        ValueError: if there are none, or of another shape.
+    """
+    if num_classes and (labels is None or labels.shape != (n,)):
+        got = None if labels is None else tuple(labels.shape)
+        raise ValueError(
+            f"labels must be ({n},) where num_classes is given, got {got}. To fix this, pass one class number per latent."
+        )
 
 
 def check_partition(partition: Sequence[Sequence[int]] | None, length: int, name: str = "partition") -> None:

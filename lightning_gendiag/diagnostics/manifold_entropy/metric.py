@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_gendiag.diagnostics.manifold_entropy.functional import (
     ManifoldEntropyResult,
     Sums,
+    check_labels,
     check_partition,
     entropies,
     gram_sums,
@@ -116,12 +117,7 @@ class ManifoldEntropy(Diagnostic):
                 f"log_volume must be ({len(gram)},), got {tuple(log_volume.shape)}. "
                 "To fix this, pass one number per latent."
             )
-        if self.num_classes and (labels is None or labels.shape != gram.shape[:1]):
-            got = None if labels is None else tuple(labels.shape)
-            raise ValueError(
-                f"labels must be ({len(gram)},) where num_classes is given, got {got}. "
-                "To fix this, pass one class number per latent."
-            )
+        check_labels(labels, len(gram), self.num_classes)
         finite = gram.flatten(1).isfinite().all(1)
         if log_volume is not None:
             finite = finite & log_volume.isfinite()
