@@ -237,7 +237,7 @@ class CosineMeanSimilarity(Diagnostic):
             )
             self._real_side = (known, side)
         invalid = (self.invalid[0] / self.invalid[1]).float()
-        return compare(generated, self.rows("generated_labels"), self._real_side[1], self.unbiased, invalid)
+        return compare(generated, self.rows("generated_labels"), self._real_side[1], invalid)
 
     def _regions_for(self, real: Tensor) -> RegionMap | None:
         """Returns the map, found in real images (N, C, H, W) in canonical order if need be; None for fewer than two."""

@@ -83,8 +83,7 @@ class KStarResult(NamedTuple):
     @property
     def approximate_skewness(self) -> Tensor:
         """() mean of the skewness of the classes, over those where it is finite; lower is better."""
-        finite = self.skewness[self.skewness.isfinite()]
-        return finite.mean() if len(finite) else torch.full_like(self.invalid, math.nan)
+        return self.skewness[self.skewness.isfinite()].mean()
 
     @property
     def worst(self) -> int:
@@ -93,14 +92,12 @@ class KStarResult(NamedTuple):
 
     def scalars(self) -> dict[str, Tensor]:
         """Returns the scalars of all samples, of the worst class and, for up to 20 classes, of each class."""
-        nan = torch.full_like(self.invalid, math.nan)
-        patterns = self.pattern
         values = {
             "true_skewness": self.true_skewness,
             "approximate_skewness": self.approximate_skewness,
-            "mean": self.values[~self.values.isnan()].mean() if len(self.values) else nan,
-            "worst_class_mean": self.mean[self.worst] if len(self.classes) else nan,
-            "fractured": torch.full_like(self.invalid, float(patterns.count("fractured"))),
+            "mean": self.values[~self.values.isnan()].mean(),
+            "worst_class_mean": self.mean[self.worst] if len(self.classes) else self.invalid.new_tensor(math.nan),
+            "fractured": torch.full_like(self.invalid, float(self.pattern.count("fractured"))),
             "invalid": self.invalid,
         }
         if len(self.classes) <= MAX_CLASS_TAGS:

@@ -85,9 +85,8 @@ class ManifoldEntropyResult(NamedTuple):
     @property
     def strongest_pair(self) -> tuple[int, int]:
         """The two dimensions with the largest mutual information, in ascending order."""
-        place = int(self.mutual_information.nan_to_num(-1.0).argmax())
-        length = len(self.entropy)
-        return min(place // length, place % length), max(place // length, place % length)
+        i, j = divmod(int(self.mutual_information.nan_to_num(-1.0).argmax()), len(self.entropy))
+        return min(i, j), max(i, j)
 
     def scalars(self) -> dict[str, Tensor]:
         """Returns the scalars of all dimensions together and, for up to 20 dimensions, of each, each of shape ()."""
@@ -163,15 +162,13 @@ def gram_sums(
     if num_classes and labels is not None:
         weights = torch.cat([weights, torch.nn.functional.one_hot(labels, num_classes).to(weights)], 1)
 
-    natural = torch.arange(length, device=gram.device)
-    leading = _log_minors(gram, natural if order is None else order)
-    trailing = _log_minors(gram, (natural if order is None else order).flip(0)).flip(1)
+    order = torch.arange(length, device=gram.device) if order is None else order
+    leading, trailing = _log_minors(gram, order), _log_minors(gram, order.flip(0)).flip(1)
     volume = leading[:, -1] if log_volume is None else log_volume.double()
     parts = log_norms.sum(1)
     if partition is not None:
-        parts = torch.stack(
-            [_log_minors(gram, torch.as_tensor(list(p), device=gram.device))[:, -1] for p in partition]
-        ).sum(0)
+        blocks = [_log_minors(gram, torch.as_tensor(list(p), device=gram.device))[:, -1] for p in partition]
+        parts = torch.stack(blocks).sum(0)
 
     scaled = gram / (diagonal.sqrt()[:, :, None] * diagonal.sqrt()[:, None, :])
     # two columns that are proportional would share infinite information, which is bounded here

@@ -203,12 +203,8 @@ def minimal_features(
     features[masks == 0] = baseline
     objective = torch.cat([part.objective for part in parts])
     objective[masks == 0] = 0
-    return MinimalFeatures(
-        features,
-        objective,
-        torch.cat([part.converged for part in parts]) | (masks == 0),
-        max(part.steps for part in parts),
-    )
+    converged = torch.cat([part.converged for part in parts]) | (masks == 0)
+    return MinimalFeatures(features, objective, converged, max(part.steps for part in parts))
 
 
 def check_regions(regions: Tensor) -> int:
@@ -388,10 +384,8 @@ def decompose(
     change = change.clamp(min=max(FAINT / n * float(change.sum()), 1e-12))
     norms = interactions.flatten(1).norm(dim=1) / (feature - baseline).norm().clamp(min=1e-12)
     norms[0] = 0
-    effects = (
-        torch.cat([by_region(images(baseline + some) - empty) for some in pieces(interactions, batch_size)])
-        / change.sum()
-    )
+    drawn = [by_region(images(baseline + some) - empty) for some in pieces(interactions, batch_size)]
+    effects = torch.cat(drawn) / change.sum()
     effects[0] = 0
     running, curve = baseline.clone(), [own.new_ones(())]
     for some in pieces(largest_first(norms), batch_size):
