@@ -169,10 +169,11 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         shares, imbalance = result.generated_share.tolist(), float(result.imbalance)
         most = int(result.generated_count.argmax())
         label = f"{BALANCE.label}, with class {most} at {shares[most]:.0%}," if result.dominating[most] else ""
+        classes = enumerate(zip(shares, result.real_share.tolist(), strict=True))
         return [
             *(
                 Observation(CLASS.numbered(c), share, _severity(share, real))
-                for c, (share, real) in enumerate(zip(shares, result.real_share.tolist(), strict=True))
+                for c, (share, real) in classes
                 if real > 0
             ),
             Observation(BALANCE, imbalance, math.log(imbalance + 0.1), label=label),

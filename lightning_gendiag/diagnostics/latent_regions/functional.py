@@ -409,11 +409,8 @@ def fit_mixture(z: Tensor, components: int | None, most: int, seed: int) -> tupl
 
 def _margins(mixture: LatentRegionsResult) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Finds margins and returns pairs (M, 2), saddles (M, D), depths (M,) and widths (M,)."""
-    k, dims = mixture.means.shape
+    k = len(mixture.means)
     pairs = torch.triu_indices(k, k, 1).T  # (P, 2)
-    if len(pairs) == 0:
-        empty = mixture.weights.new_zeros(0)
-        return pairs, mixture.means.new_zeros(0, dims), empty, empty
     start, stop = mixture.means[pairs[:, 0]], mixture.means[pairs[:, 1]]
 
     def along(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -131,8 +131,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
 
     def update(self, view: ModelView) -> None:
         """Adds the latents of this rank's rows of the reference."""
-        number = self.evaluations + 1
-        is_power_of_two = number & (number - 1) == 0
+        is_power_of_two = (self.evaluations + 1).bit_count() == 1
         self.metric.components = self.components or (None if is_power_of_two else self._chosen)
         for output, size, labels in view.encoded():
             self.metric.update(view.latents_in(output, size), labels)

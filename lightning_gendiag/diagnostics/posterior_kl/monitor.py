@@ -165,10 +165,9 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     def log_plots(self, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the histogram of the dimensions, the charts and the panel."""
         context.logger.log_histogram("per dimension", result.per_dimension)
-        if len(result.per_dimension) <= MAX_DIMENSION_TAGS:
-            context.logger.log_chart(
-                "every dimension", "Multiline", [f"dimension_{i}" for i in range(len(result.per_dimension))]
-            )
+        dims = range(len(result.per_dimension))
+        if len(dims) <= MAX_DIMENSION_TAGS:
+            context.logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in dims])
         context.logger.log_chart("active units", "Multiline", ["active_units"])
         context.logger.log_image("panel", plots.panel(result, context.curves[TOTAL.name], context.occasion()))
 

@@ -268,10 +268,9 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
 
     def log_plots(self, result: RegionalPrimitivesResult, context: PlotContext) -> None:
         """Logs the charts, the table of components and the panel."""
-        for what in ("strength", "leakage"):
-            context.logger.log_chart(
-                f"{what} of every region", "Multiline", [f"{what}_{r}" for r in range(len(self.names))]
-            )
+        regions = range(len(self.names))
+        context.logger.log_chart("strength of every region", "Multiline", [f"strength_{r}" for r in regions])
+        context.logger.log_chart("leakage of every region", "Multiline", [f"leakage_{r}" for r in regions])
         context.logger.log_text("components", plots.table(result, self.names, self.layer))
         picture = plots.panel(result, self.labels, self.names, self._drawn, context.occasion())
         context.logger.log_image("panel", picture)
