@@ -6,10 +6,9 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gendiag.functional.arrays import as_images, exact_matmul, pieces
+from lightning_gendiag.functional.arrays import as_images, exact_matmul, in_classes, pieces
 from lightning_gendiag.functional.distances import squared_distances
 from lightning_gendiag.functional.results import loggable
 from lightning_gendiag.regions.pixel_cka import median_bandwidth
@@ -203,14 +202,6 @@ class RealSide(NamedTuple):
     unbiased: bool  # whether the norms leave out the similarity of an image with itself
 
 
-def _columns(rows: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
-    """Returns (N, 1 + K) weights: one for all images, then membership in each class."""
-    columns = rows.new_ones(len(rows), 1)
-    if num_classes == 0 or labels is None:
-        return columns
-    return torch.cat([columns, F.one_hot(labels, num_classes).to(rows)], 1)
-
-
 def real_side(
     real: Tensor,
     labels: Tensor | None,
@@ -238,7 +229,7 @@ def real_side(
     """
     with exact_matmul():
         scale, rows = _scale(real, regions, bandwidth)
-        weights = _columns(rows[0], labels, num_classes)
+        weights = in_classes(rows[0], labels, num_classes)
         generator = torch.Generator().manual_seed(seed)
         half = len(real) // 2
         splits = [torch.randperm(len(real), generator=generator) < half for _ in range(null_splits)]
@@ -270,7 +261,7 @@ def compare(generated: Tensor, labels: Tensor | None, real: RealSide, invalid: T
     """
     with exact_matmul():
         rows = real.scale(generated)
-        weights = _columns(rows[0], labels, real.weights.shape[1] - 1)
+        weights = in_classes(rows[0], labels, real.weights.shape[1] - 1)
         xy = (_kernels_times(rows, real.rows, real.weights) * weights).sum(1)
         xx = (_kernels_times(rows, rows, weights) * weights).sum(1)
     m, n = weights.double().sum(0), real.weights.double().sum(0)

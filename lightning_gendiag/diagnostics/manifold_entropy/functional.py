@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gendiag.functional.arrays import in_classes
 from lightning_gendiag.functional.results import loggable
 
 HALF_LOG_2PIE = 0.5 * (1 + math.log(2 * math.pi))
@@ -146,7 +147,7 @@ def gram_sums(
         The sums.
     """
     gram = gram.double()
-    n, length = gram.shape[:2]
+    length = gram.shape[1]
     top = gram.diagonal(dim1=1, dim2=2).amax(1)  # (N,)
     smallest = gram.diagonal(dim1=1, dim2=2).amin(1)
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -158,10 +159,7 @@ def gram_sums(
         gram = gram + torch.diag_embed(ridge[:, None].expand(-1, length))
     diagonal = gram.diagonal(dim1=1, dim2=2)  # (N, L)
     log_norms = 0.5 * diagonal.log()
-    weights = torch.ones(n, 1, dtype=torch.float64, device=gram.device)
-    if num_classes and labels is not None:
-        weights = torch.cat([weights, torch.nn.functional.one_hot(labels, num_classes).to(weights)], 1)
-
+    weights = in_classes(log_norms, labels, num_classes)
     order = torch.arange(length, device=gram.device) if order is None else order
     leading, trailing = _log_minors(gram, order), _log_minors(gram, order.flip(0)).flip(1)
     volume = leading[:, -1] if log_volume is None else log_volume.double()
