@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +43,15 @@ class Series:
     """Number of further evaluations that an alarm must last before it may stop a run."""
     confirm: int = 1
     """Number of evaluations in a row in which the severity must be inf before a rule raises an alarm."""
+
+    def numbered(self, index: int, name: str = "") -> Series:
+        """Returns the series of one of several regions, classes or dimensions.
+
+        Example:
+            >>> Series("class", quantity="share").numbered(3).name
+            'class 3'
+        """
+        return replace(self, name=name or f"{self.name} {index}", index=index)
 
 
 class Observation(NamedTuple):

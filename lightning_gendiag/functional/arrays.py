@@ -85,6 +85,20 @@ def tensor_of(output: Any, n: int) -> Tensor:
     return output
 
 
+def in_classes(rows: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
+    """Returns (N, 1 + K) weights of rows (N, ...) of their type: 1 for all rows, then 1 in the class of each row, else 0.
+
+    Example:
+        >>> in_classes(torch.zeros(2, 5), torch.tensor([1, 0]), 2)
+        tensor([[1., 0., 1.],
+                [1., 1., 0.]])
+    """
+    weights = rows.new_ones(len(rows), 1)
+    if num_classes == 0 or labels is None:
+        return weights
+    return torch.cat([weights, torch.nn.functional.one_hot(labels, num_classes).to(rows)], 1)
+
+
 def pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
     """Yields the rows of a tensor, at most ``size`` at a time; an empty tensor gives one empty piece.
 

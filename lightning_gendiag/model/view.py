@@ -15,7 +15,7 @@ from lightning_gendiag.functional.arrays import as_images, tensor_of
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.batches import Images
-from lightning_gendiag.model.features import FeatureExtractor
+from lightning_gendiag.model.features import FeatureExtractor, in_chunks
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
 from lightning_gendiag.model.parts import FIXES, ModelParts, Need, takes_noise
@@ -363,6 +363,38 @@ class ModelView:
                 return lambda images: self.subject.counterpart(given)(self.as_input(images))
             return given.to(self.device).eval()
         return lambda images: self.subject.counterpart(given)(self.module, self.as_input(images))
+
+    def resolve_named(
+        self, given: str | nn.Module | Callable[..., Any] | None, argument: str, kinds: str = "method"
+    ) -> Callable[[Tensor], Any] | None:
+        """Returns what :meth:`resolve_extractor` does, where a part of the module may be given by its name too.
+
+        Args:
+            given: The name, or what :meth:`resolve_extractor` takes.
+            argument: What an error calls it.
+            kinds: What may be named.
+
+        Raises:
+            ValueError: If there is nothing of this name, or what is given cannot be called.
+        """
+        if given is None:
+            return None
+        found = getattr(self.module, given, None) if isinstance(given, str) else given
+        if not callable(found):
+            raise ValueError(
+                f"{argument} must be a callable or name a {kinds} of {type(self.module).__name__}, got {given!r}."
+            )
+        return (lambda x: found(self.as_input(x))) if isinstance(given, str) else self.resolve_extractor(given)
+
+    def resolve_features(self, given: nn.Module | Callable[..., Any] | None) -> Callable[[Tensor], Tensor]:
+        """Returns a callable from images on any device to features (n, F) on the module's, in chunks.
+
+        Args:
+            given: What :meth:`resolve_extractor` takes; None for :attr:`feature_extractor`.
+        """
+        found = self.resolve_extractor(given)
+        extract = self.feature_extractor if found is None else found
+        return lambda images: in_chunks(extract, images.to(self.device))
 
     def moves_with_model(self, given: nn.Module | Callable[..., Any] | None) -> bool:
         """Returns whether what a network gives may change as the model trains: a callable, or a part of the model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,6 +49,17 @@ class Row(NamedTuple):
     colour: Colour
     text: str
     strong: bool = False
+
+
+class Occasion(NamedTuple):
+    """When a panel is drawn, and what an alarm adds to it."""
+
+    step: int
+    """Of the evaluation."""
+    marked: Collection[int] = ()
+    """Numbers of the regions, classes or dimensions that are drawn in the colour of an alarm."""
+    note: str = ""
+    """Text below the panel."""
 
 
 def region_colour(region: int) -> Colour:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor
+from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.cosine_mean_similarity import plots
 from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
@@ -23,9 +22,7 @@ from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 QUANTITY = "cosine mean similarity"
@@ -33,13 +30,9 @@ QUANTITY = "cosine mean similarity"
 MIN_STD = 0.25
 """A quarter more or less distance from 1 is a usual fluctuation of a GAN."""
 
+REGION = Series("region", "component", QUANTITY, min_std=MIN_STD)
 IMAGE = Series("image", "aggregate", QUANTITY, min_std=MIN_STD)
 SAMPLES = Series("samples", "standalone", "share with nan or inf", min_std=MIN_STD)
-
-
-def _region_series(name: str, index: int) -> Series:
-    """Returns the series of one region's similarity."""
-    return Series(name, "component", QUANTITY, index=index, min_std=MIN_STD)
 
 
 class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimilarityResult]):
@@ -164,10 +157,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         image, invalid = float(result.image), float(result.invalid)
         regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
         return [
-            *(
-                Observation(_region_series(name, index), value, _distance(value, std))
-                for index, (name, value, std) in enumerate(regions)
-            ),
+            *(Observation(REGION.numbered(r, name), x, _distance(x, std)) for r, (name, x, std) in enumerate(regions)),
             Observation(IMAGE, image, _distance(image, image_std)),
             Observation(
                 SAMPLES, invalid, math.inf if invalid else 0.0,
@@ -188,40 +178,27 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         if self.region_map is None and state["regions"] is not None:
             self.region_map = RegionMap.from_state_dict(state["regions"])
 
-    def log_plots(
-        self,
-        result: CosineMeanSimilarityResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: CosineMeanSimilarityResult, context: PlotContext) -> None:
         """Logs the charts and the panel, and the region map once."""
         regions = self._regions
-        logger.log_chart("every region", "Multiline", [f"region_{r}" for r in range(regions.num_regions)])
-        logger.log_chart("worst, middle and best region", "Margin", ["median", "worst", "best"])
+        context.logger.log_chart("every region", "Multiline", [f"region_{r}" for r in range(regions.num_regions)])
+        context.logger.log_chart("worst, middle and best region", "Margin", ["median", "worst", "best"])
         if not self._map_logged:
             self._map_logged = True
-            logger.log_image("regions", plots.map_panel(regions, self._real))
-            logger.log_text("regions", plots.map_table(regions))
-        history = [curves[name] for name in regions.names]
+            context.logger.log_image("regions", plots.map_panel(regions, self._real))
+            context.logger.log_text("regions", plots.map_table(regions))
+        history = [context.curves[name] for name in regions.names]
         picture = plots.panel(
-            result, regions, self._real, self._generated, history, evaluation.step, evaluation.averaged
+            result, regions, self._real, self._generated, history, context.evaluation.step, context.evaluation.averaged
         )
-        logger.log_image("panel", picture)
+        context.logger.log_image("panel", picture)
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: CosineMeanSimilarityResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: CosineMeanSimilarityResult, context: PlotContext) -> None:
         """Logs the mean images with the alarm's region outlined."""
         region = next(iter(alarm.indices), None)
         title = f"{alarm.label} {alarm.event}"
         picture = plots.alarm_panel(self._regions, self._real, self._generated, region, title, str(alarm))
-        logger.log_image("picture", picture)
+        context.logger.log_image("picture", picture)
 
 
 def _distance(value: float, std: float) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.posterior_kl import plots
 from lightning_gendiag.diagnostics.posterior_kl.functional import ACTIVE, MAX_DIMENSION_TAGS, PosteriorKLResult
@@ -16,9 +17,7 @@ from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
 from lightning_gendiag.functional.arrays import as_images
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 IN_USE = 1.0
@@ -36,21 +35,12 @@ CHUNK = 128
 MIN_STD = 0.25
 """A quarter more or less of the little that a dimension carries is a usual fluctuation."""
 
+DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD)
 TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD)
+UNUSED = Series("all of the latent", "standalone", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD)
+"""Of the rule that some dimension must be active."""
 
 Spread = Literal["log_variance", "variance", "log_std", "std"]
-
-
-def _dimension_series(dim: int) -> Series:
-    """Returns the series of one dimension's KL divergence."""
-    return Series(f"dimension {dim}", "component", "KL in nats", "nats", event="died", index=dim, min_std=MIN_STD)
-
-
-def _unused_series(patience: int) -> Series:
-    """Returns the series of the rule that some dimension must be active."""
-    return Series(
-        "all of the latent", "standalone", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD, confirm=patience
-    )
 
 
 class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
@@ -106,13 +96,7 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         self._try(view, images)
 
     def _encoder(self, view: ModelView) -> Callable[[Tensor], Any]:
-        if not isinstance(self.posterior, str):
-            return view.resolve_extractor(self.posterior) or view.parts.encode
-        found: Callable[[Tensor], Any] | None = getattr(view.module, self.posterior, None)
-        if not callable(found):
-            module = type(view.module).__name__
-            raise ValueError(f"posterior must be a callable or name a method of {module}, got {self.posterior!r}.")
-        return found
+        return view.resolve_named(self.posterior, "posterior") or view.parts.encode
 
     def _try(self, view: ModelView, images: Tensor) -> int:
         """Returns L, the number of dimensions of the posterior of images (n, C, H, W)."""
@@ -162,47 +146,34 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     def observations(self, result: PosteriorKLResult) -> list[Observation]:
         """The KL divergence of each dimension and the total, and an alarm where no dimension is active."""
         divergences, total = result.per_dimension.tolist(), float(result.total)
+        watched = divergences if len(divergences) <= WATCHED else []
         unused = not math.isnan(total) and int(result.active_units) == 0
         message = (
             f"the latent collapsed: KL is {total:.3f} nats and none of {len(divergences)} dimensions has been active for "
             "{evaluations} evaluations"
         )
         return [
-            *(
-                Observation(_dimension_series(dim), value, _severity(value))
-                for dim, value in enumerate(divergences if len(divergences) <= WATCHED else [])
-            ),
+            *(Observation(DIMENSION.numbered(dim), nats, _severity(nats)) for dim, nats in enumerate(watched)),
             Observation(TOTAL, total, _severity(total)),
-            Observation(_unused_series(self.patience), total, math.inf if unused else 0.0, message=message),
+            Observation(replace(UNUSED, confirm=self.patience), total, math.inf if unused else 0.0, message=message),
         ]
 
     def contributions(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
         """Each dimension's part of the drop of the total."""
         return divided({name: value - after[name] for name, value in before.items()})
 
-    def log_plots(
-        self, result: PosteriorKLResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
-    ) -> None:
+    def log_plots(self, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the histogram of the dimensions, the charts and the panel."""
-        logger.log_histogram("per dimension", result.per_dimension)
-        if len(result.per_dimension) <= MAX_DIMENSION_TAGS:
-            logger.log_chart(
-                "every dimension", "Multiline", [f"dimension_{i}" for i in range(len(result.per_dimension))]
-            )
-        logger.log_chart("active units", "Multiline", ["active_units"])
-        logger.log_image("panel", plots.panel(result, curves[TOTAL.name], evaluation.step))
+        context.logger.log_histogram("per dimension", result.per_dimension)
+        dims = range(len(result.per_dimension))
+        if len(dims) <= MAX_DIMENSION_TAGS:
+            context.logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in dims])
+        context.logger.log_chart("active units", "Multiline", ["active_units"])
+        context.logger.log_image("panel", plots.panel(result, context.curves[TOTAL.name], context.occasion()))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: PosteriorKLResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's dimensions marked."""
-        picture = plots.panel(result, curves[TOTAL.name], evaluation.step, alarm.indices, str(alarm))
-        logger.log_image("picture", picture)
+        context.logger.log_image("picture", plots.panel(result, context.curves[TOTAL.name], context.occasion(alarm)))
 
 
 def _severity(nats: float) -> float:
