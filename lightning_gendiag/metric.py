@@ -37,6 +37,16 @@ class ScalarInfo(NamedTuple):
     """Whether the scalar is logged under a condition only, such as with classes, labels or a classifier."""
 
 
+def more_is_better(description: str, unit: str = "", optional: bool = False) -> ScalarInfo:
+    """Returns the meaning of a scalar whose larger values are better."""
+    return ScalarInfo(description, unit, True, optional)
+
+
+def less_is_better(description: str, unit: str = "", optional: bool = False) -> ScalarInfo:
+    """Returns the meaning of a scalar whose smaller values are better."""
+    return ScalarInfo(description, unit, False, optional)
+
+
 class _Untouched:
     """Carries a result past torchmetrics, which would squeeze tensors of one element."""
 
@@ -100,6 +110,17 @@ class Diagnostic(Metric):
         digest = hashlib.sha256(repr((owner, sorted(self._arguments.items()))).encode()).digest()
         numbers = [int.from_bytes(digest[start : start + 4], "big") / 2**32 for start in range(0, len(digest), 4)]
         self.add_state("configuration", default=torch.tensor(numbers, dtype=torch.float64), dist_reduce_fx="max")
+
+    def add_sums(self, **shapes: tuple[int, ...]) -> None:
+        """Adds states that are sums in float64 over all batches and processes, given their shapes by name."""
+        for name, shape in shapes.items():
+            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def accumulate(self, **values: Tensor | int) -> None:
+        """Adds values to sums, by name."""
+        for name, value in values.items():
+            # a new tensor, since metrics of one compute group hold the same one
+            setattr(self, name, getattr(self, name) + value)
 
     def rows(self, state: str) -> Tensor:
         """Returns the rows of a list state as one tensor (N, ...), or (0,) where there are none."""
@@ -324,8 +345,7 @@ class Reservoir(Diagnostic):
 
 def _row_keys(latents: Tensor, labels: Tensor, seed: int) -> Tensor:
     """Returns (N,) int64 hashes of rows by exact integer arithmetic, so that they are the same on every machine."""
-    wide = latents.double()
-    bits = (wide + 0.0).view(torch.int64)  # -0.0 and 0.0 are one number
+    bits = (latents.double() + 0.0).view(torch.int64)  # -0.0 and 0.0 are one number
     generator = torch.Generator().manual_seed(seed)
     odd = torch.randint(-(2**62), 2**62, (latents.shape[1] + 1,), generator=generator).to(bits.device) * 2 + 1
     key = (bits * odd[:-1]).sum(1) + labels * odd[-1]

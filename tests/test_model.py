@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import math
 import random
+import weakref
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +206,77 @@ class TestCopies:
         twin.average.update(9.0)
         assert float(twin.average.compute()) == 6
         assert float(module.average.compute()) == 3
+
+    def test_a_copy_that_refers_to_itself_is_freed_before_the_next_is_made(self) -> None:
+        module = TinyGAN()
+        module.again, module.data = module.forward, [np.zeros(4)]
+        copied = copy_module(module)
+        old = weakref.ref(copied.module.data[0])
+        gc.disable()
+        try:
+            copied = copy_module(module, copied)
+            assert old() is None
+            assert copied.module.data[0] is not module.data[0]
+        finally:
+            gc.enable()
+
+    def test_a_graph_is_copied_with_its_parts(self) -> None:
+        module = TinyGAN()
+        module.graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4)))
+        twin: Any = copy_module(module).module
+        assert not {id(part) for part in module.modules()} & {id(part) for part in twin.modules()}
+        z = torch.randn(3, 4)
+        assert torch.equal(twin.graph.eval()(z), module.graph.eval()(z))
+
+    def test_a_wrapper_that_passes_attributes_on_is_not_taken_for_a_compiled_part(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self, net: nn.Module) -> None:
+                super().__init__()
+                self.net = net
+
+            def __getattr__(self, name: str) -> Any:
+                try:
+                    return super().__getattr__(name)
+                except AttributeError:
+                    return getattr(super().__getattr__("net"), name)
+
+            def forward(self, z: Tensor) -> Tensor:
+                return 5 * self.net(z)
+
+        module = TinyGAN()
+        module.scaled = Scaled(torch.compile(nn.Linear(4, 4), backend="eager"))
+        twin: Any = copy_module(module).module
+        assert type(twin.scaled) is Scaled
+        assert type(twin.scaled.net) is nn.Linear
+
+    def test_a_module_inside_sees_the_trainer_too(self) -> None:
+        class Inner(LightningModule):
+            def forward(self, z: Tensor) -> Tensor:
+                self.log("inner", 1.0)
+                assert self.trainer.lightning_module is not outer
+                return torch.full((len(z), 1, 8, 8), float(self.current_epoch))
+
+        class Outer(TinyGAN):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = Inner()
+
+            def sample(self, n: int) -> Tensor:
+                return self.inner(torch.zeros(n, 1))
+
+        outer = Outer()
+        view = attached(outer, ModelAdapter(num_samples=4))
+        view.trainer.fit_loop.epoch_progress.current.completed = 3
+        view.expire()
+        assert view.samples().images.unique().tolist() == [3.0]
+
+    def test_calling_the_module_that_is_trained_raises_an_error(self) -> None:
+        module = TinyGAN()
+        globals()["MODULE"] = module
+        view = attached(module, ModelAdapter(lambda given, n: MODULE(torch.zeros(n, 4)), num_samples=4))  # noqa: F821
+        with pytest.raises(ValueError, match="an evaluation must use a copy of the module, but called TinyGAN"):
+            view.samples()
+        assert module(torch.zeros(2, 4)).shape == (2, 1, 8, 8)
 
     def test_a_copy_can_read_its_trainer_and_neither_log_nor_stop(self) -> None:
         class Chatty(TinyGAN):

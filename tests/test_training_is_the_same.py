@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import queue
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -277,6 +279,112 @@ class WithIterators(SmallVAE):
         return super().training_step(batch, batch_idx) * (1 + next(self.stream) + row.item() / 1000)
 
 
+class Proxy:
+    """Passes everything on to what it wraps."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part = part
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.part, name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class Registry:
+    """There is one object of this class."""
+
+    only: ClassVar[Any] = None
+
+    def __new__(cls) -> Any:
+        if cls.only is None:
+            cls.only = super().__new__(cls)
+            cls.only.parts = []
+        return cls.only
+
+
+class Session:
+    """A class of the user's own with a name of Lightning's kind, which counts."""
+
+    def __init__(self, part: nn.Module) -> None:
+        self.part, self.mean = part, torch.zeros(())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.part(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.detach().mean()
+        return y
+
+
+class Redrawn(nn.Linear):
+    """A layer whose copies draw weights, and take over others."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        new = Redrawn(self.in_features, self.out_features)
+        new.load_state_dict(self.state_dict())
+        return new
+
+
+class WithWrappedParts(SmallVAE):
+    """Reaches its decoder through objects of many kinds, in a module that refers to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_net[0] = Redrawn(3, 32)
+        self.wrapped, self.counted, Registry.only = Proxy(self.decoder_net), Session(self.decoder_net), None
+        self.registry = Registry()
+        self.registry.parts.append(self.decoder_net)
+        self.missing, self.again = MISSING, self.sample
+
+    def decode(self, z: Tensor) -> Tensor:
+        assert self.missing is MISSING
+        return (self.wrapped(z) + self.counted(z) + self.registry.parts[0](z)) / 3
+
+
+MISSING = object()
+
+
+class Closing(nn.Linear):
+    """A layer that closes a file when it is deleted."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(3, 32)
+        self.file = file
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.file.write("x")
+        return super().forward(x)
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+def consume(items: queue.Queue[int]) -> None:
+    while items.get() >= 0:
+        items.task_done()
+
+
+class WithThreads(SmallVAE):
+    """Passes what it decodes to a thread through a queue, and closes a file at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder_net[0] = Closing(io.StringIO())
+        self.queue: Any = queue.Queue(2)
+        threading.Thread(target=consume, args=(self.queue,), daemon=True).start()
+
+    def decode(self, z: Tensor) -> Tensor:
+        for _ in range(3):
+            self.queue.put(len(z))
+        self.queue.join()
+        return super().decode(z)
+
+    def on_fit_end(self) -> None:
+        self.queue.put(-1)
+        # what was written by evaluations is not of interest
+        self.queue, self.decoder_net[0].file = None, io.StringIO()
+
+
 class WithLoader(SmallVAE):
     """Keeps the loader that it is trained with, which has a generator of its own."""
 
@@ -317,6 +425,8 @@ MODELS = [
     WithSlots,
     WithWeakReferences,
     WithIterators,
+    WithWrappedParts,
+    WithThreads,
 ]
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_gendiag.callbacks.monitor import Monitor
+    from lightning_gendiag.detection.history import Evaluation
 
 
 class CollapseWarning(UserWarning):
@@ -114,38 +115,33 @@ class CollapseStopping(Member, EarlyStopping):
 
     def on_evaluations(self, trainer: Trainer) -> None:
         """Judges what monitors observed since it was last called, and stops the run where that is asked for."""
-        raised: list[tuple[Monitor[Any, Any], Alarm]] = []
-        fresh: list[Monitor[Any, Any]] = []
+        raised: list[tuple[Monitor[Any, Any], Alarm, int]] = []
+        lasting: list[Alarm] = []
         for monitor in self.session.monitors:
             latest = monitor.latest
             if latest is not None and latest.number > self.judge.evaluations.get(monitor.name, 0):
-                fresh.append(monitor)
                 alarms = self.judge.update(monitor.name, latest, self.session.history, monitor.contributions)
-                raised += [(monitor, alarm) for alarm in alarms]
-        for number, (monitor, alarm) in enumerate(raised, len(self.alarms) - len(raised) + 1):
+                raised += [(monitor, alarm, self._patience(latest, alarm)) for alarm in alarms]
+                still_open = self.judge.open_alarms(monitor.name)
+                lasting += [a for a in still_open if latest.number == a.number + self._patience(latest, a)]
+        for number, (monitor, alarm, patience) in enumerate(raised, len(self.alarms) - len(raised) + 1):
             alarm.also_changed = self.judge.also_changed(alarm)
             alarm.tags = [f"{PREFIX}/alarm_{number}/picture", f"{PREFIX}/{monitor.name}/panel"]
-            self._log(trainer, monitor, alarm, number)
+            self._log(trainer, monitor, alarm, number, patience)
         if raised and trainer.is_global_zero:
             self._write_report(trainer)
-        if not fresh or self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        lasting = [a for m in fresh for a in self.judge.open_alarms(m.name) if self._has_lasted(m, a)]
         if trainer.strategy.reduce_boolean_decision(bool(lasting), all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason_message = " ".join(alarm.message for alarm in lasting) or None
 
-    def _has_lasted(self, monitor: Monitor[Any, Any], alarm: Alarm) -> bool:
-        """Whether an alarm stops the run at the monitor's latest evaluation."""
-        return monitor.latest is not None and monitor.latest.number == alarm.number + self._patience(monitor, alarm)
-
-    def _patience(self, monitor: Monitor[Any, Any], alarm: Alarm) -> int:
+    def _patience(self, latest: Evaluation, alarm: Alarm) -> int:
         """Number of further evaluations that an alarm must last to stop the run."""
         if self.evaluations_to_last is not None:
             return self.evaluations_to_last
-        observations = monitor.latest.observations if monitor.latest is not None else []
-        return next((o.series.patience for o in observations if o.series.name == alarm.names[0]), 0)
+        return next((o.series.patience for o in latest.observations if o.series.name == alarm.names[0]), 0)
 
     # ---- reporting ----
 
@@ -189,12 +185,11 @@ class CollapseStopping(Member, EarlyStopping):
         except Exception as error:
             rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 
-    def _log(self, trainer: Trainer, monitor: Monitor[Any, Any], alarm: Alarm, number: int) -> None:
+    def _log(self, trainer: Trainer, monitor: Monitor[Any, Any], alarm: Alarm, number: int, patience: int) -> None:
         if not trainer.is_global_zero:
             return
         effect = "Training continues"
         if self.action == "stop" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            patience = self._patience(monitor, alarm)
             effect = f"Training stops if it lasts for {patience} more evaluations" if patience else "Training stops"
         rank_zero_warn(f"{alarm.message} {effect}.", category=CollapseWarning)
         logger = self.session.logger(alarm.step, f"alarm_{number}")

@@ -128,7 +128,7 @@ def _written_layout(writer: Any) -> Layout | None:
         from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
         writer.flush()
-        newest: Any = None
+        newest = layout_pb2.Layout()
         paths = sorted(Path(writer.log_dir).glob("*tfevents*"))
         if sum(path.stat().st_size for path in paths) > LARGEST_FILES:
             return None
@@ -137,7 +137,7 @@ def _written_layout(writer: Any) -> Layout | None:
                 for value in event.summary.value:
                     if value.tag == metadata.CONFIG_SUMMARY_TAG:
                         newest = layout_pb2.Layout.FromString(value.tensor.string_val[0])
-        return {} if newest is None else {category.title: _charts(category) for category in newest.category}
+        return {category.title: _charts(category) for category in newest.category}
     except Exception:
         return None
 

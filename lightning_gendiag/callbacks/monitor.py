@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,6 +18,7 @@ from lightning_gendiag.metric import Diagnostic, Result
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions
 from lightning_gendiag.regions.region_map import RegionMap
 
@@ -28,13 +29,28 @@ if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
     from lightning_gendiag.model.view import ModelView
 
-__all__ = ["DiagnosticWarning", "Monitor", "Need"]
+__all__ = ["DiagnosticWarning", "Monitor", "Need", "PlotContext"]
 
 FAILURES = 3
 """Number of failures in a row that switch a monitor off."""
 
 MetricT = TypeVar("MetricT", bound=Diagnostic)
 ResultT = TypeVar("ResultT", bound=Result)
+
+
+class PlotContext(NamedTuple):
+    """What a monitor's pictures show beside its result, and where they are logged."""
+
+    evaluation: Evaluation
+    """The evaluation that gave the result."""
+    curves: Mapping[str, Curve]
+    """All series of the monitor over time, by name."""
+    logger: DiagnosticLogger
+
+    def occasion(self, alarm: Alarm | None = None) -> Occasion:
+        """Returns the occasion of a panel, or of the picture of an alarm."""
+        step = self.evaluation.step
+        return Occasion(step) if alarm is None else Occasion(step, alarm.indices, str(alarm))
 
 
 class Monitor(Member, Callback, Generic[MetricT, ResultT]):
@@ -148,19 +164,10 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Returns each component's contribution to a drop of the aggregate, adding to one; empty where there is none."""
         return {}
 
-    def log_plots(
-        self, result: ResultT, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
-    ) -> None:
+    def log_plots(self, result: ResultT, context: PlotContext) -> None:
         """Logs panels, charts and tables; on rank 0 only, and not at every evaluation."""
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: ResultT,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: ResultT, context: PlotContext) -> None:
         """Logs a picture of where an alarm lies; on rank 0 only."""
 
     def depends_on_model(self, view: ModelView) -> bool:
@@ -411,7 +418,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._next_panel = evaluation.number + max(1, evaluation.number // 10)
         self._logged = evaluation.observations
         try:
-            self.log_plots(self.result, evaluation, self.session.history.curves(self.name), logger)
+            self.log_plots(self.result, PlotContext(evaluation, self.session.history.curves(self.name), logger))
         except Exception as error:
             self.log_images = False
             self._contain(error, counts=False)
@@ -419,8 +426,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def log_alarm_picture(self, alarm: Alarm, logger: DiagnosticLogger) -> None:
         """Logs a picture of an alarm of the newest evaluation."""
         if self.result is not None and self.latest is not None:
-            curves = self.session.history.curves(self.name)
-            self.log_alarm(alarm, self.result, self.latest, curves, logger)
+            context = PlotContext(self.latest, self.session.history.curves(self.name), logger)
+            self.log_alarm(alarm, self.result, context)
 
     def _contain(self, error: Exception, counts: bool = True) -> None:
         """Names a failure in a warning; switches the monitor off after three in a row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -90,8 +90,3 @@ def listed(items: Sequence[str], most: int = 6) -> str:
         'a, b and 1 more'
     """
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-def unique(items: Iterable[str]) -> list[str]:
-    """Returns items in their order, each once."""
-    return list(dict.fromkeys(items))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 Role = Literal["component", "aggregate", "standalone", "record"]
@@ -42,6 +43,15 @@ class Series:
     """Number of further evaluations that an alarm must last before it may stop a run."""
     confirm: int = 1
     """Number of evaluations in a row in which the severity must be inf before a rule raises an alarm."""
+
+    def numbered(self, index: int, name: str = "") -> Series:
+        """Returns the series of one of several regions, classes or dimensions.
+
+        Example:
+            >>> Series("class", quantity="share").numbered(3).name
+            'class 3'
+        """
+        return replace(self, name=name or f"{self.name} {index}", index=index)
 
 
 class Observation(NamedTuple):
@@ -116,12 +126,8 @@ class History:
 
     def in_a_row(self, monitor: str, series: str) -> int:
         """Returns in how many of the newest evaluations in a row the severity was inf."""
-        count = 0
-        for entry in reversed(self._entries.get(monitor, {}).get(series, ())):
-            if entry.severity != math.inf:
-                break
-            count += 1
-        return count
+        newest_first = reversed(self.entries(monitor, series))
+        return len(list(takewhile(lambda entry: entry.severity == math.inf, newest_first)))
 
     def clear(self, monitor: str | None = None) -> None:
         """Forgets the series of one monitor, or of all."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_gendiag.detection.alarm import Alarm, listed, unique
+from lightning_gendiag.detection.alarm import Alarm, listed
 
 FILE = "gendiag_report.json"
 """Name of the file in the logger's folder."""
@@ -60,8 +60,10 @@ def report(
 def _details(alarms: Sequence[Alarm], checkpoint: str | None) -> str:
     text = " ".join(alarm.message for alarm in alarms)
     about = {f"{alarm.diagnostic}: {name}" for alarm in alarms for name in alarm.names}
-    others = [item for item in unique(item for alarm in alarms for item in alarm.also_changed) if item not in about]
+    # each once, in their order
+    changed = dict.fromkeys(item for alarm in alarms for item in alarm.also_changed)
+    others = [item for item in changed if item not in about]
     text += f" Also changed: {listed(others)}." if others else ""
-    tags = unique(tag for alarm in alarms for tag in alarm.tags)
+    tags = list(dict.fromkeys(tag for alarm in alarms for tag in alarm.tags))
     text += f" See {listed(tags)} in TensorBoard." if tags else ""
     return text + (f" The last good checkpoint is {checkpoint}." if checkpoint else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -65,12 +65,13 @@ class Judge:
             )
             for name, observation in judged.items()
         }
-        for alarm in self.alarms:
-            detection = detections.get(alarm.series) if alarm.diagnostic == monitor else None
-            if alarm.recovered is None and detection is not None and detection.closed:
+        for alarm in self.open_alarms(monitor):
+            detection = detections.get(alarm.series)
+            if detection is not None and detection.closed:
                 alarm.recovered = evaluation.step
         self._deviations[monitor] = {name: detection.deviation for name, detection in detections.items()}
-        raised = _Grouping(self, monitor, evaluation, history, contributions, judged, detections).alarms()
+        known = {name for alarm in self.open_alarms(monitor) for name in alarm.names}
+        raised = _Grouping(monitor, evaluation, history, contributions, judged, detections, known).alarms()
         raised.sort(key=lambda alarm: -alarm.contributions.get(alarm.names[0], 1.0))
         self.alarms += raised
         return raised
@@ -142,22 +143,18 @@ def _confirmed(observation: Observation, in_a_row: int) -> float:
     return observation.severity
 
 
+@dataclass
 class _Grouping:
     """Groups the detections of one evaluation into alarms."""
 
-    def __init__(
-        self,
-        judge: Judge,
-        monitor: str,
-        evaluation: Evaluation,
-        history: History,
-        contributions: Contributions,
-        judged: dict[str, Observation],
-        detections: dict[str, Detection],
-    ) -> None:
-        self.monitor, self.evaluation, self.history, self.contributions = monitor, evaluation, history, contributions
-        self.judged, self.detections = judged, detections
-        self.known = {name for alarm in judge.open_alarms(monitor) for name in alarm.names}
+    monitor: str
+    evaluation: Evaluation
+    history: History
+    contributions: Contributions
+    judged: dict[str, Observation]
+    detections: dict[str, Detection]
+    known: set[str]
+    """Names of the series that open alarms are about."""
 
     def alarms(self) -> list[Alarm]:
         """Returns what this evaluation newly shows."""
@@ -167,10 +164,8 @@ class _Grouping:
         standalone = [n for n, o in self.judged.items() if o.series.role == "standalone" and detections[n].opened]
         opened = [name for name in components if detections[name].opened]
         alarms = [self._alarm([name], name) for name in standalone if name not in self.known]
-        if any(math.isinf(detections[name].score) for name in standalone):
+        if aggregate in self.known or any(math.isinf(detections[name].score) for name in standalone):
             # what the components show then is a consequence
-            return alarms
-        if aggregate is not None and aggregate in self.known:
             return alarms
         # a fault of the whole may show in one component an evaluation before it does in the others
         fallen = [n for n in components if detections[n].active or detections[n].deviation > LARGEST_DEVIATION]
@@ -202,14 +197,14 @@ class _Grouping:
         since = self.evaluation.number if detection.since is None else detection.since
         before = {name: self._level(name, since) for name in self.judged}
         after = {name: observation.value for name, observation in self.judged.items()}
-        components = {
-            name: (before[name], after[name])
+        components = [
+            name
             for name, o in self.judged.items()
             if o.series.role == "component" and math.isfinite(before[name]) and math.isfinite(after[name])
-        }
+        ]
         about = [self.judged[name] for name in names]
         # an aggregate stands for its components
-        labels = [_label(o) for o in (about if first.series.role != "aggregate" else about[:1])]
+        called = about[:1] if first.series.role == "aggregate" else about
         decided_by_rule = first.severity == math.inf and first.message
         in_a_row = self.history.in_a_row(self.monitor, names[0])
         steps = {entry.number: entry.step for entry in self.history.entries(self.monitor, by)}
@@ -217,7 +212,7 @@ class _Grouping:
             step=self.evaluation.step,
             epoch=self.evaluation.epoch,
             diagnostic=self.monitor,
-            label=listed(labels),
+            label=listed([o.label or o.series.label or o.series.name for o in called]),
             before=before[names[0]],
             after=after[names[0]],
             score=detection.score,
@@ -226,8 +221,7 @@ class _Grouping:
             quantity=first.series.quantity,
             event=first.series.event,
             contributions=self.contributions(
-                {name: old for name, (old, _) in components.items()},
-                {name: new for name, (_, new) in components.items()},
+                {name: before[name] for name in components}, {name: after[name] for name in components}
             ),
             series=by,
             names=names,
@@ -241,7 +235,3 @@ class _Grouping:
         entries = self.history.entries(self.monitor, name)
         values = [entry.value for entry in entries if entry.number < since and math.isfinite(entry.value)]
         return median(values[-16:] or [math.nan])
-
-
-def _label(observation: Observation) -> str:
-    return observation.label or observation.series.label or observation.series.name

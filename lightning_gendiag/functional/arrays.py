@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,25 +18,19 @@ def exact_matmul() -> Iterator[None]:
     A training script may lower ``torch.set_float32_matmul_precision`` or run under autocast, in which differences of nearly
     equal squared norms would be lost. Both settings are restored afterwards.
     """
-    # torch refuses to read the older setting where a script has chosen by the newer one
-    newer = torch.backends.cuda.matmul if hasattr(torch.backends.cuda.matmul, "fp32_precision") else None
-    chosen = None if newer is None else newer.fp32_precision
     try:
-        precision = torch.get_float32_matmul_precision()
+        restore = partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
     except RuntimeError:
-        if newer is None:
-            raise
-        precision = None
+        # torch refuses to read this setting where a script has chosen by the newer one
+        newer = torch.backends.cuda.matmul
+        restore = partial(setattr, newer, "fp32_precision", newer.fp32_precision)
         newer.fp32_precision = "ieee"
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        if precision is not None:
-            torch.set_float32_matmul_precision(precision)
-        elif newer is not None:
-            newer.fp32_precision = chosen
+        restore()
 
 
 def as_images(images: Tensor, name: str = "images") -> Tensor:
@@ -90,6 +85,20 @@ def tensor_of(output: Any, n: int) -> Tensor:
     return output
 
 
+def in_classes(rows: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
+    """Returns (N, 1 + K) weights of rows (N, ...) of their type: 1 for all rows, then 1 in the class of each row, else 0.
+
+    Example:
+        >>> in_classes(torch.zeros(2, 5), torch.tensor([1, 0]), 2)
+        tensor([[1., 0., 1.],
+                [1., 1., 0.]])
+    """
+    weights = rows.new_ones(len(rows), 1)
+    if num_classes == 0 or labels is None:
+        return weights
+    return torch.cat([weights, torch.nn.functional.one_hot(labels, num_classes).to(rows)], 1)
+
+
 def pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
     """Yields the rows of a tensor, at most ``size`` at a time; an empty tensor gives one empty piece.
 
@@ -97,8 +106,7 @@ def pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
         >>> [len(piece) for piece in pieces(torch.zeros(5, 2), 2)]
         [2, 2, 1]
     """
-    for start in range(0, max(len(rows), 1), size):
-        yield rows[start : start + size]
+    yield from torch.split(rows, size)
 
 
 def median(values: Tensor) -> Tensor:

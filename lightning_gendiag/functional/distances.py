@@ -42,15 +42,13 @@ def adjusted_rand_index(a: Tensor, b: Tensor) -> float:
         >>> adjusted_rand_index(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 2, 2]))
         1.0
     """
-    _, a = torch.unique(a.flatten(), return_inverse=True)
-    _, b = torch.unique(b.flatten(), return_inverse=True)
-    counts = torch.bincount(a * (int(b.max()) + 1) + b).double()
 
-    def pairs(n: Tensor) -> float:
-        return float((n * (n - 1) / 2).sum())
+    def pairs(labels: Tensor) -> float:
+        sizes = torch.unique(labels, dim=-1, return_counts=True)[1].double()
+        return float((sizes * (sizes - 1) / 2).sum())
 
-    together = pairs(counts)
-    in_a, in_b = pairs(torch.bincount(a).double()), pairs(torch.bincount(b).double())
+    a, b = a.flatten(), b.flatten()
+    in_a, in_b, together = pairs(a), pairs(b), pairs(torch.stack([a, b]))
     every = len(a) * (len(a) - 1) / 2
     chance = in_a * in_b / every if every else 0.0
     most = (in_a + in_b) / 2

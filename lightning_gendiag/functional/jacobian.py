@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_gendiag.functional.arrays import tensor_of
 
@@ -80,22 +81,16 @@ def decoder_gram(
         return torch.zeros(0, len(wanted), len(wanted), dtype=torch.float64, device=z.device)
     row_scale = torch.as_tensor(data_scale, dtype=torch.float64, device=z.device)
     column_scale = torch.as_tensor(latent_scale, dtype=torch.float64, device=z.device).expand(z.shape[1])[wanted]
-
-    def flat(latents: Tensor) -> Tensor:
-        return tensor_of(decode(latents), len(latents)).flatten(1)
-
     with torch.no_grad(), plain_attention():
-        outputs = tensor_of(decode(z[:1]), 1)
-        rows = row_scale.expand(outputs.shape[1:]).flatten() if row_scale.ndim else row_scale
-        size = outputs[0].numel()
+        rows = row_scale.expand(tensor_of(decode(z[:1]), 1).shape[1:]).flatten()
         if mode != "reverse":
             try:
-                return _forward(flat, z, wanted, size, rows, column_scale, max_bytes)
+                return _forward(decode, z, wanted, rows, column_scale, max_bytes)
             except FORWARD_FAILS as error:
                 if mode == "forward" or isinstance(error, torch.OutOfMemoryError):
                     raise RuntimeError(_explained(decode, z, error)) from error
         try:
-            return _reverse(flat, z, wanted, size, rows, column_scale, max_bytes)
+            return _reverse(decode, z, wanted, rows, column_scale, max_bytes)
         except FORWARD_FAILS as error:
             raise RuntimeError(
                 f"decode must be differentiable, got {type(error).__name__}: {error} "
@@ -103,16 +98,14 @@ def decoder_gram(
             ) from error
 
 
-def _forward(
-    flat: Callable[[Tensor], Tensor],
-    z: Tensor,
-    wanted: Tensor,
-    size: int,
-    rows: Tensor,
-    columns: Tensor,
-    max_bytes: int,
-) -> Tensor:
+def _flat(decode: Decode, latents: Tensor) -> Tensor:
+    """Returns the decoded data (n, X) of latents (n, L)."""
+    return tensor_of(decode(latents), len(latents)).flatten(1)
+
+
+def _forward(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, max_bytes: int) -> Tensor:
     """Computes the Gram matrices in forward mode."""
+    size = len(rows)
     directions = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[wanted]  # (l, L)
     # inside a decoder a tangent takes several times the memory of the output
     room = max(1, max_bytes // (WIDENING * size * z.element_size()))
@@ -124,7 +117,7 @@ def _forward(
         at = z[start : start + count]
 
         def pushed(direction: Tensor, at: Tensor = at) -> Tensor:
-            out: Tensor = torch.func.jvp(flat, (at,), (direction.expand_as(at),))[1]
+            out: Tensor = torch.func.jvp(partial(_flat, decode), (at,), (direction.expand_as(at),))[1]
             return out
 
         for first in range(0, len(wanted), width):
@@ -134,27 +127,19 @@ def _forward(
     return grams
 
 
-def _reverse(
-    flat: Callable[[Tensor], Tensor],
-    z: Tensor,
-    wanted: Tensor,
-    size: int,
-    rows: Tensor,
-    columns: Tensor,
-    max_bytes: int,
-) -> Tensor:
+def _reverse(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, max_bytes: int) -> Tensor:
     """Computes the Gram matrices in reverse mode, sample by sample."""
+    size = len(rows)
     count = max(1, min(size, max_bytes // (16 * size * z.element_size())))
     grams = []
     for one in z:
-        pull = torch.func.vjp(flat, one[None])[1]
+        pull = torch.func.vjp(partial(_flat, decode), one[None])[1]
         gram = torch.zeros(len(wanted), len(wanted), dtype=torch.float64, device=z.device)
         for start in range(0, size, count):
-            block = torch.arange(start, min(start + count, size), device=z.device)
-            outputs = torch.zeros(len(block), 1, size, dtype=z.dtype, device=z.device)
-            outputs[torch.arange(len(block)), 0, block] = 1
-            part = torch.func.vmap(lambda v, pull=pull: pull(v)[0])(outputs)[:, 0, wanted].double()  # (B, l)
-            part = part * (rows[block][:, None] if rows.ndim else rows) * columns
+            scale = rows[start : start + count, None]  # (B, 1)
+            outputs = torch.zeros(len(scale), 1, size, dtype=z.dtype, device=z.device)
+            outputs[:, 0, start:].fill_diagonal_(1)
+            part = torch.func.vmap(lambda v, pull=pull: pull(v)[0])(outputs)[:, 0, wanted] * scale * columns  # (B, l)
             gram += part.T @ part
         grams.append(gram)
     return torch.stack(grams)
@@ -162,15 +147,11 @@ def _reverse(
 
 def _products(jacobian: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Computes Gram matrices (n, l, l) of Jacobians (n, l, X), in float64 so that singular ones can be recognised."""
-    plain = rows.ndim == 0 and float(rows) == 1
-    grams = torch.zeros(
-        len(jacobian), jacobian.shape[1], jacobian.shape[1], dtype=torch.float64, device=jacobian.device
-    )
-    for start in range(0, jacobian.shape[2], BLOCK):
-        block = jacobian[:, :, start : start + BLOCK].double()
-        if not plain:
-            block = block * (rows[start : start + BLOCK] if rows.ndim else rows)
-        grams += block @ block.mT
+    n, dims, _ = jacobian.shape
+    grams = torch.zeros(n, dims, dims, dtype=torch.float64, device=jacobian.device)
+    for block, scale in zip(torch.split(jacobian, BLOCK, 2), torch.split(rows, BLOCK), strict=True):
+        scaled = block.to(torch.float64, copy=True).mul_(scale)
+        grams += scaled @ scaled.mT
     return grams * columns * columns[:, None]
 
 
@@ -190,14 +171,10 @@ def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed
     Returns:
         (count,) numbers of dimensions in ascending order.
     """
-
-    def flat(latents: Tensor) -> Tensor:
-        return tensor_of(decode(latents), len(latents)).flatten(1)
-
     generator = torch.Generator().manual_seed(seed)
     squares = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
     with plain_attention():
-        out, pull = torch.func.vjp(flat, z)[:2]
+        out, pull = torch.func.vjp(partial(_flat, decode), z)[:2]
         for _ in range(probes):
             signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
             squares += pull(signs)[0].double().square().sum(0)
@@ -209,16 +186,13 @@ def _explained(decode: Decode, z: Tensor, error: Exception) -> str:
     module = decode if isinstance(decode, nn.Module) else getattr(decode, "__self__", None)
     location = ""
     if isinstance(module, nn.Module):
-        entered: list[str] = []
-        hooks = [
-            part.register_forward_pre_hook(partial(_note, entered, f"{name} ({type(part).__name__})"))
-            for name, part in module.named_modules()
-            if name and not list(part.children())
-        ]
+        entered: list[nn.Module] = []
+        layers = {part: name for name, part in module.named_modules() if name and not list(part.children())}
+        hooks = [layer.register_forward_pre_hook(lambda layer, _: entered.append(layer)) for layer in layers]
         try:
-            torch.func.jvp(lambda x: tensor_of(decode(x), len(x)), (z[:1],), (torch.ones_like(z[:1]),))
+            torch.func.jvp(partial(_flat, decode), (z[:1],), (torch.ones_like(z[:1]),))
         except FORWARD_FAILS:
-            location = f" in {entered[-1]}" if entered else ""
+            location = f" in {layers[entered[-1]]} ({type(entered[-1]).__name__})" if entered else ""
         finally:
             for hook in hooks:
                 hook.remove()
@@ -229,15 +203,6 @@ def _explained(decode: Decode, z: Tensor, error: Exception) -> str:
     )
 
 
-def _note(entered: list[str], name: str, *_: object) -> None:
-    """Records the name of a layer that is entered."""
-    entered.append(name)
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
+def plain_attention() -> AbstractContextManager[None]:
     """Computes attention by plain matrix products inside the context, since fused kernels have no forward derivative."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    return sdpa_kernel(SDPBackend.MATH)

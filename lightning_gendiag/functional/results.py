@@ -39,12 +39,7 @@ def _getitem(result: Any, key: Any) -> Any:
     return result.scalars()[key] if isinstance(key, str) else tuple.__getitem__(result, key)
 
 
-_METHODS: dict[str, Callable[..., Any]] = {
-    "keys": _keys,
-    "items": _items,
-    "values": _values,
-    "__getitem__": _getitem,
-}
+_METHODS: dict[str, Callable[..., Any]] = {"keys": _keys, "items": _items, "values": _values, "__getitem__": _getitem}
 
 
 def loggable(result_class: type[ResultT]) -> type[ResultT]:

@@ -25,17 +25,16 @@ def representation(value: Any, **instead: Any) -> str:
     parameters: dict[str, inspect.Parameter] = {}
     for base in type(value).__mro__:
         if "__init__" in vars(base) and base is not object:
-            for name, parameter in inspect.signature(vars(base)["__init__"]).parameters.items():
-                if name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                    parameters.setdefault(name, parameter)
-            if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(vars(base)["__init__"]).parameters.values()):
+            own = inspect.signature(vars(base)["__init__"]).parameters.values()
+            for parameter in own:
+                if parameter.name != "self" and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    parameters.setdefault(parameter.name, parameter)
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
                 break
-    held = {
-        name: instead[name] if name in instead else getattr(value, name, parameters[name].default)
-        for name in parameters
-    }
-    given = {name: argument for name, argument in held.items() if not _same(argument, parameters[name].default)}
-    return f"{type(value).__name__}({', '.join(f'{name}={_short(argument)}' for name, argument in given.items())})"
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    held = {name: getattr(value, name, default) for name, default in defaults.items()} | instead
+    given = [f"{name}={_short(held[name])}" for name in defaults if not _same(held[name], defaults[name])]
+    return f"{type(value).__name__}({', '.join(given)})"
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -73,6 +73,19 @@ class Rows(Diagnostic):
         return self.rows("images"), self.rows("labels")
 
 
+def known(labels: Tensor | None) -> Tensor:
+    """Returns labels (N,), which must be known.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if labels is None:
+        raise ValueError(
+            "labels must be known, but the batches have none. To fix this, pass ModelAdapter(labels=lambda batch: ...)."
+        )
+    return labels
+
+
 def shape_of(batch: Any) -> str:
     """Returns the structure of a batch as text, such as ``{image: (16, 1, 8, 8), label: (16,)}``."""
     if isinstance(batch, Tensor):

@@ -61,20 +61,22 @@ def log_value(module: LightningModule, name: str, value: float, *, epoch_over: b
 class TrainerView:
     """What a copy of a module sees as its trainer: everything can be read; nothing is logged, stopped or changed."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         vars(self).update(
-            _gendiag_trainer=trainer, should_stop=trainer.should_stop, logger=None, loggers=[], _results=None
-        )
+            _gendiag_trainer=trainer, should_stop=trainer.should_stop, logger=None, loggers=[], _results=None,
+            model=module, lightning_module=module,
+        )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_gendiag_trainer"], name)
 
 
 def be_silent(module: LightningModule, trainer: Trainer) -> None:
-    """Gives a copy of a module a trainer to read from, and lets its ``log`` do nothing."""
-    vars(module)["_trainer"] = TrainerView(trainer)
-    for name in ("log", "log_dict"):
-        vars(module)[name] = _silent
+    """Gives a copy of a module, and those in it, a trainer to read from, and lets their ``log`` do nothing."""
+    view = TrainerView(trainer, module)
+    for part in module.modules():
+        if is_kind(part, "LightningModule"):
+            vars(part).update(_trainer=view, log=_silent, log_dict=_silent)
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:
@@ -127,7 +129,7 @@ COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "p
 
 def skipped_attributes(part: nn.Module) -> tuple[str, ...]:
     """Returns attributes that a copy must not have: compiled calls, which are bound to the module that is trained."""
-    compiled = COMPILED_STEPS if getattr(part, "_compiler_ctx", None) is not None else ()
+    compiled = COMPILED_STEPS if vars(part).get("_compiler_ctx") is not None else ()
     return ("_compiled_call_impl", "_trainer", "_fabric", "_compiler_ctx", *compiled)
 
 
@@ -140,13 +142,9 @@ def unset_attributes(part: nn.Module) -> dict[str, None]:
 
 def uncompiled(part: nn.Module) -> nn.Module:
     """Returns what a module was compiled from, or the module itself."""
-    inner = getattr(part, "_orig_mod", part)
-    return inner if isinstance(inner, nn.Module) else part
-
-
-def is_internal(value: object) -> bool:
-    """Returns whether an object belongs to torch's compiler, as the functions that it makes refer to."""
-    return str(type(value).__module__).startswith("torch._dynamo")
+    # not by getattr, which a wrapper may pass on to what it wraps
+    inner = part._modules.get("_orig_mod")
+    return part if inner is None else inner
 
 
 def without_compiling() -> AbstractContextManager[Any]:

@@ -17,7 +17,8 @@ import types
 import warnings
 import weakref
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,15 +32,26 @@ if TYPE_CHECKING:
 
 SHARED_KINDS = (
     "Trainer", "Fabric", "Strategy", "Accelerator", "LightningDataModule", "Dataset", "DataLoader", "Optimizer",
-    "LightningOptimizer", "LRScheduler", "Logger", "memmap", "Session", "Monitor", "CollapseStopping",
-    "GenerativeDiagnostics",
+    "LightningOptimizer", "LRScheduler", "Logger", "SummaryWriter", "memmap", "Session", "Member",
 )  # fmt: skip
 """Classes whose objects a copy shares with the module, since they are large or belong to the run."""
+
+OWNERS = ("lightning", "pytorch_lightning", "torch", "numpy", "logging", "lightning_gendiag")
+"""Packages of these classes; classes of the user's own with such a name are copied."""
+
+SHARED_PACKAGES = (
+    "threading", "queue", "concurrent", "multiprocessing", "asyncio", "tensorboard", "matplotlib", "torch._dynamo",
+)  # fmt: skip
+"""Packages whose objects belong to threads, to windows or to the compiler: half of a copy would be of the original."""
 
 ATOMIC = {type(None), bool, int, float, complex, str, bytes, range, types.ModuleType, types.CodeType}
 """What cannot change is not copied."""
 
 RUNNING = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+
+ITERATORS = ("builtins", "itertools")
+"""Packages of iterators that have no copy where what they iterate over has none."""
+
 WEAK = (weakref.ReferenceType, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 
 DEPTH = 8
@@ -59,6 +71,16 @@ class ModuleCopy(NamedTuple):
     """The copy of each part, by the part's id."""
     alive: list[Any]
     """What the copy refers to by weak references."""
+
+    def release(self) -> dict[tuple[str, str], Tensor]:
+        """Empties the parts, which may refer to each other, and returns the storage of their tensors."""
+        for part in self.parts.values():
+            vars(part).clear()
+            if hasattr(type(part), "__del__"):
+                # what a user's class does then is for the module that is trained
+                part.__class__ = nn.Module
+        self.alive.clear()
+        return self.tensors
 
     def counterpart(self, value: Any) -> Any:
         """Returns a user's callable as it is on the copy: a part, a method of a part, or a function that refers to one."""
@@ -80,7 +102,7 @@ def copy_module(module: LightningModule, previous: ModuleCopy | None = None) -> 
     Raises:
         TypeError: If a part of the module cannot be copied.
     """
-    copier = _Copier({} if previous is None else previous.tensors)
+    copier = _Copier({} if previous is None else previous.release())
     copied: Any = copier.copy_module(module)
     parts = {id(part): copier.memo[id(part)] for part in module.modules()}
     shared = [name or "it" for name, part in module.named_modules() if parts[id(part)] is part]
@@ -111,26 +133,34 @@ class _Copier:
         # all parts get their copies first, so that a reference to a part finds its copy
         plain = {name: part for name, part in parts.items() if not _copies_itself(part)}
         for part in plain.values():
-            shell = type(part).__new__(type(part))
+            shell = _blank(type(part))
             vars(shell).update(compat.unset_attributes(part))
             self._remember(part, shell)
         for name, part in plain.items():
             self._copy_tensors(name, part)
-        for part in module.modules():
-            self.copy(part)
-        for part in plain.values():
-            twin, skipped = self.memo[id(part)], compat.skipped_attributes(part)
-            vars(twin).update({name: self.copy(value) for name, value in vars(part).items() if name not in skipped})
-            for name in _slots(part):
-                object.__setattr__(twin, name, self.copy(getattr(part, name)))
+        # what copies itself needs its children first
+        for part in reversed(list(module.modules())):
+            if id(part) in self.memo:
+                self._fill(part, self.memo[id(part)])
+            else:
+                self.copy(part)
         copied: nn.Module = self.memo[id(module)]
         return copied
 
+    def _fill(self, part: nn.Module, twin: nn.Module) -> None:
+        skipped = compat.skipped_attributes(part)
+        vars(twin).update({name: self.copy(value) for name, value in vars(part).items() if name not in skipped})
+        for name in _slots(part):
+            object.__setattr__(twin, name, self.copy(getattr(part, name)))
+
     def _copy_tensors(self, name: str, part: nn.Module) -> None:
         parameters, buffers, _ = compat.own_tensors(part)
-        for key, tensor in (*parameters.items(), *buffers.items()):
+        plain = {key: value for key, value in vars(part).items() if type(value) is Tensor and value.is_leaf}
+        for key, tensor in (*parameters.items(), *buffers.items(), *plain.items()):
             if tensor is not None and id(tensor) not in self.memo:
-                self._remember(tensor, self._pooled_tensor((name, key), tensor))
+                twin = self._remember(tensor, self._pooled_tensor((name, key), tensor))
+                if vars(tensor):
+                    vars(twin).update({attribute: self.copy(value) for attribute, value in vars(tensor).items()})
 
     def _pooled_tensor(self, place: tuple[str, str], tensor: Tensor) -> Tensor:
         if nn.parameter.is_lazy(tensor):
@@ -160,7 +190,8 @@ class _Copier:
         try:
             return self._copy(value)
         except Exception:
-            return self._remember(value, Unadvanced(value) if hasattr(type(value), "__next__") else value)
+            runs = type(value).__module__ in ITERATORS and hasattr(type(value), "__next__")
+            return self._remember(value, Unadvanced(value) if runs else value)
 
     def _copy(self, value: Any) -> Any:
         """Returns a copy of an object, with copies of what it refers to; raises whatever an object raises that has none."""
@@ -194,10 +225,13 @@ class _Copier:
             return self._remember(value, Unadvanced(value))
         if isinstance(value, nn.Module) and value is not compat.uncompiled(value):
             return self._remember(value, self.copy(compat.uncompiled(value)))
-        if compat.is_internal(value) or compat.is_kind(value, *SHARED_KINDS) or hasattr(kind, "__del__"):
+        if _is_shared(kind):
             return value
         if kind is torch.Generator:
             return self._remember(value, torch.Generator(value.device).set_state(value.get_state()))
+        if kind is Tensor and value.layout is torch.strided:
+            leaf = value.is_leaf and value.requires_grad
+            return self._remember(value, value.detach().clone().requires_grad_(leaf))
         if isinstance(value, Tensor) and not value.is_leaf:
             return self._remember(value, value.detach().clone())
         return self._deep_copy(value) if hasattr(kind, "__deepcopy__") else self._rebuild(value)
@@ -256,16 +290,25 @@ class _Copier:
 
     def _rebuild(self, value: Any) -> Any:
         """A copy by the protocol of ``copy`` and ``pickle``."""
-        with warnings.catch_warnings():
-            # itertools' iterators can be copied up to Python 3.13
-            warnings.simplefilter("ignore", DeprecationWarning)
-            reduce = copyreg.dispatch_table.get(type(value))
+        kind = type(value)
+        # itertools' iterators can be copied up to Python 3.13, with a warning
+        with warnings.catch_warnings() if kind.__module__ == "itertools" else nullcontext():
+            if kind.__module__ == "itertools":
+                warnings.simplefilter("ignore", DeprecationWarning)
+            reduce = copyreg.dispatch_table.get(kind)
             reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
         if isinstance(reduced, str):
             return value
         make, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-        twin = self._remember(value, make(*map(self.copy, arguments)))
-        if state is not None and hasattr(twin, "__setstate__"):
+        is_plain = getattr(make, "__name__", "") == "__newobj__" and tuple(arguments) == (kind,)
+        if is_plain and state is None and items is None and pairs is None:
+            # such as object(), which is known by its identity
+            return value
+        twin = self._remember(value, _blank(kind) if is_plain else make(*map(self.copy, arguments)))
+        if twin is value:
+            return value
+        # proxies answer for other objects, so the class is asked
+        if state is not None and hasattr(type(twin), "__setstate__"):
             twin.__setstate__(self.copy(state))
         elif state is not None:
             attributes, slots = self.copy(state) if isinstance(state, tuple) else (self.copy(state), None)
@@ -304,11 +347,12 @@ class _Rebinder:
     def _rebound(self, value: Any, depth: int) -> Any:
         kind = type(value)
         if kind is types.FunctionType:
-            closure, defaults = self.rebind(value.__closure__, depth), self.rebind(value.__defaults__, depth)
-            if closure is value.__closure__ and defaults is value.__defaults__:
+            held = value.__closure__, value.__defaults__, value.__kwdefaults__
+            closure, defaults, named = (self.rebind(part, depth) for part in held)
+            if all(map(operator.is_, (closure, defaults, named), held)):
                 return value
             twin = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, closure)
-            twin.__kwdefaults__ = value.__kwdefaults__
+            twin.__kwdefaults__ = named
             return twin
         if kind is types.CellType:
             content = self.rebind(value.cell_contents, depth)
@@ -318,19 +362,29 @@ class _Rebinder:
         if kind is functools.partial:
             arguments, named = self.rebind(value.args, depth), self.rebind(value.keywords, depth)
             return functools.partial(self.rebind(value.func, depth), *arguments, **named)
-        if kind in (list, tuple) and len(value) <= LARGEST_CONTAINER:
-            items = kind(self.rebind(item, depth) for item in value)
-            return value if all(map(operator.is_, items, value)) else items
-        if kind is dict and len(value) <= LARGEST_CONTAINER:
+        if issubclass(kind, weakref.ReferenceType):
+            return value if (target := value()) is None else kind(self.rebind(target, depth))
+        if issubclass(kind, (list, tuple)) and len(value) <= LARGEST_CONTAINER:
+            items = [self.rebind(item, depth) for item in value]
+            changed = not all(map(operator.is_, items, value))
+            return getattr(kind, "_make", kind)(items) if changed else value
+        if issubclass(kind, dict) and len(value) <= LARGEST_CONTAINER:
             mapping = {key: self.rebind(item, depth) for key, item in value.items()}
-            return value if all(map(operator.is_, mapping.values(), value.values())) else mapping
-        if hasattr(value, "__dict__") and not compat.is_kind(value, *SHARED_KINDS):
-            attributes = self.rebind(vars(value), depth)
-            if attributes is not vars(value):
-                rebound = copy.copy(value)
-                vars(rebound).update(attributes)
-                return rebound
-        return value
+            return self._changed(value, mapping, value, dict.__setitem__)
+        if _is_shared(kind):
+            return value
+        attributes = {name: getattr(value, name) for name in _slots(value)} | getattr(value, "__dict__", {})
+        rebound = {name: self.rebind(item, depth) for name, item in attributes.items()}
+        return self._changed(value, rebound, attributes, _set)
+
+    @staticmethod
+    def _changed(value: Any, new: dict[Any, Any], old: dict[Any, Any], put: Callable[[Any, Any, Any], None]) -> Any:
+        """The object itself, or a shallow copy of it with those entries replaced that have changed."""
+        changed = {key: item for key, item in new.items() if item is not old[key]}
+        rebound = copy.copy(value) if changed else value
+        for key, item in changed.items():
+            put(rebound, key, item)
+        return rebound
 
 
 class Unadvanced:
@@ -348,6 +402,26 @@ class Unadvanced:
 
     def __next__(self) -> Any:
         raise TypeError(f"an evaluation cannot advance a {self._kind} of the module, since training goes on with it")
+
+
+def _set(value: Any, name: str, item: Any) -> None:
+    object.__setattr__(value, name, item)
+
+
+def _is_shared(kind: type) -> bool:
+    """Whether objects of a class are shared: those of the run, of threads, and what releases something when deleted."""
+    bases = [(str(base.__module__), base.__name__) for base in kind.__mro__]
+    return (
+        hasattr(kind, "__del__")
+        or any(module.startswith(SHARED_PACKAGES) for module, _ in bases)
+        or any(name in SHARED_KINDS and module.startswith(OWNERS) for module, name in bases)
+    )
+
+
+def _blank(kind: type) -> Any:
+    """Returns an object of a class without calling what the class does when one is made."""
+    make = next(new for base in kind.__mro__ if isinstance(new := vars(base).get("__new__"), types.BuiltinFunctionType))
+    return make(kind)
 
 
 def _copies_itself(part: nn.Module) -> bool:
@@ -379,7 +453,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def fits_in_memory(module: nn.Module) -> bool:
     """Returns whether a copy of a module takes less than half of the memory that is free; True where that is not known."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if not nn.parameter.is_lazy(t)]
+    held = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    tensors = [t for t in (*module.parameters(), *module.buffers(), *held) if not nn.parameter.is_lazy(t)]
     needed = sum(t.numel() * t.element_size() for t in tensors if t.layout is torch.strided)
     device = next((t.device for t in tensors), torch.device("cpu"))
     try:

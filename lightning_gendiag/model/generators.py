@@ -7,6 +7,8 @@ import gc
 import inspect
 import random
 import types
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -72,6 +74,8 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
     visited: dict[int, int] = {}
 
     def visit(value: object, depth: int) -> None:
+        if type(value) in weakref.ProxyTypes:
+            return
         if isinstance(value, Generator):
             found.setdefault(id(value), value)
         elif visited.get(id(value), 0) < depth and not isinstance(value, _WITHOUT_GENERATORS):
@@ -100,7 +104,7 @@ def _referents(value: Any) -> Iterable[object]:
         return value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)
     if isinstance(value, types.GeneratorType):
         return inspect.getgeneratorlocals(value).values()
-    if isinstance(value, (dict, list, tuple, set)) and len(value) > LARGEST_CONTAINER:
+    if isinstance(value, (dict, list, tuple, set, deque)) and len(value) > LARGEST_CONTAINER:
         return ()
     return gc.get_referents(value)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_gendiag.functional.arrays import exact_matmul
 from lightning_gendiag.model import compat
@@ -21,6 +23,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     module.eval()
     with torch.no_grad(), compat.without_compiling():
         yield
+
+
+@contextmanager
+def not_called(module: nn.Module) -> Iterator[None]:
+    """Raises an error where a part of a module is called inside the context: evaluations use the copy and nothing else.
+
+    Raises:
+        RuntimeError: In the call.
+    """
+    parts = {id(part) for part in module.modules()}
+
+    def refuse(part: nn.Module, inputs: Any) -> None:
+        if id(part) in parts:
+            raise RuntimeError(
+                f"an evaluation must use a copy of the module, but called {type(part).__name__} of the module that is "
+                "trained. To fix this, use the module that is passed, as in ModelAdapter(sample=lambda module, n: ...)"
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

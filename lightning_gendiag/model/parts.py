@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from lightning_gendiag.model.adapters.own import (
     GENERATOR_NAMES,
     RECONSTRUCT_NAMES,
     SAMPLE_NAMES,
+    accepts,
     attribute,
     decoder_ways,
     latent_length,
@@ -29,7 +30,7 @@ from lightning_gendiag.model.adapters.own import (
 )
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.generators import seed_all
-from lightning_gendiag.model.outputs import data_in, scaled_like
+from lightning_gendiag.model.outputs import data_in, fields_of, scaled_like
 from lightning_gendiag.model.posterior import posterior_in
 
 if TYPE_CHECKING:
@@ -149,18 +150,24 @@ class ModelParts:
             return ways[0]
         failures = []
         for way in ways:
-            try:
-                with self.isolated(need != "sample"):
-                    seed_all(self.adapter.seed, self.context.device, self.module, self.adapter)
-                    getattr(self, f"_try_{need}")(way)
-            except Exception as error:
-                reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                failures.append(f"{way.name}: {reason}")
-            else:
+            failure = self._failure(way)
+            if not failure:
                 self._chosen[need] = way.name, shape
                 return way
+            failures.append(failure)
         self._missing[need] = self._message(need, failures), shape
         raise ValueError(self._missing[need][0])
+
+    def _failure(self, way: Way) -> str:
+        """Tries a way with two samples; returns why it does not work, or nothing."""
+        try:
+            with self.isolated(way.need != "sample"):
+                seed_all(self.adapter.seed, self.context.device, self.module, self.adapter)
+                getattr(self, f"_try_{way.need}")(way)
+        except Exception as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            return f"{way.name} fails ({reason.rstrip('.')})"
+        return ""
 
     def _already_fits(self, way: Way, shape: tuple[int, ...] | None) -> bool:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
@@ -268,11 +275,25 @@ class ModelParts:
         example = self._example
         if example is None:
             return
-        images = data_in(way.call(example), len(example), tuple(example.shape[1:]))
+        images = self.reconstructed(way.call(example), example)
         if torch.equal(images.to(example), example):
             raise ValueError("it returns the images themselves")
         if torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1]):
             raise ValueError("it returns the same for all images")
+
+    @property
+    def stated_length(self) -> int | None:
+        """Length of the latents that the user or an attribute of the module states."""
+        return latent_length(self.module, None, self.context)
+
+    @property
+    def prior(self) -> torch.distributions.Distribution | None:
+        """The prior that the module states under the name ``prior``; None for N(0, 1)."""
+        stated = getattr(self.module, "prior", None)
+        if callable(stated) and accepts(stated, 0):
+            with suppress(Exception):
+                stated = stated()
+        return stated if isinstance(stated, torch.distributions.Distribution) else None
 
     @property
     def _has_prior(self) -> bool:
@@ -308,11 +329,9 @@ class ModelParts:
 
     def _fix(self, need: Need) -> str:
         """A line that was run in place of one that the user gave and that does not work."""
-        for way in self._found(need):
-            with suppress(Exception), self.isolated(need != "sample"):
-                getattr(self, f"_try_{need}")(way)
-                return f"{need}=None, with which {way.name} is used"
-        return FIXES[need]
+        working = (way for way in self._found(need) if not self._failure(way))
+        way = next(working, None)
+        return FIXES[need] if way is None else f"{need}=None, with which {way.name} is used"
 
     # ---- calling ----
 
@@ -339,6 +358,13 @@ class ModelParts:
             images = scaled_like(images, *self.real.range)
         return as_images(images, "generated").float()
 
+    def reconstructed(self, output: Any, images: Tensor) -> Tensor:
+        """Returns the reconstructions in what was returned for images (n, C, H, W)."""
+        if isinstance(output, (tuple, list)):
+            # many models return the images as well
+            output = [p for p in output if not (isinstance(p, Tensor) and p.shape == images.shape and p.equal(images))]
+        return self.images_in(output, len(images))
+
     def latents_in(self, output: Any, n: int) -> Tensor:
         """Returns the latents (n, L) in what the encoder returned for n images."""
         return self._latents(output, n, self.way("encode")).flatten(1).float()
@@ -353,7 +379,7 @@ class ModelParts:
         if found is None or len(found) != n or found.ndim < 2:
             got = tuple(found.shape) if found is not None else type(output).__name__
             raise ValueError(f"it must return ({n}, L) latents, got {got}")
-        length = latent_length(self.module, None, self.context)
+        length = self.stated_length
         if self.adapter.encode is None and length is not None and length != found.shape[1]:
             if single and found.shape[1] == 2 * length:
                 return found.detach().chunk(2, 1)[0]
@@ -391,25 +417,21 @@ class ModelParts:
 
 def _mean_in(output: Any) -> Tensor | None:
     """The latents in what an encoder returned: the mean of a posterior, or the first of several tensors."""
-    output = getattr(output, "latent_dist", output)
     while isinstance(output, (tuple, list)) and output:
         output = output[0]
     if isinstance(output, Tensor):
         return output
-    for name in MEANS:
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    return None
+    fields = fields_of(output)
+    if "latent_dist" in fields:
+        return _mean_in(fields["latent_dist"])
+    found = (fields.get(name, getattr(output, name, None)) for name in MEANS)
+    return next((value for value in found if isinstance(value, Tensor)), None)
 
 
 def _is_posterior(output: Any, latents: Tensor) -> bool:
     """Whether what an encoder returned has a mean and a spread of the same shape."""
-    if isinstance(output, Tensor):
-        # mean and spread in one tensor
-        return output.shape[1] == 2 * latents.shape[1]
     try:
-        posterior_in(output, len(latents))
+        posterior_in(output, len(latents), mean_dim=latents.shape[1])
     except ValueError as error:
         # two of the usual forms of a spread fit
         return "spread=" in str(error)

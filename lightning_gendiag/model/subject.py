@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.copying import ModuleCopy, copy_module, fits_in_memory
+from lightning_gendiag.model.generators import random_state_kept
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -55,12 +56,16 @@ class Subject:
 
     def release(self) -> None:
         """Frees the copy's memory."""
+        if self._copy is not None:
+            self._copy.release()
         self._copy, self._average, self._current = None, None, False
 
     def _renew(self) -> None:
         previous, self._copy = self._copy, None
         try:
-            self._copy = copy_module(self.trained, previous)
+            # a class that says how its objects are copied may call its constructor
+            with random_state_kept(self.trained.device, self.trained):
+                self._copy = copy_module(self.trained, previous)
             if self._average is not None:
                 compat.load_average(self._average, self._copy.module)
             compat.be_silent(self._copy.module, self.trainer)

@@ -16,9 +16,9 @@ from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.batches import Images
-from lightning_gendiag.model.features import FeatureExtractor
+from lightning_gendiag.model.features import FeatureExtractor, in_chunks
 from lightning_gendiag.model.generators import random_state_kept, seed_all
-from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place
+from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
 from lightning_gendiag.model.parts import FIXES, ModelParts
 from lightning_gendiag.model.reference import Reference
 from lightning_gendiag.model.subject import Subject
@@ -39,6 +39,12 @@ Source = Literal["auto", "samples", "reconstructions"]
 
 PRIOR_CHUNK = 16
 """Number of latents of the prior that are drawn with one seed."""
+
+
+def check_source(images: str) -> None:
+    """Raises ValueError for an argument that is no :data:`Source`."""
+    if images not in ("auto", "samples", "reconstructions"):
+        raise ValueError(f"images must be 'auto', 'samples' or 'reconstructions', got {images!r}.")
 
 
 class Encoded(NamedTuple):
@@ -194,6 +200,7 @@ class ModelView:
                     stack.callback(compat.swap_average, averaging, self.module)
                 stack.enter_context(isolated_in_place(self.module))
             else:
+                stack.enter_context(not_called(self.subject.trained))
                 stack.enter_context(evaluating(self.module))
             if exact:
                 stack.enter_context(in_full_precision(self.module))
@@ -217,41 +224,29 @@ class ModelView:
                 self._said.add(need)
                 rank_zero_info(f"{LOGGED[need]}: {way.name}. To choose another, pass {need}=....")
 
-    def try_sample(self) -> Images | None:
-        """Returns the two samples by which the sampler was chosen; None where they are not known to be images yet.
-
-        Raises:
-            ValueError: If nothing makes images.
-        """
-        self.find("sample")
-        return self.parts.tried
-
-    def source(self, wanted: Source = "auto") -> Literal["samples", "reconstructions"]:
+    def source(self, wanted: Source = "auto") -> Source:
         """Returns what is compared with real images: samples, or reconstructions where nothing samples.
 
         Raises:
             ValueError: If the module has neither, or not what is wanted.
         """
-        if wanted == "reconstructions" or (wanted == "auto" and not self.parts.has("sample") and self._reconstructs):
+        nothing_samples = wanted == "auto" and not self.parts.has("sample") and self.parts.has("reconstruct")
+        if wanted == "reconstructions" or nothing_samples:
             self.find("reconstruct")
             return "reconstructions"
         self.find("sample")
         return "samples"
 
-    @property
-    def _reconstructs(self) -> bool:
-        return self.parts.has("reconstruct")
+    def compared(self, wanted: Source) -> Images:
+        """Returns this process's generated images of this evaluation: samples, or reconstructions."""
+        return self.samples() if self.source(wanted) == "samples" else self.reconstructions()
 
-    def compared(self, source: Literal["samples", "reconstructions"]) -> Images:
-        """Returns this process's generated images of this evaluation."""
-        return self.samples() if source == "samples" else self.reconstructions()
-
-    def compared_with(self, source: Literal["samples", "reconstructions"]) -> Images:
+    def compared_with(self, wanted: Source) -> Images:
         """Returns this process's real images that they are compared with.
 
         Images are not compared with their own reconstructions, which would be more alike than two independent samples.
         """
-        return self.local_reference() if source == "samples" else self._local_half(0)
+        return self.local_reference() if self.source(wanted) == "samples" else self._local_half(0)
 
     def _local_half(self, first: int) -> Images:
         """This process's rows of every second image of the reference."""
@@ -273,7 +268,7 @@ class ModelView:
                 for start in range(0, most, size):
                     some = images[start : start + size]
                     given = self.as_input(as_images(some if len(some) else self.reference.images[:1]))
-                    made.append(self.parts.images_in(way.call(given), len(given))[: len(some)])
+                    made.append(self.parts.reconstructed(way.call(given), given)[: len(some)])
             self._reconstructions = Images(torch.cat(made), None if labels is None else labels.to(self.device))
         return self._reconstructions
 
@@ -406,6 +401,38 @@ class ModelView:
                 return lambda images: self.subject.counterpart(given)(self.as_input(images))
             return given.to(self.device).eval()
         return lambda images: self.subject.counterpart(given)(self.module, self.as_input(images))
+
+    def resolve_named(
+        self, given: str | nn.Module | Callable[..., Any] | None, argument: str, kinds: str = "method"
+    ) -> Callable[[Tensor], Any] | None:
+        """Returns what :meth:`resolve_extractor` does, where a part of the module may be given by its name too.
+
+        Args:
+            given: The name, or what :meth:`resolve_extractor` takes.
+            argument: What an error calls it.
+            kinds: What may be named.
+
+        Raises:
+            ValueError: If there is nothing of this name, or what is given cannot be called.
+        """
+        if given is None:
+            return None
+        found = getattr(self.module, given, None) if isinstance(given, str) else given
+        if not callable(found):
+            raise ValueError(
+                f"{argument} must be a callable or name a {kinds} of {type(self.module).__name__}, got {given!r}."
+            )
+        return (lambda x: found(self.as_input(x))) if isinstance(given, str) else self.resolve_extractor(given)
+
+    def resolve_features(self, given: nn.Module | Callable[..., Any] | None) -> Callable[[Tensor], Tensor]:
+        """Returns a callable from images on any device to features (n, F) on the module's, in chunks.
+
+        Args:
+            given: What :meth:`resolve_extractor` takes; None for :attr:`feature_extractor`.
+        """
+        found = self.resolve_extractor(given)
+        extract = self.feature_extractor if found is None else found
+        return lambda images: in_chunks(extract, images.to(self.device))
 
     def moves_with_model(self, given: nn.Module | Callable[..., Any] | None) -> bool:
         """Returns whether what a network gives may change as the model trains: a callable, or a part of the model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -51,6 +51,17 @@ class Row(NamedTuple):
     strong: bool = False
 
 
+class Occasion(NamedTuple):
+    """When a panel is drawn, and what an alarm adds to it."""
+
+    step: int
+    """Of the evaluation."""
+    marked: Collection[int] = ()
+    """Numbers of the regions, classes or dimensions that are drawn in the colour of an alarm."""
+    note: str = ""
+    """Text below the panel."""
+
+
 def region_colour(region: int) -> Colour:
     """Returns the colour of a region, given its number."""
     return REGION_COLOURS[region % len(REGION_COLOURS)]
@@ -78,6 +89,11 @@ def blank_tile() -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """Returns a white tile and the object that draws on it."""
     image = Image.new("RGB", (TILE, TILE), (255, 255, 255))
     return image, ImageDraw.Draw(image)
+
+
+def picture_of(image: Image.Image) -> Tensor:
+    """Returns what was drawn on an image as a picture (H, W, 3) uint8."""
+    return torch.from_numpy(np.asarray(image).copy())
 
 
 def on_white_tile(picture: Tensor) -> Tensor:
@@ -123,7 +139,7 @@ def panel(title: str, tiles: Sequence[Tile], rows: Sequence[Row] = (), note: str
     for text in notes:
         draw.text((margin, y), text, fill=FAINT, font=font(14))
         y += 18
-    return torch.from_numpy(np.asarray(image).copy())
+    return picture_of(image)
 
 
 PLAIN = str.maketrans({"σ": "std", "⁶": "^6", "×": "x"})

@@ -7,23 +7,54 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lightning_gendiag.plots.canvas import (
-    ALARM,
-    FAINT,
-    HEAT,
-    INK,
-    REGION_COLOURS,
-    TILE,
-    Colour,
-    blank_tile,
-    font,
-    on_white_tile,
-    region_colour,
-)
+from lightning_gendiag.plots import canvas
 from lightning_gendiag.plots.pictures import enlarged
+
+GRID: canvas.Colour = (218, 220, 224)
+"""Colour of the lines behind a chart."""
+
+BASE = canvas.TILE - 20
+"""Height of the lower end of an axis, in pixels from the top."""
+
+
+class _Axes:
+    """A white tile with a vertical axis from ``low`` to ``high``, ``left`` pixels from the left and ``top`` from the top."""
+
+    def __init__(self, low: float, high: float, left: int = 38, top: int = 8) -> None:
+        self.low, self.high, self.left, self.top = low, high, left, top
+        self.image, self.draw = canvas.blank_tile()
+
+    def y(self, value: float) -> float:
+        """Returns the height of a value in pixels from the top."""
+        return self.top + (self.high - value) / (self.high - self.low) * (BASE - self.top)
+
+    def write(self, x: float, y: float, text: str, anchor: str, colour: canvas.Colour = canvas.FAINT) -> None:
+        """Writes a text in small print."""
+        self.draw.text((x, y), text, fill=colour, font=canvas.font(12), anchor=anchor)
+
+    def mark(self, value: float, text: str) -> None:
+        """Draws a line at a value, with a text beside it."""
+        y = self.y(value)
+        self.draw.line((self.left, y, canvas.TILE, y), fill=GRID)
+        self.write(self.left - 4, y, text, "rm")
+
+    def along(self, steps: Sequence[int], right: int) -> list[float]:
+        """Writes the first and the last step below the axis, and returns where each lies, up to ``right`` from the right."""
+        self.write(self.left, canvas.TILE - 2, str(steps[0]), "lb")
+        self.write(canvas.TILE - 2, canvas.TILE - 2, f"step {steps[-1]}", "rb")
+        span = max(steps[-1] - steps[0], 1)
+        return [self.left + (step - steps[0]) / span * (canvas.TILE - self.left - right) for step in steps]
+
+    def curve(self, points: Sequence[tuple[float, float] | None], colour: canvas.Colour, width: int) -> None:
+        """Draws lines between points, except where there is none, and a dot at the last one."""
+        for before, after in pairwise(points):
+            if before is not None and after is not None:
+                self.draw.line((*before, *after), fill=colour, width=width)
+        if points and points[-1] is not None:
+            x, y = points[-1]
+            self.draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
 
 
 def curves(series: Sequence[Sequence[float]], steps: Sequence[int], strong: int | None = None) -> Tensor:
@@ -34,35 +65,19 @@ def curves(series: Sequence[Sequence[float]], steps: Sequence[int], strong: int 
         steps: The step of each value.
         strong: The number of the series that is drawn in the colour of an alarm.
     """
-    size, left, bottom = TILE, 38, 20
-    image = Image.new("RGB", (size, size), (255, 255, 255))
-    draw = ImageDraw.Draw(image)
     positions = [[-np.log10(np.clip(1 - value, 1e-4, 1.0)) for value in values] for values in series]
-    top = max([1.2, *(position * 1.08 for values in positions for position in values if not np.isnan(position))])
-    span = max(steps[-1] - steps[0], 1)
-
-    def at(step: int, position: float) -> tuple[float, float]:
-        x = left + (step - steps[0]) / span * (size - left - 5)
-        return x, size - bottom - position / top * (size - bottom - 6)
-
+    high = max([1.2, *(position * 1.08 for values in positions for position in values if not np.isnan(position))])
+    axes = _Axes(0.0, high, top=6)
     for value in (0.0, 0.5, 0.9, 0.99, 0.999):
-        x, y = at(steps[0], -np.log10(1 - value))
-        if y >= 4:
-            draw.line((left, y, size, y), fill=(218, 220, 224))
-            draw.text((left - 4, y), f"{value:g}", fill=FAINT, font=font(12), anchor="rm")
-    draw.text((left, size - 2), str(steps[0]), fill=FAINT, font=font(12), anchor="lb")
-    draw.text((size - 2, size - 2), f"step {steps[-1]}", fill=FAINT, font=font(12), anchor="rb")
+        if axes.y(-np.log10(1 - value)) >= 4:
+            axes.mark(-np.log10(1 - value), f"{value:g}")
+    places = axes.along(steps, right=5)
     # the highlighted curve is drawn last, so that no other covers it
     for number in sorted(range(len(series)), key=lambda n: n == strong):
-        colour, width = (ALARM, 4) if number == strong else (region_colour(number), 2)
-        points = [None if np.isnan(p) else at(step, p) for step, p in zip(steps, positions[number], strict=True)]
-        for before, after in pairwise(points):
-            if before is not None and after is not None:
-                draw.line((*before, *after), fill=colour, width=width)
-        if points[-1] is not None:
-            x, y = points[-1]
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-    return torch.from_numpy(np.asarray(image).copy())
+        colour, width = (canvas.ALARM, 4) if number == strong else (canvas.region_colour(number), 2)
+        points = [None if np.isnan(p) else (x, axes.y(p)) for x, p in zip(places, positions[number], strict=True)]
+        axes.curve(points, colour, width)
+    return canvas.picture_of(axes.image)
 
 
 def bars(
@@ -83,7 +98,6 @@ def bars(
         targets: The expected height of each bar, drawn as a line across it.
         intervals: The interval (low, high) of each bar, drawn as a whisker.
     """
-    image, draw = blank_tile()
     finite = [value for value in (*values, *(targets or ())) if np.isfinite(value)] or [0.0]
     # the axis ends 10 below the highest value, since a dead dimension would make the differences of the others invisible
     high = max(finite)
@@ -91,34 +105,32 @@ def bars(
     low -= max(high - low, 1.0) / 4
     if floor is not None:
         low, high = floor, max(high, floor + 1e-3)
-    left, bottom = 38, 20
-    width = (TILE - left - 4) / max(len(values), 1)
+    axes = _Axes(low, high)
+    width = (canvas.TILE - axes.left - 4) / max(len(values), 1)
     for value in (high, (high + low) / 2, low):
-        y = 8 + (high - value) / (high - low) * (TILE - bottom - 8)
-        draw.line((left, y, TILE, y), fill=(218, 220, 224))
-        draw.text(
-            (left - 4, y), f"{value:.1f}" if abs(high) >= 2 else f"{value:.2f}", fill=FAINT, font=font(12), anchor="rm"
-        )
+        axes.mark(value, f"{value:.1f}" if abs(high) >= 2 else f"{value:.2f}")
+
+    def within(value: float) -> float:
+        return axes.y(float(np.clip(value, low, high)))
+
     for number, (value, name) in enumerate(zip(values, names, strict=True)):
-        clipped = float(np.clip(value, low, high)) if np.isfinite(value) else low
-        x, y = left + number * width, 8 + (high - clipped) / (high - low) * (TILE - bottom - 8)
-        colour = ALARM if strong[number] else REGION_COLOURS[0]
+        x = axes.left + number * width
+        middle = x + width / 2
+        colour = canvas.ALARM if strong[number] else canvas.region_colour(0)
         if np.isfinite(value):
-            draw.rectangle((x + 0.1 * width, min(y, TILE - bottom - 2), x + 0.9 * width, TILE - bottom), fill=colour)
+            top = min(within(value), BASE - 2)
+            axes.draw.rectangle((x + 0.1 * width, top, x + 0.9 * width, BASE), fill=colour)
         elif width >= 8:
-            draw.text((x + width / 2, TILE - bottom - 2), "?", fill=colour, font=font(12), anchor="mb")
-        if width >= draw.textlength(name, font=font(12)) + 2 or (strong[number] and len(values) <= 64):
-            draw.text((x + width / 2, TILE - 2), name, fill=FAINT, font=font(12), anchor="mb")
-
-        def height(at: float) -> float:
-            return 8 + (high - float(np.clip(at, low, high))) / (high - low) * (TILE - bottom - 8)
-
+            axes.write(middle, BASE - 2, "?", "mb", colour)
+        if width >= axes.draw.textlength(name, font=canvas.font(12)) + 2 or (strong[number] and len(values) <= 64):
+            axes.write(middle, canvas.TILE - 2, name, "mb")
         if intervals is not None:
-            middle, (least, most) = x + width / 2, intervals[number]
-            draw.line((middle, height(least), middle, height(most)), fill=FAINT, width=2)
+            least, most = intervals[number]
+            axes.draw.line((middle, within(least), middle, within(most)), fill=canvas.FAINT, width=2)
         if targets is not None:
-            draw.line((x, height(targets[number]), x + width, height(targets[number])), fill=INK, width=3)
-    return torch.from_numpy(np.asarray(image).copy())
+            y = within(targets[number])
+            axes.draw.line((x, y, x + width, y), fill=canvas.INK, width=3)
+    return canvas.picture_of(axes.image)
 
 
 def violins(groups: Sequence[Tensor], names: Sequence[str], marked: Sequence[int]) -> Tensor:
@@ -129,36 +141,33 @@ def violins(groups: Sequence[Tensor], names: Sequence[str], marked: Sequence[int
         names: The name below each group, which is left out where it does not fit.
         marked: The numbers of the groups that are drawn in the colour of an alarm.
     """
-    image, draw = blank_tile()
-    left, bottom, bins = 30, 20, 16
-    width = (TILE - left - 4) / max(len(groups), 1)
+    axes, bins = _Axes(0.0, 1.0, left=30), 16
+    width = (canvas.TILE - axes.left - 4) / max(len(groups), 1)
     for value in (0.0, 0.5, 1.0):
-        y = 8 + (1 - value) * (TILE - bottom - 8)
-        draw.line((left, y, TILE, y), fill=(218, 220, 224))
-        draw.text((left - 4, y), f"{value:g}", fill=FAINT, font=font(12), anchor="rm")
+        axes.mark(value, f"{value:g}")
     for number, (group, name) in enumerate(zip(groups, names, strict=True)):
-        middle = left + (number + 0.5) * width
-        colour = ALARM if number in marked else region_colour(number)
+        middle = axes.left + (number + 0.5) * width
+        colour = canvas.ALARM if number in marked else canvas.region_colour(number)
         if len(group):
             heights = torch.histc(group.double(), bins, 0, 1)
             for position, height in enumerate((heights / heights.max()).tolist()):
-                top = 8 + (1 - (position + 1) / bins) * (TILE - bottom - 8)
                 half = height * width * 0.45
                 if half > 0:
-                    draw.rectangle((middle - half, top, middle + half, top + (TILE - bottom - 8) / bins), fill=colour)
-            y = 8 + (1 - float(group.mean())) * (TILE - bottom - 8)
-            draw.line((middle - width * 0.45, y, middle + width * 0.45, y), fill=INK, width=2)
+                    top, bottom = axes.y((position + 1) / bins), axes.y(position / bins)
+                    axes.draw.rectangle((middle - half, top, middle + half, bottom), fill=colour)
+            y = axes.y(float(group.mean()))
+            axes.draw.line((middle - width * 0.45, y, middle + width * 0.45, y), fill=canvas.INK, width=2)
         if width >= 8 * len(name) + 2:
-            draw.text((middle, TILE - 2), name, fill=FAINT, font=font(12), anchor="mb")
-    return torch.from_numpy(np.asarray(image).copy())
+            axes.write(middle, canvas.TILE - 2, name, "mb")
+    return canvas.picture_of(axes.image)
 
 
 def matrix(values: Tensor, most: float) -> Tensor:
     """Draws a matrix (L, L) as coloured cells, from almost white at 0 to dark red at ``most`` and above."""
-    position = (values.nan_to_num(0.0).clamp(0, most) / most).numpy() * (len(HEAT) - 1)
-    channels = [np.interp(position, range(len(HEAT)), HEAT[:, channel]) for channel in range(3)]
+    position = (values.nan_to_num(0.0).clamp(0, most) / most).numpy() * (len(canvas.HEAT) - 1)
+    channels = [np.interp(position, range(len(canvas.HEAT)), canvas.HEAT[:, channel]) for channel in range(3)]
     picture = torch.from_numpy(np.stack(channels, -1)).round().byte()
-    return on_white_tile(enlarged(picture))
+    return canvas.on_white_tile(enlarged(picture))
 
 
 class Scatter:
@@ -170,13 +179,13 @@ class Scatter:
 
     def __init__(self, reach: float) -> None:
         self.reach = reach
-        self._image, self._draw = blank_tile()
+        self._image, self._draw = canvas.blank_tile()
 
     def _at(self, point: Tensor) -> tuple[float, float]:
         x, y = (point / self.reach).tolist()
-        return (x + 1) / 2 * TILE, (1 - y) / 2 * TILE
+        return (x + 1) / 2 * canvas.TILE, (1 - y) / 2 * canvas.TILE
 
-    def points(self, points: Tensor, colours: Sequence[Colour], radius: int) -> None:
+    def points(self, points: Tensor, colours: Sequence[canvas.Colour], radius: int) -> None:
         """Draws a square of a radius in pixels at each point (N, 2)."""
         for point, colour in zip(points, colours, strict=True):
             x, y = self._at(point)
@@ -188,32 +197,19 @@ class Scatter:
         root = vectors * values.clamp(min=0).sqrt()
         angle = torch.linspace(0, 2 * torch.pi, 49, dtype=root.dtype)
         circle = torch.stack([angle.cos(), angle.sin()], 1)
-        self._draw.line([self._at(point) for point in mean + 2 * circle @ root.T], fill=INK, width=1)
+        self._draw.line([self._at(point) for point in mean + 2 * circle @ root.T], fill=canvas.INK, width=1)
 
     def picture(self) -> Tensor:
         """Returns the plot as a picture (H, W, 3) uint8."""
-        return torch.from_numpy(np.asarray(self._image).copy())
+        return canvas.picture_of(self._image)
 
 
 def line(values: Sequence[float], steps: Sequence[int], most: float) -> Tensor:
     """Draws one curve on an axis from 0 to ``most``; values that are not finite are left out."""
-    image, draw = blank_tile()
-    left, bottom = 38, 20
-    span = max(steps[-1] - steps[0], 1)
+    axes = _Axes(0.0, most)
     for value in (0.0, most / 2, most):
-        y = TILE - bottom - value / most * (TILE - bottom - 8)
-        draw.line((left, y, TILE, y), fill=(218, 220, 224))
-        draw.text((left - 4, y), f"{value:.3g}", fill=FAINT, font=font(12), anchor="rm")
-    draw.text((left, TILE - 2), str(steps[0]), fill=FAINT, font=font(12), anchor="lb")
-    draw.text((TILE - 2, TILE - 2), f"step {steps[-1]}", fill=FAINT, font=font(12), anchor="rb")
-    points = [
-        (left + (step - steps[0]) / span * (TILE - left - 6), TILE - bottom - value / most * (TILE - bottom - 8))
-        for step, value in zip(steps, values, strict=True)
-        if np.isfinite(value)
-    ]
-    if len(points) > 1:
-        draw.line(points, fill=REGION_COLOURS[0], width=3)
-    if points:
-        x, y = points[-1]
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=REGION_COLOURS[0])
-    return torch.from_numpy(np.asarray(image).copy())
+        axes.mark(value, f"{value:.3g}")
+    places = axes.along(steps, right=6)
+    points = [(x, axes.y(value)) for x, value in zip(places, values, strict=True) if np.isfinite(value)]
+    axes.curve(points, canvas.region_colour(0), width=3)
+    return canvas.picture_of(axes.image)

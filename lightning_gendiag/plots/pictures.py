@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lightning_gendiag.plots.canvas import ALARM, INK, TILE, Colour, font, on_white_tile
+from lightning_gendiag.plots.canvas import ALARM, INK, TILE, Colour, font, on_white_tile, picture_of
 
 
 def as_rgb(image: Tensor, low: float, high: float) -> Tensor:
@@ -43,12 +43,11 @@ def enlarged(picture: Tensor, height: int = TILE) -> Tensor:
 def enlarged_labels(labels: Tensor, height: int = TILE) -> Tensor:
     """Returns labels (H, W) in the size that :func:`enlarged` gives to a picture of the same height and width."""
     h, w = labels.shape
-    if h > height:
-        rows = torch.arange(height) * h // height
-        columns = torch.arange(max(1, w * height // h)) * h // height
-        return labels[rows][:, columns.clamp(max=w - 1)]
-    factor = max(1, height // h)
-    return labels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    if h <= height:
+        return enlarged(labels, height)
+    rows = torch.arange(height) * h // height
+    columns = torch.arange(max(1, w * height // h)) * h // height
+    return labels[rows][:, columns.clamp(max=w - 1)]
 
 
 def edges(labels: Tensor, thickness: int = 1) -> Tensor:
@@ -70,17 +69,12 @@ def outlined(picture: Tensor, labels: Tensor, chosen: int | None = None) -> Tens
     picture = picture.clone()
     picture[edges(labels)] = torch.tensor((128, 134, 139), dtype=torch.uint8)
     if chosen is not None:
-        # the padding has another label, so that the line is closed at the image's border
-        inside = F.pad((labels == chosen).long(), (1, 1, 1, 1))
-        picture[edges(inside, 2)[1:-1, 1:-1] | _rim(labels, chosen)] = torch.tensor(ALARM, dtype=torch.uint8)
+        inside = labels == chosen
+        # the line is closed within two pixels of the image's border
+        rim = inside.clone()
+        rim[2:-2, 2:-2] = False
+        picture[edges(inside, 2) | rim] = torch.tensor(ALARM, dtype=torch.uint8)
     return picture
-
-
-def _rim(labels: Tensor, chosen: int) -> Tensor:
-    """Returns (H, W) bool, true where the chosen region lies within two pixels of the image's border."""
-    rim = torch.zeros(labels.shape, dtype=torch.bool)
-    rim[:2], rim[-2:], rim[:, :2], rim[:, -2:] = True, True, True, True
-    return rim & (labels == chosen)
 
 
 def filled(labels: Tensor, colours: Sequence[Colour], names: Sequence[str] = ()) -> Tensor:
@@ -88,10 +82,7 @@ def filled(labels: Tensor, colours: Sequence[Colour], names: Sequence[str] = ())
     from scipy.ndimage import distance_transform_edt
 
     table = torch.tensor(list(colours), dtype=torch.uint8)
-    picture = outlined(table[labels], labels)
-    if not names:
-        return picture
-    image = Image.fromarray(picture.numpy())
+    image = Image.fromarray(outlined(table[labels], labels).numpy())
     draw = ImageDraw.Draw(image)
     for region, name in enumerate(names):
         inner = distance_transform_edt(np.pad((labels == region).numpy(), 1))[1:-1, 1:-1]
@@ -100,7 +91,7 @@ def filled(labels: Tensor, colours: Sequence[Colour], names: Sequence[str] = ())
         x = float(np.clip(x, half, labels.shape[1] - half))
         light = sum(colours[region]) > 380
         draw.text((x, float(y)), name, fill=INK if light else (255, 255, 255), font=font(13), anchor="mm")
-    return torch.from_numpy(np.asarray(image).copy())
+    return picture_of(image)
 
 
 def tinted(picture: Tensor, labels: Tensor, colours: Sequence[Colour], strength: float = 0.55) -> Tensor:
@@ -114,8 +105,7 @@ def contact_sheet(images: Tensor) -> Tensor:
     low, high = float(images.min()), float(images.max())
     cells = F.pad(as_rgb(images, low, high), (0, 0, 0, 1, 0, 1), value=255)  # (r, c, H + 1, W + 1, 3)
     sheet = cells.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    size = max(sheet.shape[:2])
-    scale = TILE / size
+    scale = TILE / max(sheet.shape[:2])
     shape = (max(1, round(sheet.shape[0] * scale)), max(1, round(sheet.shape[1] * scale)))
     resized = F.interpolate(sheet.permute(2, 0, 1)[None].float(), size=shape, mode="area" if scale < 1 else "nearest")
     return on_white_tile(resized[0].permute(1, 2, 0).round().byte())

@@ -12,16 +12,19 @@ from torch import Tensor
 from lightning_gendiag.functional.arrays import as_images, exact_matmul
 from lightning_gendiag.functional.distances import adjusted_rand_index, squared_distances
 from lightning_gendiag.regions.pixel_cka import (
-    ROWS,
     _batch_cka,
     _batches,
     _differ_little,
     _kernel_rows,
     _mirror,
+    _no_alignments,
     _progress,
     _series_cka,
 )
 from lightning_gendiag.regions.region_map import RegionMap
+
+ROWS = 512
+"""Positions whose distances to the others are held at a time."""
 
 REFINING = 4
 """Number of batches by which pixels at the borders of regions are assigned."""
@@ -83,24 +86,23 @@ def find_regions(
         images = F.pixel_unshuffle(F.pad(images, padding, mode="replicate"), cell)  # (N, C*s*s, H/s, W/s)
 
     batches, gamma = _batches(images, gamma, batch_size)
+    halves = [batches[0::2], batches[1::2]]
     if len(batches) == 1:
-        # a single batch has no halves of whole batches; halve it
-        halves = [batches[:0], batches[:0]] if len(batches[0]) < 8 else [[half] for half in batches[0].chunk(2)]
-    else:
-        halves = [batches[0::2], batches[1::2]]
-    added = _series_cka if _differ_little(batches, gamma) else _batch_cka
-    sums: dict[int, Tensor] = {}
-    work = [(index, batch) for index in (0, 1) for batch in halves[index]]
-    for index, batch in _progress(work, "finding regions", progress):
-        sums[index] = added(batch, gamma, max_bytes, sums.get(index))
-    whole = _mirror(added(batches[0], gamma, max_bytes) if len(batches) == 1 else (sums[0] + sums[1]) / len(batches))
+        # a single batch has no halves of whole batches; halve it where it is large enough
+        halves = [[half] for half in batches[0].chunk(2)] if len(batches[0]) >= 8 else []
+    add = _series_cka if _differ_little(batches, gamma) else _batch_cka
+    sums = [_no_alignments(batches) for _ in halves]
+    work = [(total, batch) for total, half in zip(sums, halves, strict=True) for batch in half]
+    for total, batch in _progress(work, "finding regions", progress):
+        add(batch, gamma, max_bytes, total)
+    whole = sums[0] + sums[1] if len(batches) > 1 else add(batches[0], gamma, max_bytes, _no_alignments(batches))
+    whole = _mirror(whole / len(batches))
 
-    shape = images.shape[-2:]
-    labels = _clusters(whole, num_regions, linkage).view(shape)
+    labels = _clusters(whole, num_regions, linkage).view(images.shape[-2:])
     stability = math.nan
-    if sums:
-        a, b = (_clusters(_mirror(sums[half] / len(halves[half])), num_regions, linkage) for half in (0, 1))
-        stability = adjusted_rand_index(a, b)
+    if halves:
+        found = (_mirror(total / len(half)) for total, half in zip(sums, halves, strict=True))
+        stability = adjusted_rand_index(*(_clusters(cka, num_regions, linkage) for cka in found))
     alignment, dependence = _alignment(whole, labels.flatten())
     if cell > 1:
         labels = _refined(labels, batches[:REFINING], cell, gamma, max_bytes)[:height, :width]
@@ -139,18 +141,18 @@ def _refined(labels: Tensor, batches: Sequence[Tensor], cell: int, gamma: float,
     fine = labels.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
     member = F.one_hot(labels.flatten()).to(batches[0])  # (h * w, R)
     there = member.T.view(1, -1, height, width)
-    meeting = F.max_pool2d(F.pad(there, (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0].flatten(1).T > 0  # (h * w, R)
+    meeting = F.max_pool2d(there, 3, stride=1, padding=1)[0].flatten(1).T > 0  # (h * w, R)
     border = (meeting.sum(1) > 1).nonzero()[:, 0]
     if len(border) == 0:
         return fine
     n = len(batches[0])
     block = max(1, max_bytes // (4 * n * n * batches[0].element_size()))
     size = member.sum(0)
-    pixels_to = torch.zeros(len(border) * cell * cell, len(size), dtype=member.dtype, device=member.device)
-    regions_to = torch.zeros(len(size), len(size), dtype=member.dtype, device=member.device)
+    pixels_to = member.new_zeros(len(border) * cell * cell, len(size))
+    regions_to = member.new_zeros(len(size), len(size))
     with exact_matmul():
         for batch in batches:
-            mean = torch.zeros(len(size), n * (n + 1) // 2, dtype=member.dtype, device=member.device)
+            mean = member.new_zeros(len(size), n * (n + 1) // 2)
             for i in range(0, len(member), block):
                 mean += member[i : i + block].T @ _kernel_rows(batch[..., i : i + block], gamma)
             mean /= size[:, None]
@@ -159,17 +161,15 @@ def _refined(labels: Tensor, batches: Sequence[Tensor], cell: int, gamma: float,
             pixels = batch[..., border].reshape(n, -1, cell * cell, len(border)).transpose(2, 3).flatten(2)
             for i in range(0, len(pixels_to), block):
                 pixels_to[i : i + block] += _kernel_rows(pixels[..., i : i + block], gamma) @ mean.T
-    # cosines between the mean CKAs of a pixel with all regions and those of each region
-    with exact_matmul():
+        # cosines between the mean CKAs of a pixel with all regions and those of each region
         likeness = F.normalize(pixels_to * size.sqrt(), dim=1) @ F.normalize(regions_to * size.sqrt(), dim=1).T
     allowed = meeting[border].repeat_interleave(cell * cell, 0)
     best, nearest = likeness.where(allowed, -math.inf).max(1)
-    own = labels.flatten()[border.cpu()].repeat_interleave(cell * cell)
+    within = labels.flatten()[:, None].repeat(1, cell * cell)  # (h * w, s * s)
+    own = within[border.cpu()]
     # a pixel that never varies is aligned with nothing
-    chosen = nearest.cpu().where(best.cpu() > 0, own)
-    within = fine.view(height, cell, width, cell).permute(0, 2, 1, 3).reshape(height * width, cell * cell).clone()
-    within[border.cpu()] = chosen.view(-1, cell * cell)
-    refined = within.view(height, width, cell, cell).permute(0, 2, 1, 3).reshape(height * cell, width * cell)
+    within[border.cpu()] = nearest.cpu().view_as(own).where(best.cpu().view_as(own) > 0, own)
+    refined = F.pixel_shuffle(within.T.reshape(cell * cell, height, width), cell)[0]
     return refined if len(torch.unique(refined)) == len(size) else fine
 
 
@@ -195,11 +195,8 @@ def _clusters(cka: Tensor, num_regions: int | None, linkage: str) -> Tensor:
         if found.max() < num_regions:
             # merging distances tie, but the slower cut still reaches the number
             found = hierarchy.cut_tree(tree, num_regions)[:, 0]
-    found = np.unique(found, return_inverse=True)[1]
-    first = np.array([np.argmax(found == label) for label in range(found.max() + 1)])
-    order = np.lexsort((first, -np.bincount(found)))
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
+    _, first, found, sizes = np.unique(found, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.lexsort((first, -sizes)).argsort()
     return torch.from_numpy(rank[found].astype(np.int64))
 
 

@@ -21,9 +21,6 @@ BANDWIDTH_IMAGES = 2048
 SERIES = 0.05
 """Largest exponent ``2 g x^2`` for which three terms of the kernel's series replace the kernel."""
 
-ROWS = 512
-"""Positions whose distances to the others are held at a time."""
-
 
 def median_bandwidth(x: Tensor) -> Tensor:
     """Computes the RBF bandwidth ``g = 1 / median |x_i - x_j|^2`` over all pairs, including a row with itself.
@@ -87,8 +84,7 @@ def pixel_cka(
                 [1., 1.]], dtype=torch.float64)
     """
     batches, gamma = _batches(images, gamma, batch_size)
-    positions = batches[0].shape[2]
-    total = batches[0].new_zeros(positions, positions)
+    total = _no_alignments(batches)
     for batch in _progress(batches, "pixel CKA", progress):
         _batch_cka(batch, gamma, max_bytes, total)
     return _mirror(total).div_(len(batches))
@@ -121,10 +117,15 @@ def _batches(images: Tensor, gamma: float | None, batch_size: int) -> tuple[list
         if math.isinf(gamma):
             warnings.warn("all images are equal, so every pixel counts as independent of all others", stacklevel=3)
             gamma = 1.0
-    whole = max(1, len(images) // batch_size) * min(batch_size, len(images))
     size = min(batch_size, len(images))
-    pixels = images[:whole].flatten(2)
-    return [pixels[i : i + size] for i in range(0, whole, size)], gamma
+    whole = len(images) // size * size
+    return list(torch.split(images[:whole].flatten(2), size)), gamma
+
+
+def _no_alignments(batches: Sequence[Tensor]) -> Tensor:
+    """Returns zeros (P, P), to which the alignments of batches (n, C, P) are added."""
+    positions = batches[0].shape[2]
+    return batches[0].new_zeros(positions, positions)
 
 
 def _kernel_rows(pixels: Tensor, gamma: float) -> Tensor:
@@ -152,7 +153,7 @@ def _kernel_rows(pixels: Tensor, gamma: float) -> Tensor:
     return rows.div_(torch.where(norms > 0, norms, math.inf))
 
 
-def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | None = None) -> Tensor:
+def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor) -> Tensor:
     """Adds the alignments of one batch (n, C, P) to the upper block triangle of ``total`` (P, P), and returns it."""
     n, _, positions = pixels.shape
     element = pixels.element_size()
@@ -162,9 +163,6 @@ def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | Non
     fits = held * positions + making * 256 <= max_bytes
     block = min(positions, 256 if fits else max(1, max_bytes // (2 * held + making)))
     starts = range(0, positions, block)
-    if total is None:
-        total = torch.zeros(positions, positions, dtype=pixels.dtype, device=pixels.device)
-
     with exact_matmul():
         if fits:
             rows = torch.empty(positions, n * (n + 1) // 2, dtype=pixels.dtype, device=pixels.device)
@@ -183,7 +181,7 @@ def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | Non
     return total
 
 
-def _series_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | None = None) -> Tensor:
+def _series_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor) -> Tensor:
     """Computes the same as ``_batch_cka`` for grey pixels (n, 1, P) that differ little, in an n-th of the time.
 
     Three terms of the Taylor series replace the kernel: ``k(x, y) = sum_k f_k(x) f_k(y)`` with
@@ -199,8 +197,6 @@ def _series_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor | No
     with exact_matmul():
         norms = torch.einsum("anp,bnp->pab", features, features).flatten(1).norm(dim=1).sqrt_()
     features /= torch.where(norms > 0, norms, math.inf)
-    if total is None:
-        total = torch.zeros(positions, positions, dtype=pixels.dtype, device=pixels.device)
     block = max(1, min(positions, max_bytes // (4 * positions * pixels.element_size())))
     with exact_matmul():
         for i in range(0, positions, block):

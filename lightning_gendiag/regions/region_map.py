@@ -74,13 +74,8 @@ class RegionMap:
                 f"alignment must be ({len(present)}, {len(present)}), got {tuple(alignment.shape)}. "
                 "To fix this, leave alignment out, or pass one row and one column per region."
             )
-        for name, value in {
-            "labels": labels,
-            "names": names,
-            "alignment": alignment.detach().cpu(),
-            "num_regions": len(present),
-        }.items():
-            object.__setattr__(self, name, value)
+        # the dataclass is frozen
+        vars(self).update(labels=labels, names=names, alignment=alignment.detach().cpu(), num_regions=len(present))
 
     @property
     def height(self) -> int:
@@ -100,11 +95,10 @@ class RegionMap:
     @cached_property
     def boxes(self) -> Tensor:
         """(R, 4) smallest box around each region as top, left, bottom, right, of which the last two are exclusive."""
-        boxes = []
-        for region in range(self.num_regions):
-            rows, columns = (self.labels == region).nonzero(as_tuple=True)
-            boxes.append([int(rows.min()), int(columns.min()), int(rows.max()) + 1, int(columns.max()) + 1])
-        return torch.tensor(boxes)
+        from scipy.ndimage import find_objects
+
+        found = find_objects(self.labels.numpy() + 1)
+        return torch.tensor([(rows.start, columns.start, rows.stop, columns.stop) for rows, columns in found])
 
     def mask(self, region: int) -> Tensor:
         """Returns (H, W) booleans, true inside the region."""
@@ -112,9 +106,8 @@ class RegionMap:
 
     def overlap(self, region: int, mask: Tensor) -> float:
         """Computes the intersection over union of a region with a mask (H, W), 0 to 1."""
-        inside = self.mask(region)
-        union = (inside | mask.bool().cpu()).sum()
-        return float((inside & mask.bool().cpu()).sum() / union)
+        inside, mask = self.mask(region), mask.bool().cpu()
+        return float((inside & mask).sum() / (inside | mask).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain tensors, numbers and strings, which ``torch.load(weights_only=True)`` accepts."""
@@ -164,11 +157,11 @@ class RegionMap:
             f"{name} {size / total:.0%}" for name, size in zip(self.names, self.sizes.tolist(), strict=True)
         )
         known = [
-            f"{name} {value:.2f}"
+            f"; {name} {value:.2f}"
             for name, value in (("dependence", self.dependence), ("stability", self.stability))
             if not math.isnan(value)
         ]
-        return f"{self.num_regions} regions of {self.height}x{self.width}: {parts}" + "".join(f"; {k}" for k in known)
+        return f"{self.num_regions} regions of {self.height}x{self.width}: {parts}{''.join(known)}"
 
 
 def _names(labels: Tensor, num_regions: int) -> tuple[str, ...]:

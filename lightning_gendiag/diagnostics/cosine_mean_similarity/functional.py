@@ -6,10 +6,9 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gendiag.functional.arrays import as_images, exact_matmul, pieces
+from lightning_gendiag.functional.arrays import as_images, exact_matmul, in_classes, pieces
 from lightning_gendiag.functional.distances import squared_distances
 from lightning_gendiag.functional.results import loggable
 from lightning_gendiag.regions.pixel_cka import median_bandwidth
@@ -200,14 +199,7 @@ class RealSide(NamedTuple):
     sums: Tensor  # (R + 1, 1 + K) kernel sums over the pairs of each column
     null_mean: Tensor  # (R + 1,) mean cosine of halves
     null_std: Tensor  # (R + 1,) standard deviation of the same
-
-
-def _columns(rows: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
-    """Returns (N, 1 + K) weights: one for all images, then membership in each class."""
-    columns = rows.new_ones(len(rows), 1)
-    if num_classes == 0 or labels is None:
-        return columns
-    return torch.cat([columns, F.one_hot(labels, num_classes).to(rows)], 1)
+    unbiased: bool  # whether the norms leave out the similarity of an image with itself
 
 
 def real_side(
@@ -237,7 +229,7 @@ def real_side(
     """
     with exact_matmul():
         scale, rows = _scale(real, regions, bandwidth)
-        weights = _columns(rows[0], labels, num_classes)
+        weights = in_classes(rows[0], labels, num_classes)
         generator = torch.Generator().manual_seed(seed)
         half = len(real) // 2
         splits = [torch.randperm(len(real), generator=generator) < half for _ in range(null_splits)]
@@ -247,24 +239,21 @@ def real_side(
     sums = (applied[..., :classes] * weights).sum(1)
     if null_splits < 2 or half < 2:
         nan = torch.full_like(sums[:, 0], math.nan)
-        return RealSide(scale, rows, weights, sums, nan, nan)
+        return RealSide(scale, rows, weights, sums, nan, nan, unbiased)
     # of halves a and b = 1 - a: a'Kb = a'K1 - a'Ka and b'Kb = 1'K1 - 2 a'K1 + a'Ka
     aa, a1, whole = (applied[..., classes:] * a).sum(1), (applied[..., :1] * a).sum(1), sums[:, :1]
     m, n = (torch.full((1,), float(size)).to(sums) for size in (half, len(real) - half))
     null = _cosine(a1 - aa, aa, whole - 2 * a1 + aa, m, n, unbiased)
-    return RealSide(scale, rows, weights, sums, null.mean(1), null.std(1))
+    return RealSide(scale, rows, weights, sums, null.mean(1), null.std(1), unbiased)
 
 
-def compare(
-    generated: Tensor, labels: Tensor | None, real: RealSide, unbiased: bool, invalid: Tensor
-) -> CosineMeanSimilarityResult:
+def compare(generated: Tensor, labels: Tensor | None, real: RealSide, invalid: Tensor) -> CosineMeanSimilarityResult:
     """Computes the cosines of generated images with a real side.
 
     Args:
         generated: (M, C, H, W) images.
         labels: (M,) classes 0..K-1, required where the real side has classes.
         real: what :func:`real_side` returns.
-        unbiased: as for the real side.
         invalid: () fraction of generated images that were left out, passed on to the result.
 
     Returns:
@@ -272,11 +261,11 @@ def compare(
     """
     with exact_matmul():
         rows = real.scale(generated)
-        weights = _columns(rows[0], labels, real.weights.shape[1] - 1)
+        weights = in_classes(rows[0], labels, real.weights.shape[1] - 1)
         xy = (_kernels_times(rows, real.rows, real.weights) * weights).sum(1)
         xx = (_kernels_times(rows, rows, weights) * weights).sum(1)
     m, n = weights.double().sum(0), real.weights.double().sum(0)
-    values = _cosine(xy, xx, real.sums, m, n, unbiased).to(real.scale.centre.dtype)
+    values = _cosine(xy, xx, real.sums, m, n, real.unbiased).to(real.scale.centre.dtype)
     # a cosine of equal distributions falls short of one by a quadratic form of the two means' errors, so its mean
     # and its spread both go with 1 / M + 1 / N, here against two halves of N
     half = len(real.weights) // 2
@@ -343,7 +332,7 @@ def cosine_mean_similarity(
         if not images.isfinite().all():
             raise ValueError(f"{name} must be finite, got nan or inf. To fix this, leave such images out.")
     side = real_side(real, None, 0, regions, bandwidth, unbiased, null_splits, seed)
-    return compare(generated, None, side, unbiased, torch.zeros((), device=real.device))
+    return compare(generated, None, side, torch.zeros((), device=real.device))
 
 
 def check_bandwidth(bandwidth: Bandwidth) -> None:

@@ -20,7 +20,7 @@ from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
     real_side,
 )
 from lightning_gendiag.functional.arrays import as_images
-from lightning_gendiag.metric import Diagnostic, ScalarInfo
+from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 from lightning_gendiag.regions.clustering import check_num_regions, find_regions
 from lightning_gendiag.regions.region_map import RegionMap
 
@@ -63,43 +63,30 @@ class CosineMeanSimilarity(Diagnostic):
     higher_is_better = True
     plotted = ("image", "product", "region_")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
-        "region_{r}": ScalarInfo(
-            "Cosine of the mean embeddings of generated and real images in the region.", higher_is_better=True
-        ),
-        "worst": ScalarInfo("Lowest cosine of the regions.", higher_is_better=True),
-        "median": ScalarInfo("Median cosine of the regions.", higher_is_better=True),
-        "best": ScalarInfo("Highest cosine of the regions.", higher_is_better=True),
-        "image": ScalarInfo(
-            "Cosine of the mean embeddings of generated and real images over the whole image.", higher_is_better=True
-        ),
-        "product": ScalarInfo(
-            "Product of the regions' cosines, which equals the image's cosine where regions are independent.",
-            higher_is_better=True,
+        "region_{r}": more_is_better("Cosine of the mean embeddings of generated and real images in the region."),
+        "worst": more_is_better("Lowest cosine of the regions."),
+        "median": more_is_better("Median cosine of the regions."),
+        "best": more_is_better("Highest cosine of the regions."),
+        "image": more_is_better("Cosine of the mean embeddings of generated and real images over the whole image."),
+        "product": more_is_better(
+            "Product of the regions' cosines, which equals the image's cosine where regions are independent."
         ),
         "residual": ScalarInfo(
             "Logarithm of the image's cosine minus the sum of the regions' logarithms, 0 where regions are independent."
         ),
-        "z_worst": ScalarInfo(
+        "z_worst": more_is_better(
             "Lowest distance of a region's cosine from that of real images against real ones, 0 where both are alike.",
             unit="standard deviations",
-            higher_is_better=True,
             optional=True,
         ),
-        "z_image": ScalarInfo(
+        "z_image": more_is_better(
             "Distance of the image's cosine from that of real images against real ones, 0 where both are alike.",
             unit="standard deviations",
-            higher_is_better=True,
             optional=True,
         ),
-        "worst_class": ScalarInfo(
-            "Lowest cosine of the whole image within a class.", higher_is_better=True, optional=True
-        ),
-        "class_{c}": ScalarInfo(
-            "Cosine of the whole image within the class, for up to 20 classes.", higher_is_better=True, optional=True
-        ),
-        "invalid": ScalarInfo(
-            "Fraction of the generated images that contain nan or inf and are left out.", higher_is_better=False
-        ),
+        "worst_class": more_is_better("Lowest cosine of the whole image within a class.", optional=True),
+        "class_{c}": more_is_better("Cosine of the whole image within the class, for up to 20 classes.", optional=True),
+        "invalid": less_is_better("Fraction of the generated images that contain nan or inf and are left out."),
     }
     real: list[Tensor]
     generated: list[Tensor]
@@ -149,7 +136,7 @@ class CosineMeanSimilarity(Diagnostic):
         self.reset_real_features = reset_real_features
         for state in ("real", "generated", "real_labels", "generated_labels"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
-        self.add_state("invalid", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sums(invalid=(2,))
         self.add_configuration(
             regions=None if self.region_map is None else self.region_map.labels, num_regions=num_regions,
             bandwidth=bandwidth, unbiased=unbiased, num_classes=self.num_classes, null_splits=null_splits,
@@ -186,7 +173,7 @@ class CosineMeanSimilarity(Diagnostic):
             labels = None if labels is None else labels[finite]
         if not real:
             counts = torch.stack([(~finite).sum(), torch.tensor(len(finite)).to(finite.device)])
-            self.invalid = self.invalid + counts.to(self.invalid)
+            self.accumulate(invalid=counts.to(self.invalid))
         getattr(self, name).append(images.detach())
         if self.num_classes and labels is not None:
             getattr(self, f"{name}_labels").append(labels)
@@ -250,7 +237,7 @@ class CosineMeanSimilarity(Diagnostic):
             )
             self._real_side = (known, side)
         invalid = (self.invalid[0] / self.invalid[1]).float()
-        return compare(generated, self.rows("generated_labels"), self._real_side[1], self.unbiased, invalid)
+        return compare(generated, self.rows("generated_labels"), self._real_side[1], invalid)
 
     def _regions_for(self, real: Tensor) -> RegionMap | None:
         """Returns the map, found in real images (N, C, H, W) in canonical order if need be; None for fewer than two."""
@@ -262,12 +249,9 @@ class CosineMeanSimilarity(Diagnostic):
         return self.region_map
 
     def _undefined(self) -> CosineMeanSimilarityResult:
-        regions = torch.full((self.num_regions,), math.nan, device=self.device)
-        both = torch.full((self.num_regions + 1,), math.nan, device=self.device)
-        invalid = self.invalid[0] / self.invalid[1].clamp(min=1)
-        return CosineMeanSimilarityResult(
-            both[0], regions, both, both, both.expand(self.num_classes, -1), invalid.float()
-        )
+        nan = torch.full((self.num_regions + 1,), math.nan, device=self.device)
+        invalid = (self.invalid[0] / self.invalid[1].clamp(min=1)).float()
+        return CosineMeanSimilarityResult(nan[0], nan[:-1], nan, nan, nan.expand(self.num_classes, -1), invalid)
 
     def reset(self) -> None:
         """Drops the generated images, and the real ones and what was found in them unless ``reset_real_features=False``."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor
+from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.cosine_mean_similarity import plots
 from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
@@ -20,12 +20,11 @@ from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
 )
 from lightning_gendiag.diagnostics.cosine_mean_similarity.metric import CosineMeanSimilarity
 from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.view import Source, check_source
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 QUANTITY = "cosine mean similarity"
@@ -33,17 +32,13 @@ QUANTITY = "cosine mean similarity"
 MIN_STD = 0.25
 """A quarter more or less distance from 1 is a usual fluctuation of a GAN."""
 
+REGION = Series("region", "component", QUANTITY, min_std=MIN_STD)
 IMAGE = Series("image", "aggregate", QUANTITY, min_std=MIN_STD)
 SAMPLES = Series("samples", "standalone", "share with nan or inf", min_std=MIN_STD)
 
 
-def _region_series(name: str, index: int) -> Series:
-    """Returns the series of one region's similarity."""
-    return Series(name, "component", QUANTITY, index=index, min_std=MIN_STD)
-
-
 class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimilarityResult]):
-    """Monitors :class:`CosineMeanSimilarity` of a generator's samples, region by region.
+    """Monitors :class:`CosineMeanSimilarity` of a model's samples or reconstructions, region by region.
 
     TensorBoard shows a curve for each region, one chart with all of them and one with the worst, median and best (Custom
     Scalars), the region map, and a panel with the mean real and the mean generated image and each region's distance from
@@ -54,6 +49,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         num_regions: Number of regions to find; None lets the data choose.
         bandwidth: See :func:`cosine_mean_similarity`.
         unbiased: See :func:`cosine_mean_similarity`.
+        images: ``"samples"``, ``"reconstructions"``, which are compared with other real images than their own, or
+            ``"auto"`` for samples, and for reconstructions where nothing samples.
         per_class: Whether to compare within classes too, for a sampler that takes labels and batches that have them.
         map_images: Largest number of reference images in which regions are found.
         null_splits: Number of seeded splits of the reference into halves, for the comparison of real with real images.
@@ -73,6 +70,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
     _real: plots.RealImages
     _generated: Tensor
     _map_logged = False
+    _quantity = QUANTITY
 
     def __init__(
         self,
@@ -81,6 +79,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         bandwidth: Bandwidth = "region",
         unbiased: bool = True,
         *,
+        images: Source = "auto",
         per_class: bool = False,
         map_images: int = 1000,
         null_splits: int = 64,
@@ -88,10 +87,11 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
     ) -> None:
         super().__init__(**kwargs)
         check_bandwidth(bandwidth)
+        check_source(images)
         if null_splits < 2:
             raise ValueError(f"null_splits must be at least 2, got {null_splits}.")
         self.regions, self.num_regions, self.bandwidth, self.unbiased = regions, num_regions, bandwidth, unbiased
-        self.per_class, self.map_images, self.null_splits = per_class, map_images, null_splits
+        self.images, self.per_class, self.map_images, self.null_splits = images, per_class, map_images, null_splits
         self.region_map = None if regions is None else RegionMap.of(regions)
 
     def reset(self) -> None:
@@ -102,22 +102,18 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             self.region_map = None
 
     def check(self, view: ModelView) -> None:
-        """Compares the size of two samples with the regions, and with the reference where there is one already."""
-        if self.per_class and not view.adapter.conditional:
+        """Compares the size of two samples with the regions."""
+        reconstructs = view.source(self.images) == "reconstructions"
+        if self.per_class and not reconstructs and not view.parts.way("sample").takes_labels:
             raise ValueError(
                 "per_class must go with a sampler that takes labels. "
                 "To fix this, pass ModelAdapter(sample=lambda module, n, labels: ..., conditional=True)."
             )
-        sampled = view.try_sample().images
-        real = view.reference.images if view.has_reference else sampled
+        sampled = None if reconstructs else view.parts.tried
         if self.region_map is not None:
-            check_shape(sampled, "generated", self.region_map, None)
-            check_shape(real, "the reference", self.region_map, None)
-        if real.shape[1:] != sampled.shape[1:]:
-            raise ValueError(
-                f"generated must have the reference's shape {tuple(real.shape[1:])}, got {tuple(sampled.shape[1:])}. "
-                "To fix this, pass ModelAdapter(sample=...) or ModelAdapter(images=...) that bring both to one size."
-            )
+            for images, name in ((sampled, "generated"), (view.real.images, "the reference")):
+                if images is not None:
+                    check_shape(images.images, name, self.region_map, None)
 
     def build_metric(self, view: ModelView) -> CosineMeanSimilarity:
         """Finds the regions, equal on all processes, and adds the reference."""
@@ -139,15 +135,16 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             self.region_map, self.bandwidth, self.unbiased, num_classes=classes, null_splits=self.null_splits,
             reset_real_features=False,
         ).to(view.device)  # fmt: skip
-        own, classes_of_own = view.local_reference()
+        self._quantity = f"{QUANTITY}{' of reconstructions' * (view.source(self.images) == 'reconstructions')}"
+        own, classes_of_own = view.compared_with(self.images)
         metric.update(
             own.to(view.device), real=True, labels=None if classes_of_own is None else classes_of_own.to(view.device)
         )
         return metric
 
     def update(self, view: ModelView) -> None:
-        """Adds this rank's samples."""
-        images, labels = view.samples()
+        """Adds this rank's samples or reconstructions."""
+        images, labels = view.compared(self.images)
         self.metric.update(images, real=False, labels=labels)
         finite = images[images.flatten(1).isfinite().all(1)]
         self._generated = finite.mean(0) if len(finite) else images.new_zeros(images.shape[1:])
@@ -163,12 +160,10 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         *stds, image_std = result.null_std.tolist()
         image, invalid = float(result.image), float(result.invalid)
         regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
+        region, whole = (replace(series, quantity=self._quantity) for series in (REGION, IMAGE))
         return [
-            *(
-                Observation(_region_series(name, index), value, _distance(value, std))
-                for index, (name, value, std) in enumerate(regions)
-            ),
-            Observation(IMAGE, image, _distance(image, image_std)),
+            *(Observation(region.numbered(r, name), x, _distance(x, std)) for r, (name, x, std) in enumerate(regions)),
+            Observation(whole, image, _distance(image, image_std)),
             Observation(
                 SAMPLES, invalid, math.inf if invalid else 0.0,
                 message=f"samples collapsed: share with nan or inf is {invalid:.1%}",
@@ -188,40 +183,27 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         if self.region_map is None and state["regions"] is not None:
             self.region_map = RegionMap.from_state_dict(state["regions"])
 
-    def log_plots(
-        self,
-        result: CosineMeanSimilarityResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: CosineMeanSimilarityResult, context: PlotContext) -> None:
         """Logs the charts and the panel, and the region map once."""
         regions = self._regions
-        logger.log_chart("every region", "Multiline", [f"region_{r}" for r in range(regions.num_regions)])
-        logger.log_chart("worst, middle and best region", "Margin", ["median", "worst", "best"])
+        context.logger.log_chart("every region", "Multiline", [f"region_{r}" for r in range(regions.num_regions)])
+        context.logger.log_chart("worst, middle and best region", "Margin", ["median", "worst", "best"])
         if not self._map_logged:
             self._map_logged = True
-            logger.log_image("regions", plots.map_panel(regions, self._real))
-            logger.log_text("regions", plots.map_table(regions))
-        history = [curves[name] for name in regions.names]
+            context.logger.log_image("regions", plots.map_panel(regions, self._real))
+            context.logger.log_text("regions", plots.map_table(regions))
+        history = [context.curves[name] for name in regions.names]
         picture = plots.panel(
-            result, regions, self._real, self._generated, history, evaluation.step, evaluation.averaged
+            result, regions, self._real, self._generated, history, context.evaluation.step, context.evaluation.averaged
         )
-        logger.log_image("panel", picture)
+        context.logger.log_image("panel", picture)
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: CosineMeanSimilarityResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: CosineMeanSimilarityResult, context: PlotContext) -> None:
         """Logs the mean images with the alarm's region outlined."""
         region = next(iter(alarm.indices), None)
         title = f"{alarm.label} {alarm.event}"
         picture = plots.alarm_panel(self._regions, self._real, self._generated, region, title, str(alarm))
-        logger.log_image("picture", picture)
+        context.logger.log_image("picture", picture)
 
 
 def _distance(value: float, std: float) -> float:

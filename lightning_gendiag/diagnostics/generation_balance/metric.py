@@ -14,7 +14,7 @@ from lightning_gendiag.diagnostics.generation_balance.functional import (
     binomial_interval,
 )
 from lightning_gendiag.functional.distances import frechet_distance
-from lightning_gendiag.metric import Diagnostic, ScalarInfo
+from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
 
 class GenerationBalance(Diagnostic):
@@ -39,39 +39,28 @@ class GenerationBalance(Diagnostic):
         (0.5, [False, True])
     """
 
-    higher_is_better = None
     plotted = ("class_", "fid_class_")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
-        "imbalance": ScalarInfo(
-            "Fraction of generated images that would have to change class to match the real shares (total variation).",
-            higher_is_better=False,
+        "imbalance": less_is_better(
+            "Fraction of generated images that would have to change class to match the real shares (total variation)."
         ),
-        "divergence": ScalarInfo(
-            "KL divergence of the generated from the real shares of classes.", unit="nats", higher_is_better=False
+        "divergence": less_is_better("KL divergence of the generated from the real shares of classes.", unit="nats"),
+        "dropped": less_is_better("Number of classes that are surely less than half as frequent as among real images."),
+        "dominating": less_is_better(
+            "Number of classes that are surely more than twice as frequent as among real images."
         ),
-        "dropped": ScalarInfo(
-            "Number of classes that are surely less than half as frequent as among real images.", higher_is_better=False
+        "coverage": more_is_better(
+            "Fraction of the real classes that are generated with at least a tenth of their real share."
         ),
-        "dominating": ScalarInfo(
-            "Number of classes that are surely more than twice as frequent as among real images.",
-            higher_is_better=False,
+        "fid_mean": less_is_better("Mean Fréchet distance within classes."),
+        "fid_worst": less_is_better("Largest Fréchet distance within a class."),
+        "invalid": less_is_better(
+            "Fraction of the generated images whose features contain nan or inf and that are left out."
         ),
-        "coverage": ScalarInfo(
-            "Fraction of the real classes that are generated with at least a tenth of their real share.",
-            higher_is_better=True,
-        ),
-        "fid_mean": ScalarInfo("Mean Fréchet distance within classes.", higher_is_better=False),
-        "fid_worst": ScalarInfo("Largest Fréchet distance within a class.", higher_is_better=False),
-        "invalid": ScalarInfo(
-            "Fraction of the generated images whose features contain nan or inf and that are left out.",
-            higher_is_better=False,
-        ),
-        "accuracy": ScalarInfo("Accuracy of the classifier on real images.", higher_is_better=True, optional=True),
+        "accuracy": more_is_better("Accuracy of the classifier on real images.", optional=True),
         "class_{c}": ScalarInfo("Fraction of the generated images that are of the class, for up to 20 classes."),
-        "fid_class_{c}": ScalarInfo(
-            "Fréchet distance of real and generated features within the class, for up to 20 classes.",
-            higher_is_better=False,
-            optional=True,
+        "fid_class_{c}": less_is_better(
+            "Fréchet distance of real and generated features within the class, for up to 20 classes.", optional=True
         ),
     }
     counts: Tensor
@@ -92,14 +81,8 @@ class GenerationBalance(Diagnostic):
             )
         self.num_classes, self.confidence = num_classes, confidence
         # the first axis is generated, real; the length of the features is not known yet, and sums grow to it from 1
-        for name, shape in (
-            ("counts", (2, num_classes)),
-            ("featured", (2, num_classes)),
-            ("sums", (2, num_classes, 1)),
-            ("products", (2, num_classes, 1, 1)),
-            ("left_out", (2,)),
-        ):
-            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        pair = (2, num_classes)
+        self.add_sums(counts=pair, featured=pair, sums=(*pair, 1), products=(*pair, 1, 1), left_out=(2,))
         self.add_configuration(num_classes=num_classes, confidence=confidence)
 
     def update(self, labels: Tensor, real: bool, features: Tensor | None = None) -> None:
@@ -125,7 +108,7 @@ class GenerationBalance(Diagnostic):
                 f"labels must be 0 to {self.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}. "
                 "To fix this, pass a larger num_classes, or number the classes from 0."
             )
-        side = int(real)
+        side = self.counts.new_tensor([not real, real])
         if features is not None:
             f = self._checked(features, len(labels))
             finite = f.isfinite().all(1)
@@ -134,11 +117,10 @@ class GenerationBalance(Diagnostic):
             products = f.new_zeros(2, self.num_classes, f.shape[1], f.shape[1])
             for c in torch.unique(labels):
                 own = f[labels == c]
-                sums[side, c], products[side, c] = own.sum(0), own.T @ own
-            self.sums, self.products = self.sums + sums, self.products + products
-            self.left_out = self.left_out + self._one_sided((~finite).sum().double(), side)
-            self.featured = self.featured + self._one_sided(self._counted(labels), side)
-        self.counts = self.counts + self._one_sided(self._counted(labels), side)
+                sums[int(real), c], products[int(real), c] = own.sum(0), own.T @ own
+            self.accumulate(sums=sums, products=products, left_out=side * (~finite).sum())
+        counts = side[:, None] * torch.bincount(labels, minlength=self.num_classes)
+        self.accumulate(counts=counts, featured=0 if features is None else counts)
 
     def _checked(self, features: Tensor, n: int) -> Tensor:
         """Returns features (n, F) in float64."""
@@ -149,15 +131,6 @@ class GenerationBalance(Diagnostic):
                 "To fix this, pass one row of features per label, of the same length at each update."
             )
         return features.detach().double()
-
-    def _counted(self, labels: Tensor) -> Tensor:
-        """Returns (K,) numbers of images by class."""
-        return torch.bincount(labels, minlength=self.num_classes).double()
-
-    def _one_sided(self, values: Tensor, side: int) -> Tensor:
-        """Returns (2, ...) values for one side and zeros for the other."""
-        zeros = torch.zeros_like(values)
-        return torch.stack([zeros, values] if side else [values, zeros])
 
     def compute(self) -> GenerationBalanceResult:
         """Computes shares, intervals and distances over all images; shares are nan for a side without images."""

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.generation_balance import plots
 from lightning_gendiag.diagnostics.generation_balance.functional import COVERED, MAX_CLASS_TAGS, GenerationBalanceResult
 from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance
 from lightning_gendiag.functional.arrays import as_images, pieces
-from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, in_chunks, space_for
+from lightning_gendiag.model.batches import known
+from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, space_for
+from lightning_gendiag.model.view import Source, check_source
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 CHUNK = 128
@@ -33,22 +34,19 @@ MIN_STD = 0.3
 PATIENCE = 8
 """While a GAN learns, a class may be dropped and come back within some evaluations."""
 
+CLASS = Series(
+    "class", "component", "share of generated images", event="was dropped", min_std=MIN_STD, patience=PATIENCE
+)
 BALANCE = Series(
     "all classes", "aggregate", "distance of their shares from the real ones", label="the balance of classes",
     min_std=MIN_STD,
 )  # fmt: skip
 
 
-def _class_series(number: int) -> Series:
-    """Returns the series of one class's share."""
-    return Series(
-        f"class {number}", "component", "share of generated images", event="was dropped", index=number,
-        min_std=MIN_STD, patience=PATIENCE,
-    )  # fmt: skip
-
-
 class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResult]):
     """Monitors :class:`GenerationBalance`: which classes a model drops, which dominate, and which have the worst images.
+
+    Where nothing samples, these are the classes of reconstructions.
 
     Needs labels in the batches, and scikit-learn unless a classifier is given.
 
@@ -62,6 +60,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         features: Feature extractor for the FID within each class: a module, or a callable ``(module, images)`` that
             returns (n, F), which is called with the reference at each evaluation; by default a
             :class:`~lightning_gendiag.model.features.FeatureExtractor` fitted on the reference.
+        images: See :class:`CosineMeanSimilarityMonitor`.
         num_classes: K; by default one more than the largest label in the reference.
         kwargs: Arguments of :class:`Monitor`.
 
@@ -74,6 +73,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     name = "generation_balance"
     metric_class = GenerationBalance
+    needs = ()
     needs_labels = True
     requires: tuple[str, ...] = ("sklearn",)
     accuracy = math.nan
@@ -81,6 +81,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     _neighbours: NeighbourClassifier
     _real: tuple[Tensor, Tensor]
     _images: Tensor | None = None
+    _made = "generated"
 
     def __init__(
         self,
@@ -89,10 +90,12 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         neighbours: int = 3,
         space: Literal["auto", "pixels", "features"] = "auto",
         features: Callable | None = None,  # type: ignore[type-arg]
+        images: Source = "auto",
         num_classes: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_source(images)
         if neighbours < 1:
             raise ValueError(f"neighbours must be at least 1, got {neighbours}.")
         if space not in ("auto", "pixels", "features"):
@@ -100,7 +103,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
         self.classifier, self.neighbours, self.space = classifier, neighbours, space
-        self.features, self.num_classes = features, num_classes
+        self.features, self.images, self.num_classes = features, images, num_classes
         if classifier is not None:
             self.requires = ()
 
@@ -110,40 +113,27 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         self.accuracy, self._images = math.nan, None
 
     def check(self, view: ModelView) -> None:
-        """Draws two samples, and finds the classifier."""
-        super().check(view)
-        if self._given_classifier(view) is None and find_spec("sklearn") is None:
+        """Finds what makes images, and the classifier."""
+        view.source(self.images)
+        if self._classifier(view) is None and find_spec("sklearn") is None:
             raise ValueError(SKLEARN_MISSING.format(who="a nearest-neighbour classifier"))
 
-    def _given_classifier(self, view: ModelView) -> Callable[[Tensor], Any] | None:
+    def _classifier(self, view: ModelView) -> Callable[[Tensor], Any] | None:
         """The user's classifier as a callable of images."""
-        if not isinstance(self.classifier, str):
-            return view.resolve_extractor(self.classifier)
-        found = getattr(view.module, self.classifier, None)
-        if not callable(found):
-            raise ValueError(
-                f"classifier must be a callable or name a submodule or method of {type(view.module).__name__}, got "
-                f"{self.classifier!r}."
-            )
-        return lambda images: found(view.as_input(images))
-
-    def _extractor(self, view: ModelView) -> Callable[[Tensor], Tensor]:
-        """A callable from images on any device to features (n, F) on the module's."""
-        given, device = view.resolve_extractor(self.features), view.device
-        extract = view.feature_extractor if given is None else given
-        return lambda images: in_chunks(extract, images.to(device))
+        return view.resolve_named(self.classifier, "classifier", "submodule or method")
 
     def build_metric(self, view: ModelView) -> GenerationBalance:
         """Computes the features of this rank's real images, and fits or assesses the classifier."""
-        (images, labels), own, extract = view.reference, view.local_reference(), self._extractor(view)
-        if labels is None or own.labels is None:
-            raise ValueError(
-                "labels must be known, but the batches have none. "
-                "To fix this, pass ModelAdapter(labels=lambda batch: ...)."
-            )
-        num_classes, classify = int(labels.max()) + 1, self._given_classifier(view)
+        (images, classes), own, extract = (
+            view.reference,
+            view.compared_with(self.images),
+            view.resolve_features(self.features),
+        )
+        labels, classify = known(classes), self._classifier(view)
+        num_classes = int(labels.max()) + 1
+        self._made = "reconstructed" if view.source(self.images) == "reconstructions" else "generated"
         with view.isolated(exact=True):
-            self._real = own.labels, extract(as_images(own.images)).cpu()
+            self._real = known(own.labels), extract(as_images(own.images)).cpu()
             if classify is None:
                 spaces = {"auto": space_for(images, extract), "pixels": None, "features": extract}
                 self._neighbours = NeighbourClassifier(images, labels, spaces[self.space], self.neighbours)
@@ -162,14 +152,14 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def _classes(self, view: ModelView, images: Tensor) -> Tensor:
         """Classes (n,) of finite images, n > 0, on the CPU; inside ``view.isolated``."""
-        classify = self._given_classifier(view)
+        classify = self._classifier(view)
         if classify is None:
             return self._neighbours(images).cpu()
         return torch.cat([class_of(classify(as_images(some)), len(some)).cpu() for some in pieces(images, CHUNK)])
 
     def update(self, view: ModelView) -> None:
         """Adds this rank's real and generated images by their classes and features."""
-        images, extract = view.samples().images, self._extractor(view)
+        images, extract = view.compared(self.images).images, view.resolve_features(self.features)
         labels, real = (part.to(view.device) for part in self._real)
         self.metric.update(labels, real=True, features=real)
         finite = images.flatten(1).isfinite().all(1)
@@ -190,47 +180,33 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def observations(self, result: GenerationBalanceResult) -> list[Observation]:
         """The share of each class that the reference has, and the imbalance of all."""
-        shares, imbalance, most = (
-            result.generated_share.tolist(),
-            float(result.imbalance),
-            int(result.generated_count.argmax()),
-        )
+        shares, imbalance = result.generated_share.tolist(), float(result.imbalance)
+        most = int(result.generated_count.argmax())
         label = f"{BALANCE.label}, with class {most} at {shares[most]:.0%}," if result.dominating[most] else ""
+        classes = enumerate(zip(shares, result.real_share.tolist(), strict=True))
+        series = replace(CLASS, quantity=f"share of {self._made} images")
         return [
             *(
-                Observation(_class_series(c), share, _severity(share, real))
-                for c, (share, real) in enumerate(zip(shares, result.real_share.tolist(), strict=True))
+                Observation(series.numbered(c), share, _severity(share, real))
+                for c, (share, real) in classes
                 if real > 0
             ),
             Observation(BALANCE, imbalance, math.log(imbalance + 0.1), label=label),
         ]
 
-    def log_plots(
-        self,
-        result: GenerationBalanceResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the charts, the table and the panel."""
         classes = range(len(result.fid))
         if len(classes) <= MAX_CLASS_TAGS:
-            logger.log_chart("share of every class", "Multiline", [f"class_{c}" for c in classes])
-            logger.log_chart("FID of every class", "Multiline", [f"fid_class_{c}" for c in classes])
-        logger.log_chart("imbalance", "Multiline", ["imbalance"])
-        logger.log_text("classes", plots.table(result))
-        logger.log_image("panel", plots.panel(result, self._images, evaluation.step))
+            context.logger.log_chart("share of every class", "Multiline", [f"class_{c}" for c in classes])
+            context.logger.log_chart("FID of every class", "Multiline", [f"fid_class_{c}" for c in classes])
+        context.logger.log_chart("imbalance", "Multiline", ["imbalance"])
+        context.logger.log_text("classes", plots.table(result))
+        context.logger.log_image("panel", plots.panel(result, self._images, context.occasion()))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: GenerationBalanceResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's classes marked."""
-        logger.log_image("picture", plots.panel(result, self._images, evaluation.step, alarm.indices, str(alarm)))
+        context.logger.log_image("picture", plots.panel(result, self._images, context.occasion(alarm)))
 
 
 def _severity(share: float, real: float) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
@@ -18,24 +16,20 @@ MAX_CLASSES = 10
 """Largest number of classes whose images are in the panel."""
 
 
-def panel(
-    result: GenerationBalanceResult, images: Tensor | None, step: int, marked: Collection[int] = (), note: str = ""
-) -> Tensor:
+def panel(result: GenerationBalanceResult, images: Tensor | None, occasion: canvas.Occasion) -> Tensor:
     """Draws the share of each class beside the real one, the FID within each class, and generated images.
 
     Args:
         result: Of the evaluation.
         images: (K, 8, C, H, W) from :func:`sheet`, if known.
-        step: Of the evaluation.
-        marked: Numbers of the classes that are drawn in the colour of an alarm.
-        note: Text below the panel.
+        occasion: When it is drawn, and what an alarm marks in it.
 
     Returns:
         (H, W, 3) uint8.
     """
     names = [str(c) for c in range(len(result.fid))]
     odd = (result.dropped | result.dominating).tolist()
-    alarmed = [odd[c] or c in marked for c in range(len(names))]
+    alarmed = [odd[c] or c in occasion.marked for c in range(len(names))]
     changes = []
     for change, classes in (("dropped", result.dropped), ("dominating", result.dominating)):
         some = [str(c) for c in classes.nonzero()[:, 0].tolist()]
@@ -55,7 +49,7 @@ def panel(
         canvas.Row(canvas.INK, f"accuracy of the classifier on real images: {float(result.accuracy):.1%}"),
     ]
     title = "; ".join(changes) or "no class is clearly dropped or dominating"
-    return canvas.panel(f"{title[0].upper()}{title[1:]} (step {step})", tiles, rows, note)
+    return canvas.panel(f"{title[0].upper()}{title[1:]} (step {occasion.step})", tiles, rows, occasion.note)
 
 
 def table(result: GenerationBalanceResult) -> str:

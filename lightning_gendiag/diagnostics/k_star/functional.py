@@ -83,8 +83,7 @@ class KStarResult(NamedTuple):
     @property
     def approximate_skewness(self) -> Tensor:
         """() mean of the skewness of the classes, over those where it is finite; lower is better."""
-        finite = self.skewness[self.skewness.isfinite()]
-        return finite.mean() if len(finite) else torch.full_like(self.invalid, math.nan)
+        return self.skewness[self.skewness.isfinite()].mean()
 
     @property
     def worst(self) -> int:
@@ -93,14 +92,12 @@ class KStarResult(NamedTuple):
 
     def scalars(self) -> dict[str, Tensor]:
         """Returns the scalars of all samples, of the worst class and, for up to 20 classes, of each class."""
-        nan = torch.full_like(self.invalid, math.nan)
-        patterns = self.pattern
         values = {
             "true_skewness": self.true_skewness,
             "approximate_skewness": self.approximate_skewness,
-            "mean": self.values[~self.values.isnan()].mean() if len(self.values) else nan,
-            "worst_class_mean": self.mean[self.worst] if len(self.classes) else nan,
-            "fractured": torch.full_like(self.invalid, float(patterns.count("fractured"))),
+            "mean": self.values[~self.values.isnan()].mean(),
+            "worst_class_mean": self.mean[self.worst] if len(self.classes) else self.invalid.new_tensor(math.nan),
+            "fractured": torch.full_like(self.invalid, float(self.pattern.count("fractured"))),
             "invalid": self.invalid,
         }
         if len(self.classes) <= MAX_CLASS_TAGS:
@@ -135,10 +132,11 @@ def k_star(latents: Tensor, labels: Tensor, *, distance: Distance = "euclidean")
         >>> k_star(line, torch.tensor([0, 0, 1, 1, 1])).values
         tensor([1.0000, 0.5000, 0.3333, 1.0000, 1.0000], dtype=torch.float64)
     """
-    check(latents, labels, distance)
+    check(latents, labels)
+    check_distance(distance)
     x = latents.detach()
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    finite = x.isfinite().all(1) if x.shape[1] else torch.ones(len(x), dtype=torch.bool, device=x.device)
+    finite = x.isfinite().all(1)
     invalid = 1 - finite.double().mean() if len(x) else torch.zeros((), dtype=torch.float64, device=x.device)
     values = torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
     labels = labels.long()
@@ -160,25 +158,18 @@ def k_star(latents: Tensor, labels: Tensor, *, distance: Distance = "euclidean")
                 rivals += torch.bincount(pairs, minlength=len(classes) ** 2).view_as(rivals)
     normal = counts / torch.repeat_interleave(sizes, sizes)
     values[finite.nonzero()[:, 0][order]] = normal
-    parts = normal.split(sizes.tolist())  # type: ignore[no-untyped-call]
-    nan = torch.full((0,), math.nan, dtype=torch.float64, device=x.device)
-    return KStarResult(
-        values=values,
-        labels=labels,
-        classes=classes,
-        mean=torch.stack([part.mean() for part in parts]) if parts and len(classes) else nan,
-        std=torch.stack([part.std(correction=0) for part in parts]) if parts and len(classes) else nan,
-        skewness=torch.stack([_skewness(part) for part in parts]) if parts and len(classes) else nan,
-        rivals=rivals / rivals.sum(1, keepdim=True),
-        invalid=invalid,
-    )
+    parts = torch.split(normal, sizes.tolist())
+    moments = [torch.stack([part.mean(), part.std(correction=0), _skewness(part)]) for part in parts]
+    mean, std, skewness = torch.stack(moments, 1) if len(classes) else normal.new_zeros(3, 0)
+    rivals = rivals / rivals.sum(1, keepdim=True)
+    return KStarResult(values, labels, classes, mean, std, skewness, rivals, invalid)
 
 
-def check(latents: Tensor, labels: Tensor, distance: str) -> None:
-    """Checks the arguments of :func:`k_star`.
+def check(latents: Tensor, labels: Tensor) -> None:
+    """Checks latents and labels.
 
     Raises:
-        ValueError: if shapes or types do not match, or the distance is unknown.
+        ValueError: if shapes or types do not match.
     """
     if latents.ndim != 2 or not latents.is_floating_point():
         raise ValueError(
@@ -190,6 +181,14 @@ def check(latents: Tensor, labels: Tensor, distance: str) -> None:
             f"labels must be ({len(latents)},) integers, got {labels.dtype} of shape {tuple(labels.shape)}. "
             "To fix this, pass one class number per latent."
         )
+
+
+def check_distance(distance: str) -> None:
+    """Checks a distance.
+
+    Raises:
+        ValueError: if it is unknown.
+    """
     if distance not in ("euclidean", "cosine"):
         raise ValueError(
             f"distance must be 'euclidean' or 'cosine', got {distance!r}. To fix this, pass one of the two."
@@ -212,29 +211,18 @@ def _blocks(x: Tensor, sizes: list[int]) -> Iterator[tuple[slice, Tensor, Tensor
         for begin in range(start, stop, step):
             rows = slice(begin, min(begin + step, stop))
             d = squared_distances(centred[rows], centred)  # (B, N)
-            before, after = d[:, :start], d[:, stop:]
-            near = torch.full((len(d),), math.inf, dtype=d.dtype, device=d.device)
-            first = torch.zeros(len(d), dtype=torch.long, device=d.device)
-            for part, offset in ((before, 0), (after, stop)):
-                if part.shape[1]:
-                    value, index = part.min(1)
-                    first = torch.where(value < near, index + offset, first)
-                    near = torch.minimum(near, value)
-            own, tolerance = d[:, start:stop], slack[rows]
+            own, tolerance = d[:, start:stop].clone(), slack[rows]
+            d[:, start:stop] = math.inf
+            near, first = d.min(1)
             # the sample itself is always first
             own[:, rows.start - start :].diagonal().fill_(-math.inf)
+            d[:, start:stop] = own
             surely = (own < (near - tolerance)[:, None]).sum(1)
             perhaps = (own <= (near + tolerance)[:, None]).sum(1)
-            for row in _chunks((perhaps > surely).nonzero()[:, 0]):
+            for row in torch.split((perhaps > surely).nonzero()[:, 0], 64):
                 surely[row], first[row] = _measured(x, d[row], row + rows.start, start, stop, near[row], tolerance[row])
             yield rows, surely, first
         start = stop
-
-
-def _chunks(rows: Tensor) -> Iterator[Tensor]:
-    """Yields at most 64 rows at a time."""
-    for start in range(0, len(rows), 64):
-        yield rows[start : start + 64]
 
 
 def _measured(
@@ -246,9 +234,9 @@ def _measured(
     close = (d - near[:, None]).abs() <= 2 * tolerance[:, None]
     exact = torch.full(d.shape, math.inf, dtype=torch.float64, device=d.device)
     i, j = close.nonzero(as_tuple=True)
-    for part in range(0, len(i), max(1, PAIRS // max(x.shape[1], 1))):
-        some = slice(part, part + max(1, PAIRS // max(x.shape[1], 1)))
-        exact[i[some], j[some]] = (x[rows[i[some]]].double() - x[j[some]].double()).square().sum(1)
+    size = max(1, PAIRS // max(x.shape[1], 1))
+    for a, b in zip(torch.split(i, size), torch.split(j, size), strict=True):
+        exact[a, b] = (x[rows[a]].double() - x[b].double()).square().sum(1)
     nearest, first = exact.masked_fill(own, math.inf).min(1)
     surely = ((d < (near - 2 * tolerance)[:, None]) & own).sum(1)
     closer = ((exact < nearest[:, None]) & own & close).sum(1)

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_gendiag.diagnostics.k_star.functional import Distance, KStarResult, check, k_star
-from lightning_gendiag.metric import Reservoir, ScalarInfo
+from lightning_gendiag.diagnostics.k_star.functional import Distance, KStarResult, check, check_distance, k_star
+from lightning_gendiag.metric import Reservoir, ScalarInfo, less_is_better, more_is_better
 
 
 class KStar(Reservoir):
@@ -32,33 +32,24 @@ class KStar(Reservoir):
         tensor([0.7500, 0.7500], dtype=torch.float64)
     """
 
-    higher_is_better = None
     plotted = ("class_",)
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
-        "true_skewness": ScalarInfo("Skewness of the k* values of all samples together.", higher_is_better=False),
-        "approximate_skewness": ScalarInfo(
-            "Mean of the classes' skewness, over the classes where it is finite.", higher_is_better=False
+        "true_skewness": less_is_better("Skewness of the k* values of all samples together."),
+        "approximate_skewness": less_is_better("Mean of the classes' skewness, over the classes where it is finite."),
+        "mean": more_is_better(
+            "Mean k* over all samples: the fraction of a sample's class that is nearer than any other class."
         ),
-        "mean": ScalarInfo(
-            "Mean k* over all samples: the fraction of a sample's class that is nearer than any other class.",
-            higher_is_better=True,
-        ),
-        "worst_class_mean": ScalarInfo("Lowest mean k* of a class.", higher_is_better=True),
-        "fractured": ScalarInfo("Number of classes whose skewness is above 0.5.", higher_is_better=False),
-        "invalid": ScalarInfo(
-            "Fraction of the latents that contain nan or inf and are left out.", higher_is_better=False
-        ),
-        "class_{c}": ScalarInfo("Mean k* of the class, for up to 20 classes.", higher_is_better=True),
+        "worst_class_mean": more_is_better("Lowest mean k* of a class."),
+        "fractured": less_is_better("Number of classes whose skewness is above 0.5."),
+        "invalid": less_is_better("Fraction of the latents that contain nan or inf and are left out."),
+        "class_{c}": more_is_better("Mean k* of the class, for up to 20 classes."),
     }
 
     def __init__(
         self, distance: Distance = "euclidean", *, max_rows: int | None = None, seed: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(max_rows=max_rows, seed=seed, **kwargs)
-        if distance not in ("euclidean", "cosine"):
-            raise ValueError(
-                f"distance must be 'euclidean' or 'cosine', got {distance!r}. To fix this, pass one of the two."
-            )
+        check_distance(distance)
         self.distance = distance
         self.add_configuration(distance=distance)
 
@@ -72,7 +63,7 @@ class KStar(Reservoir):
         Raises:
             ValueError: if shapes or types do not match.
         """
-        check(latents, labels, self.distance)
+        check(latents, labels)
         self.append(latents, labels)
 
     def compute(self) -> KStarResult:

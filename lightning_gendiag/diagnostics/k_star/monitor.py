@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.k_star import plots
 from lightning_gendiag.diagnostics.k_star.functional import MAX_CLASS_TAGS, Distance, KStarResult
 from lightning_gendiag.diagnostics.k_star.metric import KStar
 from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.batches import known
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 CHUNK = 128
@@ -29,14 +28,8 @@ MIN_STD = 0.02
 MIN_DELTA = 0.08
 """So is a lasting drop by this much: a flow's latents lose the classes as they become Gaussian."""
 
+CLASS = Series("class", "component", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
 ALL = Series("all classes", "aggregate", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
-
-
-def _class_series(number: int) -> Series:
-    """Returns the series of one class's mean."""
-    return Series(
-        f"class {number}", "component", "mean k*", event="fractured", index=number, min_std=MIN_STD, min_delta=MIN_DELTA
-    )
 
 
 class KStarMonitor(Monitor[KStar, KStarResult]):
@@ -98,17 +91,17 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
 
     def build_metric(self, view: ModelView) -> KStar:
         """Creates the metric, if labels are known."""
-        _known(view.reference.labels)
+        known(view.reference.labels)
         return KStar(self.distance, max_rows=self.max_rows)
 
     def update(self, view: ModelView) -> None:
         """Adds the features of this rank's images."""
         if self.features == "encode" and self.images == "real":
             for output, size, classes in view.encoded():
-                self.metric.update(view.latents_in(output, size), _known(classes))
+                self.metric.update(view.latents_in(output, size), known(classes))
             return
         images, classes = view.local_reference() if self.images == "real" else view.samples()
-        labels = _known(classes)
+        labels = known(classes)
         with view.isolated(exact=True):
             for start in range(0, len(images), CHUNK):
                 some = view.as_input(as_images(images[start : start + CHUNK]))
@@ -124,51 +117,34 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
         path = str(self.features)
         entry, layer = _layer(view, path)
         outputs: list[Any] = []
-        handle = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-        try:
+        with layer.register_forward_hook(lambda module, inputs, output: outputs.append(output)):
             entry(images)
-        finally:
-            handle.remove()
         if not outputs:
             raise ValueError(f"features must name a layer that {path.split('.')[0]} runs, got {path!r}.")
         return _rows(outputs[-1], len(images))
 
     def observations(self, result: KStarResult) -> list[Observation]:
         """The mean of each class, labelled with its nearest rival, and the mean of all classes."""
-        mean = float(result.scalars()["mean"])
+        observations = []
         classes = zip(result.classes.tolist(), result.mean.tolist(), result.nearest_rival.tolist(), strict=True)
-        return [
-            *(
-                Observation(
-                    _class_series(c), value, -value,
-                    label="" if rival < 0 else f"class {c}, now next to class {rival},",
-                )
-                for c, value, rival in classes
-            ),
-            Observation(ALL, mean, -mean),
-        ]  # fmt: skip
+        for c, value, rival in classes:
+            label = "" if rival < 0 else f"class {c}, now next to class {rival},"
+            observations.append(Observation(CLASS.numbered(c), value, -value, label))
+        mean = float(result.scalars()["mean"])
+        return [*observations, Observation(ALL, mean, -mean)]
 
-    def log_plots(
-        self, result: KStarResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
-    ) -> None:
+    def log_plots(self, result: KStarResult, context: PlotContext) -> None:
         """Logs the histogram of all values, the table, the charts and the panel."""
-        logger.log_histogram("values", result.values)
-        logger.log_text("classes", plots.table(result))
+        context.logger.log_histogram("values", result.values)
+        context.logger.log_text("classes", plots.table(result))
         if len(result.classes) <= MAX_CLASS_TAGS:
-            logger.log_chart("every class", "Multiline", [f"class_{c}" for c in result.classes.tolist()])
-        logger.log_chart("skewness", "Multiline", ["true_skewness", "approximate_skewness"])
-        logger.log_image("panel", plots.panel(result, evaluation.step))
+            context.logger.log_chart("every class", "Multiline", [f"class_{c}" for c in result.classes.tolist()])
+        context.logger.log_chart("skewness", "Multiline", ["true_skewness", "approximate_skewness"])
+        context.logger.log_image("panel", plots.panel(result, context.occasion()))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: KStarResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: KStarResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's classes marked."""
-        logger.log_image("picture", plots.panel(result, evaluation.step, alarm.indices, str(alarm)))
+        context.logger.log_image("picture", plots.panel(result, context.occasion(alarm)))
 
 
 def _layer(view: ModelView, path: str) -> tuple[nn.Module, nn.Module]:
@@ -185,19 +161,6 @@ def _layer(view: ModelView, path: str) -> tuple[nn.Module, nn.Module]:
             f"features must be 'encode', a callable or the path of a submodule of {type(view.module).__name__}, got "
             f"{path!r}. Its layers are {', '.join(layers[:40])}."
         ) from None
-
-
-def _known(labels: Tensor | None) -> Tensor:
-    """Returns labels.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if labels is None:
-        raise ValueError(
-            "labels must be known, but the batches have none. To fix this, pass ModelAdapter(labels=lambda batch: ...)."
-        )
-    return labels
 
 
 def _rows(output: Any, n: int) -> Tensor:

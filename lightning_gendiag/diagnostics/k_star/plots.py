@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.k_star.functional import KStarResult
 from lightning_gendiag.plots import canvas, charts
 
 
-def panel(result: KStarResult, step: int, marked: Collection[int] = (), note: str = "") -> Tensor:
+def panel(result: KStarResult, occasion: canvas.Occasion) -> Tensor:
     """Draws the distribution of each class's values, and which other class its samples see first.
 
     Args:
         result: Of the evaluation.
-        step: Of the evaluation.
-        marked: Numbers of the classes that are drawn in the colour of an alarm.
-        note: Text below the panel.
+        occasion: When it is drawn, and what an alarm marks in it.
 
     Returns:
         (H, W, 3) uint8.
@@ -25,7 +21,7 @@ def panel(result: KStarResult, step: int, marked: Collection[int] = (), note: st
     classes, worst, values = result.classes.tolist(), result.worst, result.values.cpu()
     names, labels = [str(c) for c in classes], result.labels.cpu()
     groups = [values[(labels == c) & ~values.isnan()] for c in classes]
-    alarmed = [place for place, c in enumerate(classes) if c in marked]
+    alarmed = [place for place, c in enumerate(classes) if c in occasion.marked]
     counts = {pattern: result.pattern.count(pattern) for pattern in ("fractured", "overlapped", "clustered")}
     patterns = ", ".join(f"{count} {pattern}" for pattern, count in counts.items() if count) or "no pattern"
     rows = [canvas.Row(canvas.INK, f"skewness: {float(result.true_skewness):.2f} (lower is better)")]
@@ -37,7 +33,7 @@ def panel(result: KStarResult, step: int, marked: Collection[int] = (), note: st
         canvas.Tile("k* of each class, 1 = together", charts.violins(groups, names, alarmed)),
         canvas.Tile("first rival (column) of each class", charts.matrix(result.rivals.cpu(), most=1.0)),
     ]
-    return canvas.panel(f"{len(names)} classes: {patterns} (step {step})", tiles, rows, note)
+    return canvas.panel(f"{len(names)} classes: {patterns} (step {occasion.step})", tiles, rows, occasion.note)
 
 
 def table(result: KStarResult) -> str:

@@ -113,7 +113,7 @@ class LatentRegionsResult(NamedTuple):
 
     def inside(self, kind: Kind, z: Tensor) -> Tensor:
         """Returns booleans (n,), true for points (n, D) that are of a kind; all points are of the kind ``"prior"``."""
-        if len(self.weights) == 0:
+        if kind == "prior" or not self._has(kind):
             return torch.full((len(z),), kind == "prior", device=z.device)
         if kind == "cluster":
             from scipy.stats import chi2
@@ -123,13 +123,13 @@ class LatentRegionsResult(NamedTuple):
             return (sure >= SURE) & near
         if kind == "grey":
             return (self.responsibilities(z).amax(1) <= UNSURE) & (self.log_density(z) >= self.typical)
-        if kind == "margin":
-            if len(self.margins) == 0:
-                return torch.zeros(len(z), dtype=torch.bool, device=z.device)
-            nearest = torch.cdist(z.double(), self.saddles).argmin(1)
-            above = self.log_density(z) - self.log_density(self.saddles)[nearest]
-            return (above <= self.depths[nearest] / 2) & (above >= -BELOW)
-        return torch.ones(len(z), dtype=torch.bool, device=z.device)
+        nearest = torch.cdist(z.double(), self.saddles).argmin(1)
+        above = self.log_density(z) - self.log_density(self.saddles)[nearest]
+        return (above <= self.depths[nearest] / 2) & (above >= -BELOW)
+
+    def _has(self, kind: Kind) -> bool:
+        """Returns whether there may be points of a kind other than ``"prior"``."""
+        return len(self.margins if kind == "margin" else self.weights) > 0
 
     def sample(
         self, kind: Kind, n: int, generator: torch.Generator | None = None, component: int | None = None
@@ -158,7 +158,7 @@ class LatentRegionsResult(NamedTuple):
         if kind == "prior":
             return torch.randn(n, dims, generator=generator, dtype=torch.float64)
         own = LatentRegionsResult(*(part.cpu() for part in self))
-        if len(own.weights) == 0 or (kind == "margin" and len(own.margins) == 0):
+        if not own._has(kind):
             return torch.zeros(0, dims, dtype=torch.float64)
         roots = torch.linalg.cholesky(own.covariances)
         found: list[Tensor] = []
@@ -409,11 +409,8 @@ def fit_mixture(z: Tensor, components: int | None, most: int, seed: int) -> tupl
 
 def _margins(mixture: LatentRegionsResult) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Finds margins and returns pairs (M, 2), saddles (M, D), depths (M,) and widths (M,)."""
-    k, dims = mixture.means.shape
+    k = len(mixture.means)
     pairs = torch.triu_indices(k, k, 1).T  # (P, 2)
-    if len(pairs) == 0:
-        empty = mixture.weights.new_zeros(0)
-        return pairs, mixture.means.new_zeros(0, dims), empty, empty
     start, stop = mixture.means[pairs[:, 0]], mixture.means[pairs[:, 1]]
 
     def along(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.latent_regions.functional import LatentRegionsResult, check, latent_regions
-from lightning_gendiag.metric import Reservoir, ScalarInfo
+from lightning_gendiag.metric import Reservoir, ScalarInfo, less_is_better, more_is_better
 
 
 class LatentRegions(Reservoir):
@@ -34,7 +34,6 @@ class LatentRegions(Reservoir):
         tensor([0., 0.], dtype=torch.float64)
     """
 
-    higher_is_better = None
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
         "components": ScalarInfo("Number of components of the Gaussian mixture over the latents."),
         "margins": ScalarInfo("Number of pairs of components with a valley of density between them."),
@@ -42,72 +41,45 @@ class LatentRegions(Reservoir):
         "margin_depth": ScalarInfo(
             "Mean depth of the valleys between components, in log density.", unit="nats", optional=True
         ),
-        "overlap": ScalarInfo(
-            "Expected fraction of latents whose component is guessed wrongly.", higher_is_better=False
-        ),
-        "grey_share": ScalarInfo("Fraction of the latents that lie where components overlap.", higher_is_better=False),
+        "overlap": less_is_better("Expected fraction of latents whose component is guessed wrongly."),
+        "grey_share": less_is_better("Fraction of the latents that lie where components overlap."),
         "spread": ScalarInfo("Standard deviation of the latents over all dimensions, 0 where all latents are equal."),
-        "invalid": ScalarInfo(
-            "Fraction of the latents that contain nan or inf and are left out.", higher_is_better=False
+        "invalid": less_is_better("Fraction of the latents that contain nan or inf and are left out."),
+        "class_entropy": less_is_better(
+            "Mean entropy of the classes of the latents within a component.", unit="nats", optional=True
         ),
-        "class_entropy": ScalarInfo(
-            "Mean entropy of the classes of the latents within a component.",
-            unit="nats",
-            higher_is_better=False,
-            optional=True,
+        "decoded_entropy": less_is_better(
+            "Mean entropy of the classes that a component decodes to.", unit="nats", optional=True
         ),
-        "decoded_entropy": ScalarInfo(
-            "Mean entropy of the classes that a component decodes to.",
-            unit="nats",
-            higher_is_better=False,
-            optional=True,
+        "fid_prior": less_is_better("Fréchet distance of images decoded from the prior to real images.", optional=True),
+        "fid_cluster": less_is_better(
+            "Fréchet distance of images decoded from inside clusters to real images.", optional=True
         ),
-        "fid_prior": ScalarInfo(
-            "Fréchet distance of images decoded from the prior to real images.", higher_is_better=False, optional=True
+        "fid_margin": less_is_better(
+            "Fréchet distance of images decoded from the valleys between clusters to real images.", optional=True
         ),
-        "fid_cluster": ScalarInfo(
-            "Fréchet distance of images decoded from inside clusters to real images.",
-            higher_is_better=False,
-            optional=True,
+        "fid_grey": less_is_better(
+            "Fréchet distance of images decoded from where components overlap to real images.", optional=True
         ),
-        "fid_margin": ScalarInfo(
-            "Fréchet distance of images decoded from the valleys between clusters to real images.",
-            higher_is_better=False,
-            optional=True,
+        "inception_score_prior": more_is_better(
+            "Inception score of images decoded from the prior, by the classifier in use.", optional=True
         ),
-        "fid_grey": ScalarInfo(
-            "Fréchet distance of images decoded from where components overlap to real images.",
-            higher_is_better=False,
-            optional=True,
+        "inception_score_cluster": more_is_better(
+            "Inception score of images decoded from inside clusters, by the classifier in use.", optional=True
         ),
-        "inception_score_prior": ScalarInfo(
-            "Inception score of images decoded from the prior, by the classifier in use.",
-            higher_is_better=True,
-            optional=True,
-        ),
-        "inception_score_cluster": ScalarInfo(
-            "Inception score of images decoded from inside clusters, by the classifier in use.",
-            higher_is_better=True,
-            optional=True,
-        ),
-        "inception_score_margin": ScalarInfo(
+        "inception_score_margin": more_is_better(
             "Inception score of images decoded from the valleys between clusters, by the classifier in use.",
-            higher_is_better=True,
             optional=True,
         ),
-        "inception_score_grey": ScalarInfo(
-            "Inception score of images decoded from where components overlap, by the classifier in use.",
-            higher_is_better=True,
-            optional=True,
+        "inception_score_grey": more_is_better(
+            "Inception score of images decoded from where components overlap, by the classifier in use.", optional=True
         ),
-        "gap_margin": ScalarInfo(
+        "gap_margin": less_is_better(
             "Fréchet distance at the valleys over that of the prior, above 1 where features are lost at the valleys.",
-            higher_is_better=False,
             optional=True,
         ),
-        "gap_grey": ScalarInfo(
+        "gap_grey": less_is_better(
             "Fréchet distance where components overlap over that of the prior, above 1 where features are lost there.",
-            higher_is_better=False,
             optional=True,
         ),
     }

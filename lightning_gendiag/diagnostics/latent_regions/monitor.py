@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.latent_regions import plots
 from lightning_gendiag.diagnostics.latent_regions.functional import KINDS, LatentRegionsResult, inception_score
 from lightning_gendiag.diagnostics.latent_regions.metric import LatentRegions
 from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.functional.distances import frechet_distance
-from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, in_chunks, space_for
+from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, space_for
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
+    from lightning_gendiag.plots.canvas import Occasion
 
 CHUNK = 128
 """Largest number of images or latents that go through the model at a time."""
@@ -107,19 +106,14 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     def build_metric(self, view: ModelView) -> LatentRegions:
         """Computes the features of the reference, and fits the classifier where none is given."""
         images, labels = view.reference
-        extract = self._extractor(view)
+        extract = view.resolve_features(self.features)
         with view.isolated(exact=True):
             self._neighbours = None
             if self.classifier is None and labels is not None:
-                space = space_for(images, lambda some: in_chunks(extract, some.to(view.device)).cpu())
-                self._neighbours = NeighbourClassifier(images, labels, space, accuracy=False)
-            features = [in_chunks(extract, some.to(view.device)) for some in pieces(images, CHUNK)]
+                self._neighbours = NeighbourClassifier(images, labels, space_for(images, extract), accuracy=False)
+            features = [extract(some) for some in pieces(images, CHUNK)]
         self._reference = _moments(torch.cat(features))
         return LatentRegions(self.components, max_components=self.max_components, max_rows=self.max_rows)
-
-    def _extractor(self, view: ModelView) -> Callable[[Tensor], Tensor]:
-        given = view.resolve_extractor(self.features)
-        return view.feature_extractor if given is None else given
 
     def depends_on_model(self, view: ModelView) -> bool:
         """Whether the reference's features change with the module."""
@@ -127,8 +121,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
 
     def update(self, view: ModelView) -> None:
         """Adds the latents of this rank's rows of the reference."""
-        number = self.evaluations + 1
-        is_power_of_two = number & (number - 1) == 0
+        is_power_of_two = (self.evaluations + 1).bit_count() == 1
         self.metric.components = self.components or (None if is_power_of_two else self._chosen)
         for output, size, labels in view.encoded():
             self.metric.update(view.latents_in(output, size), labels)
@@ -138,7 +131,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         self._chosen = len(result.weights) or None
         generator = torch.Generator().manual_seed(view.adapter.seed)
         fid, inception, decoded_share = result.fid.clone(), result.inception.clone(), result.decoded_share.clone()
-        extract, self._decoded = self._extractor(view), []
+        extract, self._decoded = view.resolve_features(self.features), []
         with view.isolated(exact=True):
             self._points = [result.sample(kind, self.num_points, generator) for kind in KINDS]
             for k, points in enumerate(self._points):
@@ -146,7 +139,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
                 self._decoded.append(images[: plots.SHOWN].cpu())
                 # a distance says little with fewer points than features
                 if len(images) >= self.num_points // 2:
-                    fid[k] = frechet_distance(*self._reference, *_moments(in_chunks(extract, images))).clamp(min=0)
+                    fid[k] = frechet_distance(*self._reference, *_moments(extract(images))).clamp(min=0)
                     probabilities = self._probabilities(view, images)
                     if probabilities is not None:
                         positive = probabilities.double().clamp(min=LEAST_PROBABILITY)
@@ -189,29 +182,20 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         """Restores the number of components that was chosen."""
         self._chosen = state["components"]
 
-    def log_plots(
-        self, result: LatentRegionsResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
-    ) -> None:
+    def log_plots(self, result: LatentRegionsResult, context: PlotContext) -> None:
         """Logs the charts, the table of components and the panel."""
-        logger.log_chart("FID of each kind of point", "Multiline", [f"fid_{kind}" for kind in KINDS])
-        logger.log_chart("overlap of components", "Multiline", ["overlap", "grey_share"])
-        logger.log_text("components", plots.table(result))
-        logger.log_image("panel", self._panel(result, evaluation))
+        context.logger.log_chart("FID of each kind of point", "Multiline", [f"fid_{kind}" for kind in KINDS])
+        context.logger.log_chart("overlap of components", "Multiline", ["overlap", "grey_share"])
+        context.logger.log_text("components", plots.table(result))
+        context.logger.log_image("panel", self._panel(result, context.occasion()))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: LatentRegionsResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: LatentRegionsResult, context: PlotContext) -> None:
         """Logs the panel."""
-        logger.log_image("picture", self._panel(result, evaluation, str(alarm)))
+        context.logger.log_image("picture", self._panel(result, context.occasion(alarm)))
 
-    def _panel(self, result: LatentRegionsResult, evaluation: Evaluation, note: str = "") -> Tensor:
+    def _panel(self, result: LatentRegionsResult, occasion: Occasion) -> Tensor:
         latents, labels = self.metric.selected()
-        return plots.panel(result, latents.cpu(), labels.cpu(), self._points, self._decoded, evaluation.step, note)
+        return plots.panel(result, latents.cpu(), labels.cpu(), self._points, self._decoded, occasion)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

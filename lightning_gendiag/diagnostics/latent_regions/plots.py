@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +29,7 @@ def panel(
     labels: Tensor,
     points: Sequence[Tensor],
     decoded: Sequence[Tensor],
-    step: int,
-    note: str = "",
+    occasion: canvas.Occasion,
 ) -> Tensor:
     """Draws the latents with their regions, the class map, decoded images, and the FID of each kind of point.
 
@@ -39,28 +39,23 @@ def panel(
         labels: (N,), negative where not known.
         points: (n, D) for each of ``KINDS``.
         decoded: (n, C, H, W), n up to ``SHOWN``, for each of ``KINDS``.
-        step: Of the evaluation.
-        note: Text below the panel.
+        occasion: When it is drawn, and what an alarm marks in it.
 
     Returns:
         (H, W, 3) uint8.
     """
     finite = latents.isfinite().all(1)
     latents, labels = latents[finite].double(), labels[finite]
-    axes, centre = _plane(result)
-    reach = float(((latents - centre) @ axes).abs().quantile(0.995)) * 1.15 if len(latents) else 1.0
-    reach = reach or 1.0
-    tiles = [
-        canvas.Tile("margins red, grey area black", _scatter(result, latents, labels, points[2:], axes, centre, reach))
-    ]
+    plane = _plane_of(result, latents)
+    tiles = [canvas.Tile("margins red, grey area black", _scatter(result, latents, labels, points[2:], plane))]
     if (labels >= 0).any():
-        tiles.append(canvas.Tile("nearest class", _class_map(latents, labels, axes, centre, reach)))
+        tiles.append(canvas.Tile("nearest class", _class_map(latents, labels, plane)))
     if any(len(images) for images in decoded):
         tiles.append(canvas.Tile(f"decoded: {', '.join(KINDS)}", pictures.contact_sheet(_sheet(decoded))))
     fid = result.fid.tolist()
     worse = [value > 1.2 * fid[0] for value in fid]
     tiles.append(canvas.Tile("FID of each kind", charts.bars(fid, list(KINDS), worse, floor=0.0)))
-    return canvas.panel(f"{_title(result)} (step {step})", tiles, _legend(result), note)
+    return canvas.panel(f"{_title(result)} (step {occasion.step})", tiles, _legend(result), occasion.note)
 
 
 def table(result: LatentRegionsResult) -> str:
@@ -96,48 +91,55 @@ def _legend(result: LatentRegionsResult) -> list[canvas.Row]:
     return [canvas.Row(canvas.INK, text) for text in texts]
 
 
+class _Plane(NamedTuple):
+    """The plane that is shown: the first two dimensions, or principal components."""
+
+    axes: Tensor  # (D, 2)
+    centre: Tensor  # (D,)
+    reach: float  # half the side of the square that is shown
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Returns places (n, 2) of points (n, D)."""
+        return (z - self.centre) @ self.axes
+
+
 def _scatter(
-    result: LatentRegionsResult,
-    latents: Tensor,
-    labels: Tensor,
-    points: Sequence[Tensor],
-    axes: Tensor,
-    centre: Tensor,
-    reach: float,
+    result: LatentRegionsResult, latents: Tensor, labels: Tensor, points: Sequence[Tensor], plane: _Plane
 ) -> Tensor:
     """Latents by class, the components' ellipses, points in margins in red and points in the grey area in black."""
-    plane = charts.Scatter(reach)
+    chart = charts.Scatter(plane.reach)
     colours = [canvas.region_colour(int(c)) if c >= 0 else canvas.FAINT for c in labels]
-    plane.points((latents - centre) @ axes, colours, 1)
+    chart.points(plane(latents), colours, 1)
     for mean, covariance in zip(result.means.cpu(), result.covariances.cpu(), strict=True):
-        plane.ring(axes.T @ (mean - centre), axes.T @ covariance @ axes)
+        chart.ring(plane(mean), plane.axes.T @ covariance @ plane.axes)
     for z, colour in zip(points, (canvas.ALARM, canvas.INK), strict=True):
-        some = (z[:120] - centre) @ axes
-        plane.points(some, [colour] * len(some), 2)
-    return plane.picture()
+        chart.points(plane(z[:120]), [colour] * len(z[:120]), 2)
+    return chart.picture()
 
 
-def _class_map(latents: Tensor, labels: Tensor, axes: Tensor, centre: Tensor, reach: float) -> Tensor:
+def _class_map(latents: Tensor, labels: Tensor, plane: _Plane) -> Tensor:
     """The plane coloured by the class of the nearest latents."""
-    places = torch.linspace(-reach, reach, PLANE, dtype=torch.float64)
+    places = torch.linspace(-plane.reach, plane.reach, PLANE, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(places, places.flip(0), indexing="xy"), -1).flatten(0, 1)
     known = labels >= 0
     neighbours = NeighbourClassifier(latents[known][:, :, None, None].float(), labels[known], accuracy=False)
-    classes = neighbours((centre + grid @ axes.T).float()[:, :, None, None])
+    classes = neighbours((plane.centre + grid @ plane.axes.T).float()[:, :, None, None])
     colours = torch.tensor([canvas.region_colour(int(c)) for c in classes], dtype=torch.uint8)
     return pictures.enlarged(colours.view(PLANE, PLANE, 3))
 
 
-def _plane(result: LatentRegionsResult) -> tuple[Tensor, Tensor]:
-    """Axes (D, 2) of the plane that is shown, and its centre (D,): the first two dimensions, or principal components."""
+def _plane_of(result: LatentRegionsResult, latents: Tensor) -> _Plane:
+    """Returns the plane in which the components and the latents (N, D) are shown."""
     means, dims = result.means.cpu(), result.means.shape[1]
-    if len(means) == 0 or dims <= 2:
-        return torch.eye(dims, 2, dtype=torch.float64), torch.zeros(dims, dtype=torch.float64)
-    weights = result.weights.cpu()
-    centre = (weights[:, None] * means).sum(0)
-    away = means - centre
-    total = (weights[:, None, None] * (result.covariances.cpu() + away[:, :, None] * away[:, None])).sum(0)
-    return torch.linalg.eigh(total)[1][:, -2:].flip(1), centre
+    axes, centre = torch.eye(dims, 2, dtype=torch.float64), torch.zeros(dims, dtype=torch.float64)
+    if len(means) and dims > 2:
+        weights = result.weights.cpu()
+        centre = (weights[:, None] * means).sum(0)
+        away = means - centre
+        total = (weights[:, None, None] * (result.covariances.cpu() + away[:, :, None] * away[:, None])).sum(0)
+        axes = torch.linalg.eigh(total)[1][:, -2:].flip(1)
+    reach = float(((latents - centre) @ axes).abs().quantile(0.995)) * 1.15 if len(latents) else 1.0
+    return _Plane(axes, centre, reach or 1.0)
 
 
 def _sheet(decoded: Sequence[Tensor]) -> Tensor:

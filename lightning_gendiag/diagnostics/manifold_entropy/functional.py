@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_gendiag.functional.arrays import in_classes
 from lightning_gendiag.functional.results import loggable
 
 HALF_LOG_2PIE = 0.5 * (1 + math.log(2 * math.pi))
@@ -85,9 +86,8 @@ class ManifoldEntropyResult(NamedTuple):
     @property
     def strongest_pair(self) -> tuple[int, int]:
         """The two dimensions with the largest mutual information, in ascending order."""
-        place = int(self.mutual_information.nan_to_num(-1.0).argmax())
-        length = len(self.entropy)
-        return min(place // length, place % length), max(place // length, place % length)
+        i, j = divmod(int(self.mutual_information.nan_to_num(-1.0).argmax()), len(self.entropy))
+        return min(i, j), max(i, j)
 
     def scalars(self) -> dict[str, Tensor]:
         """Returns the scalars of all dimensions together and, for up to 20 dimensions, of each, each of shape ()."""
@@ -147,7 +147,7 @@ def gram_sums(
         The sums.
     """
     gram = gram.double()
-    n, length = gram.shape[:2]
+    length = gram.shape[1]
     top = gram.diagonal(dim1=1, dim2=2).amax(1)  # (N,)
     smallest = gram.diagonal(dim1=1, dim2=2).amin(1)
     factor, info = torch.linalg.cholesky_ex(gram)
@@ -159,19 +159,14 @@ def gram_sums(
         gram = gram + torch.diag_embed(ridge[:, None].expand(-1, length))
     diagonal = gram.diagonal(dim1=1, dim2=2)  # (N, L)
     log_norms = 0.5 * diagonal.log()
-    weights = torch.ones(n, 1, dtype=torch.float64, device=gram.device)
-    if num_classes and labels is not None:
-        weights = torch.cat([weights, torch.nn.functional.one_hot(labels, num_classes).to(weights)], 1)
-
-    natural = torch.arange(length, device=gram.device)
-    leading = _log_minors(gram, natural if order is None else order)
-    trailing = _log_minors(gram, (natural if order is None else order).flip(0)).flip(1)
+    weights = in_classes(log_norms, labels, num_classes)
+    order = torch.arange(length, device=gram.device) if order is None else order
+    leading, trailing = _log_minors(gram, order), _log_minors(gram, order.flip(0)).flip(1)
     volume = leading[:, -1] if log_volume is None else log_volume.double()
     parts = log_norms.sum(1)
     if partition is not None:
-        parts = torch.stack(
-            [_log_minors(gram, torch.as_tensor(list(p), device=gram.device))[:, -1] for p in partition]
-        ).sum(0)
+        blocks = [_log_minors(gram, torch.as_tensor(list(p), device=gram.device))[:, -1] for p in partition]
+        parts = torch.stack(blocks).sum(0)
 
     scaled = gram / (diagonal.sqrt()[:, :, None] * diagonal.sqrt()[:, None, :])
     # two columns that are proportional would share infinite information, which is bounded here
@@ -267,12 +262,7 @@ def manifold_entropy(
             f"jacobian must be finite (N, X, L), got {jacobian.dtype} of shape {tuple(jacobian.shape)}. "
             "To fix this, leave latents out whose Jacobian is not finite."
         )
-    if num_classes and (labels is None or labels.shape != jacobian.shape[:1]):
-        got = None if labels is None else tuple(labels.shape)
-        raise ValueError(
-            f"labels must be ({len(jacobian)},) where num_classes is given, got {got}. "
-            "To fix this, pass one class number per latent."
-        )
+    check_labels(labels, len(jacobian), num_classes)
     rows = torch.as_tensor(data_scale, dtype=torch.float64, device=jacobian.device)
     columns = torch.as_tensor(latent_scale, dtype=torch.float64, device=jacobian.device)
     scaled = jacobian.double() * (rows[:, None] if rows.ndim else rows) * columns
@@ -280,6 +270,19 @@ def manifold_entropy(
     check_partition(partition, jacobian.shape[2])
     first = entropies(gram_sums(gram, log_volume, labels, num_classes, None, partition), None)
     return entropies(gram_sums(gram, log_volume, labels, num_classes, first.order, partition), first.order)
+
+
+def check_labels(labels: Tensor | None, n: int, num_classes: int) -> None:
+    """Checks that there are labels of n latents where ``num_classes`` is positive.
+
+    Raises:
+        ValueError: if there are none, or of another shape.
+    """
+    if num_classes and (labels is None or labels.shape != (n,)):
+        got = None if labels is None else tuple(labels.shape)
+        raise ValueError(
+            f"labels must be ({n},) where num_classes is given, got {got}. To fix this, pass one class number per latent."
+        )
 
 
 def check_partition(partition: Sequence[Sequence[int]] | None, length: int, name: str = "partition") -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.manifold_entropy.functional import (
     ManifoldEntropyResult,
     Sums,
+    check_labels,
     check_partition,
     entropies,
     gram_sums,
 )
-from lightning_gendiag.metric import Diagnostic, ScalarInfo
+from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better
 
 
 class ManifoldEntropy(Diagnostic):
@@ -33,38 +33,31 @@ class ManifoldEntropy(Diagnostic):
         ValueError: if ``partition`` or ``order`` does not contain each dimension once.
 
     Example:
+        >>> import torch
         >>> metric = ManifoldEntropy(2)
         >>> metric.update(torch.diag(torch.tensor([4.0, 1.0]))[None])
         >>> metric.compute().effective_dimensions
         tensor(1.6494, dtype=torch.float64)
     """
 
-    higher_is_better = None
     plotted = ("dimension_", "total_correlation", "effective_dimensions")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
         "total": ScalarInfo(
             "Entropy of all dimensions together, from the volume that a flow reports where it reports one.", unit="nats"
         ),
-        "total_correlation": ScalarInfo(
-            "Sum of the dimensions' entropies minus the total entropy, 0 where dimensions do not overlap.",
-            unit="nats",
-            higher_is_better=False,
+        "total_correlation": less_is_better(
+            "Sum of the dimensions' entropies minus the total entropy, 0 where dimensions do not overlap.", unit="nats"
         ),
         "effective_dimensions": ScalarInfo(
             "Number of dimensions in use: exponential of the Shannon entropy of their shares of squared movement."
         ),
-        "dead": ScalarInfo(
-            "Number of dimensions that move the data less than a thousandth of what the strongest one does.",
-            higher_is_better=False,
+        "dead": less_is_better(
+            "Number of dimensions that move the data less than a thousandth of what the strongest one does."
         ),
-        "largest_mutual_information": ScalarInfo(
-            "Largest mutual information of two dimensions.", unit="nats", higher_is_better=False
-        ),
+        "largest_mutual_information": less_is_better("Largest mutual information of two dimensions.", unit="nats"),
         "highest": ScalarInfo("Highest entropy of a dimension.", unit="nats"),
         "lowest": ScalarInfo("Lowest entropy of a dimension.", unit="nats"),
-        "singular": ScalarInfo(
-            "Fraction of the latents at which the Jacobian is rank deficient.", higher_is_better=False
-        ),
+        "singular": less_is_better("Fraction of the latents at which the Jacobian is rank deficient."),
         "core": ScalarInfo(
             "Entropy of the most important dimensions, as many as are in use.", unit="nats", optional=True
         ),
@@ -94,19 +87,12 @@ class ManifoldEntropy(Diagnostic):
             check_partition([order.tolist()], latent_dim, "order")
         self.latent_dim, self.partition, self.num_classes = latent_dim, partition, num_classes
         self.register_buffer("order", order, persistent=False)
-        shapes = {
-            "latents": (1 + num_classes,),
-            "log_norms": (1 + num_classes, latent_dim),
-            "log_volume": (),
-            "log_parts": (),
-            "log_dependence": (latent_dim, latent_dim),
-            "leading": (latent_dim,),
-            "trailing": (latent_dim,),
-            "singular": (),
-        }
-        for name in Sums._fields:
-            self.add_state(name, default=torch.zeros(shapes[name], dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("left_out", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # those of Sums, and one more
+        self.add_sums(
+            latents=(1 + num_classes,), log_norms=(1 + num_classes, latent_dim), log_volume=(), log_parts=(),
+            log_dependence=(latent_dim, latent_dim), leading=(latent_dim,), trailing=(latent_dim,), singular=(),
+            left_out=(),
+        )  # fmt: skip
         self.add_configuration(latent_dim=latent_dim, order=order, partition=partition, num_classes=num_classes)
 
     def update(self, gram: Tensor, log_volume: Tensor | None = None, labels: Tensor | None = None) -> None:
@@ -131,12 +117,7 @@ class ManifoldEntropy(Diagnostic):
                 f"log_volume must be ({len(gram)},), got {tuple(log_volume.shape)}. "
                 "To fix this, pass one number per latent."
             )
-        if self.num_classes and (labels is None or labels.shape != gram.shape[:1]):
-            got = None if labels is None else tuple(labels.shape)
-            raise ValueError(
-                f"labels must be ({len(gram)},) where num_classes is given, got {got}. "
-                "To fix this, pass one class number per latent."
-            )
+        check_labels(labels, len(gram), self.num_classes)
         finite = gram.flatten(1).isfinite().all(1)
         if log_volume is not None:
             finite = finite & log_volume.isfinite()
@@ -144,9 +125,8 @@ class ManifoldEntropy(Diagnostic):
         labels = None if labels is None else labels[finite]
         if finite.any():
             sums = gram_sums(gram[finite], log_volume, labels, self.num_classes, self.order, self.partition)
-            for name, value in zip(Sums._fields, sums, strict=True):
-                setattr(self, name, getattr(self, name) + value)
-        self.left_out = self.left_out + (~finite).sum()
+            self.accumulate(**sums._asdict())
+        self.accumulate(left_out=(~finite).sum())
 
     def compute(self) -> ManifoldEntropyResult:
         """Computes the entropies over all latents; nan where there are none."""

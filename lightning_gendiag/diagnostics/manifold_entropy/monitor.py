@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.manifold_entropy import plots
 from lightning_gendiag.diagnostics.manifold_entropy.functional import MAX_DIMENSION_TAGS, ManifoldEntropyResult
@@ -18,9 +18,7 @@ from lightning_gendiag.functional.arrays import tensor_of
 from lightning_gendiag.functional.jacobian import active_dims, decoder_gram
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 MAX_BYTES = 1 << 26
@@ -35,18 +33,12 @@ MIN_STD = 0.2
 MIN_DELTA = 0.4
 """So is a third less that lasts, while a flow learns which directions of the data are noise."""
 
+DIMENSION = Series("dimension", "component", "entropy in nats", "nats", min_std=MIN_STD, min_delta=MIN_DELTA)
 MEAN = Series(
     "all dimensions", "aggregate", "mean entropy of a dimension in nats", "nats", min_std=MIN_STD, min_delta=MIN_DELTA
 )
 PAIR = Series("pair", "standalone", "mutual information in nats", "nats", event="became entangled", min_std=MIN_STD)
 IN_USE = Series("dimensions in use", "record", "dimensions in use")
-
-
-def _dimension_series(dim: int) -> Series:
-    """Returns the series of one dimension's entropy."""
-    return Series(
-        f"dimension {dim}", "component", "entropy in nats", "nats", index=dim, min_std=MIN_STD, min_delta=MIN_DELTA
-    )
 
 
 class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
@@ -113,17 +105,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         z = next(view.prior_latents(2, all_ranks=True))
         with view.isolated(exact=True):
             decoder_gram(view.decode, z[:1], dims=torch.zeros(1, dtype=torch.long), mode=self.mode)
-        self._volume_function(view)
-
-    def _volume_function(self, view: ModelView) -> Callable[[Tensor], Tensor] | None:
-        """The flow's own ``log |det J|`` as a function of latents; None where it is not given."""
-        given = self.log_volume
-        found = getattr(view.module, given, None) if isinstance(given, str) else given
-        if given is not None and not callable(found):
-            raise ValueError(
-                f"log_volume must be a callable or name a method of {type(view.module).__name__}, got {given!r}."
-            )
-        return found if isinstance(given, str) else view.resolve_extractor(given)
+        view.resolve_named(self.log_volume, "log_volume")
 
     def build_metric(self, view: ModelView) -> ManifoldEntropy:
         """Chooses the dimensions that are monitored, and their first order."""
@@ -148,7 +130,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     def update(self, view: ModelView) -> None:
         """Adds the Gram matrices of this rank's latents, in full precision."""
         self.metric.order = self._order.to(view.device)
-        volume = self._volume_function(view)
+        volume = view.resolve_named(self.log_volume, "log_volume")
         with view.isolated(exact=True):
             for z in view.prior_latents(self.num_latents):
                 self.metric.update(self._grams(view, z), None if volume is None else volume(z))
@@ -180,11 +162,9 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         i, j = result.strongest_pair
         shared, mean = float(result.mutual_information[i, j]), float(result.entropy.mean())
         pair = f"dimension {int(self.dims[i])} with dimension {int(self.dims[j])}"
+        dimensions = zip(self.dims.tolist(), result.entropy.tolist(), strict=True)
         return [
-            *(
-                Observation(_dimension_series(dim), entropy, -entropy)
-                for dim, entropy in zip(self.dims.tolist(), result.entropy.tolist(), strict=True)
-            ),
+            *(Observation(DIMENSION.numbered(dim), entropy, -entropy) for dim, entropy in dimensions),
             Observation(MEAN, mean, -mean),
             Observation(PAIR, shared, math.log(shared + 0.1), label=pair),
             Observation(IN_USE, float(result.effective_dimensions), 0.0),
@@ -202,38 +182,18 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """Restores the dimensions and their order."""
         self.dims, self._order = state["dims"], state["order"]
 
-    def log_plots(
-        self,
-        result: ManifoldEntropyResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: ManifoldEntropyResult, context: PlotContext) -> None:
         """Logs the spectrum over time, the charts and the panel."""
-        logger.log_histogram("spectrum", result.entropy)
+        context.logger.log_histogram("spectrum", result.entropy)
         if len(self.dims) <= MAX_DIMENSION_TAGS:
-            logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in self.dims.tolist()])
-        logger.log_chart("dimensions in use", "Multiline", ["effective_dimensions"])
-        logger.log_image("panel", self._panel(result, evaluation, curves))
+            context.logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in self.dims.tolist()])
+        context.logger.log_chart("dimensions in use", "Multiline", ["effective_dimensions"])
+        picture = plots.panel(result, self.dims, self._traversal, context.curves[IN_USE.name], context.occasion())
+        context.logger.log_image("panel", picture)
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: ManifoldEntropyResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: ManifoldEntropyResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's dimensions marked."""
         pair = self.dims[list(result.strongest_pair)].tolist() if PAIR.name in alarm.names else []
-        logger.log_image("picture", self._panel(result, evaluation, curves, [*alarm.indices, *pair], str(alarm)))
-
-    def _panel(
-        self,
-        result: ManifoldEntropyResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        marked: Collection[int] = (),
-        note: str = "",
-    ) -> Tensor:
-        return plots.panel(result, self.dims, self._traversal, curves[IN_USE.name], evaluation.step, marked, note)
+        occasion = context.occasion(alarm)._replace(marked=[*alarm.indices, *pair])
+        picture = plots.panel(result, self.dims, self._traversal, context.curves[IN_USE.name], occasion)
+        context.logger.log_image("picture", picture)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import Tensor
 
 from lightning_gendiag.detection.alarm import listed
@@ -13,13 +11,7 @@ from lightning_gendiag.plots import canvas, charts, pictures
 
 
 def panel(
-    result: ManifoldEntropyResult,
-    dims: Tensor,
-    traversal: Tensor | None,
-    in_use: Curve,
-    step: int,
-    marked: Collection[int] = (),
-    note: str = "",
+    result: ManifoldEntropyResult, dims: Tensor, traversal: Tensor | None, in_use: Curve, occasion: canvas.Occasion
 ) -> Tensor:
     """Draws the sorted spectrum, the mutual information, images along the strongest directions, and dimensions in use.
 
@@ -28,9 +20,7 @@ def panel(
         dims: (L,) numbers of the dimensions in the latent space.
         traversal: (d, P, C, H, W) images at P places of the d strongest directions; None where the data are no images.
         in_use: Number of dimensions in use over time.
-        step: Of the evaluation.
-        marked: Numbers of the dimensions that are drawn in the colour of an alarm.
-        note: Text below the panel.
+        occasion: When it is drawn, and what an alarm marks in it.
 
     Returns:
         (H, W, 3) uint8.
@@ -38,7 +28,7 @@ def panel(
     entropy, shared = result.entropy.cpu(), result.mutual_information.cpu()
     order = entropy.nan_to_num(-1e9).argsort(descending=True, stable=True)
     names = [str(dim) for dim in dims[order].tolist()]
-    alarmed = [dim in marked for dim in dims[order].tolist()]
+    alarmed = [dim in occasion.marked for dim in dims[order].tolist()]
     tiles = [
         canvas.Tile("entropy of each dimension, sorted", charts.bars(entropy[order].tolist(), names, alarmed)),
         canvas.Tile("mutual information, same order", charts.matrix(shared[order][:, order], most=1.0)),
@@ -54,5 +44,5 @@ def panel(
     dead = [str(dim) for dim in dims[result.dead.cpu()].tolist()]
     if dead:
         rows.insert(0, canvas.Row(canvas.ALARM, f"dead: {listed(dead, 12)}", strong=True))
-    title = f"{float(result.effective_dimensions):.1f} of {len(dims)} latent dimensions are in use (step {step})"
-    return canvas.panel(title, tiles, rows, note)
+    used = f"{float(result.effective_dimensions):.1f} of {len(dims)}"
+    return canvas.panel(f"{used} latent dimensions are in use (step {occasion.step})", tiles, rows, occasion.note)

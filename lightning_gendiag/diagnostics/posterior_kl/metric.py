@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.posterior_kl.functional import ACTIVE, PosteriorKLResult, posterior_kl
-from lightning_gendiag.metric import Diagnostic, ScalarInfo
+from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
 FULL_COVARIANCE = 512
 """Largest number of dimensions for which the whole covariance of the aggregate posterior is kept, not its diagonal only."""
@@ -35,29 +35,22 @@ class PosteriorKL(Diagnostic):
         tensor([ True, False])
     """
 
-    higher_is_better = None
     plotted = ("dimension_", "total")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
         "total": ScalarInfo("KL divergence of the posterior from N(0, 1), over all dimensions.", unit="nats"),
         "active_units": ScalarInfo(
             "Number of dimensions whose posterior mean varies over the data by more than the threshold."
         ),
-        "dead_share": ScalarInfo("Fraction of the dimensions that are not active.", higher_is_better=False),
-        "aggregate_kl": ScalarInfo(
-            "KL divergence of the latents of all data together from N(0, 1), by their first two moments.",
-            unit="nats",
-            higher_is_better=False,
+        "dead_share": less_is_better("Fraction of the dimensions that are not active."),
+        "aggregate_kl": less_is_better(
+            "KL divergence of the latents of all data together from N(0, 1), by their first two moments.", unit="nats"
         ),
-        "information": ScalarInfo(
-            "Upper bound of the mutual information of data and latents: the total minus the aggregate KL.",
-            unit="nats",
-            higher_is_better=True,
+        "information": more_is_better(
+            "Upper bound of the mutual information of data and latents: the total minus the aggregate KL.", unit="nats"
         ),
         "highest": ScalarInfo("Highest KL divergence of a dimension.", unit="nats"),
         "lowest": ScalarInfo("Lowest KL divergence of a dimension.", unit="nats"),
-        "invalid": ScalarInfo(
-            "Fraction of the posteriors that contain nan or inf and are left out.", higher_is_better=False
-        ),
+        "invalid": less_is_better("Fraction of the posteriors that contain nan or inf and are left out."),
         "dimension_{i}": ScalarInfo(
             "KL divergence of the posterior from N(0, 1) in the dimension, for up to 20 dimensions.", unit="nats"
         ),
@@ -79,29 +72,30 @@ class PosteriorKL(Diagnostic):
             raise ValueError(f"threshold must be 0 or more, got {threshold}. To fix this, pass a number such as 0.01.")
         self.latent_dim, self.threshold = latent_dim, threshold
         square = (latent_dim, latent_dim) if latent_dim <= FULL_COVARIANCE else (latent_dim,)
-        shapes = {"rows_seen": (), "left_out": (), "divergence": (latent_dim,), "means": (latent_dim,),
-                  "products": square, "variances": (latent_dim,)}  # fmt: skip
-        for name, shape in shapes.items():
-            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        each = (latent_dim,)
+        self.add_sums(rows_seen=(), left_out=(), divergence=each, means=each, products=square, variances=each)
         self.add_configuration(latent_dim=latent_dim, threshold=threshold)
 
-    def update(self, mean: Tensor, log_variance: Tensor) -> None:
+    def update(self, mean: Tensor, log_variance: Tensor, divergence: Tensor | None = None) -> None:
         """Adds the posteriors of images.
 
         Args:
             mean: (N, L) floats.
             log_variance: (N, L) natural logarithms of the variances. Rows with nan or inf are left out.
+            divergence: (N, L) divergences from the prior in nats where the posteriors are no diagonal Gaussians, or their
+                prior is not N(0, 1).
 
         Raises:
             ValueError: if an argument has another shape or type.
         """
-        for name, given in (("mean", mean), ("log_variance", log_variance)):
+        given_divergence = mean if divergence is None else divergence
+        for name, given in (("mean", mean), ("log_variance", log_variance), ("divergence", given_divergence)):
             if given.ndim != 2 or given.shape[1] != self.latent_dim or not given.is_floating_point():
                 raise ValueError(
                     f"{name} must be (N, {self.latent_dim}) of floats, got {given.dtype} of shape {tuple(given.shape)}. "
                     f"To fix this, flatten it, or create PosteriorKL({given[:1].numel()})."
                 )
-        divergence = posterior_kl(mean.detach(), log_variance.detach())
+        divergence = posterior_kl(mean.detach(), log_variance.detach()) if divergence is None else divergence.double()
         finite = divergence.isfinite().all(1)
         m, v = mean.detach().double()[finite], log_variance.detach().double()[finite].exp()
         self.rows_seen = self.rows_seen + len(m)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
+from torch.distributions import Normal
 
-from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.posterior_kl import plots
 from lightning_gendiag.diagnostics.posterior_kl.functional import ACTIVE, MAX_DIMENSION_TAGS, PosteriorKLResult
 from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
 from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.outputs import peeled
+from lightning_gendiag.model.posterior import kl_to_prior, posterior_in
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 IN_USE = 1.0
@@ -30,27 +33,21 @@ LEAST = 1e-4
 WATCHED = 256
 """Largest number of dimensions that are watched one by one; of more, such as spatial latents, only the total is."""
 
+EXTREME, PROBES = 10.0, 8
+"""Standard deviation and number of the noise images by which logarithms are told from positive numbers."""
+
 CHUNK = 128
 """Largest number of images that go through the encoder at a time."""
 
 MIN_STD = 0.25
 """A quarter more or less of the little that a dimension carries is a usual fluctuation."""
 
+DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD)
 TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD)
+UNUSED = Series("all of the latent", "standalone", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD)
+"""Of the rule that some dimension must be active."""
 
-Spread = Literal["log_variance", "variance", "log_std", "std"]
-
-
-def _dimension_series(dim: int) -> Series:
-    """Returns the series of one dimension's KL divergence."""
-    return Series(f"dimension {dim}", "component", "KL in nats", "nats", event="died", index=dim, min_std=MIN_STD)
-
-
-def _unused_series(patience: int) -> Series:
-    """Returns the series of the rule that some dimension must be active."""
-    return Series(
-        "all of the latent", "standalone", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD, confirm=patience
-    )
+Spread = Literal["auto", "log_variance", "variance", "log_std", "std"]
 
 
 class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
@@ -64,7 +61,7 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     Args:
         posterior: What gives mean and spread, both (N, L), of images: the name of a method of the module, or a callable
             ``(module, images)``; by default the model's encoder. It returns a pair of tensors, or a distribution.
-        spread: What the second of the pair is.
+        spread: What the second of the pair is; by default names and values show it.
         threshold: See :class:`PosteriorKL`.
         patience: Number of evaluations without an active dimension after which the latent counts as collapsed.
         kwargs: Arguments of :class:`Monitor`.
@@ -84,18 +81,24 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         self,
         posterior: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
         *,
-        spread: Spread = "log_variance",
+        spread: Spread = "auto",
         threshold: float = ACTIVE,
         patience: int = 6,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if spread not in ("log_variance", "variance", "log_std", "std"):
-            raise ValueError(f"spread must be 'log_variance', 'variance', 'log_std' or 'std', got {spread!r}.")
+        if spread not in ("auto", "log_variance", "variance", "log_std", "std"):
+            raise ValueError(f"spread must be 'auto', 'log_variance', 'variance', 'log_std' or 'std', got {spread!r}.")
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}.")
         PosteriorKL(1, threshold=threshold)
         self.posterior, self.spread, self.threshold, self.patience = posterior, spread, threshold, patience
+        self._known_spread: str = spread
+
+    def reset(self) -> None:
+        """Forgets how the spread was read as well."""
+        super().reset()
+        self._known_spread = self.spread
 
     def check(self, view: ModelView) -> None:
         """Looks for the encoder, and for a mean and a variance in what it returns for the first real images."""
@@ -104,42 +107,44 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
             self._try(view, view.real.example)
 
     def _encoder(self, view: ModelView) -> Callable[[Tensor], Any]:
-        if not isinstance(self.posterior, str):
-            return view.resolve_extractor(self.posterior) or view.encode
-        found: Callable[[Tensor], Any] | None = getattr(view.module, self.posterior, None)
-        if not callable(found):
-            module = type(view.module).__name__
-            raise ValueError(f"posterior must be a callable or name a method of {module}, got {self.posterior!r}.")
-        return found
+        given = view.resolve_named(self.posterior, "posterior")
+        if given is None:
+            view.find("encode")
+            return view.encode
+        return given
 
     def _try(self, view: ModelView, images: Tensor) -> int:
-        """Returns L, the number of dimensions of the posterior of images (n, C, H, W)."""
+        """Returns L, the number of dimensions of the posterior of images (n, C, H, W), and finds what its spread is."""
+        given, encoder = view.as_input(as_images(images)), self._encoder(view)
         with view.isolated(exact=True):
-            mean, _ = self._moments(self._encoder(view)(view.as_input(as_images(images))), len(images))
+            if self._known_spread == "auto":
+                # few real images may have positive logarithms only, but strong noise has others too
+                noise = EXTREME * torch.randn(PROBES, *given.shape[1:], generator=torch.Generator().manual_seed(0))
+                some = torch.cat([given, noise.to(given), -noise.to(given)])
+                self._moments(view, encoder(some), len(some))
+            mean, *_ = self._moments(view, encoder(given), len(given))
         return mean.shape[1]
 
-    def _moments(self, output: Any, n: int) -> tuple[Tensor, Tensor]:
-        """Returns mean and log variance, both (n, L), in what the encoder returned for n images.
+    def _moments(self, view: ModelView, output: Any, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns mean, log variance and, where it is not that of a Gaussian from N(0, 1), the divergence, all (n, L).
 
         Raises:
-            ValueError: If it returned anything else.
+            ValueError: If the encoder returned no posterior, or one without a closed divergence from its prior.
         """
-        if isinstance(getattr(output, "mean", None), Tensor) and isinstance(getattr(output, "variance", None), Tensor):
-            return output.mean.flatten(1), output.variance.log().flatten(1)
-        if (
-            isinstance(output, (tuple, list))
-            and len(output) == 2
-            and all(isinstance(part, Tensor) and len(part) == n for part in output)
-            and output[0].shape == output[1].shape
-        ):
-            spread = output[1].double()
-            log = spread if self.spread.startswith("log") else spread.log()
-            return output[0].flatten(1), (log if self.spread.endswith("variance") else 2 * log).flatten(1)
-        got = f"{len(output)} of them" if isinstance(output, (tuple, list)) else type(output).__name__
-        raise ValueError(
-            f"encode must return a pair of mean and log variance, or a distribution, got {got}. "
-            "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
-        )
+        owner = "" if self.posterior is not None else view.parts.way("encode").owner
+        posterior = posterior_in(output, n, self._known_spread, view.parts.stated_length, owner)
+        if self._known_spread == "auto":
+            # later batches alone may not show what the spread is
+            self._known_spread = posterior.spread
+        mean, std, prior = posterior.mean, posterior.std, view.parts.prior
+        divergence = kl_to_prior(posterior, prior)
+        if mean is None or std is None or divergence.shape[1] != mean.flatten(1).shape[1]:
+            raise ValueError(
+                f"posterior must have a mean, a variance and a divergence for each dimension, got {posterior.described}. "
+                "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
+            )
+        is_standard = prior is None and isinstance(peeled(posterior.distribution), Normal)
+        return mean.flatten(1), 2 * std.log().flatten(1), None if is_standard else divergence
 
     def build_metric(self, view: ModelView) -> PosteriorKL:
         """Creates a metric with as many dimensions as the posterior has."""
@@ -149,58 +154,45 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         """Adds the posteriors of this rank's rows of the reference."""
         if self.posterior is None:
             for output, size, _ in view.encoded():
-                self.metric.update(*self._moments(output, size))
+                self.metric.update(*self._moments(view, output, size))
             return
         encoder, images = self._encoder(view), view.local_reference().images
         with view.isolated(exact=True):
             for start in range(0, len(images), CHUNK):
                 some = view.as_input(as_images(images[start : start + CHUNK]))
-                self.metric.update(*self._moments(encoder(some), len(some)))
+                self.metric.update(*self._moments(view, encoder(some), len(some)))
 
     def observations(self, result: PosteriorKLResult) -> list[Observation]:
         """The KL divergence of each dimension and the total, and an alarm where no dimension is active."""
         divergences, total = result.per_dimension.tolist(), float(result.total)
+        watched = divergences if len(divergences) <= WATCHED else []
         unused = not math.isnan(total) and int(result.active_units) == 0
         message = (
             f"the latent collapsed: KL is {total:.3f} nats and none of {len(divergences)} dimensions has been active for "
             "{evaluations} evaluations"
         )
         return [
-            *(
-                Observation(_dimension_series(dim), value, _severity(value))
-                for dim, value in enumerate(divergences if len(divergences) <= WATCHED else [])
-            ),
+            *(Observation(DIMENSION.numbered(dim), nats, _severity(nats)) for dim, nats in enumerate(watched)),
             Observation(TOTAL, total, _severity(total)),
-            Observation(_unused_series(self.patience), total, math.inf if unused else 0.0, message=message),
+            Observation(replace(UNUSED, confirm=self.patience), total, math.inf if unused else 0.0, message=message),
         ]
 
     def contributions(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
         """Each dimension's part of the drop of the total."""
         return divided({name: value - after[name] for name, value in before.items()})
 
-    def log_plots(
-        self, result: PosteriorKLResult, evaluation: Evaluation, curves: Mapping[str, Curve], logger: DiagnosticLogger
-    ) -> None:
+    def log_plots(self, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the histogram of the dimensions, the charts and the panel."""
-        logger.log_histogram("per dimension", result.per_dimension)
-        if len(result.per_dimension) <= MAX_DIMENSION_TAGS:
-            logger.log_chart(
-                "every dimension", "Multiline", [f"dimension_{i}" for i in range(len(result.per_dimension))]
-            )
-        logger.log_chart("active units", "Multiline", ["active_units"])
-        logger.log_image("panel", plots.panel(result, curves[TOTAL.name], evaluation.step))
+        context.logger.log_histogram("per dimension", result.per_dimension)
+        dims = range(len(result.per_dimension))
+        if len(dims) <= MAX_DIMENSION_TAGS:
+            context.logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in dims])
+        context.logger.log_chart("active units", "Multiline", ["active_units"])
+        context.logger.log_image("panel", plots.panel(result, context.curves[TOTAL.name], context.occasion()))
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: PosteriorKLResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's dimensions marked."""
-        picture = plots.panel(result, curves[TOTAL.name], evaluation.step, alarm.indices, str(alarm))
-        logger.log_image("picture", picture)
+        context.logger.log_image("picture", plots.panel(result, context.curves[TOTAL.name], context.occasion(alarm)))
 
 
 def _severity(nats: float) -> float:

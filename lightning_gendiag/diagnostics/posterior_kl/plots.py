@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 from torch import Tensor
 
@@ -13,21 +12,19 @@ from lightning_gendiag.diagnostics.posterior_kl.functional import PosteriorKLRes
 from lightning_gendiag.plots import canvas, charts
 
 
-def panel(result: PosteriorKLResult, total: Curve, step: int, marked: Collection[int] = (), note: str = "") -> Tensor:
+def panel(result: PosteriorKLResult, total: Curve, occasion: canvas.Occasion) -> Tensor:
     """Draws the KL divergence and the standard deviation of each dimension, and the total over time.
 
     Args:
         result: Of the evaluation.
         total: KL divergence of all dimensions together over time.
-        step: Of the evaluation.
-        marked: Numbers of the dimensions that are drawn in the colour of an alarm.
-        note: Text below the panel.
+        occasion: When it is drawn, and what an alarm marks in it.
 
     Returns:
         (H, W, 3) uint8.
     """
     order = result.per_dimension.nan_to_num(-1.0).argsort(descending=True, stable=True)
-    names, alarmed = [str(dim) for dim in order.tolist()], [dim in marked for dim in order.tolist()]
+    names, alarmed = [str(dim) for dim in order.tolist()], [dim in occasion.marked for dim in order.tolist()]
     divergences, stds = result.per_dimension[order].tolist(), result.aggregate_variance[order].sqrt().tolist()
     most = max([value for value in total.values if math.isfinite(value)] or [1.0]) * 1.05 or 1.0
     tiles = [
@@ -40,5 +37,5 @@ def panel(result: PosteriorKLResult, total: Curve, step: int, marked: Collection
     inactive = [str(dim) for dim in (~result.active).nonzero()[:, 0].tolist()]
     if inactive:
         rows.insert(0, canvas.Row(canvas.ALARM, f"not active: {listed(inactive, 12)}", strong=True))
-    title = f"{nats:.1f} nats in {int(result.active_units)} of {len(names)} latent dimensions (step {step})"
-    return canvas.panel(title, tiles, rows, note)
+    title = f"{nats:.1f} nats in {int(result.active_units)} of {len(names)} latent dimensions (step {occasion.step})"
+    return canvas.panel(title, tiles, rows, occasion.note)

@@ -203,12 +203,8 @@ def minimal_features(
     features[masks == 0] = baseline
     objective = torch.cat([part.objective for part in parts])
     objective[masks == 0] = 0
-    return MinimalFeatures(
-        features,
-        objective,
-        torch.cat([part.converged for part in parts]) | (masks == 0),
-        max(part.steps for part in parts),
-    )
+    converged = torch.cat([part.converged for part in parts]) | (masks == 0)
+    return MinimalFeatures(features, objective, converged, max(part.steps for part in parts))
 
 
 def check_regions(regions: Tensor) -> int:
@@ -246,29 +242,20 @@ def _solve(
     tolerance: float,
     max_steps: int,
 ) -> MinimalFeatures:
-    """Solves for a batch of sets by damped Gauss-Newton steps; see :func:`minimal_features`."""
-    m = len(u)
+    """Solves for a batch of sets by damped Gauss-Newton steps, without gradients; see :func:`minimal_features`."""
 
     def errors(image: Tensor, at: Tensor, w: Tensor) -> Tensor:
         return (w * (image - target).square()).flatten(1).sum(1) + penalty * (at - baseline).square().flatten(1).sum(1)
 
-    with torch.no_grad():
-        objective = errors(tail(u), u, weight)
-    damping = torch.full((m,), 1e-3, device=u.device, dtype=u.dtype)
-    converged = torch.zeros(m, dtype=torch.bool, device=u.device)
-    steps = 0
-    while steps < max_steps and not converged.all():
-        steps += 1
-        active = (~converged).nonzero()[:, 0]
-        at, w = u[active], weight[active]
+    def move(at: Tensor, w: Tensor, damping: Tensor, first: bool) -> Tensor:
         image, pull = torch.func.vjp(tail, at)[:2]
 
-        def push(v: Tensor, at: Tensor = at) -> Tensor:
+        def push(v: Tensor) -> Tensor:
             out: Tensor = torch.func.jvp(tail, (at,), (v,))[1]
             return out
 
         drawn = pull(w * (image - target))[0]
-        if steps == 1 and not drawn.any() and bool((w * (image - target)).any()):
+        if first and not drawn.any() and bool((w * (image - target)).any()):
             raise ValueError(
                 "tail must depend on the features by operations that can be differentiated, but its derivative is zero. "
                 "To fix this, remove torch.no_grad or detach from the decoder, or choose another layer."
@@ -277,23 +264,19 @@ def _solve(
         # damping is relative to the curvature along the gradient, so that it does not depend on scales
         pushed = push(gradient)
         curvature = _dot(w * pushed, pushed) / _dot(gradient, gradient).clamp(min=1e-30)
-        extra = penalty + damping[active] * curvature
+        extra = _wide(penalty + damping * curvature, at)
+        return _conjugate_gradients(lambda v: pull(w * push(v))[0] + extra * v, -gradient)
 
-        def hessian(
-            v: Tensor,
-            w: Tensor = w,
-            extra: Tensor = extra,
-            push: Callable[[Tensor], Tensor] = push,
-            pull: Callable[[Tensor], tuple[Tensor]] = pull,
-        ) -> Tensor:
-            product: Tensor = pull(w * push(v))[0] + _wide(extra, v) * v
-            return product
-
-        move = _conjugate_gradients(hessian, -gradient)
-        with torch.no_grad():
-            trial = at + move
-            value = errors(tail(trial), trial, w)
-        old = objective[active]
+    objective = errors(tail(u), u, weight)
+    damping = u.new_full((len(u),), 1e-3)
+    converged = u.new_zeros(len(u), dtype=torch.bool)
+    steps = 0
+    while steps < max_steps and not converged.all():
+        steps += 1
+        active = (~converged).nonzero()[:, 0]
+        at, w, old = u[active], weight[active], objective[active]
+        trial = at + move(at, w, damping[active], steps == 1)
+        value = errors(tail(trial), trial, w)
         better = value < old
         gained = (old - value) / old.clamp(min=1e-30)
         u[active] = torch.where(_wide(better, at), trial, at)
@@ -301,7 +284,7 @@ def _solve(
         damping[active] = torch.where(better, damping[active] / 5, damping[active] * 10)
         # a failed step is repeated with more damping, until nothing can be gained
         converged[active] = torch.where(better, gained < tolerance, damping[active] > 1e3)
-    return MinimalFeatures(u.detach(), objective, converged, steps)
+    return MinimalFeatures(u, objective, converged, steps)
 
 
 def _conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
@@ -401,10 +384,8 @@ def decompose(
     change = change.clamp(min=max(FAINT / n * float(change.sum()), 1e-12))
     norms = interactions.flatten(1).norm(dim=1) / (feature - baseline).norm().clamp(min=1e-12)
     norms[0] = 0
-    effects = (
-        torch.cat([by_region(images(baseline + some) - empty) for some in pieces(interactions, batch_size)])
-        / change.sum()
-    )
+    drawn = [by_region(images(baseline + some) - empty) for some in pieces(interactions, batch_size)]
+    effects = torch.cat(drawn) / change.sum()
     effects[0] = 0
     running, curve = baseline.clone(), [own.new_ones(())]
     for some in pieces(largest_first(norms), batch_size):

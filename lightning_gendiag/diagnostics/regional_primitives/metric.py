@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.regional_primitives.functional import (
     MAX_REGIONS,
     RegionalPrimitivesResult,
 )
-from lightning_gendiag.metric import Diagnostic, ScalarInfo
+from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
 
 class RegionalPrimitives(Diagnostic):
@@ -37,41 +36,30 @@ class RegionalPrimitives(Diagnostic):
         [0.0, 0.894, 0.447, 0.0]
     """
 
-    higher_is_better = None
     plotted = ("strength_", "leakage_")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
-        "components": ScalarInfo(
-            "Number of feature components that carry nine tenths of all squared norms.", higher_is_better=False
+        "components": less_is_better("Number of feature components that carry nine tenths of all squared norms."),
+        "sparsity": less_is_better("Fraction of all feature components that carry nine tenths of all squared norms."),
+        "leakage": less_is_better(
+            "Fraction of the effect of a region's components that lies outside their regions, mean over regions."
         ),
-        "sparsity": ScalarInfo(
-            "Fraction of all feature components that carry nine tenths of all squared norms.", higher_is_better=False
+        "relevant": less_is_better(
+            "Squared error of a region drawn by its own components, over its change from the mean feature."
         ),
-        "leakage": ScalarInfo(
-            "Fraction of the effect of a region's components that lies outside their regions, mean over regions.",
-            higher_is_better=False,
+        "irrelevant": less_is_better(
+            "Squared change of a region by all other components, over its change from the mean feature."
         ),
-        "relevant": ScalarInfo(
-            "Squared error of a region drawn by its own components, over its change from the mean feature.",
-            higher_is_better=False,
+        "error_after_tenth": less_is_better(
+            "Squared error of the image drawn by the largest tenth of the components, 1 with none."
         ),
-        "irrelevant": ScalarInfo(
-            "Squared change of a region by all other components, over its change from the mean feature.",
-            higher_is_better=False,
-        ),
-        "error_after_tenth": ScalarInfo(
-            "Squared error of the image drawn by the largest tenth of the components, 1 with none.",
-            higher_is_better=False,
-        ),
-        "converged": ScalarInfo("Fraction of the optimisations that converged.", higher_is_better=True),
+        "converged": more_is_better("Fraction of the optimisations that converged."),
         "images": ScalarInfo("Number of images that were decomposed."),
-        "invalid": ScalarInfo(
-            "Fraction of the images that contain nan or inf and are left out.", higher_is_better=False
-        ),
+        "invalid": less_is_better("Fraction of the images that contain nan or inf and are left out."),
         "strength_{r}": ScalarInfo(
             "Strength of the components that draw the region: the root of the sum of their squared norms."
         ),
-        "leakage_{r}": ScalarInfo(
-            "Fraction of the effect of the region's components that lies outside their regions.", higher_is_better=False
+        "leakage_{r}": less_is_better(
+            "Fraction of the effect of the region's components that lies outside their regions."
         ),
     }
     images: Tensor
@@ -87,8 +75,7 @@ class RegionalPrimitives(Diagnostic):
         sets = 2**num_regions
         self.shapes = {"norms": (sets,), "effects": (sets, num_regions), "curve": (sets,), "relevant": (num_regions,),
                        "irrelevant": (num_regions,), "converged": ()}  # fmt: skip
-        for name, shape in {**self.shapes, "images": (), "left_out": ()}.items():
-            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sums(**self.shapes, images=(), left_out=())
         self.add_configuration(num_regions=num_regions)
 
     def update(
@@ -115,11 +102,9 @@ class RegionalPrimitives(Diagnostic):
                     "To fix this, pass the result of decompose on the same regions: metric.update(*decompose(...))."
                 )
         if not all(bool(value.isfinite().all()) for value in given.values()):
-            self.left_out = self.left_out + 1
-            return
-        for name, value in given.items():
-            setattr(self, name, getattr(self, name) + value.detach().double())
-        self.images = self.images + 1
+            self.accumulate(left_out=1)
+        else:
+            self.accumulate(images=1, **{name: value.detach().double() for name, value in given.items()})
 
     def compute(self) -> RegionalPrimitivesResult:
         """Computes the means over all images; nan where there are none."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor
+from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.regional_primitives import plots
 from lightning_gendiag.diagnostics.regional_primitives.functional import (
@@ -31,9 +31,7 @@ from lightning_gendiag.functional.arrays import pieces, tensor_of
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
-    from lightning_gendiag.callbacks.logging import DiagnosticLogger
     from lightning_gendiag.detection.alarm import Alarm
-    from lightning_gendiag.detection.history import Curve, Evaluation
     from lightning_gendiag.model.view import ModelView
 
 DEPTH = 4
@@ -48,12 +46,8 @@ BASELINE = 256
 MIN_STD = 0.3
 """A third more or less is a usual fluctuation."""
 
+REGION = Series("region", "component", "strength of its components", min_std=MIN_STD)
 IMAGE = Series("image", "aggregate", "strength of its components", min_std=MIN_STD)
-
-
-def _strength_series(name: str, index: int) -> Series:
-    """Returns the series of how strong the components of a region are."""
-    return Series(name, "component", "strength of its components", index=index, min_std=MIN_STD)
 
 
 def _leakage_series(name: str, index: int) -> Series:
@@ -172,11 +166,8 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         """Features (n, ...) at the split point for latents (n, L); finds the layer where it is not known."""
         self.layer = self.layer or _found_layer(view, z[:1])
         outputs: list[Any] = []
-        handle = self._submodule(view).register_forward_hook(lambda module, inputs, output: outputs.append(output))
-        try:
+        with self._submodule(view).register_forward_hook(lambda module, inputs, output: outputs.append(output)):
             view.decode(z)
-        finally:
-            handle.remove()
         if not outputs or not isinstance(outputs[0], Tensor) or len(outputs[0]) != len(z):
             got = type(outputs[0]).__name__ if outputs else "no call of it"
             raise ValueError(
@@ -191,18 +182,13 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         The features take the place of the output of the split module's first call; further calls are left alone.
         """
         given: list[Tensor] = []
-        handle = self._submodule(view).register_forward_hook(
-            lambda module, inputs, output: given.pop() if given else None
-        )
 
         def tail(features: Tensor) -> Tensor:
             given[:] = [features]
             return tensor_of(view.decode(z.expand(len(features), -1)), len(features))
 
-        try:
+        with self._submodule(view).register_forward_hook(lambda *_: given.pop() if given else None):
             yield tail
-        finally:
-            handle.remove()
 
     # ---- one evaluation ----
 
@@ -266,7 +252,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         regions = zip(self.names, result.strength.tolist(), result.leakage.tolist(), strict=True)
         for index, (name, strength, leakage) in enumerate(regions):
             observations += [
-                Observation(_strength_series(name, index), strength, _weakness(strength)),
+                Observation(REGION.numbered(index, name), strength, _weakness(strength)),
                 Observation(_leakage_series(name, index), leakage, math.log(leakage + 0.1)),
             ]
         mean = float(result.strength.mean())
@@ -280,34 +266,19 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         """Restores the regions, and the layer unless another one was given."""
         self.labels, self.names, self.layer = state["labels"], list(state["names"]), self.split or state["layer"]
 
-    def log_plots(
-        self,
-        result: RegionalPrimitivesResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_plots(self, result: RegionalPrimitivesResult, context: PlotContext) -> None:
         """Logs the charts, the table of components and the panel."""
-        for what in ("strength", "leakage"):
-            logger.log_chart(f"{what} of every region", "Multiline", [f"{what}_{r}" for r in range(len(self.names))])
-        logger.log_text("components", plots.table(result, self.names, self.layer))
-        logger.log_image("panel", self._panel(result, evaluation))
+        regions = range(len(self.names))
+        context.logger.log_chart("strength of every region", "Multiline", [f"strength_{r}" for r in regions])
+        context.logger.log_chart("leakage of every region", "Multiline", [f"leakage_{r}" for r in regions])
+        context.logger.log_text("components", plots.table(result, self.names, self.layer))
+        picture = plots.panel(result, self.labels, self.names, self._drawn, context.occasion())
+        context.logger.log_image("panel", picture)
 
-    def log_alarm(
-        self,
-        alarm: Alarm,
-        result: RegionalPrimitivesResult,
-        evaluation: Evaluation,
-        curves: Mapping[str, Curve],
-        logger: DiagnosticLogger,
-    ) -> None:
+    def log_alarm(self, alarm: Alarm, result: RegionalPrimitivesResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's regions marked."""
-        logger.log_image("picture", self._panel(result, evaluation, alarm.indices, str(alarm)))
-
-    def _panel(
-        self, result: RegionalPrimitivesResult, evaluation: Evaluation, marked: Collection[int] = (), note: str = ""
-    ) -> Tensor:
-        return plots.panel(result, self.labels, self.names, self._drawn, evaluation.step, marked, note)
+        picture = plots.panel(result, self.labels, self.names, self._drawn, context.occasion(alarm))
+        context.logger.log_image("picture", picture)
 
 
 def grid(height: int, width: int, cells: int = 3) -> Tensor:
@@ -334,16 +305,11 @@ def _found_layer(view: ModelView, z: Tensor) -> str:
         ValueError: If there is none.
     """
     seen: list[tuple[str, int]] = []
-    handles = [
-        part.register_forward_hook(partial(_note_height, seen, name))
-        for name, part in view.module.named_modules()
-        if name and not list(part.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, part in view.module.named_modules():
+            if name and not list(part.children()):
+                hooks.enter_context(part.register_forward_hook(partial(_note_height, seen, name)))
         height = view.decoded_images(z).shape[2]
-    finally:
-        for handle in handles:
-            handle.remove()
     heights = [h for _, h in seen if height / DEPTH <= h < height]
     if not heights:
         middle = repr(seen[len(seen) // 2][0]) if seen else "..."

@@ -32,9 +32,7 @@ def panel(
     labels: Tensor,
     names: Sequence[str],
     drawn: Drawn | None,
-    step: int,
-    marked: Collection[int] = (),
-    note: str = "",
+    occasion: canvas.Occasion,
 ) -> Tensor:
     """Draws the largest components of an image, the image as they are added, their norms, and regions drawn together.
 
@@ -43,9 +41,7 @@ def panel(
         labels: (H, W) numbers of the n regions, negative where the image is left out.
         names: Of the regions.
         drawn: What the components of one image draw, if known.
-        step: Of the evaluation.
-        marked: Numbers of the regions whose components are outlined in the colour of an alarm.
-        note: Text below the panel.
+        occasion: When it is drawn, and what an alarm marks in it.
 
     Returns:
         (H, W, 3) uint8.
@@ -53,7 +49,8 @@ def panel(
     norms, together, leakage = result.norms[result.order].tolist(), result.together.cpu(), result.leakage.tolist()
     tiles = []
     if drawn is not None:
-        tiles.append(canvas.Tile("image, baseline, largest alone", _largest(drawn, labels.cpu(), len(names), marked)))
+        largest = _largest(drawn, labels.cpu(), len(names), occasion.marked)
+        tiles.append(canvas.Tile("image, baseline, largest alone", largest))
         tiles.append(canvas.Tile("with 0, 1, 2, 4 ... components", pictures.contact_sheet(_in_rows(drawn.growth))))
     shown = len(norms[:64])
     bars = charts.bars(norms[:shown], [""] * shown, [False] * shown, floor=0.0)
@@ -70,7 +67,7 @@ def panel(
     if float(result.converged) < 0.9:
         rows.append(canvas.Row(canvas.FAINT, f"{float(result.converged):.0%} of the optimisations converged"))
     count = f"{float(result.components):.0f} of {len(norms)} components"
-    return canvas.panel(f"{count} carry 90 % of the energy (step {step})", tiles, rows, note)
+    return canvas.panel(f"{count} carry 90 % of the energy (step {occasion.step})", tiles, rows, occasion.note)
 
 
 def table(result: RegionalPrimitivesResult, names: Sequence[str], layer: str) -> str:

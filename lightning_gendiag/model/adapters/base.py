@@ -27,6 +27,8 @@ class Way:
     """Whether a sampler takes labels."""
     latent: tuple[int, ...] | None = None
     """Shape of one latent that a decoder takes; None where it is that of the encoder's latents."""
+    owner: str = ""
+    """Name of the class that encodes."""
     assumes_prior: bool = False
     """Whether a sampler decodes normal noise, which makes sense only where that is the prior of the latents."""
 

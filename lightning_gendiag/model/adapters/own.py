@@ -84,6 +84,9 @@ def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iter
         if (target := attribute(part, name)) is not None:
             yield from decoder_ways(target, f"{path}.{name}", module, part, context)
     for name in RECONSTRUCT_NAMES:
+        if name == "forward" and part is not module and context.shape is None:
+            # it may do anything, which the first images show
+            continue
         if (target := attribute(part, name)) is not None and accepts(target, 1):
             yield Way("reconstruct", f"{path}.{name}(images)", target)
 
@@ -170,7 +173,7 @@ def _encoders(part: nn.Module, path: str) -> Iterator[Way]:
             text = " and ".join(f"{path}.{head}" for head in heads)
             yield Way("encode", f"{text} of {path}.encoder(images)", partial(_through_heads, target, layers))
         else:
-            yield Way("encode", f"{path}.{name}(images)", target)
+            yield Way("encode", f"{path}.{name}(images)", target, owner=type(part).__name__)
             # images as rows, as in Lightning's first example
             yield Way("encode", f"{path}.{name}(images.flatten(1))", partial(_of_rows, target))
 
