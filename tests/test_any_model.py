@@ -479,7 +479,8 @@ def test_features_of_an_encoder_are_not_mistaken_for_latents(enc_out_dim: int) -
     view.refresh()
     module.eval()
     with view.isolated(exact=True):
-        assert torch.equal(view.latents_of(images), module.fc_mu(module.encoder(images)))
+        latents = view.latents_of(images)
+    assert torch.equal(latents, module.fc_mu(module.encoder(images)))
 
 
 def test_an_encoder_that_returns_mean_and_variance_in_one_tensor_raises_an_error_with_the_fix() -> None:
