@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gendiag.functional.arrays import as_images, tensor_of
-from lightning_gendiag.model.batches import Images, images_of
+from lightning_gendiag.model.batches import Images, images_of, known
 from lightning_gendiag.model.generators import random_state_kept
 
 if TYPE_CHECKING:
@@ -276,12 +276,8 @@ class ModelParts:
         """Returns n labels sampled from the reference, or zeros while there is no reference."""
         if self.reference is None:
             return torch.zeros(n, dtype=torch.long, device=self.module.device)
-        if self.reference.labels is None:
-            raise ValueError(
-                "labels must be known for a conditional sampler, but the batches have none. "
-                "To fix this, pass ModelAdapter(labels=lambda batch: ...)."
-            )
-        return self.reference.labels[torch.randint(len(self.reference.labels), (n,))].to(self.module.device)
+        labels = known(self.reference.labels, self.real.unlabelled)
+        return labels[torch.randint(len(labels), (n,))].to(self.module.device)
 
     def images_in(self, output: Any, n: int) -> Tensor:
         """Returns the images (n, C, H, W) in the output of a sampler.
