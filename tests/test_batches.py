@@ -226,6 +226,13 @@ def test_what_labels_may_be(name: str) -> None:
     assert torch.equal(labels, Y)
 
 
+@pytest.mark.parametrize("batch", [{"y": Y, "tokens": Y}, {"tokens": Y, "y": Y}, (torch.arange(N), Y)])
+def test_labels_are_read_where_there_are_no_data(batch: Any) -> None:
+    labels = labels_of(batch)
+    assert labels is not None
+    assert torch.equal(labels, Y)
+
+
 def test_booleans_are_two_classes() -> None:
     labels = labels_of((X, Y > 1))
     assert labels is not None

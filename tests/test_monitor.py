@@ -255,7 +255,8 @@ class TestFailures:
         )
         with pytest.warns(DiagnosticWarning, match=r"a batch must hold .* got \{picture: \(16, 64\)\}. To fix this"):
             trainer(make_monitor(), max_epochs=2).fit(OfDicts(), loader)
-        monitor = make_monitor(adapter=ModelAdapter(images=lambda batch: batch["picture"], num_samples=50))
+        adapter = ModelAdapter(images=lambda batch: batch["picture"].unflatten(1, (1, 8, 8)), num_samples=50)
+        monitor = make_monitor(adapter=adapter)
         trainer(monitor).fit(OfDicts(), loader)
         assert monitor.evaluations == 2
 

@@ -100,7 +100,8 @@ def read_labels(batch: Any, images: Tensor | None = None) -> Labels:
     if images is not None:
         data = next((found for found in tensors if found.tensor.data_ptr() == images.data_ptr()), data)
     rows = len(images) if images is not None else len(data.tensor) if data else None
-    for container, position in data.around if data else ((batch, 0),):
+    start = 0 if isinstance(batch, (tuple, list)) else -1
+    for container, position in data.around if data else ((batch, start),):
         judged = [judge_labels(value, rows) for value in _beside(container, position)]
         for labels in judged:
             if labels.labels is not None:
@@ -128,8 +129,7 @@ def judge_labels(found: Any, rows: int | None = None) -> Labels:
         return _no_labels(f"{name} have {labels.ndim} axes")
     if rows is not None and len(labels) != rows:
         return _no_labels(f"{name} go with other data than {rows} rows")
-    whole = labels.is_floating_point() and not torch.equal(labels, labels.round())
-    if whole or labels.is_complex():
+    if labels.is_complex() or (labels.is_floating_point() and not torch.equal(labels, labels.round())):
         return _no_labels(f"{name} are not whole numbers")
     if labels.dtype != torch.long:
         labels = labels.long()
