@@ -335,7 +335,7 @@ def test_images_with_nan_are_counted_as_invalid() -> None:
 
 def test_missing_labels_and_an_unknown_classifier_are_reported() -> None:
     monitor = GenerationBalanceMonitor(adapter=ModelAdapter(reference=digits(16)[0]))
-    with pytest.warns(DiagnosticWarning, match="labels must be known, but the batches have none"):
+    with pytest.warns(DiagnosticWarning, match="labels must be known, but the batches hold no labels; pass labels="):
         trainer(monitor, max_epochs=1).fit(ClassSampler(), batches(16, 32))
     with pytest.raises(ValueError, match="classifier must be a callable or name a submodule or method of ClassSampler"):
         trainer(GenerationBalanceMonitor("classifier_net"), max_epochs=1).fit(ClassSampler(), batches(16, 32))

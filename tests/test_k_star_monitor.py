@@ -137,7 +137,7 @@ def test_invalid_features_and_missing_labels_are_reported() -> None:
     with pytest.raises(ValueError, match="images must be 'real' or 'generated'"):
         make_monitor(images="both")
     loader = torch.utils.data.DataLoader(digits(8)[0][:64], batch_size=16)
-    with pytest.warns(DiagnosticWarning, match="labels must be known, but the batches have none"):
+    with pytest.warns(DiagnosticWarning, match="labels must be known, but the batches hold no labels; pass labels="):
         trainer(make_monitor("discriminator", on_error="warn"), max_epochs=1).fit(TinyGAN(), loader)
 
 

@@ -250,12 +250,13 @@ class TestFailures:
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 return super().training_step(batch["picture"], batch_idx)
 
-        loader = torch.utils.data.DataLoader([{"picture": image} for image in digits(8)[0][:64]], batch_size=16)
-        with pytest.warns(
-            DiagnosticWarning, match=r"a batch must hold .* got \{picture: \(16, 1, 8, 8\)\}. To fix this"
-        ):
+        loader = torch.utils.data.DataLoader(
+            [{"picture": image.flatten()} for image in digits(8)[0][:64]], batch_size=16
+        )
+        with pytest.warns(DiagnosticWarning, match=r"a batch must hold .* got \{picture: \(16, 64\)\}. To fix this"):
             trainer(make_monitor(), max_epochs=2).fit(OfDicts(), loader)
-        monitor = make_monitor(adapter=ModelAdapter(images=lambda batch: batch["picture"], num_samples=50))
+        adapter = ModelAdapter(images=lambda batch: batch["picture"].unflatten(1, (1, 8, 8)), num_samples=50)
+        monitor = make_monitor(adapter=adapter)
         trainer(monitor).fit(OfDicts(), loader)
         assert monitor.evaluations == 2
 

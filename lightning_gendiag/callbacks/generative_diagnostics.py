@@ -26,7 +26,6 @@ from lightning_gendiag.diagnostics.regional_primitives.monitor import RegionalPr
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
-from lightning_gendiag.model.batches import images_of
 from lightning_gendiag.model.reference import Reference
 
 if TYPE_CHECKING:
@@ -305,19 +304,25 @@ class GenerativeDiagnostics(Member, Callback):
         return representation(self)
 
 
-def _found_in(batch: Any, reference: Reference) -> tuple[Tensor | None, Any]:
-    """Images and labels of the reference that was given, or of a batch."""
-    images, labels = reference.images or reference.found_in(batch)
-    return images_of(images), labels
+def _found_in(batch: Any, reference: Reference) -> tuple[Tensor | None, str]:
+    """Images of the reference that was given, or of a batch, and why there are no labels, if there are none."""
+    if reference.images is None:
+        images, labels = reference.found_in(batch)
+        return images, labels.reason
+    try:
+        reference.classes()
+    except ValueError as error:
+        return reference.images.images, str(error)
+    return reference.images.images, ""
 
 
 def _check(
-    monitor: Monitor[Any, Any], view: ModelView, found_in: Callable[[Reference], tuple[Tensor | None, Any]]
+    monitor: Monitor[Any, Any], view: ModelView, found_in: Callable[[Reference], tuple[Tensor | None, str]]
 ) -> None:
     """Raises ValueError where the module or the first batch shows that a monitor cannot work."""
-    images, labels = found_in(view.real) if monitor.needs_reference or monitor.needs_labels else (None, None)
+    images, unlabelled = found_in(view.real) if monitor.needs_reference or monitor.needs_labels else (None, "")
     if monitor.needs_reference and images is None:
         raise ValueError("the batches hold no (N, C, H, W) images; pass images=lambda batch: ...")
-    if monitor.needs_labels and labels is None:
-        raise ValueError("the batches hold no labels; pass labels=lambda batch: ...")
+    if monitor.needs_labels and unlabelled:
+        raise ValueError(unlabelled)
     monitor.check(view)

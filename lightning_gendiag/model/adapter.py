@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lightning_gendiag.functional.text import representation
-from lightning_gendiag.model.batches import images_of, labels_of
+from lightning_gendiag.model.batches import Labels, images_of, judge_labels, read_labels
 
 
 class ModelAdapter:
@@ -36,7 +38,7 @@ class ModelAdapter:
         latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
         conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
         images: Callable from a batch to its images; by default see :func:`images_of`.
-        labels: Callable from a batch to its labels; by default see :func:`labels_of`.
+        labels: Callable from a batch to its labels, which :func:`judge_labels` accepts; by default see :func:`labels_of`.
         chunk_size: Number of images in one call of the sampler.
 
     Raises:
@@ -80,15 +82,15 @@ class ModelAdapter:
         self.reference, self.latent_dim = reference, latent_dim
         self.images, self.labels = images, labels
 
-    @property
-    def find_images(self) -> Callable[[Any], Any]:
-        """The callable from a batch to its images."""
-        return self.images or images_of
+    def find_images(self, batch: Any) -> Tensor | None:
+        """Returns the images (N, C, H, W) of a batch, or None where there are none."""
+        return images_of(batch if self.images is None else self.images(batch))
 
-    @property
-    def find_labels(self) -> Callable[[Any], Any]:
-        """The callable from a batch to its labels."""
-        return self.labels or labels_of
+    def find_labels(self, batch: Any, images: Tensor | None) -> Labels:
+        """Returns the labels (N,) of the images of a batch, or the reason why there are none."""
+        if self.labels is None:
+            return read_labels(batch, images)
+        return judge_labels(self.labels(batch), None if images is None else len(images))
 
     def __repr__(self) -> str:
         return representation(self)

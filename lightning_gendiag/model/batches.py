@@ -1,13 +1,38 @@
-"""Reads images and labels from batches in the usual forms, and pools them over processes."""
+"""Reads images, other data and labels from batches as people have them, and pools them over processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from itertools import groupby
+from numbers import Real
+from types import FunctionType
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_gendiag.metric import Diagnostic
+
+IMAGE_NAMES = (
+    "image", "images", "img", "imgs", "x", "pixel_values", "data", "jpg", "jpeg", "png", "webp", "source", "input",
+    "inputs", "sample", "samples",
+)  # fmt: skip
+"""Names of images and other data in batches, in order of preference and in lower case."""
+
+LABEL_NAMES = (
+    "label", "labels", "y", "target", "targets", "cls", "class", "classes", "class_label", "class_labels", "class_id",
+    "fine_label", "fine_labels", "category",
+)  # fmt: skip
+"""Names of labels in batches, in order of preference and in lower case."""
+
+CHANNELS = (1, 3, 4)
+"""Numbers of channels by which the axis of the channels is recognized."""
+
+DEPTH = 4
+"""Number of containers within each other that are searched."""
 
 
 class Images(NamedTuple):
@@ -19,36 +44,117 @@ class Images(NamedTuple):
     """(N,) integers"""
 
 
+class Labels(NamedTuple):
+    """Labels, or the reason why there are none."""
+
+    labels: Tensor | None
+    """(N,) int64, 0 or above"""
+    reason: str
+    """Empty where there are labels."""
+
+
 def images_of(batch: Any) -> Tensor | None:
     """Returns the images (N, C, H, W) of a batch, or None where there are none.
 
-    They are the batch itself, its first entry, or its value under ``image``, ``images``, ``img``, ``x``, ``pixel_values``
-    or ``data``.
+    Mappings, objects, tuples and lists are searched for a tensor or an array of four axes, or for a list of single images
+    of one shape. What has one of ``IMAGE_NAMES``, or is the first entry of a tuple, goes before all others. Images
+    (N, H, W, C) are recognized by 1, 3 or 4 channels. Integers in [0, 255] become uint8, and others float32.
     """
-    if isinstance(batch, Tensor):
-        return batch if batch.ndim == 4 else None
-    if isinstance(batch, Mapping):
-        named = [batch[key] for key in ("image", "images", "img", "x", "pixel_values", "data") if key in batch]
-        return images_of(named[0]) if named else None
-    if isinstance(batch, (tuple, list)) and batch:
-        return images_of(batch[0])
-    return None
+    found = _find_images(list(_walk(batch)))
+    return None if found is None else _as_images(found.tensor)
+
+
+def data_of(batch: Any) -> Tensor | None:
+    """Returns the data (N, ...) of a batch: its images (N, C, H, W), else rows, series or volumes, or None.
+
+    Data that are no images are the first floating-point tensor of two axes or more with the batch's number of rows, where
+    known names go before others, as in :func:`images_of`.
+    """
+    images, data = images_of(batch), _find_data(list(_walk(batch)))
+    return images if images is not None or data is None else data.tensor
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """Returns the labels (N,) of a batch, or None where there are none.
+    """Returns the labels (N,) of a batch, int64 of at least 0, or None where there are none.
 
-    They are its second entry, or its value under ``label``, ``labels``, ``y``, ``target`` or ``targets``.
+    They stand beside the data: under one of ``LABEL_NAMES``, or in the next entry of a tuple. See :func:`judge_labels` for
+    what is accepted.
     """
-    if isinstance(batch, Mapping):
-        named = [batch[key] for key in ("label", "labels", "y", "target", "targets") if key in batch]
-    elif isinstance(batch, (tuple, list)):
-        named = list(batch[1:2])
-    else:
-        named = []
-    labels = named[0] if named else None
-    valid = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
-    return labels if valid else None
+    return read_labels(batch).labels
+
+
+def labels_reason(batch: Any) -> str:
+    """Returns why a batch has no labels, with the argument to pass; an empty text where it has some."""
+    return read_labels(batch).reason
+
+
+def read_labels(batch: Any, images: Tensor | None = None) -> Labels:
+    """Returns the labels of a batch, as :func:`labels_of`, or the reason why there are none.
+
+    Args:
+        batch: What a dataloader yields.
+        images: (N, C, H, W) whose labels are wanted, where they are others than :func:`images_of` finds.
+    """
+    tensors = list(_walk(batch))
+    data = _find_images(tensors) or _find_data(tensors)
+    if images is not None:
+        data = next((found for found in tensors if found.tensor.data_ptr() == images.data_ptr()), data)
+    rows = len(images) if images is not None else len(data.tensor) if data else None
+    start = 0 if isinstance(batch, (tuple, list)) else -1
+    for container, position in data.around if data else ((batch, start),):
+        judged = [judge_labels(value, rows) for value in _beside(container, position)]
+        for labels in judged:
+            if labels.labels is not None:
+                return labels
+        if judged:
+            # labels further out belong to other data
+            return judged[0]
+    return judge_labels(None)
+
+
+def judge_labels(found: Any, rows: int | None = None) -> Labels:
+    """Returns class labels as int64, or the reason why what was found is none.
+
+    Args:
+        found: (N,) or (N, 1) integers of at least 0, also as floats or Booleans, or one-hot rows (N, K).
+        rows: Number of rows of the data, where known.
+    """
+    labels = _tensor(found)
+    if labels is None:
+        return _no_labels(
+            "the batches hold no labels" if found is None else f"the labels {shape_of(found)} are not numbers"
+        )
+    name = f"the labels {tuple(labels.shape)}"
+    if not 1 <= labels.ndim <= 2:
+        return _no_labels(f"{name} have {labels.ndim} axes")
+    if rows is not None and len(labels) != rows:
+        return _no_labels(f"{name} go with other data than {rows} rows")
+    if labels.is_complex() or (labels.is_floating_point() and not torch.equal(labels, labels.round())):
+        return _no_labels(f"{name} are not whole numbers")
+    if labels.dtype != torch.long:
+        labels = labels.long()
+    if labels.ndim == 2 and labels.shape[1] != 1:
+        if not (((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()):
+            return _no_labels(f"{name} are attributes, not classes")
+        return Labels(labels.argmax(1), "")
+    if (labels < 0).any():
+        return _no_labels(f"{name} have negative values, which are no classes")
+    return Labels(labels if labels.ndim == 1 else labels[:, 0], "")
+
+
+def known(labels: Tensor | None, reason: str = "") -> Tensor:
+    """Returns labels (N,), which must be known.
+
+    Raises:
+        ValueError: If there are none; the message shows the reason.
+    """
+    if labels is None:
+        raise ValueError(f"labels must be known, but {reason or judge_labels(None).reason}")
+    return labels
+
+
+def _no_labels(reason: str) -> Labels:
+    return Labels(None, f"{reason}; pass labels=lambda batch: ...")
 
 
 class Rows(Diagnostic):
@@ -73,25 +179,162 @@ class Rows(Diagnostic):
         return self.rows("images"), self.rows("labels")
 
 
-def known(labels: Tensor | None) -> Tensor:
-    """Returns labels (N,), which must be known.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if labels is None:
-        raise ValueError(
-            "labels must be known, but the batches have none. To fix this, pass ModelAdapter(labels=lambda batch: ...)."
-        )
-    return labels
-
-
 def shape_of(batch: Any) -> str:
     """Returns the structure of a batch as text, such as ``{image: (16, 1, 8, 8), label: (16,)}``."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, (Tensor, np.ndarray)):
         return str(tuple(batch.shape))
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key}: {shape_of(value)}" for key, value in batch.items()) + "}"
     if isinstance(batch, (tuple, list)):
-        return "(" + ", ".join(shape_of(part) for part in batch) + ")"
+        runs = [(part, len(list(same))) for part, same in groupby(map(shape_of, batch))]
+        return "(" + ", ".join(part if n == 1 else f"{n} x {part}" for part, n in runs) + ")"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{name}: {shape_of(value)}" for name, value in batch.items()) + "}"
     return type(batch).__name__
+
+
+# ---- the search ----
+
+
+class _Found(NamedTuple):
+    """A tensor in a batch."""
+
+    tensor: Tensor
+    around: tuple[tuple[Any, int], ...]
+    """The containers that hold it, innermost first, and its position in each."""
+    is_known: bool
+    """Whether it has the name or the place of data."""
+
+
+def _walk(batch: Any, around: tuple[tuple[Any, int], ...] = (), is_named: bool = False) -> Iterator[_Found]:
+    """Yields the tensors of a batch, known names first and names of labels last."""
+    tensor = _tensor(batch)
+    if tensor is not None:
+        first = not around or (isinstance(around[0][0], (tuple, list)) and around[0][1] == 0)
+        yield _Found(tensor, around, is_named or first)
+    elif len(around) < DEPTH and not _is_ragged(batch):
+        entries = _entries(batch)
+        # a stable order: entries without a known name stay as they are
+        for position in sorted(range(len(entries)), key=lambda place: _rank(entries[place][0])):
+            name, value = entries[position]
+            yield from _walk(value, ((batch, position), *around), is_named or name in IMAGE_NAMES)
+
+
+def _rank(name: str) -> int:
+    return IMAGE_NAMES.index(name) if name in IMAGE_NAMES else len(IMAGE_NAMES) + (name in LABEL_NAMES)
+
+
+def _entries(batch: Any) -> list[tuple[str, Any]]:
+    """Returns names in lower case and values of a container; names of tuples are empty, and leaves have no entries."""
+    named: Any = ()
+    if isinstance(batch, Mapping):
+        named = batch.items()
+    elif isinstance(batch, (tuple, list)):
+        named = zip(getattr(batch, "_fields", [""] * len(batch)), batch, strict=True)
+    elif is_dataclass(batch):
+        named = ((field.name, getattr(batch, field.name, None)) for field in fields(batch))
+    elif hasattr(batch, "__dict__") and not isinstance(batch, (type, FunctionType)):
+        named = vars(batch).items()
+    return [(str(name).lower(), value) for name, value in named]
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """Returns a plain tensor of a tensor, an array, or a list of numbers or of single images, or None."""
+    if isinstance(value, (tuple, list)) and len(value) > 1 and all(isinstance(part, Real) for part in value):
+        value = np.array(value)
+    if isinstance(value, np.ndarray):
+        try:
+            # a copy, since torch reads no negative strides and warns of read-only memory
+            return torch.from_numpy(value.copy())
+        except (TypeError, ValueError):
+            return None
+    if isinstance(value, Tensor):
+        # subclasses such as MONAI's keep records beside the rows, which slices and sums contradict
+        plain = value if type(value) is Tensor else value.as_subclass(Tensor)
+        return plain if plain.layout == torch.strided and not plain.is_nested else None
+    if isinstance(value, (tuple, list)) and len(value) > 1:
+        parts = [_tensor(part) for part in value if isinstance(part, (Tensor, np.ndarray))]
+        whole = [part for part in parts if part is not None and (part.ndim == 0 or _is_single_image(part))]
+        if len(whole) == len(value) and len({part.shape for part in whole}) == 1:
+            return torch.stack(whole)
+    return None
+
+
+def _is_single_image(tensor: Tensor) -> bool:
+    """Whether a tensor may be an image (C, H, W) or (H, W, C)."""
+    return tensor.ndim == 3 and (tensor.shape[0] in CHANNELS or tensor.shape[2] in CHANNELS)
+
+
+def _is_ragged(batch: Any) -> bool:
+    """Whether a batch is a list of images of several sizes, none of whose entries is a batch."""
+    parts = [_tensor(part) for part in batch] if isinstance(batch, (tuple, list)) and len(batch) > 1 else [None]
+    return all(part is not None and _is_single_image(part) for part in parts)
+
+
+def _find_images(tensors: list[_Found]) -> _Found | None:
+    images = [found for found in tensors if found.tensor.ndim == 4 and not found.tensor.is_complex()]
+    # a mask is no image unless it is called one
+    images = [found for found in images if found.is_known or found.tensor.dtype != torch.bool]
+    return _first(images)
+
+
+def _find_data(tensors: list[_Found]) -> _Found | None:
+    lengths = Counter(len(found.tensor) for found in tensors if found.tensor.ndim)
+    rows = lengths.most_common(1)[0][0] if lengths else 0
+    data = [found for found in tensors if found.tensor.ndim >= 2 and found.tensor.is_floating_point()]
+    return _first([found for found in data if len(found.tensor) == rows])
+
+
+def _first(tensors: list[_Found]) -> _Found | None:
+    return next((found for found in tensors if found.is_known), tensors[0] if tensors else None)
+
+
+def _as_images(images: Tensor) -> Tensor:
+    """Returns images (N, C, H, W) of any layout and type as floating-point numbers or uint8."""
+    _, first, height, last = images.shape
+    # (N, 16, 4, 4) are square features rather than images of a width of 4
+    if last in CHANNELS and first not in CHANNELS and height != last:
+        images = images.permute(0, 3, 1, 2).contiguous()
+    if images.is_floating_point() or images.dtype == torch.uint8:
+        return images
+    values = images.float()
+    fits = images.dtype != torch.bool and bool(((values >= 0) & (values <= 255)).all())
+    return images.to(torch.uint8) if fits else values
+
+
+def _beside(container: Any, position: int) -> Iterator[Any]:
+    """Yields what may be the labels of the data at a position of a container."""
+    entries = _entries(container)
+    others = [entry for place, entry in enumerate(entries) if place != position and not _holds_images(entry[1])]
+    found = list(_named_labels(others))
+    yield from found
+    if isinstance(container, (tuple, list)) and not found:
+        following = [value for _, value in entries[position + 1 :] if not _holds_images(value)]
+        yield from _labels_in(following[0]) if following else ()
+
+
+def _labels_in(value: Any) -> Iterator[Any]:
+    """Yields what may be labels in the entry that holds them: itself, its tensors, or what has a name of labels."""
+    if _tensor(value) is not None:
+        yield value
+    elif isinstance(value, (tuple, list)):
+        tensors = [part for part in value if _tensor(part) is not None]
+        texts = [value] if value and all(isinstance(part, str) for part in value) else []
+        yield from tensors or texts
+    else:
+        yield from _named_labels(_entries(value))
+
+
+def _named_labels(entries: list[tuple[str, Any]], depth: int = DEPTH) -> Iterator[Any]:
+    """Yields the values that have a name of labels, also in mappings and objects within."""
+    for wanted in LABEL_NAMES:
+        for name, value in entries:
+            if name == wanted:
+                yield from _labels_in(value)
+    for name, value in entries if depth else ():
+        if name not in LABEL_NAMES and not isinstance(value, (tuple, list, Tensor, np.ndarray)):
+            yield from _named_labels(_entries(value), depth - 1)
+
+
+def _holds_images(value: Any) -> bool:
+    """Whether an entry is no labels but data, or holds data of its own beside labels."""
+    tensor = _tensor(value)
+    return any(found.tensor.ndim > 3 for found in _walk(value)) if tensor is None else tensor.ndim > 2

@@ -28,7 +28,7 @@ from lightning_gendiag.model.adapters.own import (
     sampler_ways,
     signature_of,
 )
-from lightning_gendiag.model.batches import Images
+from lightning_gendiag.model.batches import Images, known
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, scaled_like
 from lightning_gendiag.model.posterior import posterior_in
@@ -339,12 +339,7 @@ class ModelParts:
         """Returns n labels sampled from the reference, or zeros while there is no reference."""
         if self.real.images is None:
             return torch.zeros(n, dtype=torch.long, device=self.module.device)
-        labels = self.real.images.labels
-        if labels is None:
-            raise ValueError(
-                "labels must be known for a conditional sampler, but the batches have none. "
-                "To fix this, pass ModelAdapter(labels=lambda batch: ...)."
-            )
+        labels = known(self.real.images.labels, self.real.unlabelled)
         return labels[torch.randint(len(labels), (n,))].to(self.module.device)
 
     def images_in(self, output: Any, n: int) -> Tensor:

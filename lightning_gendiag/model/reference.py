@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.model.adapter import ModelAdapter
-from lightning_gendiag.model.batches import Images, Rows, shape_of
+from lightning_gendiag.model.batches import Images, Labels, Rows, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 
 COMPARED = 512
@@ -39,6 +39,8 @@ class Reference:
         self.adapter, self.trainer, self.device = adapter, trainer, device
         self.images: Images | None = None
         self._seen: Tensor | None = None
+        self.unlabelled = ""
+        """Why the batches seen so far hold no labels; empty where all of them do."""
         self._rows = Rows()
         self._epoch_seen = False
         self._unconfirmed = False
@@ -82,18 +84,19 @@ class Reference:
     def _held(self) -> int:
         return sum(len(rows) for rows in self._rows.images)
 
-    def found_in(self, batch: Any) -> tuple[Any, Any]:
+    def found_in(self, batch: Any) -> tuple[Tensor | None, Labels]:
         """Returns what is found of images and labels in a batch; training does not notice what the user's callables do."""
         with torch.no_grad(), random_state_kept(self.device):
-            images, labels = self.adapter.find_images(batch), self.adapter.find_labels(batch)
+            images = self.adapter.find_images(batch)
+            labels = self.adapter.find_labels(batch, images)
         if self._seen is None and isinstance(images, Tensor) and images.ndim == 4 and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
 
     def _part(self, batch: Any, room: int) -> Images:
         """The first finite images of a batch."""
-        images, labels = self.found_in(batch)
-        if not isinstance(images, Tensor) or images.ndim != 4:
+        images, (labels, reason) = self.found_in(batch)
+        if images is None:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images, got {shape_of(batch)}. "
                 "To fix this, pass ModelAdapter(images=lambda batch: ...)."
@@ -102,6 +105,7 @@ class Reference:
         if images.dtype != torch.uint8:
             images = as_images(images, "the batch's images")
         labels = None if labels is None else labels.detach()[:room]
+        self.unlabelled = self.unlabelled or reason
         finite = images.flatten(1).isfinite().all(1)
         return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
 
@@ -136,7 +140,7 @@ class Reference:
     def doubt(self) -> None:
         """Collects images anew, to see whether a later fit, or a checkpoint, brings the data of the reference."""
         if self.images is not None and self.adapter.reference is None:
-            self._unconfirmed, self._epoch_seen, self._rows = True, False, Rows()
+            self._unconfirmed, self._epoch_seen, self._rows, self.unlabelled = True, False, Rows(), ""
 
     def is_of_other_data(self) -> bool:
         """Returns whether the images collected since :meth:`doubt` are of other data than the reference, which then goes.
@@ -220,6 +224,17 @@ class Reference:
         rank, world = self.trainer.global_rank, self.trainer.world_size
         images, labels = self.images
         return Images(images[rank::world], None if labels is None else labels[rank::world])
+
+    def classes(self) -> Tensor:
+        """Returns the labels (N,) of all images, which are of two classes or more.
+
+        Raises:
+            ValueError: If there are no labels, or one class alone.
+        """
+        labels = known(None if self.images is None else self.images.labels, self.unlabelled)
+        if (labels == labels[0]).all():
+            raise ValueError(f"labels must have at least two classes, got only class {int(labels[0])}")
+        return labels
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the images that were collected; those that were given are read again instead."""

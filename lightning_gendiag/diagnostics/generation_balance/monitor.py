@@ -124,13 +124,9 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def build_metric(self, view: ModelView) -> GenerationBalance:
         """Computes the features of this rank's real images, and fits or assesses the classifier."""
-        (images, classes), own, extract = (
-            view.reference,
-            view.compared_with(self.images),
-            view.resolve_features(self.features),
-        )
-        labels, classify = known(classes), self._classifier(view)
-        num_classes = int(labels.max()) + 1
+        images, labels = view.reference.images, view.real.classes()
+        own, extract = view.compared_with(self.images), view.resolve_features(self.features)
+        num_classes, classify = int(labels.max()) + 1, self._classifier(view)
         self._made = "reconstructed" if view.source(self.images) == "reconstructions" else "generated"
         with view.isolated(exact=True):
             self._real = known(own.labels), extract(as_images(own.images)).cpu()

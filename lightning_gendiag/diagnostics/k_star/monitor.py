@@ -90,8 +90,8 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
             _layer(view, self.features)
 
     def build_metric(self, view: ModelView) -> KStar:
-        """Creates the metric, if labels are known."""
-        known(view.reference.labels)
+        """Creates the metric, if labels of several classes are known."""
+        view.real.classes()
         return KStar(self.distance, max_rows=self.max_rows)
 
     def update(self, view: ModelView) -> None:
