@@ -8,7 +8,7 @@ import io
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -28,16 +28,19 @@ NETWORKS = r"UNet\w*Model|\w*Transformer\w*Model|\w*DiffusionModelUNet\w*"
 FIRST_STAGES = r"Autoencoder\w+|AsymmetricAutoencoder\w+|VQModel|VQVAE"
 PREDICTIONS: dict[str, samplers.Prediction] = {"epsilon": "noise", "sample": "sample", "v_prediction": "velocity"}
 
+FLOWS = ("normflows", "nflows", "zuko")
+"""Packages of normalizing flows."""
+
 LABELS = ("y", "label", "labels", "cls", "classes", "class_labels", "target", "targets")
 """Names of parameters that take class labels."""
 
-TIMES = ("t", "time", "times", "timestep", "timesteps")
-"""Names of parameters that take times."""
+TIMES = re.compile(r"ts?|\w*time\w*|steps?|sigmas?|noise_levels?")
+"""Names of parameters that take times or levels of noise."""
 
 AVERAGED = re.compile(r"(^|_)(ema|average|averaged|shadow)(_|$)")
 """Names of averaged copies, whose weights are evaluated in place of the raw ones."""
 
-OF_NOISE = re.compile(r"base|prior|noise|latent|source|q0|p_?z")
+OF_NOISE = re.compile(r"(^|_)(base|prior|noise|latents?|source|q0|p_?z)(_|$)")
 """Names of distributions that are not the data's."""
 
 
@@ -72,7 +75,10 @@ def _attributes(holder: Any) -> Iterator[tuple[str, Any]]:
     """Yields the objects in the public children and plain attributes of an object, without running any property."""
     if isinstance(holder, Distribution):
         return
-    children = holder.named_children() if isinstance(holder, nn.Module) else ()
+    children: list[tuple[str, Any]] = []
+    # MONAI's RFlowScheduler does not initialise its base class
+    with suppress(AttributeError):
+        children += holder.named_children() if isinstance(holder, nn.Module) else ()
     for name, value in (*children, *vars(holder).items()):
         is_object = hasattr(value, "__dict__") and not isinstance(
             value, (Tensor, type, types.ModuleType, types.FunctionType)
@@ -139,7 +145,8 @@ def networks(module: nn.Module, packages: Sequence[str]) -> list[Part]:
     own = [
         part
         for part in parts_of(module)
-        if part.depth <= 1 and isinstance(part.value, nn.Module) and len(parameters_of(part.value)) >= 2
+        if part.depth <= 1 and isinstance(part.value, nn.Module)
+        if len(parameters_of(part.value)) >= 2 and any(TIMES.fullmatch(p.name) for p in parameters_of(part.value)[:2])
     ]
     # a module's own forward may return a loss, so that it comes last
     return known or sorted(own, key=lambda part: part.depth == 0)
@@ -307,7 +314,8 @@ def encoded(stage: Any, images: Tensor) -> Any:
     output = stage.encode(images)
     if isinstance(output, tuple):
         # MONAI gives a mean and a standard deviation
-        return Normal(*output, validate_args=False)
+        mean, std = output
+        return Normal(mean, std, validate_args=False)
     return next(
         (getattr(output, name) for name in ("latent_dist", "latents", "latent") if hasattr(output, name)), output
     )
@@ -414,7 +422,7 @@ def integrated(network: Any, joined: bool, context: Context, n: int, *labels: Te
     def field(t: Tensor, x: Tensor) -> Tensor:
         if joined:
             return predicted(network, (torch.cat([x, t[:, None]], dim=1),), x, labels)  # type: ignore[arg-type]
-        return predicted(network, (t, x) if names[0] in TIMES else (x, t), x, labels)
+        return predicted(network, (t, x) if TIMES.fullmatch(names[0]) else (x, t), x, labels)
 
     return samplers.euler(field, (n, *(context.shape or ())), STEPS, device=context.device)
 
@@ -432,9 +440,15 @@ def pythae_models(module: nn.Module, context: Context) -> Iterator[Way]:
         if has_prior:
             text = f"{name}.decoder from normal noise (n, {model.latent_dim})"
             yield Way("sample", text, partial(sampled, decode, model, model.latent_dim))
-        yield Way("encode", f"{name}.encoder", model.encoder)
+        yield Way("encode", f"{name}.encoder", partial(pythae_encoded, model))
         yield Way("decode", f"{name}.decoder", decode)
         yield Way("reconstruct", f"{name}.reconstruct", model.reconstruct)
+
+
+def pythae_encoded(model: Any, images: Tensor) -> Any:
+    """Returns the mean and the log variance in what an encoder of pythae returns, the latents where there are none."""
+    output = model.encoder(images)
+    return output if "log_covariance" in output else output["embedding"]
 
 
 def pythae_decoded(model: Any, z: Tensor) -> Any:
@@ -481,7 +495,10 @@ def matching(names: Mapping[str, Any], *patterns: str) -> list[str]:
 
 def quantize(quantizer: Any, z: Tensor) -> Tensor:
     """Returns quantized latents in the shape of the latents."""
-    rows_only = any(getattr(quantizer, name, None) is False for name in ("accept_image_fmap", "is_channel_first"))
+    flags = ["accept_image_fmap", "is_channel_first"]
+    # others have this flag too, and take images all the same
+    flags += ["channel_first"] if is_kind(quantizer, ("vector_quantize_pytorch",), r"\w*SimVQ") else []
+    rows_only = any(getattr(quantizer, name, None) is False for name in flags)
     if not rows_only or z.ndim < 4:
         output: Tensor = quantizer(z)[0]
         return output
@@ -499,26 +516,49 @@ def applied(layers: Layers, x: Tensor) -> Any:
 
 def flows(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields samples, latents and data of the flows of normflows, nflows and zuko."""
-    for name, flow, _ in of_kind(module, ("normflows",), r"\w*Flow"):
-        labels = bool(getattr(flow, "class_cond", False)) or is_kind(flow, ("normflows",), "ClassCondFlow")
-        yield Way("sample", f"{name}.sample(n{', y' * labels})", partial(first, flow.sample), takes_labels=labels)
-        if is_kind(flow, ("normflows",), "NormalizingFlow"):
-            yield from both(f"{name}.inverse", flow.inverse)
-            yield Way("decode", f"{name}.forward", flow.forward)
-    for name, flow, _ in of_kind(module, ("nflows",), "Flow"):
-        yield Way("sample", f"{name}.sample(n)", flow.sample)
-        yield from both(f"{name}.transform_to_noise", flow.transform_to_noise)
-    for name, flow, _ in of_kind(module, ("zuko",), "LazyDistribution"):
-        yield Way("sample", f"{name}().sample((n,))", partial(drawn, flow))
-        if is_kind(flow, ("zuko",), "Flow"):
-            yield from both(f"{name}().transform", lambda x, flow=flow: flow().transform(x))
-            yield Way("decode", f"{name}().transform.inv", lambda z, flow=flow: flow().transform.inv(z))
+    for name, flow, _ in parts_of(module):
+        if is_kind(flow, FLOWS, r"\w*Flow|LazyDistribution") and not OF_NOISE.search(name.rpartition(".")[2]):
+            package = next(package for package in FLOWS if is_kind(flow, (package,), r"\w+"))
+            yield from {"normflows": of_normflows, "nflows": of_nflows, "zuko": of_zuko}[package](name, flow)
+
+
+def of_normflows(name: str, flow: Any) -> Iterator[Way]:
+    """Yields the parts of a flow of normflows."""
+    labels = bool(getattr(flow, "class_cond", False)) or is_kind(flow, FLOWS, "ClassCondFlow")
+    yield Way("sample", f"{name}.sample(n{', y' * labels})", partial(first, flow.sample), takes_labels=labels)
+    if is_kind(flow, FLOWS, "NormalizingFlow"):
+        yield from both(f"{name}.inverse", flow.inverse)
+        yield Way("decode", f"{name}.forward", flow.forward)
+
+
+def of_nflows(name: str, flow: Any) -> Iterator[Way]:
+    """Yields the parts of a flow of nflows."""
+    yield Way("sample", f"{name}.sample(n)", flow.sample)
+    yield from both(f"{name}.transform_to_noise", flow.transform_to_noise)
+
+
+def of_zuko(name: str, flow: Any) -> Iterator[Way]:
+    """Yields the parts of a flow of zuko, or of another distribution that it makes at each call."""
+    yield Way("sample", f"{name}().sample((n,))", partial(drawn, flow))
+    if is_kind(flow, FLOWS, "Flow"):
+        yield from both(f"{name}().transform", partial(transformed, flow))
+        yield Way("decode", f"{name}().transform.inv", partial(inverted, flow))
 
 
 def both(name: str, encode: Callable[[Tensor], Any]) -> Iterator[Way]:
     """Yields an encoder of the data as it is, and of flattened data."""
     yield Way("encode", name, encode)
     yield Way("encode", f"{name} of flattened data", lambda x: encode(x.flatten(1)))
+
+
+def transformed(flow: Any, x: Tensor) -> Any:
+    """Returns the latents of data in a flow of zuko."""
+    return flow().transform(x)
+
+
+def inverted(flow: Any, z: Tensor) -> Any:
+    """Returns the data of latents in a flow of zuko."""
+    return flow().transform.inv(z)
 
 
 def first(sample: Callable[..., Any], *given: Any) -> Any:
@@ -529,8 +569,10 @@ def first(sample: Callable[..., Any], *given: Any) -> Any:
 def distributions(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields torch's distributions, as attributes or as what ``forward()`` returns without arguments."""
     for name, value, _ in parts_of(module):
-        if isinstance(value, Distribution) and not OF_NOISE.search(name.rpartition(".")[2]):
-            yield Way("sample", f"{name}.sample((n,))", partial(drawn, lambda value=value: value))
+        if OF_NOISE.search(name.rpartition(".")[2]) or is_kind(value, FLOWS, r"\w+"):
+            continue
+        if isinstance(value, Distribution):
+            yield Way("sample", f"{name}.sample((n,))", partial(drawn_from, value))
         elif isinstance(value, nn.Module) and makes_something(value):
             yield Way("sample", f"{name}().sample((n,))", partial(drawn, value))
 
@@ -545,8 +587,13 @@ def makes_something(module: nn.Module) -> bool:
 
 
 def drawn(make: Callable[[], Any], n: int) -> Any:
+    """Returns n samples of the distribution that a callable returns."""
+    return drawn_from(make(), n)
+
+
+def drawn_from(distribution: Any, n: int) -> Any:
     """Returns n samples of a distribution."""
-    return make().sample((n,))
+    return distribution.sample((n,))
 
 
 LIBRARIES: tuple[Recogniser, ...] = (
