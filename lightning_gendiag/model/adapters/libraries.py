@@ -75,16 +75,20 @@ def _attributes(holder: Any) -> Iterator[tuple[str, Any]]:
     """Yields the objects in the public children and plain attributes of an object, without running any property."""
     if isinstance(holder, Distribution):
         return
-    children: list[tuple[str, Any]] = []
-    # MONAI's RFlowScheduler does not initialise its base class
-    with suppress(AttributeError):
-        children += holder.named_children() if isinstance(holder, nn.Module) else ()
-    for name, value in (*children, *vars(holder).items()):
+    for name, value in (*children_of(holder), *vars(holder).items()):
         is_object = hasattr(value, "__dict__") and not isinstance(
             value, (Tensor, type, types.ModuleType, types.FunctionType)
         )
         if is_object and not name.startswith("_") and not AVERAGED.search(name):
             yield name, compat.uncompiled(value)
+
+
+def children_of(holder: Any) -> list[tuple[str, nn.Module]]:
+    """Returns the names and children of a module; none of other objects."""
+    # MONAI's RFlowScheduler is a module that does not initialise its base class
+    with suppress(AttributeError):
+        return list(holder.named_children()) if isinstance(holder, nn.Module) else []
+    return []
 
 
 def is_kind(value: object, packages: Sequence[str], names: str) -> bool:
@@ -473,7 +477,7 @@ Layers = list[Callable[[Tensor], Any]]
 
 def chain_of(holder: nn.Module) -> tuple[Layers, Callable[[Tensor], Tensor], Layers] | None:
     """Returns the layers before a module's quantizer, the quantizer, and the layers after it; None without one."""
-    children = dict(holder.named_children())
+    children = dict(children_of(holder))
     is_quantizer = {name: is_kind(child, ("vector_quantize_pytorch",), r"\w+") for name, child in children.items()}
     if sum(is_quantizer.values()) != 1:
         return None
