@@ -194,7 +194,7 @@ def diffusion_networks(module: nn.Module, context: Context) -> Iterator[Way]:
     parts = parts_of(module)
     stages = of_kind(module, DIFFUSION, FIRST_STAGES)
     for scheduler in of_kind(module, DIFFUSION, r"\w*Scheduler"):
-        steps = f"{STEPS} {'DDIM ' if is_ddpm(scheduler.value) else ''}steps of {scheduler.name}"
+        steps = f"{STEPS} steps of {'DPM-Solver++ with the betas of ' * is_discrete(scheduler.value)}{scheduler.name}"
         for network in networks(module, DIFFUSION):
             labels = label_name(network.value) is not None
             name, run = (
@@ -212,20 +212,31 @@ def diffusion_networks(module: nn.Module, context: Context) -> Iterator[Way]:
                 yield Way("sample", name, partial(run, shape), takes_labels=labels)
 
 
-def is_ddpm(scheduler: Any) -> bool:
-    """Returns whether a scheduler adds noise in each step, for which 20 are too few; DDIM replaces it."""
-    return "DDPM" in type(scheduler).__name__ and isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
+def is_discrete(scheduler: Any) -> bool:
+    """Returns whether a scheduler's forward process is that of DDPM, for which :func:`samplers.ddim` is more exact.
+
+    With 20 of their own steps, these schedulers give samples of a normal distribution 0.72 (DDIM), 0.94 (PNDM) and 1.6
+    (MONAI's PNDM) times its standard deviation; DDPM and others add noise in each step, for which 20 are far too few.
+    """
+    kinds = r"(DDPM|DDIM|PNDM|DEIS|UniPC|DPMSolverMultistep|DPMSolverSinglestep)\w*"
+    has_betas = isinstance(getattr(scheduler, "alphas_cumprod", None), Tensor)
+    return has_betas and is_kind(scheduler, DIFFUSION, kinds) and prediction_of(scheduler) in PREDICTIONS
+
+
+def prediction_of(scheduler: Any) -> str:
+    """Returns what a scheduler takes a network's output for, such as ``"epsilon"``."""
+    kind = setting(scheduler, "prediction_type", "epsilon")
+    return str(getattr(kind, "value", kind))
 
 
 def scheduled(
     network: Any, scheduler: Any, device: torch.device, shape: tuple[int, ...], n: int, *labels: Tensor
 ) -> Tensor:
     """Returns samples (n, *shape) after the steps of a scheduler."""
-    if is_ddpm(scheduler):
-        kind = setting(scheduler, "prediction_type", "epsilon")
+    if is_discrete(scheduler):
         return samplers.ddim(
             lambda x, t: predicted(network, (x, t), x, labels), scheduler.alphas_cumprod, (n, *shape), STEPS,
-            PREDICTIONS[getattr(kind, "value", kind)], clipping(scheduler), device,
+            PREDICTIONS[prediction_of(scheduler)], clip=clipping(scheduler), device=device,
         )  # fmt: skip
     # its steps leave a state in the scheduler
     scheduler = copy.deepcopy(scheduler)
@@ -401,12 +412,12 @@ def diffused(model: Any, fewer: dict[str, Any], n: int, *labels: Tensor) -> Any:
 
 
 def flow_matchers(module: nn.Module, context: Context) -> Iterator[Way]:
-    """Yields Euler's method over each network beside a ``FlowMatcher`` of torchcfm."""
+    """Yields the midpoint method over each network beside a ``FlowMatcher`` of torchcfm."""
     if context.shape is None or not of_kind(module, ("torchcfm",), r"\w*FlowMatcher"):
         return
     joined = [part for part in of_kind(module, ("torchcfm",), "MLP") if part.value.time_varying]
     for part in joined + networks(module, ("torchcfm",)):
-        name = f"{STEPS} Euler steps over {part.name}"
+        name = f"{STEPS // 2} midpoint steps over {part.name}"
         call = partial(integrated, part.value, part in joined, context)
         yield Way("sample", name, call, takes_labels=label_name(part.value) is not None)
 
@@ -428,7 +439,7 @@ def integrated(network: Any, joined: bool, context: Context, n: int, *labels: Te
             return predicted(network, (torch.cat([x, t[:, None]], dim=1),), x, labels)  # type: ignore[arg-type]
         return predicted(network, (t, x) if TIMES.fullmatch(names[0]) else (x, t), x, labels)
 
-    return samplers.euler(field, (n, *(context.shape or ())), STEPS, device=context.device)
+    return samplers.midpoint(field, (n, *(context.shape or ())), device=context.device)
 
 
 # ---- autoencoders with a prior, and quantized ones ----
