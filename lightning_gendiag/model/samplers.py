@@ -7,7 +7,6 @@ model: for data N(0, s^2) and its exact score, 20 calls give the following multi
 ================================  =======  =======  =======
 method                            s = 0.1  s = 0.5  s = 1
 ================================  =======  =======  =======
-``ddim(order=1)``, even steps     0.54     0.86     0.91
 ``ddim(order=1)``                 0.87     0.92     0.92
 ``ddim``                          1.04     1.02     1.01
 ``euler``                         0.80     0.93     0.94

@@ -197,15 +197,11 @@ def diffusion_networks(module: nn.Module, context: Context) -> Iterator[Way]:
         steps = f"{STEPS} steps of {'DPM-Solver++ with the betas of ' * is_discrete(scheduler.value)}{scheduler.name}"
         for network in networks(module, DIFFUSION):
             labels = label_name(network.value) is not None
-            name, run = (
-                f"{steps} over {network.name}",
-                partial(scheduled, network.value, scheduler.value, context.device),
-            )
+            name = f"{steps} over {network.name}"
+            run = partial(scheduled, network.value, scheduler.value, context.device)
             for stage in stages:
                 scale = latent_scale(parts, stage.value)
-                call = partial(
-                    latent_sample, run, stage.value, scale, latent_shape(network.value, stage.value, context)
-                )
+                call = partial(latent_sample, run, network.value, stage.value, scale, context)
                 yield Way("sample", f"{name}, decoded by {stage.name} at scale {scale:g}", call, takes_labels=labels)
             shape = data_shape(network.value, context)
             if shape is not None:
@@ -268,14 +264,6 @@ def data_shape(network: Any, context: Context) -> tuple[int, ...] | None:
     return (channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
 
 
-def latent_shape(network: Any, stage: Any, context: Context) -> tuple[int, ...] | Callable[[], tuple[int, ...]] | None:
-    """Returns how to find the shape of one latent: by encoding an image, else as the network states it."""
-    if context.shape is None:
-        return data_shape(network, context)
-    image = torch.zeros(1, *context.shape, device=context.device)
-    return lambda: tuple(latents_of(stage, image).shape[1:])
-
-
 def latent_scale(parts: list[Part], stage: Any) -> float:
     """Returns the factor of latents: that of MONAI's inferer, else the module's, else the first stage's."""
     inferers = [part.value for part in parts if is_kind(part.value, DIFFUSION, r"Latent\w*Inferer")]
@@ -287,9 +275,14 @@ def latent_scale(parts: list[Part], stage: Any) -> float:
     return float(setting(stage, "scaling_factor", 1.0))
 
 
-def latent_sample(run: Callable[..., Tensor], stage: Any, scale: float, shape: Any, n: int, *labels: Tensor) -> Any:
-    """Returns images (n, C, H, W), decoded from latents that a schedule made."""
-    latents = run(shape() if callable(shape) else shape, n, *labels)
+def latent_sample(
+    run: Callable[..., Tensor], network: Any, stage: Any, scale: float, context: Context, n: int, *labels: Tensor
+) -> Any:
+    """Returns images (n, C, H, W), decoded from latents that a schedule made, as large as those of a real image."""
+    shape = data_shape(network, context)
+    if context.shape is not None:
+        shape = tuple(latents_of(stage, torch.zeros(1, *context.shape, device=context.device)).shape[1:])
+    latents = run(shape, n, *labels)
     # MONAI's VQVAE quantizes here, and not in decode
     decode = getattr(stage, "decode_stage_2_outputs", partial(decoded, stage))
     return decode(latents / scale + float(setting(stage, "shift_factor", 0.0)))
