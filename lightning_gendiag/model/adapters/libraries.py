@@ -164,7 +164,7 @@ def label_name(network: Any) -> str | None:
     return named.name if named is not None and needed else None
 
 
-def predicted(network: Any, inputs: tuple[Tensor, Tensor], x: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+def predicted(network: Any, inputs: tuple[Tensor, ...], x: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
     """Returns what a network predicts for noisy data (n, ...).
 
     Args:
@@ -429,7 +429,7 @@ def integrated(network: Any, joined: bool, context: Context, n: int, *labels: Te
 
     def field(t: Tensor, x: Tensor) -> Tensor:
         if joined:
-            return predicted(network, (torch.cat([x, t[:, None]], dim=1),), x, labels)  # type: ignore[arg-type]
+            return predicted(network, (torch.cat([x, t[:, None]], dim=1),), x, labels)
         return predicted(network, (t, x) if TIMES.fullmatch(names[0]) else (x, t), x, labels)
 
     return samplers.midpoint(field, (n, *(context.shape or ())), device=context.device)
