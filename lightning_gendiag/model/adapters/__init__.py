@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_gendiag.model.adapters.base import Recogniser
+from lightning_gendiag.model.adapters.libraries import LIBRARIES
 from lightning_gendiag.model.adapters.own import children, decoded_samples, own
 
-RECOGNISERS: tuple[Recogniser, ...] = (own, children, decoded_samples)
+RECOGNISERS: tuple[Recogniser, ...] = (own, *LIBRARIES, children, decoded_samples)
