@@ -143,7 +143,7 @@ def unset_attributes(part: nn.Module) -> dict[str, None]:
 def uncompiled(part: nn.Module) -> nn.Module:
     """Returns what a module was compiled from, or the module itself."""
     # not by getattr, which a wrapper may pass on to what it wraps
-    inner = part._modules.get("_orig_mod")
+    inner = vars(part).get("_modules", {}).get("_orig_mod")
     return part if inner is None else inner
 
 

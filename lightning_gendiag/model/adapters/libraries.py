@@ -80,7 +80,7 @@ def _attributes(holder: Any) -> Iterator[tuple[str, Any]]:
             value, (Tensor, type, types.ModuleType, types.FunctionType)
         )
         if is_object and not name.startswith("_") and not AVERAGED.search(name):
-            yield name, compat.uncompiled(value)
+            yield name, compat.uncompiled(value) if isinstance(value, nn.Module) else value
 
 
 def children_of(holder: Any) -> list[tuple[str, nn.Module]]:
