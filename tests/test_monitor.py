@@ -268,10 +268,13 @@ class TestFailures:
                 r"generated must be \(N, 1, 9, 9\) to match the region map",
             ),
             ({"adapter": ModelAdapter("nowhere")}, "sample must name a method or submodule of TinyGAN"),
-            ({"adapter": ModelAdapter(reference=torch.rand(10, 3, 8, 8))}, "must have the reference's shape"),
+            ({"adapter": ModelAdapter(reference=torch.rand(10, 3, 8, 8))}, r"must return \(2, 3, 8, 8\) data"),
             (
-                {"regions": HALVES, "adapter": ModelAdapter(reference=torch.rand(10, 1, 16, 16))},
-                "the reference must be",
+                {
+                    "regions": torch.zeros(9, 9, dtype=torch.long),
+                    "adapter": ModelAdapter(reference=torch.rand(10, 1, 8, 8)),
+                },
+                "must be",
             ),
             ({"per_class": True}, "per_class must go with a sampler that takes labels"),
         ],
@@ -303,8 +306,8 @@ class TestFailures:
             def sample(self, n: int) -> Tensor:
                 return 2 * torch.rand(n, 1, 9, 9) - 1
 
-        with pytest.warns(DiagnosticWarning, match=r"generated must be \(N, 1, 8, 8\) to match the region map"):
-            trainer(make_monitor(), max_epochs=1).fit(Larger(), batches())
+        with pytest.warns(DiagnosticWarning, match=r"self.sample\(n\) fails .* must return \(2, 1, 8, 8\) data .*9, 9"):
+            trainer(make_monitor(adapter=ModelAdapter("sample")), max_epochs=1).fit(Larger(), batches())
 
     @pytest.mark.parametrize("kind", ["constant", "nan", "one image"])
     def test_degenerate_samples_are_flagged(self, kind: str) -> None:

@@ -110,7 +110,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted() -> None:
         (lambda: PosteriorKL(2).update(torch.zeros(3, 4), torch.zeros(3, 4)), r"mean must be \(N, 2\) of floats, got"),
         (lambda: PosteriorKL(2).update(torch.zeros(3, 2), torch.zeros(3)), r"log_variance must be \(N, 2\) of floats"),
         (lambda: posterior_kl(torch.zeros(3), torch.zeros(4)), "log_variance must have the shape of mean"),
-        (lambda: PosteriorKLMonitor(spread="sigma"), "spread must be 'log_variance'"),  # type: ignore[arg-type]
+        (lambda: PosteriorKLMonitor(spread="sigma"), "spread must be 'auto', 'log_variance'"),  # type: ignore[arg-type]
         (lambda: PosteriorKLMonitor(patience=0), "patience must be at least 1"),
     ],
 )
@@ -156,15 +156,17 @@ def test_every_form_of_a_posterior_gives_the_same_result(kind: str) -> None:
     assert float(monitor.result.total) > 3
 
 
-def test_an_encoder_with_three_outputs_raises_a_warning_with_the_fix() -> None:
+def test_an_encoder_with_three_outputs_of_a_positive_spread_raises_a_warning_with_the_fix() -> None:
     monitor = PosteriorKLMonitor()
-    with pytest.warns(
-        DiagnosticWarning, match=r"encode must return a pair of mean and log variance.*got 3 of them.*posterior="
-    ):
+    with pytest.warns(DiagnosticWarning, match=r"spread must be known.*pass PosteriorKLMonitor\(spread=\"std\"\)"):
         trainer(monitor, max_epochs=1).fit(Posterior(kind="three"), batches(16))
-    own = PosteriorKLMonitor(lambda module, images: module.encode(images)[1:], spread="std", on_error="raise")
+    own = PosteriorKLMonitor(spread="std", on_error="raise")
     trainer(own, max_epochs=1).fit(Posterior(kind="three"), batches(16))
+    cut = PosteriorKLMonitor(lambda module, images: module.encode(images)[1:], spread="std", on_error="raise")
+    trainer(cut, max_epochs=1).fit(Posterior(kind="three"), batches(16))
     assert own.result is not None
+    assert cut.result is not None
+    torch.testing.assert_close(own.result.per_dimension, cut.result.per_dimension, rtol=1e-4, atol=1e-4)
 
 
 def test_a_module_without_an_encoder_raises_an_error_before_training() -> None:

@@ -262,14 +262,11 @@ class ModelParts:
         self._has_posterior = _is_posterior(output, latents)
 
     def _try_decode(self, way: Way) -> None:
-        shape, example = way.latent or self._latent, self._example
+        shape, example = self._latent_shape(way), self._example
         if example is not None and self.has("encode"):
-            z = self.latents_of(example)
+            self._decoded(way, self.latents_of(example))
         elif shape is not None:
-            z = normal(self.module, 2, shape)
-        else:
-            raise ValueError(f"{UNKNOWN_LENGTH} ModelAdapter(latent_dim=...)")
-        self._decoded(way, z)
+            self._decoded(way, normal(self.module, 2, shape))
 
     def _try_reconstruct(self, way: Way) -> None:
         example = self._example
@@ -338,6 +335,8 @@ class ModelParts:
     def sample_labels(self, n: int) -> Tensor:
         """Returns n labels sampled from the reference, or zeros while there is no reference."""
         if self.real.images is None:
+            if self.real.unlabelled:
+                raise ValueError(self.real.unlabelled)
             return torch.zeros(n, dtype=torch.long, device=self.module.device)
         labels = known(self.real.images.labels, self.real.unlabelled)
         return labels[torch.randint(len(labels), (n,))].to(self.module.device)
@@ -389,25 +388,40 @@ class ModelParts:
         Raises:
             ValueError: If nothing decodes, or the length is not known.
         """
-        shape = self.way("decode").latent or self._latent
+        shape = self._latent_shape(self.way("decode"))
         if shape is None:
-            raise ValueError(f"{UNKNOWN_LENGTH} ModelAdapter(latent_dim=...).")
+            raise ValueError(f"latent_dim must be known. To fix this, {UNKNOWN_LENGTH} ModelAdapter(latent_dim=...).")
         return math.prod(shape)
+
+    def _latent_shape(self, way: Way) -> tuple[int, ...] | None:
+        """The shape of one latent that a decoder takes; None where it is not known."""
+        stated = self.stated_length
+        return way.latent or self._latent or (None if stated is None else (stated,))
 
     def decode(self, z: Tensor) -> Any:
         """Returns what the decoder makes of latents (n, L)."""
-        way = self.way("decode")
-        shape = way.latent or self._latent
+        return self._called(self.way("decode"), z)
+
+    def _called(self, way: Way, z: Tensor) -> Any:
+        shape = self._latent_shape(way)
         return way.call(z if shape is None else z.view(len(z), *shape))
 
     def _decoded(self, way: Way, z: Tensor) -> Tensor:
-        shape = way.latent or self._latent
-        output = way.call(z if shape is None else z.view(len(z), *shape))
-        return data_in(output, len(z), self.context.shape)
+        return data_in(self._called(way, z), len(z), self.context.shape)
 
     def decoded_images(self, z: Tensor) -> Tensor:
-        """Returns images (n, C, H, W) of latents (n, L)."""
-        return as_images(self._decoded(self.way("decode"), z))
+        """Returns images (n, C, H, W) of latents (n, L).
+
+        Raises:
+            ValueError: If the decoder returns none, or rows whose shape as images is not known before the first batch.
+        """
+        images = self._decoded(self.way("decode"), z)
+        if images.ndim != 4:
+            raise ValueError(
+                f"decode must return ({len(z)}, C, H, W) images, got {tuple(images.shape)}. "
+                f"To fix this, pass {FIXES['decode']}."
+            )
+        return as_images(images)
 
 
 def _mean_in(output: Any) -> Tensor | None:

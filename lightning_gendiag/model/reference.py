@@ -89,13 +89,14 @@ class Reference:
         with torch.no_grad(), random_state_kept(self.device):
             images = self.adapter.find_images(batch)
             labels = self.adapter.find_labels(batch, images)
+        self.unlabelled = self.unlabelled or labels.reason
         if self._seen is None and isinstance(images, Tensor) and images.ndim == 4 and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
 
     def _part(self, batch: Any, room: int) -> Images:
         """The first finite images of a batch."""
-        images, (labels, reason) = self.found_in(batch)
+        images, (labels, _) = self.found_in(batch)
         if images is None:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images, got {shape_of(batch)}. "
@@ -105,7 +106,6 @@ class Reference:
         if images.dtype != torch.uint8:
             images = as_images(images, "the batch's images")
         labels = None if labels is None else labels.detach()[:room]
-        self.unlabelled = self.unlabelled or reason
         finite = images.flatten(1).isfinite().all(1)
         return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
 

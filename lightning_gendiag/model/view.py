@@ -230,8 +230,8 @@ class ModelView:
         Raises:
             ValueError: If the module has neither, or not what is wanted.
         """
-        nothing_samples = wanted == "auto" and not self.parts.has("sample") and self.parts.has("reconstruct")
-        if wanted == "reconstructions" or nothing_samples:
+        free = wanted == "auto" and self.adapter.sample is None
+        if wanted == "reconstructions" or (free and not self.parts.has("sample") and self.parts.has("reconstruct")):
             self.find("reconstruct")
             return "reconstructions"
         self.find("sample")
