@@ -486,9 +486,13 @@ def test_an_iterator_that_a_sampler_would_advance_is_left_to_training() -> None:
         def sample(self, n: int) -> Tensor:
             return self.decode(torch.stack([next(self.stream) for _ in range(n)]))
 
-    diagnostics = GenerativeDiagnostics(adapter=small(), max_overhead=None)
-    assert trained(Streaming, [diagnostics]) == trained(Streaming, [])
+    adapter = ModelAdapter(sample="sample", num_samples=32, num_reference=64)
+    diagnostics, free = (GenerativeDiagnostics(adapter=given, max_overhead=None) for given in (adapter, small()))
+    alone = trained(Streaming, [])
+    assert trained(Streaming, [diagnostics]) == alone
     assert "an evaluation cannot advance a generator of the module" in diagnostics.left_out["cms"]
+    assert trained(Streaming, [free]) == alone
+    assert free.monitors["cms"].view.parts.way("sample").name == "self.decode from normal noise (n, 3)"
 
 
 class Watch(Callback):

@@ -120,3 +120,20 @@ def in_full_precision(module: nn.Module) -> Iterator[None]:
             tensor.data = data.float()
         with exact_matmul():
             yield
+
+
+@contextmanager
+def perturbed(module: nn.Module, seed: int) -> Iterator[None]:
+    """Adds noise of the size of its weights to a copy of a module inside the context, to see which outputs can change."""
+    weights = [p for p in module.parameters() if p.is_floating_point() and not nn.parameter.is_lazy(p)]
+    kept = [p.data.clone() for p in weights]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.no_grad():
+            for p in weights:
+                size = p.abs().mean().nan_to_num().clamp(min=0.1)
+                p.add_(size * torch.randn(p.shape, generator=generator).to(p))
+        yield
+    finally:
+        for p, data in zip(weights, kept, strict=True):
+            p.data.copy_(data)

@@ -180,7 +180,7 @@ class ModelParts:
             yield from (way for way in recogniser(self.module, self.context) if way.need == need)
         if need == "reconstruct" and self.has("encode") and self.has("decode"):
             name = f"{self.way('decode').name} of {self.way('encode').name}"
-            yield Way("reconstruct", name, lambda images: self.decode(self.latents_of(images)))
+            yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
 
     def _given(self, need: Need) -> list[Way]:
         """The ways that the user's argument leaves; empty where none was given."""
@@ -264,7 +264,7 @@ class ModelParts:
     def _try_decode(self, way: Way) -> None:
         shape, example = self._latent_shape(way), self._example
         if example is not None and self.has("encode"):
-            self._decoded(way, self.latents_of(example))
+            self._decoded(way, self.as_input(self.latents_of(example)))
         elif shape is not None:
             self._decoded(way, normal(self.module, 2, shape))
 
@@ -303,7 +303,9 @@ class ModelParts:
         if not self.has("decode"):
             return False
         with suppress(Exception):
-            again = data_in(self.decode(self.latents_of(example)), len(example), tuple(example.shape[1:]))
+            again = data_in(
+                self.decode(self.as_input(self.latents_of(example))), len(example), tuple(example.shape[1:])
+            )
             return float((again - example).norm()) < LARGEST_ERROR * float(example.norm())
         return False
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -17,6 +17,7 @@ from lightning_gendiag.diagnostics.posterior_kl import plots
 from lightning_gendiag.diagnostics.posterior_kl.functional import ACTIVE, MAX_DIMENSION_TAGS, PosteriorKLResult
 from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
 from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.isolation import perturbed
 from lightning_gendiag.model.outputs import peeled
 from lightning_gendiag.model.posterior import kl_to_prior, posterior_in
 
@@ -33,8 +34,8 @@ LEAST = 1e-4
 WATCHED = 256
 """Largest number of dimensions that are watched one by one; of more, such as spatial latents, only the total is."""
 
-EXTREME, PROBES = 10.0, 8
-"""Standard deviation and number of the noise images by which logarithms are told from positive numbers."""
+TRIALS = 12
+"""Number of perturbed copies of an encoder by which logarithms are told from positive numbers."""
 
 CHUNK = 128
 """Largest number of images that go through the encoder at a time."""
@@ -117,11 +118,12 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         """Returns L, the number of dimensions of the posterior of images (n, C, H, W), and finds what its spread is."""
         given, encoder = view.as_input(as_images(images)), self._encoder(view)
         with view.isolated(exact=True):
-            if self._known_spread == "auto":
-                # few real images may have positive logarithms only, but strong noise has others too
-                noise = EXTREME * torch.randn(PROBES, *given.shape[1:], generator=torch.Generator().manual_seed(0))
-                some = torch.cat([given, noise.to(given), -noise.to(given)])
-                self._moments(view, encoder(some), len(some))
+            if self._known_spread == "auto" and not view.subject.in_place:
+                # the logarithms of a few images may all be positive, but not with other weights too
+                for seed in range(TRIALS):
+                    with suppress(ValueError), perturbed(view.module, seed):
+                        self._moments(view, encoder(given), len(given))
+                        break
             mean, *_ = self._moments(view, encoder(given), len(given))
         return mean.shape[1]
 
