@@ -1,3 +1,4 @@
+from . import samplers as samplers
 from .callbacks.collapse_stopping import CollapseStopping as CollapseStopping
 from .callbacks.collapse_stopping import CollapseWarning as CollapseWarning
 from .callbacks.generative_diagnostics import GenerativeDiagnostics as GenerativeDiagnostics

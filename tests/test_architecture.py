@@ -18,7 +18,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__
 
 FLOORS = [
     {"functional", "detection", "plots"},
-    {"regions", "metric"},
+    {"regions", "metric", "samplers"},
     {"model"},
     {"callbacks/logging", "callbacks/schedule", "callbacks/session", "callbacks/monitor"},
     {"diagnostics"},

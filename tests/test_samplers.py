@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_gendiag.model.samplers import STEPS, ddim, euler, midpoint
+from lightning_gendiag.samplers import STEPS, ddim, euler, midpoint
 
 BETAS = torch.linspace(1e-4, 0.02, 1000)
 ALPHAS = (1 - BETAS.double()).cumprod(0)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from lightning_gendiag.model import compat, samplers
+from lightning_gendiag import samplers
+from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapters.base import Context, Recogniser, Way
 
 STEPS = samplers.STEPS
