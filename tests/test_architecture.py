@@ -142,7 +142,7 @@ def test_the_package_imports_lazily_and_completely() -> None:
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["False", "False"]
     for name in lightning_gendiag.__all__:
-        assert getattr(lightning_gendiag, name).__name__ == name
+        assert getattr(lightning_gendiag, name).__name__.removeprefix("lightning_gendiag.") == name
         assert name in dir(lightning_gendiag)
     with pytest.raises(AttributeError, match="nothing"):
         lightning_gendiag.nothing  # noqa: B018

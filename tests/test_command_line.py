@@ -25,7 +25,9 @@ OWN: dict[str, dict[str, Any]] = {
         "num_regions": None, "bandwidth": "image", "unbiased": False, "per_class": True, "map_images": 500, "null_splits": 8,
         "images": "reconstructions",
     },
-    "GenerationBalanceMonitor": {"classifier": "classify", "neighbours": 5, "space": "features", "images": "samples", "num_classes": 7},
+    "GenerationBalanceMonitor": {
+        "classifier": "classify", "neighbours": 5, "space": "features", "images": "samples", "num_classes": 7,
+    },
     "KStarMonitor": {"features": "encoder.3", "images": "generated", "distance": "cosine", "max_rows": 100},
     "LatentRegionsMonitor": {"components": 4, "num_points": 50, "max_components": 5, "max_rows": 300},
     "ManifoldEntropyMonitor": {
