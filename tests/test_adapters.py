@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -102,6 +103,38 @@ def test_noise_of_a_sampler_has_the_length_that_a_configuration_states() -> None
             return self.layer(z).view(-1, 1, 8, 8)
 
     assert name_of(view_of(Model()), "sample") == "self.sample(noise)"
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"latent_dim": np.int64(3)},
+        {"z_dim": 3.0},
+        {"nz": torch.tensor(3)},
+        {"config": {"model": {"latent_size": 3}}},
+        {"cfg": SimpleNamespace(params={"z_size": 3})},
+        {},
+    ],
+)
+def test_the_length_of_the_noise_is_found_in_many_places(attributes: dict[str, Any]) -> None:
+    class Model(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = nn.Sequential(nn.Linear(3, 64), nn.Unflatten(1, (1, 8, 8)))
+            for name, value in attributes.items():
+                setattr(self, name, value)
+
+        @property
+        def hidden_dim(self) -> int:
+            raise RuntimeError("not built yet")
+
+        sample = decode = z_dim = hidden_dim
+
+        if "z_dim" in attributes:
+            z_dim = 3.0
+
+    view = view_of(Model())
+    assert name_of(view, "sample") == "self.generator from normal noise (n, 3)"
 
 
 def test_a_sampler_of_latents_is_followed_by_the_decoder_of_the_first_stage() -> None:

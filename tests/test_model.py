@@ -567,6 +567,19 @@ def test_a_warning_about_different_ranges_of_values_is_given_once(
     assert [str(w.message).startswith("generated images span") for w in recwarn] == [True] * warns
 
 
+def test_warnings_about_ranges_say_what_may_be_wrong(recwarn: pytest.WarningsRecorder) -> None:
+    generated = torch.linspace(-0.9, 0.9, 640).view(10, 1, 8, 8)
+    view = attached(TinyGAN(), ModelAdapter(reference=3.2 * torch.rand(20, 1, 8, 8) - 0.4))
+    for _ in range(2):
+        view._check_range(generated)
+    assert not recwarn.list
+    view._check_range(generated)
+    assert "ends in tanh or sigmoid" in str(recwarn.pop(UserWarning).message)
+    view = attached(TinyGAN(), ModelAdapter(reference=255 * torch.rand(20, 1, 8, 8)))
+    view._check_range(generated.abs())
+    assert "divide the real images by 255" in str(recwarn.pop(UserWarning).message)
+
+
 class Averaging(WeightAveraging):
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None

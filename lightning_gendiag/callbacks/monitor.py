@@ -18,6 +18,7 @@ from lightning_gendiag.metric import Diagnostic, Result
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.model.reference import InapplicableError
 from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions
 from lightning_gendiag.regions.region_map import RegionMap
@@ -434,7 +435,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         if self.on_error == "raise":
             raise error
         self._failures += counts
-        off = self._failures >= FAILURES
+        off = self._failures >= FAILURES or isinstance(error, InapplicableError)
         self.enabled = self.enabled and not off
         effect = "from now on" if off else "this time" if counts else "with its panels switched off"
         text = (

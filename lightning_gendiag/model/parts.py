@@ -23,6 +23,7 @@ from lightning_gendiag.model.adapters.own import (
     accepts,
     attribute,
     decoder_ways,
+    held,
     latent_length,
     normal,
     sampler_ways,
@@ -68,7 +69,7 @@ NAMES: dict[Need, tuple[str, ...]] = {
 LARGEST_ERROR = 1e-3
 """What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
 
-MEANS = ("mean", "mu", "loc", "embedding", "z_mean", "latent", "latents", "z")
+MEANS = ("mean", "mu", "loc", "embedding", "z_mean", "latent", "latents", "z", "probs")
 """Names under which encoders return latents, best first."""
 
 
@@ -372,6 +373,9 @@ class ModelParts:
     def _latents(self, output: Any, n: int, way: Way) -> Tensor:
         single = isinstance(output, Tensor)
         found = _mean_in(output)
+        if found is not None and n == 1 and found.ndim == 1:
+            # an encoder that squeezes its output
+            found = found[None]
         if found is None or len(found) != n or found.ndim < 2:
             got = tuple(found.shape) if found is not None else type(output).__name__
             raise ValueError(f"it must return ({n}, L) latents, got {got}")
@@ -400,16 +404,14 @@ class ModelParts:
         stated = self.stated_length
         return way.latent or self._latent or (None if stated is None else (stated,))
 
-    def decode(self, z: Tensor) -> Any:
-        """Returns what the decoder makes of latents (n, L)."""
-        return self._called(self.way("decode"), z)
-
-    def _called(self, way: Way, z: Tensor) -> Any:
-        shape = self._latent_shape(way)
-        return way.call(z if shape is None else z.view(len(z), *shape))
+    def decode(self, z: Tensor) -> Tensor:
+        """Returns the data (n, ...) that the decoder makes of latents (n, L)."""
+        return self._decoded(self.way("decode"), z)
 
     def _decoded(self, way: Way, z: Tensor) -> Tensor:
-        return data_in(self._called(way, z), len(z), self.context.shape)
+        shape = self._latent_shape(way)
+        output = way.call(z if shape is None else z.view(len(z), *shape))
+        return data_in(output, len(z), self.context.shape)
 
     def decoded_images(self, z: Tensor) -> Tensor:
         """Returns images (n, C, H, W) of latents (n, L).
@@ -435,8 +437,8 @@ def _mean_in(output: Any) -> Tensor | None:
     fields = fields_of(output)
     if "latent_dist" in fields:
         return _mean_in(fields["latent_dist"])
-    found = (fields.get(name, getattr(output, name, None)) for name in MEANS)
-    return next((value for value in found if isinstance(value, Tensor)), None)
+    found = (fields.get(name, held(output, name)) for name in MEANS)
+    return next((value for value in found if isinstance(value, Tensor) and not value.isnan().all()), None)
 
 
 def _is_posterior(output: Any, latents: Tensor) -> bool:

@@ -26,6 +26,10 @@ OTHER_DATA = 6.0
 """Standard errors by which a mean of new images must differ from the reference's to count as other data."""
 
 
+class InapplicableError(ValueError):
+    """The data of the run are such that a diagnostic never applies; the same on every process."""
+
+
 class Reference:
     """Real images, at most ``num_reference`` over all processes.
 
@@ -229,11 +233,12 @@ class Reference:
         """Returns the labels (N,) of all images, which are of two classes or more.
 
         Raises:
-            ValueError: If there are no labels, or one class alone.
+            ValueError: If there are no labels.
+            InapplicableError: If there is one class alone.
         """
         labels = known(None if self.images is None else self.images.labels, self.unlabelled)
         if (labels == labels[0]).all():
-            raise ValueError(f"labels must have at least two classes, got only class {int(labels[0])}")
+            raise InapplicableError(f"labels must have at least two classes, got only class {int(labels[0])}")
         return labels
 
     def state_dict(self) -> dict[str, Any]:

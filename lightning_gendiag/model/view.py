@@ -37,6 +37,12 @@ LOGGED: dict[Need, str] = {
 Source = Literal["auto", "samples", "reconstructions"]
 """What is compared with real images; by default samples, or reconstructions where nothing samples."""
 
+EIGHT_BITS = 13.0
+"""Real images with values above this are in 0 to 255."""
+
+WITHIN = 3
+"""Number of evaluations in which generated images stay within -1 to 1, and real ones do not, before a warning."""
+
 PRIOR_CHUNK = 16
 """Number of latents of the prior that are drawn with one seed."""
 
@@ -79,7 +85,7 @@ class ModelView:
         self._said: set[Need] = set()
         self._extractor: FeatureExtractor | None = None
         self._range: tuple[float, float] | None = None
-        self._warned_range = False
+        self._warned_range, self._within = False, 0
 
     # ---- what there is ----
 
@@ -282,7 +288,8 @@ class ModelView:
                 # every process calls the model equally often, since a sharded model communicates in each call
                 for index in range(self.rank, math.ceil(chunks / world) * world, world):
                     n = min(size, total - index * size)
-                    chunk = self._chunk(index, max(n, 1))
+                    # of a batch of one, layers that normalize over the batch have no statistics
+                    chunk = self._chunk(index, max(n, 2))
                     drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
             labels = [chunk.labels for chunk in drawn if chunk.labels is not None]
             self._samples = Images(torch.cat([chunk.images for chunk in drawn]), torch.cat(labels) if labels else None)
@@ -314,14 +321,26 @@ class ModelView:
         if not len(finite):
             return
         (low, high), (least, most) = self._range, (float(finite.min()), float(finite.max()))
-        slack = (high - low) / 4
+        slack, bounded = (high - low) / 4, least >= -1 and most <= 1
+        reason = ""
         if high > low and (
             least < low - slack or most > high + slack or (low < -slack and least >= 0 and most > slack)
         ):
+            reason = "To fix this, bring both to one range"
+        elif bounded and low >= 0 and high > EIGHT_BITS:
+            reason = "To fix this, divide the real images by 255"
+        # a generator that ends in tanh or sigmoid
+        self._within += bounded and max(high - 1, -1 - low) > slack / 2
+        if not reason and self._within >= WITHIN:
+            reason = (
+                f"In {WITHIN} evaluations no value left -1 to 1, so a generator that ends in tanh or sigmoid may not reach "
+                "the others. To fix this, normalize the real images to the same range"
+            )
+        if reason:
             self._warned_range = True
             rank_zero_warn(
-                f"generated images span {least:.3g} to {most:.3g}, real ones {low:.3g} to {high:.3g}. To fix this, bring "
-                "both to one range, with ModelAdapter(sample=...) or ModelAdapter(images=...).",
+                f"generated images span {least:.3g} to {most:.3g}, real ones {low:.3g} to {high:.3g}. {reason}, with "
+                "ModelAdapter(sample=...) or ModelAdapter(images=...).",
                 category=UserWarning,
             )
 
@@ -360,7 +379,9 @@ class ModelView:
         """Returns what the encoder gives for this process's share of the reference, computed once for all monitors."""
         if self._encoded is None:
             images, labels = self.local_reference()
-            most, size = math.ceil(len(self.reference.images) / self.world_size), self.adapter.chunk_size
+            most = math.ceil(len(self.reference.images) / self.world_size)
+            # chunks of about one size, so that the last does not have a single image
+            size = math.ceil(most / math.ceil(most / self.adapter.chunk_size))
             encoded = []
             with self.isolated(exact=True):
                 # every process calls the model equally often, as for samples

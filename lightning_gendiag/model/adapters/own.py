@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,7 @@ def _decoded(decoder: Callable[..., Any], sampler: Callable[..., Any], n: int, *
 
 def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iterator[Way]:
     for name in SAMPLE_NAMES:
-        if callable(target := getattr(part, name, None)):
+        if (target := attribute(part, name)) is not None:
             yield from sampler_ways(target, f"{path}.{name}", module, part, context)
     yield from _encoders(part, path)
     # forward of a submodule may be of a discriminator or of a loss
@@ -87,7 +88,7 @@ def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iter
         if name == "forward" and part is not module and context.shape is None:
             # it may do anything, which the first images show
             continue
-        if (target := attribute(part, name)) is not None and accepts(target, 1):
+        if (target := attribute(part, name)) is not None and accepts(target, 1) and not _takes_noise(target):
             yield Way("reconstruct", f"{path}.{name}(images)", target)
 
 
@@ -95,8 +96,15 @@ def attribute(part: nn.Module, name: str) -> Callable[..., Any] | None:
     """Returns what is callable under a name; ``forward`` stands for a module that defines it."""
     if name == "forward":
         return part if has_forward(part) else None
-    found = getattr(part, name, None)
+    found = held(part, name)
     return found if callable(found) else None
+
+
+def held(owner: Any, name: str) -> Any:
+    """Returns an entry or an attribute, or None where there is none; a property may raise any error."""
+    with suppress(Exception):
+        return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+    return None
 
 
 # ---- samplers ----
@@ -224,6 +232,13 @@ def decoder_ways(
         )  # fmt: skip
 
 
+def _takes_noise(target: Callable[..., Any]) -> bool:
+    """Whether the name of the first parameter says that it takes noise or latents."""
+    signature = signature_of(target)
+    first = next(iter(signature.parameters), "") if signature is not None else ""
+    return NOISE.fullmatch(first) is not None
+
+
 def _with_class_0(decoder: Callable[..., Any], z: Tensor) -> Any:
     return decoder(z, torch.zeros(len(z), dtype=torch.long, device=z.device))
 
@@ -245,19 +260,29 @@ def latent_length(part: nn.Module, target: Any, context: Context) -> int | None:
     """Returns the length of the latents that the user, an attribute or the first layer of a decoder states, or None."""
     if context.latent_dim is not None:
         return context.latent_dim
-    holders: list[Any] = [part, *(getattr(part, name, None) for name in CONFIGS), target]
-    holders += [getattr(part, name, None) for name in (*DECODE_NAMES, *GENERATOR_NAMES)]
-    for holder in holders:
+    configs = [held(part, name) for name in CONFIGS]
+    # configurations of models are often nested once
+    nested = [held(config, name) for config in configs for name in ("model", "params", "init_args")]
+    parts = [held(part, name) for name in (*DECODE_NAMES, *GENERATOR_NAMES)]
+    for holder in (part, *configs, *nested, target, *parts):
         for name in LATENT_NAMES if holder is not None else ():
-            value = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
+            length = _integer(held(holder, name))
+            if length is not None:
+                return length
     if isinstance(target, nn.Module) and target is not part:
         first = next(
             (layer for layer in target.modules() if "weight" in dict(layer.named_parameters(recurse=False))), None
         )
         width = getattr(first, "in_features", getattr(first, "in_channels", None))
         return width if isinstance(width, int) else None
+    return None
+
+
+def _integer(value: Any) -> int | None:
+    """Returns a positive integer as ``int``, of whatever numeric type it is; None for anything else."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        if not isinstance(value, (bool, str, nn.Module)) and float(value).is_integer() and float(value) > 0:
+            return int(value)
     return None
 
 
