@@ -393,8 +393,12 @@ def test_errors_about_sampling_show_the_fix() -> None:
         attached(Other(), ModelAdapter()).try_sample()
     with pytest.raises(ValueError, match=r"sample must return \(2, C, H, W\) images when asked for 2, got \(2, 64\)"):
         attached(TinyGAN(), ModelAdapter("generator")).try_sample()
-    with pytest.raises(ValueError, match="weights must be 'raw' or 'auto' where no callback averages weights"):
-        attached(TinyGAN(), ModelAdapter(weights="ema"))
+    without_average = attached(TinyGAN(), ModelAdapter(weights="ema"))
+    without_average.refresh()
+    with pytest.raises(
+        ValueError, match="weights must be 'raw' or 'auto' where neither a callback nor the module averages"
+    ):
+        without_average.samples()
     with pytest.raises(ValueError, match="num_samples must be an integer of at least 2"):
         ModelAdapter(num_samples=1)
     with pytest.raises(ValueError, match="weights must be 'auto'"):
