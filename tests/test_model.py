@@ -394,8 +394,12 @@ def test_errors_about_sampling_show_the_fix() -> None:
     reference = torch.rand(4, 1, 9, 9)
     with pytest.raises(ValueError, match=r"self.generator .* must return \(2, 1, 9, 9\) data .*, got \(2, 64\)"):
         attached(TinyGAN(), ModelAdapter("generator", reference=reference))
-    with pytest.raises(ValueError, match="weights must be 'raw' or 'auto' where no callback averages weights"):
-        attached(TinyGAN(), ModelAdapter(weights="ema"))
+    without_average = attached(TinyGAN(), ModelAdapter(weights="ema"), ())
+    without_average.refresh()
+    with pytest.raises(
+        ValueError, match="weights must be 'raw' or 'auto' where neither a callback nor the module averages"
+    ):
+        without_average.samples()
     with pytest.raises(ValueError, match="num_samples must be an integer of at least 2"):
         ModelAdapter(num_samples=1)
     with pytest.raises(ValueError, match="weights must be 'auto'"):

@@ -29,8 +29,9 @@ class ModelAdapter:
         decode: What decodes latents: a name, a callable ``(module, latents)``, or None to find it.
         num_samples: Number of images at an evaluation, over all processes.
         seed: Seed of the samples; the same at every evaluation, so that curves change with the model only.
-        weights: ``"raw"``, ``"ema"`` (Lightning's ``WeightAveraging``), or ``"auto"`` for averaged weights once there are
-            any.
+        weights: ``"raw"``, ``"ema"``, or ``"auto"`` for averaged weights once there are any: those of Lightning's
+            ``WeightAveraging``, else those that the module keeps inside itself, such as ``module.ema`` or
+            ``module.ema_scope()``. They are written into the copy that is evaluated.
         reconstruct: What reconstructs images: a name, a callable ``(module, images)``, or None to find it.
         reference: Real images: None takes them from the training batches as they pass by; or a tensor (N, C, H, W), a
             pair of images and labels, a dataset or a dataloader.

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_gendiag.model import compat
+from lightning_gendiag.model.averages import load_own_average
 from lightning_gendiag.model.copying import ModuleCopy, copy_module, fits_in_memory
 from lightning_gendiag.model.generators import random_state_kept
 
@@ -27,8 +28,11 @@ class Subject:
         self.trained, self.trainer = trained, trainer
         self.in_place = compat.is_sharded(trainer) or not fits_in_memory(trained)
         """Whether the module itself is evaluated, since no copy can be made."""
+        self.own_average: str | None = None
+        """What holds the averaged weights of the module's own that the copy has; None where it has none of them."""
         self._copy: ModuleCopy | None = None
         self._average: nn.Module | None = None
+        self._own = False
         self._current = False
         if self.in_place:
             self._say("it is sharded or larger than half of the free memory")
@@ -44,10 +48,16 @@ class Subject:
         """Notes that the module may have changed."""
         self._current = False
 
-    def refresh(self, average: nn.Module | None = None) -> None:
-        """Renews the copy where the module may have changed, with averaged weights if they are given."""
-        if not self.in_place and not (self._current and self._average is average):
-            self._average = average
+    def refresh(self, average: nn.Module | None = None, own: bool = True) -> None:
+        """Renews the copy where the module may have changed.
+
+        Args:
+            average: Averaged weights that the copy gets.
+            own: Whether it otherwise gets averaged weights that the module keeps inside itself, if there are any.
+        """
+        own = own and average is None
+        if not self.in_place and not (self._current and self._average is average and self._own == own):
+            self._average, self._own = average, own
             self._renew()
 
     def counterpart(self, value: Any) -> Any:
@@ -58,17 +68,19 @@ class Subject:
         """Frees the copy's memory."""
         if self._copy is not None:
             self._copy.release()
-        self._copy, self._average, self._current = None, None, False
+        self._copy, self._average, self._own, self._current, self.own_average = None, None, False, False, None
 
     def _renew(self) -> None:
-        previous, self._copy = self._copy, None
+        previous, self._copy, self.own_average = self._copy, None, None
         try:
             # a class that says how its objects are copied may call its constructor
             with random_state_kept(self.trained.device, self.trained):
                 self._copy = copy_module(self.trained, previous)
-            if self._average is not None:
-                compat.load_average(self._average, self._copy.module)
-            compat.be_silent(self._copy.module, self.trainer)
+                compat.be_silent(self._copy.module, self.trainer)
+                if self._average is not None:
+                    compat.load_average(self._average, self._copy.module)
+                elif self._own:
+                    self.own_average = load_own_average(self._copy.module)
             self._current = True
         except Exception as error:
             self._copy, self.in_place = None, True
@@ -77,6 +89,7 @@ class Subject:
     def _say(self, reason: str) -> None:
         rank_zero_warn(
             f"{type(self.trained).__name__} cannot be copied ({reason}), so evaluations use the module itself and restore "
-            "its modes, buffers and plain attributes afterwards. Layers that act in train() or eval() may notice.",
+            "its modes, buffers and plain attributes afterwards. Layers that act in train() or eval() may notice. Averaged "
+            "weights that it keeps inside itself are not used.",
             category=UserWarning,
         )

@@ -15,6 +15,7 @@ from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.model.averages import has_own_average
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, in_chunks
 from lightning_gendiag.model.generators import random_state_kept, seed_all
@@ -79,6 +80,8 @@ class ModelView:
         self.region_maps: dict[tuple[int | None, int], RegionMap] = {}
         self.averaged = False
         """Whether averaged weights are evaluated."""
+        self._lacks_average = False
+        self._said_weights = self._warned_weights = False
         self._samples: Images | None = None
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
@@ -158,11 +161,6 @@ class ModelView:
         Raises:
             ValueError: If it holds no images, or averaged weights are asked for where there are none.
         """
-        if self.adapter.weights == "ema" and compat.averaging_of(self.trainer) is None:
-            raise ValueError(
-                "weights must be 'raw' or 'auto' where no callback averages weights, got 'ema'. "
-                "To fix this, add lightning.pytorch.callbacks.WeightAveraging to the trainer."
-            )
         if self.adapter.reference is not None and self.real.images is None:
             self.real.read(self.adapter.reference)
 
@@ -173,8 +171,15 @@ class ModelView:
     def refresh(self) -> None:
         """Takes up a copy of the module as it is now, with averaged weights where they are to be evaluated."""
         average = self._average()
-        self.averaged = average is not None
-        self.subject.refresh(average)
+        self.subject.refresh(average, own=self.adapter.weights != "raw")
+        self.averaged = average is not None or self.subject.own_average is not None
+        wants = self.adapter.weights == "ema" and not self.averaged
+        # not before training, since a module may make its average as late as on_train_start
+        self._lacks_average = (
+            wants and compat.averaging_of(self.trainer) is None and not has_own_average(self.subject.trained)
+        )
+        if (wants or self.averaged) and not self._lacks_average:
+            self._say_weights()
 
     def forget_reference(self) -> None:
         """Forgets what was derived from a reference that is gone."""
@@ -190,13 +195,35 @@ class ModelView:
         started = int(average.n_averaged) > 0  # type: ignore[arg-type]
         return average if self.adapter.weights == "ema" or started else None
 
+    def _say_weights(self) -> None:
+        """Logs once whose averaged weights are evaluated, and warns where those that were asked for cannot be used."""
+        if self.averaged and not self._said_weights:
+            self._said_weights = True
+            name = self.subject.own_average or f"the {type(compat.averaging_of(self.trainer)).__name__} callback"
+            rank_zero_info(f"Evaluations use the EMA weights of {name}. To use the raw weights, pass weights='raw'.")
+        elif not self.averaged and not self._warned_weights:
+            self._warned_weights = True
+            rank_zero_warn(
+                "The averaged weights of the module were not updated yet, or it is not clear which part they average, so "
+                "the raw weights are evaluated. To fix this, pass ModelAdapter(sample=lambda module, n: ...).",
+                category=UserWarning,
+            )
+
     @contextmanager
     def isolated(self, exact: bool = False) -> Iterator[None]:
         """Runs the copy in evaluation mode, without gradients, and in the trainer's precision.
 
         Args:
             exact: Whether to run in float32 or better, independently of the trainer's precision.
+
+        Raises:
+            ValueError: If averaged weights are to be evaluated where there are none.
         """
+        if self._lacks_average:
+            raise ValueError(
+                "weights must be 'raw' or 'auto' where neither a callback nor the module averages weights, got 'ema'. "
+                "To fix this, add lightning.pytorch.callbacks.WeightAveraging to the trainer."
+            )
         with ExitStack() as stack:
             stack.enter_context(random_state_kept(self.device, self.subject.trained, self.adapter))
             if self.subject.in_place:

@@ -19,6 +19,7 @@ from torch.distributions import Distribution, Normal
 from lightning_gendiag import samplers
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapters.base import Context, Recogniser, Way
+from lightning_gendiag.model.adapters.own import AVERAGED
 
 STEPS = samplers.STEPS
 
@@ -37,9 +38,6 @@ LABELS = ("y", "label", "labels", "cls", "classes", "class_labels", "target", "t
 
 TIMES = re.compile(r"ts?|\w*time\w*|steps?|sigmas?|noise_levels?")
 """Names of parameters that take times or levels of noise."""
-
-AVERAGED = re.compile(r"(^|_)(ema|average|averaged|shadow)(_|$)")
-"""Names of averaged copies, whose weights are evaluated in place of the raw ones."""
 
 OF_NOISE = re.compile(r"(^|_)(base|prior|noise|latents?|source|q0|p_?z)(_|$)")
 """Names of distributions that are not the data's."""

@@ -37,6 +37,9 @@ CONDITIONS = re.compile(r"(c|cond|condition(s|ing)?|context|prompts?|.*_(cond|co
 NOISE = re.compile(r"(z|zs|noise|latents?|code|eps|x_?t|z_?samples?)", re.IGNORECASE)
 """Names of parameters of a sampler, by what they take."""
 
+AVERAGED = re.compile(r"(^|_)(ema|average|averaged|shadow)(_|$)")
+"""Names of averaged copies, which come last: their weights are those of the copy, unless raw ones are asked for."""
+
 MEAN_LAYER, VARIANCE_LAYER = re.compile(r"(^|_|2)(mu|mean)(_|$)"), re.compile(r"var(_|$)|sigma|std")
 """Names of layers that turn an encoder's features into the mean and the variance of a posterior."""
 
@@ -48,7 +51,7 @@ def own(module: nn.Module, context: Context) -> Iterator[Way]:
 
 def children(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields what the modules do that a module holds, such as ``self.model`` of a wrapper."""
-    for name, child in module.named_children():
+    for name, child in sorted(module.named_children(), key=lambda named: AVERAGED.search(named[0]) is not None):
         yield from _of(child, f"self.{name}", module, context)
 
 
