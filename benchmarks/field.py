@@ -55,6 +55,8 @@ class Row:
     identical: bool = False
     first: float = 0.0
     later: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of a later evaluation, by monitor."""
     alarms: list[str] = field(default_factory=list)
     error: str = ""
 
@@ -142,8 +144,10 @@ class Probe(Callback):
         self.images: dict[str, Tensor] = {}
         self.given = torch.zeros(0)
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Fills the row."""
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Fills the row at the end of the last epoch."""
+        if trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            return
         row, monitors = self.row, self.diagnostics.monitors
         row.attached, row.left_out = self.diagnostics.attached, dict(self.diagnostics.left_out)
         view = self.diagnostics.session.view_of(monitors["cms"])
@@ -151,8 +155,10 @@ class Probe(Callback):
         view.expire()
         view.refresh()
         for name in row.attached:
+            began = time.monotonic()
             if monitors[name].period_multiplier == 1:
                 monitors[name].evaluate(view, trainer.global_step, True)
+                row.seconds[name] = time.monotonic() - began
         row.later = time.monotonic() - started
         with contextlib.suppress(ValueError):
             row.source = view.source()
@@ -179,6 +185,7 @@ class Probe(Callback):
             return torch.zeros(0)
         self.given = view.as_input(as_images(view.reference.images[:SAME]))
         with view.isolated(exact=True):
+            torch.manual_seed(0)
             return view.parts.reconstructed(view.parts.way("reconstruct").call(self.given), self.given)
 
 
@@ -244,6 +251,7 @@ def judge(row: Row, probe: Probe, case: Case) -> None:
         elif "sample" in probe.images:
             row.agrees["sample"] = False
         if case.reconstruct is not None and len(probe.given):
+            torch.manual_seed(0)
             found, true = probe.images["reconstruct"], case.reconstruct(probe.given)
             row.agrees["reconstruct"] = alike(found.flatten(1), true.float().flatten(1))
         for name, value in row.numbers.items():
@@ -276,13 +284,14 @@ def shown(entry: Entry, row: Row) -> str:
     """Returns the row of a model, and indented lines that explain it."""
     found = " ".join(MARKS[row.agrees.get(need, False if need in row.names else None)] for need in ("sample", "reconstruct"))
     cells = (
-        f"{entry.name:28s}", f"{MARKS[not row.error]:>5s}", f"{MARKS[row.useful]:>6s}", f"{MARKS[row.right]:>5s}",
+        f"{entry.name:28s}", f"{'YES' if row.error else 'no':>5s}", f"{MARKS[row.useful]:>6s}", f"{MARKS[row.right]:>5s}",
         f"{found:>8s}", f"{MARKS[row.identical]:>9s}", f"{row.first:6.1f}", f"{row.later:6.1f}", f"{len(row.alarms):6d}",
         f"  {', '.join(row.attached) or 'none'}",
     )  # fmt: skip
     lines = [f"{row.source}: " + "; ".join(f"{need}: {name}" for need, name in row.names.items())]
     if row.distance is not None:
         lines[0] += f" (energy distance {row.distance:.4f})"
+    lines.append("seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in row.seconds.items()))
     lines += [f"{name} {'is right' if value else 'is WRONG'}" for name, value in row.numbers.items()]
     lines += [f"left out {name}: {reason}" for name, reason in row.left_out.items()]
     lines += [f"alarm: {alarm}" for alarm in row.alarms] + [row.error] * bool(row.error)

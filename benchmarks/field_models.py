@@ -255,7 +255,7 @@ def kl_stage(channels: int = 3) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        channels, channels, ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, (8, 16), norm_num_groups=4,
+        channels, channels, ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3, (8, 16, 16), norm_num_groups=4,
         sample_size=32, scaling_factor=0.5,
     )  # fmt: skip
 
@@ -304,7 +304,7 @@ def latent_diffusion() -> Case:
     class Latent(Adam):
         def __init__(self) -> None:
             super().__init__()
-            self.vae, self.unet, self.noise_scheduler = kl_stage(), unet2d(4), cosine(clip_sample=False)
+            self.vae, self.unet, self.noise_scheduler = kl_stage(), unet2d(4, 8), cosine(clip_sample=False)
             self.vae.requires_grad_(False)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -314,7 +314,7 @@ def latent_diffusion() -> Case:
     module = Latent()
 
     def sample(n: int) -> Tensor:
-        z, scheduler = torch.randn(n, 4, 16, 16), cosine(clip_sample=False)
+        z, scheduler = torch.randn(n, 4, 8, 8), cosine(clip_sample=False)
         scheduler.set_timesteps(TIMES)
         for t in scheduler.timesteps:
             z = scheduler.step(module.unet(z, t).sample, t, z).prev_sample
@@ -411,17 +411,17 @@ def monai_latent_diffusion() -> Case:
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x = batch["image"]
-            noise, t = torch.randn(len(x), 3, 16, 16), torch.randint(0, TIMES, (len(x),))
+            noise, t = torch.randn(len(x), 3, 8, 8), torch.randint(0, TIMES, (len(x),))
             return F.mse_loss(self.inferer(x, self.autoencoder, self.unet, noise, t), noise)
 
     module = Latent()
 
     def sample(n: int) -> Tensor:
-        noise = torch.randn(n, 3, 16, 16)
+        noise = torch.randn(n, 3, 8, 8)
         module.scheduler.set_timesteps(TIMES)
         return module.inferer.sample(noise, module.autoencoder, module.unet, module.scheduler, verbose=False)
 
-    return Case(module, monai_images(32), sample, same=False)
+    return Case(module, monai_images(), sample, same=False)
 
 
 @of("monai")
@@ -677,7 +677,7 @@ def pythae_vae() -> Case:
     module, loader = of_pythae(VAEConfig((1, 16, 16), 8), VAE, _units()[0])
     model: Any = module.model
     return Case(
-        module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.decoder(model.encoder(x).embedding)[0]
+        module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.reconstruct(x)
     )
 
 
@@ -689,7 +689,7 @@ def pythae_wae() -> Case:
     module, loader = of_pythae(WAE_MMD_Config((1, 16, 16), 8), WAE_MMD, _units()[0])
     model: Any = module.model
     return Case(
-        module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.decoder(model.encoder(x).embedding)[0]
+        module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.reconstruct(x)
     )
 
 
@@ -708,7 +708,7 @@ def pythae_autoencoder() -> Case:
 
     module, loader = of_pythae(AEConfig((1, 16, 16), 8), AE, _units()[0])
     model: Any = module.model
-    return Case(module, loader, reconstruct=lambda x: model.decoder(model.encoder(x).embedding)[0])
+    return Case(module, loader, reconstruct=lambda x: model.reconstruct(x))
 
 
 @of("pythae")
@@ -719,7 +719,7 @@ def pythae_vamp() -> Case:
     module, loader = of_pythae(VAMPConfig((1, 16, 16), 8), VAMP, _units()[0])
     model: Any = module.model
     return Case(
-        module, loader, lambda n: VAMPSampler(model).sample(n), lambda x: model.decoder(model.encoder(x).embedding)[0],
+        module, loader, lambda n: VAMPSampler(model).sample(n), lambda x: model.reconstruct(x),
         same=False,
     )  # fmt: skip
 
