@@ -170,9 +170,8 @@ class Probe(Callback):
                 row.names[need] = view.parts.way(need).name
                 self.images[need] = get(view)
         for name in self.case.numbers:
-            monitor, _, scalar = name.partition("/")
             value = trainer.callback_metrics.get(f"gendiag/{name}")
-            if monitor in row.attached and value is not None:
+            if name.partition("/")[0] in row.attached and value is not None:
                 row.numbers[name] = float(value)
 
     def samples(self, view: ModelView) -> Tensor:

@@ -559,7 +559,10 @@ def generator_with_ema() -> Case:
             of_generator, of_discriminator = self.optimizers()
             fake = self.generator(torch.randn(len(x), 16))
             for optimizer, loss in (
-                (of_discriminator, lambda: F.softplus(self.discriminator(fake.detach())) + F.softplus(-self.discriminator(x))),
+                (
+                    of_discriminator,
+                    lambda: F.softplus(self.discriminator(fake.detach())) + F.softplus(-self.discriminator(x)),
+                ),
                 (of_generator, lambda: F.softplus(-self.discriminator(fake))),
             ):
                 optimizer.zero_grad()
@@ -676,9 +679,7 @@ def pythae_vae() -> Case:
 
     module, loader = of_pythae(VAEConfig((1, 16, 16), 8), VAE, _units()[0])
     model: Any = module.model
-    return Case(
-        module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.reconstruct(x)
-    )
+    return Case(module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.reconstruct(x))
 
 
 @of("pythae")
@@ -688,9 +689,7 @@ def pythae_wae() -> Case:
 
     module, loader = of_pythae(WAE_MMD_Config((1, 16, 16), 8), WAE_MMD, _units()[0])
     model: Any = module.model
-    return Case(
-        module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.reconstruct(x)
-    )
+    return Case(module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.reconstruct(x))
 
 
 @of("pythae")
@@ -874,8 +873,8 @@ def flow_of_classes() -> Case:
 
 @of("FrEIA")
 def invertible_network() -> Case:
-    import FrEIA.framework as Ff  # noqa: N813
-    import FrEIA.modules as Fm  # noqa: N813
+    import FrEIA.framework as Ff
+    import FrEIA.modules as Fm
 
     def subnet(inputs: int, outputs: int) -> nn.Module:
         return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, outputs))
@@ -1024,7 +1023,9 @@ def averaged_generator() -> Case:
         def __init__(self) -> None:
             super().__init__()
             self.hparams["latent_dim"] = 8
-            self.generator = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 256), nn.Unflatten(1, (1, 16, 16)))
+            self.generator = nn.Sequential(
+                nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 256), nn.Unflatten(1, (1, 16, 16))
+            )
             self.ema_generator = AveragedModel(self.generator, multi_avg_fn=get_ema_multi_avg_fn(0.9))
 
         def configure_optimizers(self) -> Any:
