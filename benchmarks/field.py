@@ -37,7 +37,7 @@ from lightning_gendiag.model.view import ModelView
 
 TOLERANCE = 0.01
 SAME, MANY = 16, 128
-LONGER = 10
+LONGER = 5
 """Times as many epochs for models whose samplers agree only for a trained network, in steps of other methods."""
 
 
