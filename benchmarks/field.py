@@ -155,6 +155,8 @@ class Probe(Callback):
         row.attached, row.left_out = self.diagnostics.attached, dict(self.diagnostics.left_out)
         view = self.diagnostics.session.view_of(monitors["cms"])
         started = time.monotonic()
+        # with no monitor attached, nothing else has noted that the module changed
+        view.subject.expire()
         view.expire()
         view.refresh()
         for name in row.attached:
