@@ -438,7 +438,7 @@ def integrated(network: Any, joined: bool, context: Context, n: int, *labels: Te
 
 
 def pythae_models(module: nn.Module, context: Context) -> Iterator[Way]:
-    """Yields the parts of pythae's models; only those with a normal prior sample."""
+    """Yields the parts of pythae's models; only those with a normal or a VampPrior sample."""
     for name, model, _ in of_kind(module, ("pythae",), "BaseAE"):
         decode = partial(pythae_decoded, model)
         has_prior = is_kind(model, ("pythae",), "VAE|WAE_MMD") and not is_kind(
@@ -447,6 +447,8 @@ def pythae_models(module: nn.Module, context: Context) -> Iterator[Way]:
         if has_prior:
             text = f"{name}.decoder from normal noise (n, {model.latent_dim})"
             yield Way("sample", text, partial(sampled, decode, model, model.latent_dim))
+        elif is_kind(model, ("pythae",), "VAMP"):
+            yield Way("sample", f"{name}.decoder from posteriors of its pseudo-inputs", partial(vamp_sampled, model))
         yield Way("encode", f"{name}.encoder", partial(pythae_encoded, model))
         yield Way("decode", f"{name}.decoder", decode)
         yield Way("reconstruct", f"{name}.reconstruct", model.reconstruct)
@@ -456,6 +458,15 @@ def pythae_encoded(model: Any, images: Tensor) -> Any:
     """Returns the mean and the log variance in what an encoder of pythae returns, the latents where there are none."""
     output = model.encoder(images)
     return output if "log_covariance" in output else output["embedding"]
+
+
+def vamp_sampled(model: Any, n: int) -> Any:
+    """Returns what is decoded from draws of pythae's VampPrior, the mean of the posteriors of its pseudo-inputs."""
+    inputs = model.pseudo_inputs(model.idle_input)
+    chosen = inputs[torch.randint(len(inputs), (n,), device=inputs.device)]
+    output = model.encoder(chosen.reshape(n, *model.model_config.input_dim))
+    mean, std = output["embedding"], (torch.tanh(output["log_covariance"]) / 2).exp()
+    return pythae_decoded(model, mean + std * torch.randn_like(mean))
 
 
 def pythae_decoded(model: Any, z: Tensor) -> Any:

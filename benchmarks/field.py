@@ -1,0 +1,337 @@
+"""Measures ``GenerativeDiagnostics()`` without arguments on other people's models: ``pip install 'lightning_gendiag[field]'``.
+
+Each model of ``benchmarks.field_models`` is trained for a few epochs of eight batches, with and without diagnostics. A row
+says what is attached, what samples or reconstructs by the log, and whether that is right: for the same seed it must give the
+same images as the package's own sampler with all its steps, or images of the same distribution where a sampler with fewer
+steps is used. "found" and "true" are those of samples, then of reconstructions. Two distributions count as the same if their
+energy distance, as a fraction of 0 to 1, exceeds chance (99 % of 200 permutations) by at most ``TOLERANCE``, the
+distance of two normal distributions whose means differ by a fifth of a standard deviation in each pixel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import Tensor
+
+from benchmarks.field_models import MODELS, Case, Entry, version_of
+from benchmarks.measuring import trained
+from lightning_gendiag import GenerativeDiagnostics
+from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.outputs import data_in
+from lightning_gendiag.model.view import ModelView
+
+TOLERANCE = 0.01
+SAME, MANY = 16, 128
+LONGER = 5
+"""Times as many epochs for models whose samplers agree only for a trained network, in steps of other methods."""
+
+
+@dataclass
+class Row:
+    """What happened to a model."""
+
+    attached: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    source: str = "nothing"
+    names: dict[str, str] = field(default_factory=dict)
+    """Of the ways that were found, by need."""
+    agrees: dict[str, bool] = field(default_factory=dict)
+    distance: float | None = None
+    numbers: dict[str, bool] = field(default_factory=dict)
+    useful: bool = False
+    right: bool = False
+    identical: bool = False
+    first: float = 0.0
+    later: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of a later evaluation, by monitor."""
+    alarms: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+# ---- comparing ----
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Returns whether nested values are equal bit for bit, where nan equals nan."""
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(np.array_equal(a, b)) if isinstance(a, np.ndarray) else bool(a == b)
+
+
+def state_of(case: Case, trainer: Trainer) -> Any:
+    """Returns weights, buffers, modes, the state of optimizers and that of all global generators."""
+    modes = [part.training for part in case.module.modules()]
+    optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    random_states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    return [case.module.state_dict(), modes, optimizers, *random_states]
+
+
+def energy_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Returns the energy distance of samples as a fraction of the mean distance, and its 99 % quantile by chance."""
+    joint = torch.cat([a, b]).flatten(1).double()
+    distances, generator = torch.cdist(joint, joint), torch.Generator().manual_seed(0)
+
+    def between(order: Tensor) -> float:
+        one, other = order[: len(a)], order[len(a) :]
+        cross = distances[one][:, other].mean()
+        own = sum(distances[part][:, part].sum() / (len(part) * (len(part) - 1)) for part in (one, other))
+        return float(1 - own / (2 * cross))
+
+    orders = [torch.randperm(len(joint), generator=generator) for _ in range(200)]
+    return between(torch.arange(len(joint))), float(np.quantile([between(order) for order in orders], 0.99))
+
+
+# ---- running ----
+
+
+class Clock(Callback):
+    """Measures the seconds that another callback takes in hooks; ``before`` and ``after`` stand around it."""
+
+    def __init__(self, diagnostics: GenerativeDiagnostics) -> None:
+        self.diagnostics = diagnostics
+        self.started = self.setup = self.first = 0.0
+
+    @property
+    def before(self) -> Callback:
+        """The callback that starts the measurement."""
+        clock = self
+
+        class Before(Callback):
+            def start(self, *args: Any) -> None:
+                clock.started = time.monotonic()
+
+            on_fit_start = on_train_batch_start = on_train_epoch_end = start
+
+        return Before()
+
+    def on_fit_start(self, *args: Any) -> None:
+        """Notes the seconds of choosing monitors."""
+        self.setup += time.monotonic() - self.started
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Notes the seconds of trying them with the first batch."""
+        if trainer.global_step == 0 and batch_idx == 0:
+            self.setup += time.monotonic() - self.started
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        """Notes the seconds of the first evaluation."""
+        if not self.first and any(monitor.evaluations for monitor in self.diagnostics.monitors.values()):
+            self.first = self.setup + time.monotonic() - self.started
+
+
+class Probe(Callback):
+    """Evaluates once more at the end, and asks for the samples and reconstructions that the diagnostics see."""
+
+    def __init__(self, diagnostics: GenerativeDiagnostics, case: Case, row: Row) -> None:
+        self.diagnostics, self.case, self.row = diagnostics, case, row
+        self.images: dict[str, Tensor] = {}
+        self.given = torch.zeros(0)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Fills the row at the end of the last epoch."""
+        if trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            return
+        row, monitors = self.row, self.diagnostics.monitors
+        row.attached, row.left_out = self.diagnostics.attached, dict(self.diagnostics.left_out)
+        view = self.diagnostics.session.view_of(monitors["cms"])
+        started = time.monotonic()
+        # with no monitor attached, nothing else has noted that the module changed
+        view.subject.expire()
+        view.expire()
+        view.refresh()
+        for name in row.attached:
+            began = time.monotonic()
+            if monitors[name].period_multiplier == 1:
+                monitors[name].evaluate(view, trainer.global_step, True)
+                row.seconds[name] = time.monotonic() - began
+        row.later = time.monotonic() - started
+        with contextlib.suppress(ValueError):
+            row.source = view.source()
+        for need, get in {"sample": self.samples, "reconstruct": self.reconstructions}.items():
+            if view.parts.has(need):
+                row.names[need] = view.parts.way(need).name
+                self.images[need] = get(view)
+        for name in self.case.numbers:
+            value = trainer.callback_metrics.get(f"gendiag/{name}")
+            if name.partition("/")[0] in row.attached and value is not None:
+                row.numbers[name] = float(value)
+
+    def samples(self, view: ModelView) -> Tensor:
+        """Returns samples of the diagnostics' sampler, for the seed 0."""
+        n, way = count(self.case), view.parts.way("sample")
+        with view.isolated():
+            torch.manual_seed(0)
+            output = way.call(n, *([labels_of(n)] if way.takes_labels else []))
+            return view.parts.images_in(output, n) if self.case.has_images else data_in(output, n, None)
+
+    def reconstructions(self, view: ModelView) -> Tensor:
+        """Returns reconstructions of the first images of the reference."""
+        if not view.has_reference:
+            return torch.zeros(0)
+        self.given = view.as_input(as_images(view.reference.images[:SAME]))
+        with view.isolated(exact=True):
+            torch.manual_seed(0)
+            return view.parts.reconstructed(view.parts.way("reconstruct").call(self.given), self.given)
+
+
+def count(case: Case) -> int:
+    """Returns the number of samples to compare."""
+    return SAME if case.same else MANY
+
+
+def labels_of(n: int) -> Tensor:
+    """Returns n labels of ten classes."""
+    return torch.arange(n) % 10
+
+
+def run(entry: Entry, epochs: int) -> Row:
+    """Trains a model twice, and compares what the diagnostics use with what is true."""
+    row = Row()
+    plain = fitted(entry, epochs, lambda case: [])
+    probes: list[Probe] = []
+    clocks: list[Clock] = []
+
+    def callbacks(case: Case) -> list[Callback]:
+        diagnostics = GenerativeDiagnostics()
+        probes.append(Probe(diagnostics, case, row))
+        clocks.append(Clock(diagnostics))
+        return [clocks[0].before, diagnostics, clocks[0], probes[0]]
+
+    try:
+        with_them = fitted(entry, epochs, callbacks)
+    except Exception:
+        row.error = traceback.format_exc()
+        return row
+    row.identical, row.first = equal(plain[1], with_them[1]), clocks[0].first
+    stopping = probes[0].diagnostics.stopping
+    row.alarms = [str(alarm) for alarm in stopping.alarms] if stopping is not None else []
+    judge(row, probes[0], with_them[0])
+    return row
+
+
+def fitted(entry: Entry, epochs: int, callbacks: Callable[[Case], list[Callback]]) -> tuple[Case, Any]:
+    """Trains a model, and returns it and everything that training leaves behind."""
+    seed_everything(0, verbose=False)
+    case = entry.make()
+    seed_everything(1, verbose=False)
+    trainer = trained(case.module, case.loader, epochs * (1 if case.same else LONGER), *callbacks(case))
+    # the same Python objects would be equal to themselves
+    return case, state_of(case, trainer)
+
+
+def judge(row: Row, probe: Probe, case: Case) -> None:
+    """Says what is right, by the functions that are written by hand for each model."""
+    case.module.eval()
+    with torch.no_grad(), quiet():
+        if case.sample is not None and "sample" in probe.images:
+            n, found = count(case), probe.images["sample"].flatten(1)
+            torch.manual_seed(0)
+            labelled = len(signature(case.sample).parameters) == 2
+            true = case.sample(n, *([labels_of(n)] if labelled else []))
+            true = (as_images(true) if case.has_images else true).float().flatten(1)
+            if case.same:
+                row.agrees["sample"] = alike(found, true)
+            else:
+                row.distance, chance = energy_distance(found, true)
+                row.agrees["sample"] = row.distance < chance + TOLERANCE
+        elif "sample" in probe.images:
+            row.agrees["sample"] = False
+        if case.reconstruct is not None and len(probe.given):
+            torch.manual_seed(0)
+            found, true = probe.images["reconstruct"], case.reconstruct(probe.given)
+            row.agrees["reconstruct"] = alike(found.flatten(1), true.float().flatten(1))
+        for name, value in row.numbers.items():
+            true, error = case.numbers[name]()
+            row.numbers[name] = abs(value - true) <= error
+    need = "sample" if case.sample is not None else "reconstruct"
+    row.right = bool(row.agrees.get(need)) and (not case.has_images or row.source.startswith(need))
+    cms = probe.diagnostics.monitors["cms"]
+    row.useful = cms.enabled and cms.evaluations > 0 if case.has_images else any(row.numbers.values())
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Returns whether images are the same up to rounding."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drops the progress bars of libraries."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ---- printing ----
+
+MARKS = {True: "yes", False: "NO", None: "-"}
+
+
+def shown(entry: Entry, row: Row) -> str:
+    """Returns the row of a model, and indented lines that explain it."""
+    found = " ".join(MARKS[row.agrees.get(need)] for need in ("sample", "reconstruct"))
+    cells = (
+        f"{entry.name:28s}", f"{'YES' if row.error else 'no':>5s}", f"{MARKS[row.useful]:>6s}", f"{MARKS[row.right]:>5s}",
+        f"{found:>8s}", f"{MARKS[row.identical]:>9s}", f"{row.first:6.1f}", f"{row.later:6.1f}", f"{len(row.alarms):6d}",
+        f"  {', '.join(row.attached) or 'none'}",
+    )  # fmt: skip
+    lines = [f"{row.source}: " + "; ".join(f"{need}: {name}" for need, name in row.names.items())]
+    if row.distance is not None:
+        lines[0] += f" (energy distance {row.distance:.4f})"
+    lines.append("seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in row.seconds.items()))
+    lines += [f"{name} {'is right' if value else 'is WRONG'}" for name, value in row.numbers.items()]
+    lines += [f"left out {name}: {reason}" for name, reason in row.left_out.items()]
+    lines += [f"alarm: {alarm}" for alarm in row.alarms] + [row.error] * bool(row.error)
+    return "".join(cells) + "\n" + "\n".join(textwrap.indent(line, "      ") for line in lines)
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=[entry.name for entry in MODELS], help="names of models")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
+    print(f"{'model':28s} ended useful right  samples recons identical first later alarms")
+    rows: dict[str, Row] = {}
+    for entry in (entry for entry in MODELS if entry.name in options.only):
+        if entry.missing:
+            print(f"{entry.name:28s} skipped: pip install {' '.join(entry.missing)}")
+            continue
+        with quiet():
+            rows[entry.name] = run(entry, options.epochs)
+        print(shown(entry, rows[entry.name]), flush=True)
+    packages = {package: version_of(package) for entry in MODELS for package in entry.packages}
+    figures = {
+        "models": len(rows),
+        "useful": sum(row.useful for row in rows.values()),
+        "ended": sum(bool(row.error) for row in rows.values()),
+        "right_sampler": sum(row.right for row in rows.values()),
+        "identical": sum(row.identical for row in rows.values()),
+        "alarms": sum(len(row.alarms) for row in rows.values()),
+        "packages": packages,
+    }
+    print(json.dumps(figures) if options.json else figures)
+
+
+if __name__ == "__main__":
+    main()
