@@ -260,3 +260,10 @@ def test_images_of_another_size_are_not_taken() -> None:
 
     with pytest.raises(ValueError, match=r"sample must be known"):
         view_of(Small()).find("sample")
+
+
+def test_noise_is_not_tried_where_the_type_of_a_model_states_another_prior() -> None:
+    part = Coder()
+    assert view_of(Wrapper("model", part)).source() == "samples"
+    part.__class__ = type("VAMP", (Coder,), {"__module__": "pythae.models.vamp"})
+    assert view_of(Wrapper("model", part)).source() == "reconstructions"

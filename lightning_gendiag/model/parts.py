@@ -396,7 +396,7 @@ class ModelParts:
         """
         shape = self._latent_shape(self.way("decode"))
         if shape is None:
-            raise ValueError(f"latent_dim must be known. To fix this, {UNKNOWN_LENGTH} ModelAdapter(latent_dim=...).")
+            raise ValueError(f"latent_dim must be known, but {UNKNOWN_LENGTH} ModelAdapter(latent_dim=...).")
         return math.prod(shape)
 
     def _latent_shape(self, way: Way) -> tuple[int, ...] | None:

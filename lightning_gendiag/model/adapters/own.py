@@ -28,6 +28,9 @@ LATENT_NAMES = (
 
 CONFIGS = ("hparams", "config", "model_config", "cfg", "args", "opt")
 
+SAMPLED_BY_TYPE = ("pythae",)
+"""Packages whose decoders have a prior that the type of the model states, so that noise is not tried."""
+
 COUNTS = re.compile(
     r"(n|num|count|bs|batch|batch_?size|b|(n|num|number|number_of)_?(samples?|images?|imgs?)|samples|size)"
 )
@@ -225,7 +228,7 @@ def decoder_ways(
         text = f"{name}{f' of latents {shape}' if len(shape) > 1 else ''}"
         decode = partial(_with_class_0, target) if labels else target
         yield Way("decode", f"{text}{' with class 0' if labels else ''}", decode, latent=shape)
-        if len(shape) > 1 and shape[1:] != (1, 1):
+        if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (len(shape) > 1 and shape[1:] != (1, 1)):
             # a map of latents has no prior that is worth sampling
             continue
         noise = f"normal noise (n, {', '.join(map(str, shape))})"
