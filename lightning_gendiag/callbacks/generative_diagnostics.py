@@ -224,7 +224,10 @@ class GenerativeDiagnostics(Member, Callback):
                 view = session.view_of(monitor)
                 # parts that were made when training started are there now
                 view.refresh()
-                self._try(trainer, name, partial(_check, monitor, view, found_in))
+                self._try(trainer, name, partial(_check_batch, monitor, view, found_in))
+            if name not in self.left_out:
+                view.agree(*monitor.needs)
+                self._try(trainer, name, partial(monitor.check, view))
         # what is left out before the first evaluation belongs to the time of setup
         session.schedule.budget.charge(self._checking + time.monotonic() - started, ready=False)
         self._say(session, trainer)
@@ -242,7 +245,10 @@ class GenerativeDiagnostics(Member, Callback):
 
     def _say(self, session: Session, trainer: Trainer) -> None:
         lines = [f"Diagnostics: {', '.join(self.attached) or 'none'}."]
-        lines += [f"Left out: {name}, since {reason}" for name, reason in self.left_out.items()]
+        # one line for each reason
+        for reason in dict.fromkeys(self.left_out.values()):
+            names = ", ".join(name for name in self.left_out if self.left_out[name] == reason)
+            lines.append(f"Left out: {names}, since {reason}")
         if self.left_out.get("k_star", "").startswith("encode"):
             lines.append("k* takes the features of any layer: add KStarMonitor('path.of.a.layer') to the callbacks.")
         rank_zero_info("\n".join(lines))
@@ -316,13 +322,12 @@ def _found_in(batch: Any, reference: Reference) -> tuple[Tensor | None, str]:
     return reference.images.images, ""
 
 
-def _check(
+def _check_batch(
     monitor: Monitor[Any, Any], view: ModelView, found_in: Callable[[Reference], tuple[Tensor | None, str]]
 ) -> None:
-    """Raises ValueError where the module or the first batch shows that a monitor cannot work."""
+    """Raises ValueError where the first batch shows that a monitor cannot work."""
     images, unlabelled = found_in(view.real) if monitor.needs_reference or monitor.needs_labels else (None, "")
     if monitor.needs_reference and images is None:
         raise ValueError("the batches hold no (N, C, H, W) images; pass images=lambda batch: ...")
     if monitor.needs_labels and unlabelled:
         raise ValueError(unlabelled)
-    monitor.check(view)

@@ -246,6 +246,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over a checkpoint's state, and checks the configuration once the module is on its device."""
         self.prepare()
+        self.view.agree(*self.needs)
         self.check(self.view)
 
     def prepare(self) -> None:
@@ -356,6 +357,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             if unreadable is not None and not ready:
                 raise unreadable
             if ready:
+                view.agree(*self.needs)
                 held = None if self.depends_on_model(view) else self._metric
                 self._metric = (held or self.build_metric(view)).to(view.device)
                 self._metric.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
-"""Strategies under which one process does not hold the whole module."""
+SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
+"""Strategies under which one process does not hold the whole module; of DeepSpeed's stages this is the third."""
 
 
 def is_kind(value: object, *names: str) -> bool:
@@ -27,9 +28,18 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def is_sharded(trainer: Trainer) -> bool:
-    """Returns whether one process holds a part of the module only."""
-    return is_kind(trainer.strategy, *SHARDED)
+def sharded_by(trainer: Trainer, module: nn.Module) -> str | None:
+    """Returns what lets one process hold a part of the module only: a strategy, or FSDP2; None where it holds all."""
+    strategy: Any = trainer.strategy
+    if is_kind(strategy, *SHARDED) or (
+        is_kind(strategy, "DeepSpeedStrategy") and getattr(strategy, "zero_stage_3", True)
+    ):
+        return type(strategy).__name__
+    # a tensor of this kind can be made only where the module is loaded
+    kinds = sys.modules.get("torch.distributed.tensor")
+    if kinds is not None and any(isinstance(parameter, kinds.DTensor) for parameter in module.parameters()):
+        return "FSDP2 or tensor parallelism"
+    return None
 
 
 def batch_step(trainer: Trainer, epoch_over: bool) -> int:

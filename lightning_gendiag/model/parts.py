@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,9 @@ NAMES: dict[Need, tuple[str, ...]] = {
     "reconstruct": RECONSTRUCT_NAMES,
 }
 
+ORDER: tuple[Need, ...] = ("encode", "decode", "sample", "reconstruct")
+"""Each is chosen by what was chosen for those before it."""
+
 LARGEST_ERROR = 1e-3
 """What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
 
@@ -96,6 +99,9 @@ class ModelParts:
         self._chosen: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
         self._missing: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
         self._ways: dict[Need, Way] = {}
+        self.failed: dict[Need, dict[str, str]] = {}
+        """Names of the ways that failed when one was chosen, and why."""
+        self._barred: dict[Need, dict[str, str]] = {}
         self._of: nn.Module | None = None
         self._latent: tuple[int, ...] | None = None
         self._has_posterior = False
@@ -136,6 +142,34 @@ class ModelParts:
             return False
         return True
 
+    def choices(self, needs: Iterable[Need]) -> dict[Need, str]:
+        """Returns the name of the way for each of these needs, and for what was asked for before; empty where none works."""
+        names: dict[Need, str] = {}
+        for need in ORDER:
+            if need in needs or need in self._chosen or need in self._missing:
+                names[need] = ""
+                # what fails in other ways fails again where it is used
+                with suppress(Exception):
+                    names[need] = self.way(need).name
+        return names
+
+    def settle(self, answers: Sequence[tuple[dict[Need, str], dict[Need, dict[str, str]]]]) -> None:
+        """Rules out the ways that failed on any process, for the first need that processes have chosen differently for.
+
+        Args:
+            answers: Of each process, :meth:`choices` for the same needs, and :attr:`failed`.
+        """
+        names = {need: {chosen[need] for chosen, _ in answers} - {""} for need in answers[0][0]}
+        need = next(n for n in names if any(chosen[n] != answers[0][0][n] for chosen, _ in answers))
+        barred = self._barred.setdefault(need, {})
+        failed = {name: reason for _, failures in answers for name, reason in failures.get(need, {}).items()}
+        # processes that found others, without a failure
+        unknown = {name: f"{name} is not found on every process" for name in names[need]}
+        barred |= unknown if failed.keys() <= barred.keys() else failed
+        # what was chosen for other needs may rest on it
+        for choice in (self._chosen, self._missing, self._ways):
+            choice.clear()
+
     def _choose(self, need: Need, shape: tuple[int, ...] | None) -> Way:
         if need != "encode":
             # a decoder takes what the encoder returns
@@ -149,14 +183,14 @@ class ModelParts:
         if ways and ways[0].name == name and (chosen_with == shape or self._already_fits(ways[0], shape)):
             self._chosen[need] = name, shape
             return ways[0]
-        failures = []
+        failures = self.failed[need] = {}
         for way in ways:
-            failure = self._failure(way)
+            failure = self._barred.get(need, {}).get(way.name) or self._failure(way)
             if not failure:
                 self._chosen[need] = way.name, shape
                 return way
-            failures.append(failure)
-        self._missing[need] = self._message(need, failures), shape
+            failures[way.name] = failure
+        self._missing[need] = self._message(need, list(failures.values())), shape
         raise ValueError(self._missing[need][0])
 
     def _failure(self, way: Way) -> str:
@@ -329,7 +363,8 @@ class ModelParts:
 
     def _fix(self, need: Need) -> str:
         """A line that was run in place of one that the user gave and that does not work."""
-        working = (way for way in self._found(need) if not self._failure(way))
+        barred = self._barred.get(need, {})
+        working = (way for way in self._found(need) if way.name not in barred and not self._failure(way))
         way = next(working, None)
         return FIXES[need] if way is None else f"{need}=None, with which {way.name} is used"
 

@@ -26,7 +26,8 @@ class Subject:
 
     def __init__(self, trained: LightningModule, trainer: Trainer) -> None:
         self.trained, self.trainer = trained, trainer
-        self.in_place = compat.is_sharded(trainer) or not fits_in_memory(trained)
+        # what is sharded is not evaluated, which ModelView.attach says
+        self.in_place = compat.sharded_by(trainer, trained) is None and not fits_in_memory(trained)
         """Whether the module itself is evaluated, since no copy can be made."""
         self.own_average: str | None = None
         """What holds the averaged weights of the module's own that the copy has; None where it has none of them."""
@@ -35,7 +36,7 @@ class Subject:
         self._own = False
         self._current = False
         if self.in_place:
-            self._say("it is sharded or larger than half of the free memory")
+            self._say("it is larger than half of the free memory")
 
     @property
     def module(self) -> LightningModule:

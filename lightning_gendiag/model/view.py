@@ -85,7 +85,7 @@ class ModelView:
         self._samples: Images | None = None
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
-        self._said: set[Need] = set()
+        self._said: dict[Need, str] = {}
         self._extractor: FeatureExtractor | None = None
         self._range: tuple[float, float] | None = None
         self._warned_range, self._within = False, 0
@@ -159,8 +159,16 @@ class ModelView:
         """Reads a reference that was given.
 
         Raises:
-            ValueError: If it holds no images, or averaged weights are asked for where there are none.
+            ValueError: If it holds no images, averaged weights are asked for where there are none, or the module is
+                sharded: a call on one process alone would wait for the others, and a call that fails leaves parameters of
+                FSDP2 in a state with which training ends.
         """
+        sharded_by = compat.sharded_by(self.trainer, self.subject.trained)
+        if sharded_by is not None:
+            raise ValueError(
+                f"the module must be whole on every process to be evaluated, got one that is sharded by {sharded_by}. "
+                "To fix this, train with strategy='ddp' if it fits, or pass samples of a checkpoint to the metrics."
+            )
         if self.adapter.reference is not None and self.real.images is None:
             self.real.read(self.adapter.reference)
 
@@ -244,7 +252,7 @@ class ModelView:
     # ---- samples ----
 
     def find(self, *needs: Need) -> None:
-        """Finds how the module does what is needed, and logs it once.
+        """Finds how the module does what is needed, and logs it once for each way that is chosen.
 
         Raises:
             ValueError: If the module lacks what is needed.
@@ -253,9 +261,29 @@ class ModelView:
             raise ValueError("the module must be on a real device before it can be evaluated, got 'meta'.")
         for need in needs:
             way = self.parts.way(need)
-            if need not in self._said and getattr(self.adapter, need) is None:
-                self._said.add(need)
+            if self._said.get(need) != way.name and getattr(self.adapter, need) is None:
+                self._said[need] = way.name
                 rank_zero_info(f"{LOGGED[need]}: {way.name}. To choose another, pass {need}=....")
+
+    def agree(self, *needs: Need) -> None:
+        """Chooses the same ways on all processes: those that fail on any are left out on all.
+
+        Every process must call it at the same time.
+
+        Args:
+            needs: What a way is chosen for, beside what was asked for before.
+        """
+        if self.world_size == 1:
+            return
+        strategy = self.trainer.strategy
+        while True:
+            first: dict[Need, str] = strategy.broadcast(self.parts.choices(needs))
+            needs = tuple(first)
+            own = {need: name for need, name in self.parts.choices(needs).items() if need in first}
+            if strategy.reduce_boolean_decision(own == first, all=True):
+                return
+            answers = [strategy.broadcast((own, self.parts.failed), src=rank) for rank in range(self.world_size)]
+            self.parts.settle(answers)
 
     def source(self, wanted: Source = "auto") -> Source:
         """Returns what is compared with real images: samples, or reconstructions where nothing samples.
@@ -312,7 +340,7 @@ class ModelView:
             chunks = math.ceil(total / size)
             drawn = []
             with self.isolated():
-                # every process calls the model equally often, since a sharded model communicates in each call
+                # every process calls the model equally often, since it may communicate in each call
                 for index in range(self.rank, math.ceil(chunks / world) * world, world):
                     n = min(size, total - index * size)
                     # of a batch of one, layers that normalize over the batch have no statistics

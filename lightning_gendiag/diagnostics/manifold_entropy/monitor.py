@@ -135,7 +135,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
             for z in view.prior_latents(self.num_latents):
                 self.metric.update(self._grams(view, z), None if volume is None else volume(z))
             if self.log_images:
-                # on all ranks, since a sharded model communicates in each call
+                # on all ranks, since the model may communicate in each call
                 self._traversal = self._traverse(view)
 
     def _traverse(self, view: ModelView) -> Tensor | None:
