@@ -64,50 +64,81 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
                     close(result, expected, case.tolerance)
 
 
-@pytest.mark.parametrize("fault", ["frozen"])
-def test_two_processes_stop_together_and_name_the_region(tmp_path: Path, fault: str) -> None:
+def reports(script: str, folder: Path, *arguments: str, processes: int) -> list[Any]:
+    """Runs a script of this package, and returns what each of its processes saved."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.run_on_two", str(tmp_path), fault],
+        [sys.executable, "-m", f"tests.{script}", str(folder), *arguments, str(processes)],
         env=environment, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
-    reports = [tmp_path / f"report_{rank}.pt" for rank in range(2)]
-    assert all(path.exists() for path in reports), done.stderr[-3000:]
-    one, two = (torch.load(path, weights_only=True) for path in reports)
+    paths = [folder / f"report_{rank}.pt" for rank in range(processes)]
+    assert all(path.exists() for path in paths), done.stderr[-3000:]
+    return [torch.load(path, weights_only=True) for path in paths]
+
+
+@pytest.mark.parametrize("fault", ["frozen"])
+def test_two_processes_stop_together_and_name_the_region(tmp_path: Path, fault: str) -> None:
+    one, two = reports("run_on_two", tmp_path, fault, processes=2)
     assert one == two
     assert [alarm["label"] for alarm in one["alarms"]] == ["bottom right"]
     assert one["epoch"] < 29
-    alone = subprocess.run(
-        [sys.executable, "-m", "tests.run_on_two", str(tmp_path / "alone"), fault, "1"],
-        env=environment, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    path = tmp_path / "alone" / "report_0.pt"
-    assert path.exists(), alone.stderr[-3000:]
-    single = torch.load(path, weights_only=True)
+    (single,) = reports("run_on_two", tmp_path / "alone", fault, processes=1)
     assert single["epoch"] == one["epoch"]
     for where, value in single["observations"].items():
         assert value == pytest.approx(one["observations"][where], abs=1e-6)
 
 
 def test_all_monitors_give_the_same_scalars_on_one_and_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parent.parent)}
-    reports = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.all_on_two", str(folder), str(processes)],
-            env=environment, capture_output=True, text=True, timeout=200, check=False,
-        )  # fmt: skip
-        paths = [folder / f"report_{rank}.pt" for rank in range(processes)]
-        assert all(path.exists() for path in paths), done.stderr[-3000:]
-        reports += [torch.load(path, weights_only=True) for path in paths]
-    assert set(reports[0]) >= {"cms", "generation_balance", "latent_regions", "posterior_kl", "regional_primitives"}
-    for other in reports[1:]:
-        for name, scalars in reports[0].items():
+    (single,) = reports("all_on_two", tmp_path / "1", processes=1)
+    assert set(single) >= {"cms", "generation_balance", "latent_regions", "posterior_kl", "regional_primitives"}
+    for other in reports("all_on_two", tmp_path / "2", processes=2):
+        for name, scalars in single.items():
             assert other[name] == pytest.approx(scalars, abs=1e-6, rel=1e-6, nan_ok=True), name
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What one process, and then each of two, report of models that the two see differently."""
+    folder = tmp_path_factory.mktemp("ways")
+    return [r for n in (1, 2) for r in reports("ways_on_two", folder / str(n), processes=n)]
+
+
+class TestWays:
+    @pytest.mark.parametrize("case", ["reconstructions", "labels"])
+    def test_uneven_data_and_labels_give_the_same_scalars_on_one_and_two_processes(
+        self, ways: list[Any], case: str
+    ) -> None:
+        single, *both = ways
+        for report in both:
+            assert report[case] == pytest.approx(single[case], abs=1e-6, rel=1e-5, nan_ok=True)
+
+    def test_a_way_that_fails_on_one_process_is_used_on_none(self, ways: list[Any]) -> None:
+        assert [report["way"] for report in ways[1:]] == ["self.forward from normal noise (n, 4)"] * 2
+
+    def test_a_sampler_that_the_user_names_and_that_fails_on_one_process_is_left_out_with_the_reason(
+        self, ways: list[Any]
+    ) -> None:
+        _, one, two = ways
+        assert one["named"] == two["named"]
+        attached, reason = one["named"]
+        assert "cms" not in attached
+        assert "self.sample(n) fails (RuntimeError: a file is missing)" in reason
+
+    def test_a_sharded_module_is_left_out_with_one_reason_and_trains_as_without(self, ways: list[Any]) -> None:
+        for report in ways[1:]:
+            attached, left_out = report["sharded"]
+            assert attached == []
+            assert len(left_out) == 7
+            assert set(left_out.values()) == {report["refused"]}
+            assert all(map(torch.equal, report["with"], report["without"]))
+
+    def test_one_monitor_refuses_a_sharded_module_before_training(self, ways: list[Any]) -> None:
+        _, one, two = ways
+        assert one["refused"] == two["refused"]
+        assert "sharded by ModelParallelStrategy" in one["refused"]
+
+    def test_sharded_parameters_are_known_under_any_strategy(self, ways: list[Any]) -> None:
+        assert [report["sharded by"] for report in ways[1:]] == ["FSDP2 or tensor parallelism"] * 2

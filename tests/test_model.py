@@ -4,6 +4,7 @@ import gc
 import math
 import random
 import weakref
+from contextlib import nullcontext
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
@@ -110,11 +112,33 @@ def test_a_module_that_cannot_be_copied_is_restored_in_place() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_sharded_module_is_evaluated_in_place_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "SHARDED", ("SingleDeviceStrategy",))
+class DeepSpeedStrategy(SimpleNamespace):
+    """Named as Lightning's, which cannot be made without the package."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        (FSDPStrategy(), "FSDPStrategy"),
+        (ModelParallelStrategy(), "ModelParallelStrategy"),
+        (DeepSpeedStrategy(zero_stage_3=True), "DeepSpeedStrategy"),
+        (DeepSpeedStrategy(zero_stage_3=False), None),
+        (DDPStrategy(), None),
+    ],
+)
+def test_a_sharded_module_is_refused_with_the_name_of_what_shards_it(strategy: Any, expected: str | None) -> None:
+    module, run = TinyGAN(), SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
+    assert compat.sharded_by(run, module) == expected
+    view = ModelView(ModelAdapter(), Subject(module, run), run)
+    with pytest.raises(ValueError, match=f"sharded by {expected}. To fix") if expected else nullcontext():
+        view.attach()
+
+
+def test_a_module_that_is_too_large_to_copy_is_evaluated_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gendiag.model.subject.fits_in_memory", lambda module: False)
     module = TinyGAN()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    with pytest.warns(UserWarning, match="TinyGAN cannot be copied .it is sharded"):
+    with pytest.warns(UserWarning, match="TinyGAN cannot be copied .it is larger"):
         view = attached(module, ModelAdapter(num_samples=20))
     assert view.module is module
     assert view.samples().images.shape == (20, 1, 8, 8)
