@@ -160,9 +160,9 @@ class ModelView:
 
         Raises:
             ValueError: If it holds no images, averaged weights are asked for where there are none, or the module is
-                sharded: a call on one process alone would wait for the others, and a call that fails leaves parameters of
-                FSDP2 in a state with which training ends.
+                sharded.
         """
+        # a way that fails on one process would let the others wait, and to restore what FSDP2 has gathered ends training
         sharded_by = compat.sharded_by(self.trainer, self.subject.trained)
         if sharded_by is not None:
             raise ValueError(
