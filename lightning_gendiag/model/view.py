@@ -159,8 +159,7 @@ class ModelView:
         """Reads a reference that was given.
 
         Raises:
-            ValueError: If it holds no images, averaged weights are asked for where there are none, or the module is
-                sharded.
+            ValueError: If it holds no images, or the module is sharded over processes.
         """
         # a way that fails on one process would let the others wait, and to restore what FSDP2 has gathered ends training
         sharded_by = compat.sharded_by(self.trainer, self.subject.trained)
