@@ -280,7 +280,7 @@ def test_labels_of_the_user_are_judged_by_the_same_rules() -> None:
 def test_labels_are_those_of_the_images_that_the_user_chose() -> None:
     batch = {"a": (X, Y), "b": (OTHER, Y.flip(0))}
     adapter = ModelAdapter(images=lambda batch: batch["b"][0])
-    images = adapter.find_images(batch)
+    images = adapter.find_data(batch)
     assert images is OTHER
     labels = adapter.find_labels(batch, images).labels
     assert labels is not None

@@ -539,7 +539,8 @@ class TestReference:
     def test_says_what_a_batch_must_hold(self) -> None:
         view = attached(TinyGAN(), ModelAdapter())
         with pytest.raises(
-            ValueError, match=r"a batch must hold \(N, C, H, W\) images, got \{text: \(str\)\}. To fix this"
+            ValueError,
+            match=r"a batch must hold \(N, C, H, W\) images or other data \(N, ...\), got \{text: \(str\)\}. To fix this",
         ):
             view.real.collect({"text": ["a"]})
         with pytest.raises(ValueError, match="reference must hold at least 4 finite images, got 3"):

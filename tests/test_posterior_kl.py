@@ -36,7 +36,7 @@ def updates(count: int = 10, n: int = 20, dims: int = 5) -> list[dict[str, Any]]
     ]
 
 
-CASE = Case(make=lambda: PosteriorKL(5), updates=updates(), tolerance=1e-10)
+CASE = Case(make=lambda: PosteriorKL(5, channels=5), updates=updates(), tolerance=1e-10)
 
 
 def test_the_divergence_equals_that_of_torch_distributions(generator: torch.Generator) -> None:

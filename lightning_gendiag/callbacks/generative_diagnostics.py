@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -311,7 +312,7 @@ class GenerativeDiagnostics(Member, Callback):
 
 
 def _found_in(batch: Any, reference: Reference) -> tuple[Tensor | None, str]:
-    """Images of the reference that was given, or of a batch, and why there are no labels, if there are none."""
+    """Data of the reference that was given, or of a batch, and why there are no labels, if there are none."""
     if reference.images is None:
         images, labels = reference.found_in(batch)
         return images, labels.reason
@@ -326,8 +327,15 @@ def _check_batch(
     monitor: Monitor[Any, Any], view: ModelView, found_in: Callable[[Reference], tuple[Tensor | None, str]]
 ) -> None:
     """Raises ValueError where the first batch shows that a monitor cannot work."""
-    images, unlabelled = found_in(view.real) if monitor.needs_reference or monitor.needs_labels else (None, "")
-    if monitor.needs_reference and images is None:
-        raise ValueError("the batches hold no (N, C, H, W) images; pass images=lambda batch: ...")
+    data, unlabelled = None, ""
+    # data show whether latents have a prior, also to monitors that do not need them
+    with suppress(*(() if monitor.needs_reference or monitor.needs_labels else (Exception,))):
+        data, unlabelled = found_in(view.real)
+    if monitor.needs_reference and data is None:
+        raise ValueError("the batches hold no images or other floating-point data; pass images=lambda batch: ...")
+    if monitor.needs_images and data is not None and data.ndim not in (4, 5):
+        raise ValueError(
+            f"it needs images (N, C, H, W) or volumes (N, C, D, H, W), and the data are {tuple(data.shape)}"
+        )
     if monitor.needs_labels and unlabelled:
         raise ValueError(unlabelled)

@@ -85,7 +85,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     needs: ClassVar[tuple[Need, ...]] = ("sample",)
     """What of the module is used."""
     needs_reference: bool = True
-    """Whether it needs real images."""
+    """Whether it needs real images or other data."""
+    needs_images: ClassVar[bool] = False
+    """Whether these must be images, or volumes, of which the middle slices are images."""
     needs_labels: bool = False
     """Whether it needs labels in the batches."""
     requires: tuple[str, ...] = ()
@@ -210,7 +212,11 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Returns the regions of the reference's first images, found once for all monitors and all ranks."""
         key = num_regions, num_images
         if key not in view.region_maps:
-            images = as_images(view.reference.images[:num_images])
+            images = as_images(view.reference_images.images[:num_images])
+            positions = images[0, 0].numel()
+            if num_regions is not None and num_regions > positions:
+                view.say(f"Regions: {positions} in place of {num_regions}, since the images have no more positions.")
+                num_regions = positions
             state = view.broadcast(lambda: find_regions(images.to(view.device), num_regions).state_dict())
             view.region_maps[key] = RegionMap.from_state_dict(state)
         return view.region_maps[key]

@@ -159,7 +159,11 @@ class Session:
         self.subject.expire()
         for view in self._views.values():
             view.expire()
-            users = [m for m in self.monitors if m.enabled and m.needs_reference and self.view_of(m) is view]
+            users = self._users(view)
+            if not users:
+                # which may show that latents have no prior, so that real data are needed
+                view.real.see(batch)
+                users = self._users(view)
             if not users:
                 continue
             try:
@@ -169,6 +173,10 @@ class Session:
                     raise
                 # raised at the next evaluation, where all processes can agree on it
                 self._unreadable[view.adapter] = error
+
+    def _users(self, view: ModelView) -> list[Monitor[Any, Any]]:
+        """The monitors that need the real data of a view."""
+        return [m for m in self.monitors if m.enabled and m.needs_reference and self.view_of(m) is view]
 
     def on_train_batch_end(self) -> None:
         """Evaluates what is due by steps."""
@@ -205,6 +213,7 @@ class Session:
         for view in {id(view): view for view in map(self.view_of, chosen)}.values():
             if view.real.is_of_other_data():
                 self._restart(view)
+            view.agree_on_prior()
         for monitor in chosen:
             started = time.monotonic()
             view = self.view_of(monitor)

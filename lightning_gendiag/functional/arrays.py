@@ -59,6 +59,58 @@ def as_images(images: Tensor, name: str = "images") -> Tensor:
     return images if images.dtype in (torch.float32, torch.float64) else images.float()
 
 
+def as_data(data: Tensor, name: str = "data") -> Tensor:
+    """Returns data in float32 or float64: images as :func:`as_images` does, other data with the values that they have.
+
+    Args:
+        data: (N, C, H, W) images, or rows (N, F), series (N, C, T), volumes (N, C, D, H, W) or the like of real numbers.
+        name: what an error calls them.
+
+    Returns:
+        (N, ...) data.
+
+    Raises:
+        ValueError: if the shape or the type is another one.
+    """
+    if isinstance(data, Tensor) and data.ndim == 4:
+        return as_images(data, name)
+    if not isinstance(data, Tensor) or data.ndim < 2 or data.is_complex():
+        got = f"{data.dtype} of shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise ValueError(
+            f"{name} must be an (N, ...) tensor of real numbers with two axes or more, got {got}. "
+            "To fix this, stack single rows with torch.stack."
+        )
+    return data if data.dtype in (torch.float32, torch.float64) else data.float()
+
+
+def middle_slices(data: Tensor) -> Tensor:
+    """Returns images (N, C, H, W) as they are, and of volumes (N, C, D, H, W) the middle slices along D.
+
+    Example:
+        >>> middle_slices(torch.arange(3.0).view(1, 1, 3, 1, 1))
+        tensor([[[[1.]]]])
+    """
+    return data if data.ndim == 4 else data[:, :, data.shape[2] // 2]
+
+
+def pooled(latents: Tensor, most: int) -> Tensor:
+    """Returns latents (N, ...) as rows: flattened, or as means over their positions where they have more numbers.
+
+    Args:
+        latents: (N, L) or spatial (N, C, ...).
+        most: largest length of flattened spatial latents.
+
+    Returns:
+        (N, L) rows, or (N, C) means.
+
+    Example:
+        >>> pooled(torch.tensor([[[1.0, 3.0], [5.0, 7.0]]]), most=2)
+        tensor([[2., 6.]])
+    """
+    rows = latents.flatten(1)
+    return rows if latents.ndim == 2 or rows.shape[1] <= most else latents.flatten(2).mean(2)
+
+
 def tensor_of(output: Any, n: int) -> Tensor:
     """Returns the data in the output of a decoder.
 

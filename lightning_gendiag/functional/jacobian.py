@@ -21,6 +21,9 @@ WIDENING = 12
 BLOCK = 4096
 """Number of outputs that are held in float64 at a time."""
 
+MAX_OUTPUTS = 4096
+"""Largest number of outputs for which the backward passes are run one by one, where nothing faster works."""
+
 FORWARD_FAILS = (NotImplementedError, RuntimeError)
 """Errors that torch raises where an operation has no forward-mode derivative."""
 
@@ -39,8 +42,9 @@ def decoder_gram(
 
     Forward mode pushes all latent directions of a few samples through the decoder at a time. Reverse mode is for decoders
     with operations that have no forward derivative; it sums ``J'J`` over blocks of outputs and takes about X / L times as
-    long. Samples must not influence each other, so the decoder must be in evaluation mode. Both modes work under ``no_grad``
-    and in inference mode.
+    long. Where an operation is none of those that ``torch.func`` transforms, such as an ``autograd.Function`` without
+    ``setup_context``, it runs one backward pass for each of up to 4,096 outputs. Samples must not influence each other, so
+    the decoder must be in evaluation mode. Both modes work under ``no_grad`` and in inference mode.
 
     Args:
         decode: map from latents (n, L) to data (n, ...), which returns a tensor, a distribution with a ``mean``, or a tuple
@@ -91,11 +95,16 @@ def decoder_gram(
                     raise RuntimeError(_explained(decode, z, error)) from error
         try:
             return _reverse(decode, z, wanted, rows, column_scale, max_bytes)
-        except FORWARD_FAILS as error:
-            raise RuntimeError(
-                f"decode must be differentiable, got {type(error).__name__}: {error} "
-                "To fix this, remove torch.no_grad and detach from the decoder."
-            ) from error
+        except FORWARD_FAILS as failure:
+            try:
+                if isinstance(failure, torch.OutOfMemoryError) or len(rows) > MAX_OUTPUTS:
+                    raise failure
+                return _by_output(decode, z, wanted, rows, column_scale)
+            except FORWARD_FAILS as error:
+                raise RuntimeError(
+                    f"decode must be differentiable, got {type(error).__name__}: {error} To fix this, remove "
+                    "torch.no_grad and detach from the decoder, or use operations that torch.func.vjp supports."
+                ) from error
 
 
 def _flat(decode: Decode, latents: Tensor) -> Tensor:
@@ -106,7 +115,7 @@ def _flat(decode: Decode, latents: Tensor) -> Tensor:
 def _forward(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, max_bytes: int) -> Tensor:
     """Computes the Gram matrices in forward mode."""
     size = len(rows)
-    directions = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[wanted]  # (l, L)
+    directions = torch.nn.functional.one_hot(wanted, z.shape[1]).to(z.dtype)  # (l, L)
     # inside a decoder a tangent takes several times the memory of the output
     room = max(1, max_bytes // (WIDENING * size * z.element_size()))
     count, width = max(1, room // len(wanted)), min(room, len(wanted))
@@ -145,6 +154,18 @@ def _reverse(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: T
     return torch.stack(grams)
 
 
+def _by_output(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Computes the Gram matrices with one backward pass of all samples for each output."""
+    with torch.inference_mode(False), torch.enable_grad():
+        grams = torch.zeros(len(z), len(wanted), len(wanted), dtype=torch.float64, device=z.device)
+        at = z.detach().clone().requires_grad_()
+        for output, scale in zip(_flat(decode, at).unbind(1), rows, strict=True):
+            slope = torch.autograd.grad(output.sum(), at, retain_graph=True)[0]
+            part = slope[:, wanted].double() * (scale * columns)  # (N, l)
+            grams += part[:, :, None] * part[:, None]
+    return grams
+
+
 def _products(jacobian: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Computes Gram matrices (n, l, l) of Jacobians (n, l, X), in float64 so that singular ones can be recognised."""
     n, dims, _ = jacobian.shape
@@ -172,12 +193,13 @@ def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed
         (count,) numbers of dimensions in ascending order.
     """
     generator = torch.Generator().manual_seed(seed)
-    squares = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
-    with plain_attention():
-        out, pull = torch.func.vjp(partial(_flat, decode), z)[:2]
+    with plain_attention(), torch.inference_mode(False), torch.enable_grad():
+        squares = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
+        at = z.detach().clone().requires_grad_()
+        out = _flat(decode, at)
         for _ in range(probes):
             signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
-            squares += pull(signs)[0].double().square().sum(0)
+            squares += torch.autograd.grad(out, at, signs, retain_graph=True)[0].double().square().sum(0)
     return squares.topk(min(count, z.shape[1])).indices.sort().values
 
 

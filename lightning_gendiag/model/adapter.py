@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_gendiag.functional.text import representation
-from lightning_gendiag.model.batches import Labels, images_of, judge_labels, read_labels
+from lightning_gendiag.model.batches import Labels, data_of, judge_labels, read_labels
 
 
 class ModelAdapter:
@@ -34,11 +34,12 @@ class ModelAdapter:
             ``module.ema_scope()``. They are written into the copy that is evaluated.
         reconstruct: What reconstructs images: a name, a callable ``(module, images)``, or None to find it.
         reference: Real images: None takes them from the training batches as they pass by; or a tensor (N, C, H, W), a
-            pair of images and labels, a dataset or a dataloader.
+            pair of images and labels, a dataset or a dataloader. Where there are no images, rows (N, F), series
+            (N, C, T) or volumes (N, C, D, H, W) take their place here and below.
         num_reference: Number of real images that are kept, over all processes.
         latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
         conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
-        images: Callable from a batch to its images; by default see :func:`images_of`.
+        images: Callable from a batch to its images; by default see :func:`data_of`.
         labels: Callable from a batch to its labels, which :func:`judge_labels` accepts; by default see :func:`labels_of`.
         chunk_size: Number of images in one call of the sampler.
 
@@ -83,9 +84,13 @@ class ModelAdapter:
         self.reference, self.latent_dim = reference, latent_dim
         self.images, self.labels = images, labels
 
-    def find_images(self, batch: Any) -> Tensor | None:
-        """Returns the images (N, C, H, W) of a batch, or None where there are none."""
-        return images_of(batch if self.images is None else self.images(batch))
+    def find_data(self, batch: Any) -> Tensor | None:
+        """Returns the images (N, C, H, W) or other data (N, ...) of a batch, or None where there are none."""
+        given = batch if self.images is None else self.images(batch)
+        data = data_of(given)
+        # what the user names is data, also where it holds integers
+        named = self.images is not None and isinstance(given, Tensor) and given.ndim > 1
+        return given if data is None and named else data
 
     def find_labels(self, batch: Any, images: Tensor | None) -> Labels:
         """Returns the labels (N,) of the images of a batch, or the reason why there are none."""

@@ -39,7 +39,7 @@ class Images(NamedTuple):
     """Images and their labels, which are None where they are unknown."""
 
     images: Tensor
-    """(N, C, H, W)"""
+    """(N, C, H, W), or other data (N, ...) where there are no images"""
     labels: Tensor | None
     """(N,) integers"""
 

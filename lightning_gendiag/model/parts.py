@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
 from lightning_gendiag.model.adapters import RECOGNISERS
 from lightning_gendiag.model.adapters.base import Context, Need, Way
 from lightning_gendiag.model.adapters.own import (
@@ -208,7 +208,7 @@ class ModelParts:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
         if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
             return False
-        return not way.assumes_prior or self.adapter.sample is not None or self._has_prior
+        return not way.assumes_prior or self.adapter.sample is not None or self.has_prior
 
     def _found(self, need: Need) -> Iterator[Way]:
         for recogniser in RECOGNISERS:
@@ -269,7 +269,7 @@ class ModelParts:
     @property
     def _example(self) -> Tensor | None:
         """Two real images as the copy takes them."""
-        return None if self.real.example is None else self.as_input(as_images(self.real.example))
+        return None if self.real.example is None else self.as_input(as_data(self.real.example))
 
     def as_input(self, x: Tensor) -> Tensor:
         """Returns images or latents on the copy's device, in float64 if its weights are."""
@@ -277,7 +277,7 @@ class ModelParts:
         return x.to(self.context.device, torch.float64 if double else torch.float32)
 
     def _try_sample(self, way: Way) -> None:
-        if way.assumes_prior and self.adapter.sample is None and not self._has_prior:
+        if way.assumes_prior and self.adapter.sample is None and not self.has_prior:
             raise ValueError("nothing shows that normal noise is the prior of its latents")
         labels = (self.sample_labels(2),) if way.takes_labels else ()
         output, shape = way.call(2, *labels), self.context.shape
@@ -328,7 +328,7 @@ class ModelParts:
         return stated if isinstance(stated, torch.distributions.Distribution) else None
 
     @property
-    def _has_prior(self) -> bool:
+    def has_prior(self) -> bool:
         """Whether normal noise is the prior of the latents: a posterior is pulled towards it, and a flow maps it to data."""
         example = self._example
         if self.adapter.latent_dim is not None or example is None or not self.has("encode"):
@@ -380,15 +380,19 @@ class ModelParts:
         return labels[torch.randint(len(labels), (n,))].to(self.module.device)
 
     def images_in(self, output: Any, n: int) -> Tensor:
-        """Returns the images (n, C, H, W) in what a sampler returned, in float32 and in the range of the real ones.
+        """Returns the images or other data (n, ...) in what a sampler returned, in float32.
+
+        Images of integers are brought to the range of the real ones.
 
         Raises:
             ValueError: If it returned anything else.
         """
         images = data_in(output, n, self.context.shape).detach()
-        if not images.is_floating_point() and self.real.range is not None:
+        if not images.is_floating_point() and self.real.range is not None and images.ndim == 4:
             images = scaled_like(images, *self.real.range)
-        return as_images(images, "generated").float()
+        # before the first batch, rows and series may be anything
+        known = self.context.shape is not None or images.ndim == 5
+        return (as_data if known else as_images)(images, "generated").float()
 
     def reconstructed(self, output: Any, images: Tensor) -> Tensor:
         """Returns the reconstructions in what was returned for images (n, C, H, W)."""
@@ -397,9 +401,10 @@ class ModelParts:
             output = [p for p in output if not (isinstance(p, Tensor) and p.shape == images.shape and p.equal(images))]
         return self.images_in(output, len(images))
 
-    def latents_in(self, output: Any, n: int) -> Tensor:
-        """Returns the latents (n, L) in what the encoder returned for n images."""
-        return self._latents(output, n, self.way("encode")).flatten(1).float()
+    def latents_in(self, output: Any, n: int, flat: bool = True) -> Tensor:
+        """Returns the latents (n, L) in what the encoder returned for n images; spatial ones as they are if not ``flat``."""
+        latents = self._latents(output, n, self.way("encode")).float()
+        return latents.flatten(1) if flat else latents
 
     def latents_of(self, images: Tensor) -> Tensor:
         """Returns latents (n, L) of images (n, C, H, W); of a posterior, these are its mean."""
@@ -449,18 +454,18 @@ class ModelParts:
         return data_in(output, len(z), self.context.shape)
 
     def decoded_images(self, z: Tensor) -> Tensor:
-        """Returns images (n, C, H, W) of latents (n, L).
+        """Returns images (n, C, H, W) of latents (n, L), which are middle slices where it decodes volumes.
 
         Raises:
             ValueError: If the decoder returns none, or rows whose shape as images is not known before the first batch.
         """
         images = self._decoded(self.way("decode"), z)
-        if images.ndim != 4:
+        if images.ndim not in (4, 5):
             raise ValueError(
                 f"decode must return ({len(z)}, C, H, W) images, got {tuple(images.shape)}. "
                 f"To fix this, pass {FIXES['decode']}."
             )
-        return as_images(images)
+        return as_images(middle_slices(images))
 
 
 def _mean_in(output: Any) -> Tensor | None:

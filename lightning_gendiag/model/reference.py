@@ -1,9 +1,13 @@
-"""The real images that a model is compared with: collected from training batches, or given, and then fixed."""
+"""The real data that a model is compared with: collected from training batches, or given, and then fixed.
+
+They are images (N, C, H, W), or rows (N, F), series (N, C, T) or volumes (N, C, D, H, W) where the batches hold no images.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.batches import Images, Labels, Rows, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
@@ -46,7 +50,7 @@ class Reference:
         self.unlabelled = ""
         """Why the batches seen so far hold no labels; empty where all of them do."""
         self._rows = Rows()
-        self._epoch_seen = False
+        self._looked = self._epoch_seen = False
         self._unconfirmed = False
 
     @property
@@ -56,9 +60,9 @@ class Reference:
 
     @property
     def example(self) -> Tensor | None:
-        """Up to two real images (n, C, H, W); None before the first batch."""
+        """Up to two real images or other data (n, ...); None before the first batch."""
         seen = self.images.images if self.images is not None else self._seen
-        return None if seen is None else as_images(seen[:2])
+        return None if seen is None else as_data(seen[:2])
 
     @property
     def range(self) -> tuple[float, float] | None:
@@ -66,10 +70,17 @@ class Reference:
         seen = self.images.images if self.images is not None else self._seen
         if seen is None:
             return None
-        least, most = as_images(seen).aminmax()
+        least, most = as_data(seen).aminmax()
         return float(least), float(most)
 
     # ---- from training batches ----
+
+    def see(self, batch: Any) -> None:
+        """Keeps an example of the data of a batch where nothing needs more; a batch without data is no failure."""
+        if not self._looked:
+            self._looked = True
+            with suppress(Exception):
+                self.found_in(batch)
 
     def collect(self, batch: Any) -> None:
         """Keeps images of a training batch until this process has its share.
@@ -89,12 +100,12 @@ class Reference:
         return sum(len(rows) for rows in self._rows.images)
 
     def found_in(self, batch: Any) -> tuple[Tensor | None, Labels]:
-        """Returns what is found of images and labels in a batch; training does not notice what the user's callables do."""
+        """Returns what is found of data and labels in a batch; training does not notice what the user's callables do."""
         with torch.no_grad(), random_state_kept(self.device):
-            images = self.adapter.find_images(batch)
+            images = self.adapter.find_data(batch)
             labels = self.adapter.find_labels(batch, images)
         self.unlabelled = self.unlabelled or labels.reason
-        if self._seen is None and isinstance(images, Tensor) and images.ndim == 4 and images.isfinite().all():
+        if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
 
@@ -103,12 +114,12 @@ class Reference:
         images, (labels, _) = self.found_in(batch)
         if images is None:
             raise ValueError(
-                f"a batch must hold (N, C, H, W) images, got {shape_of(batch)}. "
+                f"a batch must hold (N, C, H, W) images or other data (N, ...), got {shape_of(batch)}. "
                 "To fix this, pass ModelAdapter(images=lambda batch: ...)."
             )
         images = images.detach()[:room]
-        if images.dtype != torch.uint8:
-            images = as_images(images, "the batch's images")
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            images = as_data(images, "the batch's images")
         labels = None if labels is None else labels.detach()[:room]
         finite = images.flatten(1).isfinite().all(1)
         return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
@@ -160,7 +171,7 @@ class Reference:
         rows = self._rows.images
         if any(part.shape[1:] != rows[0].shape[1:] for part in rows):
             # images of several sizes are no reference, which the next evaluation says
-            new = rows[0][:, :, :0]
+            new = rows[0][..., :0]
         else:
             new = torch.cat(rows) if rows else self.images.images
         other = self.trainer.strategy.reduce_boolean_decision(_differs(self.images.images, new), all=False)
@@ -266,10 +277,10 @@ class Reference:
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:
-    """Whether two sets of images (N, C, H, W) come from different distributions, by means of seeded projections."""
+    """Whether two sets of images or other data (N, ...) come from different distributions, by means of seeded projections."""
     if a.shape[1:] != b.shape[1:]:
         return True
-    x, y = (as_images(images[:COMPARED]).flatten(1).double() for images in (a, b))
+    x, y = (as_data(images[:COMPARED]).flatten(1).double() for images in (a, b))
     centre, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-3 * float(x.std(correction=0)) + 1e-12)
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(x.shape[1], 24, generator=generator, dtype=torch.float64)

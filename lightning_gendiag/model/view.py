@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
@@ -21,7 +21,7 @@ from lightning_gendiag.model.features import FeatureExtractor, in_chunks
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
 from lightning_gendiag.model.parts import FIXES, ModelParts
-from lightning_gendiag.model.reference import Reference
+from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.regions.region_map import RegionMap
 
@@ -85,7 +85,9 @@ class ModelView:
         self._samples: Images | None = None
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
-        self._said: dict[Need, str] = {}
+        self._said: set[str] = set()
+        self._has_prior: bool | None = None
+        self._is_agreed = False
         self._extractor: FeatureExtractor | None = None
         self._range: tuple[float, float] | None = None
         self._warned_range, self._within = False, 0
@@ -133,6 +135,32 @@ class ModelView:
             raise RuntimeError("the reference is not complete yet.")
         return self.real.images
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the real data are images, or volumes whose slices are; also before the first batch shows it."""
+        return self.real.example is None or self.real.example.ndim in (4, 5)
+
+    @property
+    def reference_images(self) -> Images:
+        """The real images of all processes, which are middle slices where the data are volumes.
+
+        Raises:
+            RuntimeError: If they are not complete yet.
+            InapplicableError: If the data are neither.
+        """
+        return self._as_images(self.reference)
+
+    def _as_images(self, data: Images) -> Images:
+        """Images, or the middle slices of volumes."""
+        if data.images.ndim not in (4, 5):
+            raise InapplicableError(
+                f"the data must be images (N, C, H, W) or volumes (N, C, D, H, W), got {tuple(data.images.shape)}. "
+                "To fix this, pass ModelAdapter(images=lambda batch: ...)."
+            )
+        if data.images.ndim == 5:
+            self.say("Volumes: the middle slice along D is the image of a volume (C, D, H, W) in regions and pictures.")
+        return Images(middle_slices(data.images), data.labels)
+
     def local_reference(self) -> Images:
         """Returns this process's rows of the reference; together the processes have each row once."""
         return self.real.local()
@@ -150,7 +178,7 @@ class ModelView:
     def feature_extractor(self) -> FeatureExtractor:
         """Features of images for those who bring no network, fitted on the reference once for all monitors."""
         if self._extractor is None:
-            self._extractor = FeatureExtractor(as_images(self.reference.images).to(self.device))
+            self._extractor = FeatureExtractor(as_images(self.reference_images.images).to(self.device))
         return self._extractor
 
     # ---- the life of a view ----
@@ -191,7 +219,8 @@ class ModelView:
     def forget_reference(self) -> None:
         """Forgets what was derived from a reference that is gone."""
         self.region_maps.clear()
-        self._extractor = self._range = self._samples = self._reconstructions = self._encoded = None
+        self._extractor = self._range = self._samples = self._reconstructions = self._encoded = self._has_prior = None
+        self._is_agreed = False
 
     def _average(self) -> nn.Module | None:
         """The averaged model to be evaluated, if any."""
@@ -260,9 +289,14 @@ class ModelView:
             raise ValueError("the module must be on a real device before it can be evaluated, got 'meta'.")
         for need in needs:
             way = self.parts.way(need)
-            if self._said.get(need) != way.name and getattr(self.adapter, need) is None:
-                self._said[need] = way.name
-                rank_zero_info(f"{LOGGED[need]}: {way.name}. To choose another, pass {need}=....")
+            if getattr(self.adapter, need) is None:
+                self.say(f"{LOGGED[need]}: {way.name}. To choose another, pass {need}=....")
+
+    def say(self, text: str) -> None:
+        """Logs a line, once for all monitors."""
+        if text not in self._said:
+            self._said.add(text)
+            rank_zero_info(text)
 
     def agree(self, *needs: Need) -> None:
         """Chooses the same ways on all processes: those that fail on any are left out on all.
@@ -298,15 +332,15 @@ class ModelView:
         return "samples"
 
     def compared(self, wanted: Source) -> Images:
-        """Returns this process's generated images of this evaluation: samples, or reconstructions."""
-        return self.samples() if self.source(wanted) == "samples" else self.reconstructions()
+        """Returns this process's generated images of this evaluation: samples, or reconstructions; of volumes, slices."""
+        return self._as_images(self.samples() if self.source(wanted) == "samples" else self.reconstructions())
 
     def compared_with(self, wanted: Source) -> Images:
         """Returns this process's real images that they are compared with.
 
         Images are not compared with their own reconstructions, which would be more alike than two independent samples.
         """
-        return self.local_reference() if self.source(wanted) == "samples" else self._local_half(0)
+        return self._as_images(self.local_reference() if self.source(wanted) == "samples" else self._local_half(0))
 
     def _local_half(self, first: int) -> Images:
         """This process's rows of every second image of the reference."""
@@ -327,7 +361,7 @@ class ModelView:
                 # every process calls the model equally often, as for samples
                 for start in range(0, most, size):
                     some = images[start : start + size]
-                    given = self.as_input(as_images(some if len(some) else self.reference.images[:1]))
+                    given = self.as_input(as_data(some if len(some) else self.reference.images[:1]))
                     made.append(self.parts.reconstructed(way.call(given), given)[: len(some)])
             self._reconstructions = Images(torch.cat(made), None if labels is None else labels.to(self.device))
         return self._reconstructions
@@ -366,10 +400,10 @@ class ModelView:
 
     def _check_range(self, generated: Tensor) -> None:
         """Warns once where generated and real images seem to have different ranges of values."""
-        if self._warned_range or not self.has_reference or not len(generated):
+        if self._warned_range or not self.has_reference or not self.has_images or not len(generated):
             return
         if self._range is None:
-            bounds = as_images(self.reference.images).aminmax()
+            bounds = as_data(self.reference.images).aminmax()
             self._range = float(bounds.min), float(bounds.max)
         finite = generated[generated.isfinite()]
         if not len(finite):
@@ -400,8 +434,29 @@ class ModelView:
 
     # ---- latents ----
 
+    @property
+    def has_prior(self) -> bool:
+        """Whether normal noise is the prior of the latents, as far as the module and the first real images show it."""
+        if self._has_prior is not None:
+            return self._has_prior
+        with self.isolated(exact=True):
+            found = self.parts.has_prior
+        if self.real.example is not None:
+            # it stays, however well the module reconstructs later
+            self._has_prior = found
+        return found
+
+    def agree_on_prior(self) -> None:
+        """Lets all processes agree on whether there is a prior; every process must call it at the same time."""
+        if self.world_size > 1 and not self._is_agreed:
+            self._has_prior = bool(self.trainer.strategy.reduce_boolean_decision(self.has_prior, all=True))
+            self._is_agreed = True
+
     def prior_latents(self, n: int, all_ranks: bool = False) -> Iterator[Tensor]:
         """Yields seeded draws (., L) of the prior N(0, 1) in float32, in chunks.
+
+        Where normal noise is not the prior, they are latents of real images in a seeded order, which repeats after the
+        last; of two images before the reference is complete.
 
         Args:
             n: Number of draws over all processes.
@@ -410,8 +465,22 @@ class ModelView:
         rank, world = (0, 1) if all_ranks else (self.rank, self.world_size)
         size = min(self.adapter.chunk_size, PRIOR_CHUNK)
         for index in range(rank, math.ceil(n / size), world):
+            count = min(size, n - index * size)
+            if not self.has_prior:
+                yield self._real_latents(index * size, count)
+                continue
             generator = torch.Generator().manual_seed(self.adapter.seed + 7919 * index)
-            yield self.as_input(torch.randn(min(size, n - index * size), self.latent_dim, generator=generator))
+            yield self.as_input(torch.randn(count, self.latent_dim, generator=generator))
+
+    def _real_latents(self, start: int, count: int) -> Tensor:
+        """Latents (count, L) of real images from a position of the seeded order on."""
+        self.say("Latents of real images are decoded, since nothing shows that normal noise is their prior.")
+        data = self.real.example if self.real.images is None else self.real.images.images
+        assert data is not None
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.adapter.seed))
+        rows = order[torch.arange(start, start + count) % len(order)]
+        with self.isolated(exact=True):
+            return self.as_input(self.latents_of(self.as_input(as_data(data[rows]))))
 
     def as_input(self, x: Tensor) -> Tensor:
         """Returns images or latents as the module takes them in ``isolated(exact=True)``: on its device, float64 if it is."""
@@ -425,9 +494,9 @@ class ModelView:
         """Returns latents (n, L) of images, the posterior's mean where there is one; inside :meth:`isolated`."""
         return self.parts.latents_of(images)
 
-    def latents_in(self, output: Any, n: int) -> Tensor:
-        """Returns the latents (n, L) in what the encoder gave for n images."""
-        return self.parts.latents_in(output, n)
+    def latents_in(self, output: Any, n: int, flat: bool = True) -> Tensor:
+        """Returns the latents (n, L) in what the encoder gave for n images; spatial ones as they are if not ``flat``."""
+        return self.parts.latents_in(output, n, flat)
 
     def encoded(self) -> list[Encoded]:
         """Returns what the encoder gives for this process's share of the reference, computed once for all monitors."""
@@ -441,7 +510,7 @@ class ModelView:
                 # every process calls the model equally often, as for samples
                 for start in range(0, most, size):
                     chunk = images[start : start + size]
-                    output = self.encode(self.as_input(as_images(chunk if len(chunk) else self.reference.images[:1])))
+                    output = self.encode(self.as_input(as_data(chunk if len(chunk) else self.reference.images[:1])))
                     own = None if labels is None else labels[start : start + size].to(self.device)
                     encoded += [Encoded(output, len(chunk), own)] if len(chunk) else []
             self._encoded = encoded
@@ -453,7 +522,7 @@ class ModelView:
         return self.parts.decode
 
     def decoded_images(self, z: Tensor) -> Tensor:
-        """Returns images (n, C, H, W) of latents (n, L); inside :meth:`isolated`.
+        """Returns images (n, C, H, W), or middle slices of volumes, of latents (n, L); inside :meth:`isolated`.
 
         Raises:
             ValueError: If what decodes returns no images.

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lightning_gendiag.plots.canvas import ALARM, INK, TILE, Colour, font, on_white_tile, picture_of
 
+WIDEST = 4
+"""Largest width of an enlarged picture as a multiple of its height."""
+
 
 def as_rgb(image: Tensor, low: float, high: float) -> Tensor:
     """Returns images (..., C, H, W) as (..., H, W, 3) uint8, where ``low`` is black and ``high`` is white.
@@ -29,25 +32,24 @@ def as_rgb(image: Tensor, low: float, high: float) -> Tensor:
 def enlarged(picture: Tensor, height: int = TILE) -> Tensor:
     """Returns a picture (H, W, 3) enlarged without blur, by the largest integer factor that fits a height.
 
-    Larger pictures are reduced to this height.
+    Larger pictures are reduced to this height. The width is a 16th to 4 times of it, so that a signal of one row or column
+    is stretched and visible.
     """
-    h = picture.shape[0]
-    if h > height:
-        shape = (height, max(1, picture.shape[1] * height // h))
-        small = F.interpolate(picture.permute(2, 0, 1)[None].float(), size=shape, mode="area")
-        return small[0].permute(1, 2, 0).round().byte()
-    factor = max(1, height // h)
-    return picture.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
+    size = _enlarged_size(picture.shape[0], picture.shape[1], height)
+    resized = F.interpolate(picture.permute(2, 0, 1)[None].float(), size=size, mode="area")
+    return resized[0].permute(1, 2, 0).round().byte()
 
 
 def enlarged_labels(labels: Tensor, height: int = TILE) -> Tensor:
     """Returns labels (H, W) in the size that :func:`enlarged` gives to a picture of the same height and width."""
     h, w = labels.shape
-    if h <= height:
-        return enlarged(labels, height)
-    rows = torch.arange(height) * h // height
-    columns = torch.arange(max(1, w * height // h)) * h // height
-    return labels[rows][:, columns.clamp(max=w - 1)]
+    rows, columns = _enlarged_size(h, w, height)
+    return labels[torch.arange(rows) * h // rows][:, torch.arange(columns) * w // columns]
+
+
+def _enlarged_size(h: int, w: int, height: int) -> tuple[int, int]:
+    rows = height if h > height else h * (height // h)
+    return rows, min(max(w * rows // h, rows // 16, 1), WIDEST * rows)
 
 
 def edges(labels: Tensor, thickness: int = 1) -> Tensor:

@@ -69,7 +69,10 @@ ARGUMENTS = {
             "num_classes": {"num_classes": 3},
         },
     ),
-    "posterior_kl": Arguments({"latent_dim": 5}, {"latent_dim": {"latent_dim": 6}, "threshold": {"threshold": 0.5}}),
+    "posterior_kl": Arguments(
+        {"latent_dim": 5},
+        {"latent_dim": {"latent_dim": 6}, "threshold": {"threshold": 0.5}, "channels": {"channels": 1}},
+    ),
     "regional_primitives": Arguments({"num_regions": 3}, {"num_regions": {"num_regions": 4}}),
 }
 

@@ -65,6 +65,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
 
     name = "cms"
     metric_class = CosineMeanSimilarity
+    needs_images = True
     region_map: RegionMap | None
     """The regions; None before they are found."""
     _real: plots.RealImages
@@ -111,15 +112,16 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             )
         sampled = None if reconstructs else view.parts.tried
         if self.region_map is not None:
-            for images, name in ((sampled, "generated"), (view.real.images, "the reference")):
-                if images is not None:
+            real = view.reference_images if view.has_reference else None
+            for images, name in ((sampled, "generated"), (real, "the reference")):
+                if images is not None and images.images.ndim == 4:
                     check_shape(images.images, name, self.region_map, None)
 
     def build_metric(self, view: ModelView) -> CosineMeanSimilarity:
         """Finds the regions, equal on all processes, and adds the reference."""
         if self.region_map is None:
             self.region_map = self.find_regions(view, self.num_regions, self.map_images)
-        images, labels = as_images(view.reference.images), view.reference.labels
+        images, labels = as_images(view.reference_images.images), view.reference.labels
         low, high = images.amin(0), images.amax(0)
         self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()))
         varies = (high > low).any(0)

@@ -74,7 +74,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     name = "generation_balance"
     metric_class = GenerationBalance
     needs = ()
-    needs_labels = True
+    needs_images = needs_labels = True
     requires: tuple[str, ...] = ("sklearn",)
     accuracy = math.nan
     """Of the classifier on real images; nan before the first evaluation."""
@@ -124,7 +124,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def build_metric(self, view: ModelView) -> GenerationBalance:
         """Computes the features of this rank's real images, and fits or assesses the classifier."""
-        images, labels = view.reference.images, view.real.classes()
+        images, labels = view.reference_images.images, view.real.classes()
         own, extract = view.compared_with(self.images), view.resolve_features(self.features)
         num_classes, classify = int(labels.max()) + 1, self._classifier(view)
         self._made = "reconstructed" if view.source(self.images) == "reconstructions" else "generated"

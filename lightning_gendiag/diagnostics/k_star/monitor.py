@@ -12,7 +12,7 @@ from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.k_star import plots
 from lightning_gendiag.diagnostics.k_star.functional import MAX_CLASS_TAGS, Distance, KStarResult
 from lightning_gendiag.diagnostics.k_star.metric import KStar
-from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.functional.arrays import as_data, pooled
 from lightning_gendiag.model.batches import known
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CHUNK = 128
 """Largest number of images that go through the layer at a time."""
+
+MAX_LENGTH = 2048
+"""Largest length of spatial features that are compared position by position; of longer ones, means over positions are."""
 
 MIN_STD = 0.02
 """A change of the mean by this much, out of 1, is a usual fluctuation."""
@@ -41,7 +44,8 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
     Args:
         features: What makes features of images: ``"encode"``, the model's encoder; the path of a submodule whose output
             is taken (``"discriminator.4"``: the first part of the path is called with the images); or a callable
-            ``(module, images)``. Features with more than one axis are flattened.
+            ``(module, images)``. Features with more than one axis are flattened, or averaged over their positions where
+            they hold more than 2,048 numbers.
         images: ``"real"`` for the labelled images of the reference, ``"generated"`` for samples of a sampler that takes
             labels.
         distance: See :func:`k_star`.
@@ -98,22 +102,22 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
         """Adds the features of this rank's images."""
         if self.features == "encode" and self.images == "real":
             for output, size, classes in view.encoded():
-                self.metric.update(view.latents_in(output, size), known(classes))
+                self.metric.update(_rows(view, view.latents_in(output, size, flat=False), size), known(classes))
             return
         images, classes = view.local_reference() if self.images == "real" else view.samples()
         labels = known(classes)
         with view.isolated(exact=True):
             for start in range(0, len(images), CHUNK):
-                some = view.as_input(as_images(images[start : start + CHUNK]))
+                some = view.as_input(as_data(images[start : start + CHUNK]))
                 self.metric.update(self._features(view, some), labels[start : start + CHUNK].to(view.device))
 
     def _features(self, view: ModelView, images: Tensor) -> Tensor:
-        """Features (n, D) of images (n, C, H, W); inside ``view.isolated``."""
+        """Features (n, D) of images (n, C, H, W) or other data; inside ``view.isolated``."""
         if self.features == "encode":
-            return view.latents_of(images)
+            return _rows(view, view.latents_in(view.encode(images), len(images), flat=False), len(images))
         extract = None if isinstance(self.features, str) else view.resolve_extractor(self.features)
         if extract is not None:
-            return _rows(extract(images), len(images))
+            return _rows(view, extract(images), len(images))
         path = str(self.features)
         entry, layer = _layer(view, path)
         outputs: list[Any] = []
@@ -121,7 +125,7 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
             entry(images)
         if not outputs:
             raise ValueError(f"features must name a layer that {path.split('.')[0]} runs, got {path!r}.")
-        return _rows(outputs[-1], len(images))
+        return _rows(view, outputs[-1], len(images))
 
     def observations(self, result: KStarResult) -> list[Observation]:
         """The mean of each class, labelled with its nearest rival, and the mean of all classes."""
@@ -163,8 +167,8 @@ def _layer(view: ModelView, path: str) -> tuple[nn.Module, nn.Module]:
         ) from None
 
 
-def _rows(output: Any, n: int) -> Tensor:
-    """Returns the features (n, D) in what a layer or a callable returned for n images.
+def _rows(view: ModelView, output: Any, n: int) -> Tensor:
+    """Returns the features (n, D) in what a layer or a callable returned for n images, averaged where they are long.
 
     Raises:
         ValueError: If it returned anything else.
@@ -174,4 +178,7 @@ def _rows(output: Any, n: int) -> Tensor:
     if not isinstance(output, Tensor) or len(output) != n or output.ndim < 2:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"features must be ({n}, ...) for {n} images, got {got}.")
-    return output.detach().flatten(1).float()
+    rows = pooled(output.detach(), MAX_LENGTH).float()
+    if rows.shape[1] < output[0].numel():
+        view.say(f"k*: features {tuple(output.shape[1:])} are compared by their means over positions.")
+    return rows

@@ -37,6 +37,9 @@ COLLAPSED = 1e-3
 REGULARISATION = 1e-6
 """Fraction of the variance of the latents that is added to variances."""
 
+MAX_DIMS = 64
+"""Largest number of dimensions of the mixture; of longer latents, it is fitted to so many principal components."""
+
 FULL_ROWS = 20
 """Smallest number of rows per dimension for full covariances; they are diagonal for fewer rows."""
 
@@ -45,6 +48,7 @@ FULL_ROWS = 20
 class LatentRegionsResult(NamedTuple):
     """Regions of a latent space with K components, M margins and C classes.
 
+    Latents of L > 64 dimensions are described by points of D = 64 principal components, others by themselves, so D = L.
     Without latents all fields are nan or empty.
     """
 
@@ -84,16 +88,30 @@ class LatentRegionsResult(NamedTuple):
     """(4,) inception score of the same images, 1 to C; nan where not measured."""
     decoded_share: Tensor
     """(K, C) shares of the classes among images decoded from inside each component; nan where not measured."""
+    axes: Tensor
+    """(L, D) principal components of the latents; (0, 0) where D = L."""
+    centre: Tensor
+    """(L,) mean of the latents; (0,) where D = L."""
+
+    # ---- the coordinates ----
+
+    def project(self, latents: Tensor) -> Tensor:
+        """Returns the points (n, D) of latents (n, L)."""
+        return (latents.to(self.axes) - self.centre) @ self.axes if len(self.axes) else latents
+
+    def latents_of(self, points: Tensor) -> Tensor:
+        """Returns the latents (n, L) of points (n, D)."""
+        return points.to(self.axes) @ self.axes.T + self.centre if len(self.axes) else points
 
     # ---- the mixture ----
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Computes the log density (n,) at points (n, D)."""
-        return self._joint(z).logsumexp(1)
+        """Computes the log density (n,) at latents (n, L)."""
+        return self._joint(self.project(z)).logsumexp(1)
 
     def responsibilities(self, z: Tensor) -> Tensor:
-        """Computes the posterior probabilities of the components (n, K) at points (n, D); rows add to one."""
-        return self._joint(z).softmax(1)
+        """Computes the posterior probabilities of the components (n, K) at latents (n, L); rows add to one."""
+        return self._joint(self.project(z)).softmax(1)
 
     def _joint(self, z: Tensor) -> Tensor:
         """Computes the log of weight times density of each component (n, K) at points (n, D)."""
@@ -112,19 +130,24 @@ class LatentRegionsResult(NamedTuple):
     # ---- the regions ----
 
     def inside(self, kind: Kind, z: Tensor) -> Tensor:
-        """Returns booleans (n,), true for points (n, D) that are of a kind; all points are of the kind ``"prior"``."""
+        """Returns booleans (n,), true for latents (n, L) that are of a kind; all are of the kind ``"prior"``."""
+        return self._inside(kind, self.project(z))
+
+    def _inside(self, kind: Kind, z: Tensor) -> Tensor:
+        """Returns booleans (n,), true for points (n, D) that are of a kind."""
         if kind == "prior" or not self._has(kind):
             return torch.full((len(z),), kind == "prior", device=z.device)
         if kind == "cluster":
             from scipy.stats import chi2
 
-            sure, own = self.responsibilities(z).max(1)
+            sure, own = self._joint(z).softmax(1).max(1)
             near = self._distances(z).gather(1, own[:, None])[:, 0] <= float(chi2.ppf(INSIDE, self.means.shape[1]))
             return (sure >= SURE) & near
         if kind == "grey":
-            return (self.responsibilities(z).amax(1) <= UNSURE) & (self.log_density(z) >= self.typical)
+            joint = self._joint(z)
+            return (joint.softmax(1).amax(1) <= UNSURE) & (joint.logsumexp(1) >= self.typical)
         nearest = torch.cdist(z.double(), self.saddles).argmin(1)
-        above = self.log_density(z) - self.log_density(self.saddles)[nearest]
+        above = self._joint(z).logsumexp(1) - self._joint(self.saddles).logsumexp(1)[nearest]
         return (above <= self.depths[nearest] / 2) & (above >= -BELOW)
 
     def _has(self, kind: Kind) -> bool:
@@ -134,19 +157,20 @@ class LatentRegionsResult(NamedTuple):
     def sample(
         self, kind: Kind, n: int, generator: torch.Generator | None = None, component: int | None = None
     ) -> Tensor:
-        """Samples points of a kind, on the CPU.
+        """Samples latents of a kind, on the CPU.
 
-        Inside clusters and in the grey area they follow the mixture restricted to the region. At a margin they follow a
-        normal distribution around the saddle, restricted to the valley, whose standard deviation is a quarter of the width.
+        Those of the prior vary in all L dimensions, and others in the D of the mixture. Inside clusters and in the grey
+        area they follow the mixture restricted to the region. At a margin they follow a normal distribution around the
+        saddle, restricted to the valley, whose standard deviation is a quarter of the width.
 
         Args:
             kind: one of ``KINDS``.
-            n: number of points.
+            n: number of latents.
             generator: source of randomness; None for the global one.
             component: cluster from which to sample; None for all clusters.
 
         Returns:
-            (n, D) points in float64; (0, D) where there is no such region, and fewer than n where the region is too small
+            (n, L) latents in float64; (0, L) where there is no such region, and fewer than n where the region is too small
             to be found by chance.
 
         Raises:
@@ -155,11 +179,12 @@ class LatentRegionsResult(NamedTuple):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}. To fix this, pass one of these.")
         dims = self.means.shape[1]
+        length = len(self.centre) or dims
         if kind == "prior":
-            return torch.randn(n, dims, generator=generator, dtype=torch.float64)
+            return torch.randn(n, length, generator=generator, dtype=torch.float64)
         own = LatentRegionsResult(*(part.cpu() for part in self))
         if not own._has(kind):
-            return torch.zeros(0, dims, dtype=torch.float64)
+            return torch.zeros(0, length, dtype=torch.float64)
         roots = torch.linalg.cholesky(own.covariances)
         found: list[Tensor] = []
         for _ in range(50):
@@ -173,14 +198,14 @@ class LatentRegionsResult(NamedTuple):
                 z = torch.empty_like(noise)
                 for k, root in enumerate(roots):
                     z[which == k] = own.means[k] + noise[which == k] @ root.T
-            inside = own.inside(kind, z)
+            inside = own._inside(kind, z)
             if component is not None:
                 # a broad component may surround a narrow one
-                inside &= own.responsibilities(z).argmax(1) == component
+                inside &= own._joint(z).argmax(1) == component
             found.append(z[inside])
             if sum(map(len, found)) >= n:
                 break
-        return torch.cat(found)[:n]
+        return own.latents_of(torch.cat(found)[:n])
 
     # ---- derived quantities ----
 
@@ -233,7 +258,7 @@ def latent_regions(
     max_components: int = 12,
     seed: int = 0,
 ) -> LatentRegionsResult:
-    """Fits a Gaussian mixture to latents, and finds its clusters, margins and grey area.
+    """Fits a Gaussian mixture to latents, or to 64 principal components of them, and finds its clusters, margins and grey area.
 
     The mixture is that of scikit-learn, with full covariances for at least 20 rows per dimension and diagonal ones
     otherwise. For each pair of means the deepest valley of the density on the segment between them is found. It counts as a
@@ -269,19 +294,25 @@ def latent_regions(
     invalid = 1 - finite.double().mean() if len(z) else torch.zeros((), dtype=torch.float64)
     z, known = z[finite], known[finite]
     classes = torch.unique(known[known >= 0])
+    spread = (z - z.mean(0)).square().sum(1).mean().sqrt() if len(z) else nan
+    centre, axes = (
+        principal_components(z) if len(z) and z.shape[1] > MAX_DIMS else (nan.new_zeros(0), nan.new_zeros(0, 0))
+    )
     if len(z) == 0:
         weights, means, covariances = nan.new_zeros(0), nan.new_zeros(0, z.shape[1]), nan.new_zeros(0, *2 * z.shape[1:])
     else:
-        weights, means, covariances = fit_mixture(z, components, max_components, seed)
+        weights, means, covariances = fit_mixture(
+            (z - centre) @ axes if len(axes) else z, components, max_components, seed
+        )
     k = len(weights)
     result = LatentRegionsResult(
         weights, means, covariances,
-        margins=torch.zeros(0, 2, dtype=torch.long), saddles=nan.new_zeros(0, z.shape[1]), depths=nan.new_zeros(0),
+        margins=torch.zeros(0, 2, dtype=torch.long), saddles=nan.new_zeros(0, means.shape[1]), depths=nan.new_zeros(0),
         widths=nan.new_zeros(0), typical=nan, overlap=nan, grey_share=nan,
-        spread=(z - z.mean(0)).square().sum(1).mean().sqrt() if len(z) else nan,
-        invalid=invalid, classes=classes, class_share=nan.new_full((k, len(classes)), math.nan),
+        spread=spread, invalid=invalid, classes=classes, class_share=nan.new_full((k, len(classes)), math.nan),
         grey_classes=nan.new_full((len(classes),), math.nan),
         fid=nan.expand(4).clone(), inception=nan.expand(4).clone(), decoded_share=nan.new_full((k, len(classes)), math.nan),
+        axes=axes, centre=centre,
     )  # fmt: skip
     if k == 0:
         return result
@@ -301,6 +332,17 @@ def latent_regions(
         class_share=counts / counts.sum(1, keepdim=True),
         grey_classes=(which * grey[:, None]).sum(0) / which.sum(0),
     )
+
+
+def principal_components(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean (L,) and the first min(64, L, N) principal components (L, D) of rows (N, L), N > 0."""
+    centre, dims = z.mean(0), min(MAX_DIMS, *z.shape)
+    away = z - centre
+    if len(z) >= z.shape[1]:
+        return centre, torch.linalg.eigh(away.T @ away)[1][:, -dims:].flip(1)
+    rows = torch.linalg.eigh(away @ away.T)[1][:, -dims:].flip(1)
+    # orthonormal also where latents vary in fewer directions than are asked for
+    return centre, torch.linalg.qr(away.T @ rows)[0]
 
 
 def entropy(shares: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class LatentRegions(Reservoir):
     """:func:`latent_regions` over batches and processes.
 
     Memory: at most twice ``max_rows`` latents, a seeded random selection that is the same for any order, batch size and
-    number of processes.
+    number of processes; while more than 64 dimensions are reduced, also the products of the rows.
 
     Args:
         components: number of components of the mixture; None chooses it by the Bayesian information criterion.

@@ -13,7 +13,12 @@ from torch import Tensor
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.latent_regions import plots
-from lightning_gendiag.diagnostics.latent_regions.functional import KINDS, LatentRegionsResult, inception_score
+from lightning_gendiag.diagnostics.latent_regions.functional import (
+    KINDS,
+    MAX_DIMS,
+    LatentRegionsResult,
+    inception_score,
+)
 from lightning_gendiag.diagnostics.latent_regions.metric import LatentRegions
 from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.functional.distances import frechet_distance
@@ -39,8 +44,10 @@ SPREAD = Series("latents", "standalone", "standard deviation of the latents")
 class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     """Monitors :class:`LatentRegions` of an encoder and a decoder.
 
-    At each evaluation a Gaussian mixture is fitted to the latents of the reference. Points of each of ``KINDS`` are drawn,
-    decoded and compared with the reference by FID and, where labels are known, by inception score and class. The number
+    At each evaluation a Gaussian mixture is fitted to the latents of the reference, or to 64 principal components of
+    longer ones. Points of each of ``KINDS`` are drawn, decoded and compared with the reference by FID and, where labels
+    are known, by inception score and class, if the data are images or volumes, of which the middle slices are compared.
+    There are no points of a prior where nothing shows that normal noise is the prior of the latents. The number
     of components, if it is not given, is chosen anew at the 1st, 2nd, 4th, 8th ... evaluation.
 
     Needs scikit-learn. All processes do the same work here, except for the encoding.
@@ -70,7 +77,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     requires = ("sklearn",)
     _chosen: int | None = None
     _neighbours: NeighbourClassifier | None = None
-    _reference: tuple[Tensor, Tensor]
+    _reference: tuple[Tensor, Tensor] | None = None
     _points: list[Tensor]
     _decoded: list[Tensor]
 
@@ -98,22 +105,26 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         self._chosen = self._neighbours = None
 
     def check(self, view: ModelView) -> None:
-        """Looks for scikit-learn, an encoder and a decoder."""
+        """Looks for scikit-learn, an encoder and, where the data are images, a decoder."""
         if find_spec("sklearn") is None:
             raise ValueError(SKLEARN_MISSING.format(who="a Gaussian mixture"))
-        view.find("encode", "decode")
+        view.find("encode", *(("decode",) if view.has_images else ()))
 
     def build_metric(self, view: ModelView) -> LatentRegions:
         """Computes the features of the reference, and fits the classifier where none is given."""
-        images, labels = view.reference
+        self._neighbours = self._reference = None
+        if view.has_images:
+            self._assess(view)
+        return LatentRegions(self.components, max_components=self.max_components, max_rows=self.max_rows)
+
+    def _assess(self, view: ModelView) -> None:
+        images, labels = view.reference_images
         extract = view.resolve_features(self.features)
         with view.isolated(exact=True):
-            self._neighbours = None
             if self.classifier is None and labels is not None:
                 self._neighbours = NeighbourClassifier(images, labels, space_for(images, extract), accuracy=False)
             features = [extract(some) for some in pieces(images, CHUNK)]
         self._reference = _moments(torch.cat(features))
-        return LatentRegions(self.components, max_components=self.max_components, max_rows=self.max_rows)
 
     def depends_on_model(self, view: ModelView) -> bool:
         """Whether the reference's features change with the module."""
@@ -124,18 +135,29 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         is_power_of_two = (self.evaluations + 1).bit_count() == 1
         self.metric.components = self.components or (None if is_power_of_two else self._chosen)
         for output, size, labels in view.encoded():
-            self.metric.update(view.latents_in(output, size), labels)
+            latents = view.latents_in(output, size)
+            if latents.shape[1] > MAX_DIMS:
+                view.say(
+                    f"Latent regions: the mixture is fitted to {MAX_DIMS} principal components of the {latents.shape[1]} "
+                    "dimensions of the latents."
+                )
+            self.metric.update(latents, labels)
 
     def postprocess(self, view: ModelView, result: LatentRegionsResult) -> LatentRegionsResult:
-        """Adds the quality and the classes of what each kind of point decodes to."""
+        """Adds the quality and the classes of what each kind of point decodes to, if these are images."""
         self._chosen = len(result.weights) or None
         generator = torch.Generator().manual_seed(view.adapter.seed)
         fid, inception, decoded_share = result.fid.clone(), result.inception.clone(), result.decoded_share.clone()
-        extract, self._decoded = view.resolve_features(self.features), []
+        latents = [result.sample(kind, self.num_points, generator) for kind in KINDS]
+        if not view.has_prior:
+            latents[KINDS.index("prior")] = latents[0][:0]
+        self._points, self._decoded = [result.project(some).cpu() for some in latents], []
+        if self._reference is None:
+            return result
+        extract = view.resolve_features(self.features)
         with view.isolated(exact=True):
-            self._points = [result.sample(kind, self.num_points, generator) for kind in KINDS]
-            for k, points in enumerate(self._points):
-                images = _finite_images(view, points)
+            for k, some in enumerate(latents):
+                images = _finite_images(view, some)
                 self._decoded.append(images[: plots.SHOWN].cpu())
                 # a distance says little with fewer points than features
                 if len(images) >= self.num_points // 2:
@@ -195,7 +217,8 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
 
     def _panel(self, result: LatentRegionsResult, occasion: Occasion) -> Tensor:
         latents, labels = self.metric.selected()
-        return plots.panel(result, latents.cpu(), labels.cpu(), self._points, self._decoded, occasion)
+        points = result.project(latents).cpu()
+        return plots.panel(result, points, labels.cpu(), self._points, self._decoded, occasion)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,9 +243,9 @@ def _probabilities_in(output: Any, n: int) -> Tensor:
     return scores if inside else scores.softmax(1)
 
 
-def _finite_images(view: ModelView, points: Tensor) -> Tensor:
-    """Returns the finite ones of the images that points (n, D) decode to, on the module's device."""
-    if not len(points):
-        return as_images(view.reference.images[:0]).to(view.device)
-    images = torch.cat([view.decoded_images(some) for some in pieces(view.as_input(points), CHUNK)])
+def _finite_images(view: ModelView, latents: Tensor) -> Tensor:
+    """Returns the finite ones of the images that latents (n, L) decode to, on the module's device."""
+    if not len(latents):
+        return as_images(view.reference_images.images[:0]).to(view.device)
+    images = torch.cat([view.decoded_images(some) for some in pieces(view.as_input(latents), CHUNK)])
     return images[images.flatten(1).isfinite().all(1)].float()

@@ -31,11 +31,11 @@ def panel(
     decoded: Sequence[Tensor],
     occasion: canvas.Occasion,
 ) -> Tensor:
-    """Draws the latents with their regions, the class map, decoded images, and the FID of each kind of point.
+    """Draws the latents with their regions and the class map, and the decoded images and their FID where there are any.
 
     Args:
         result: Of the evaluation.
-        latents: (N, D)
+        latents: (N, D), in the coordinates of the result.
         labels: (N,), negative where not known.
         points: (n, D) for each of ``KINDS``.
         decoded: (n, C, H, W), n up to ``SHOWN``, for each of ``KINDS``.
@@ -53,8 +53,9 @@ def panel(
     if any(len(images) for images in decoded):
         tiles.append(canvas.Tile(f"decoded: {', '.join(KINDS)}", pictures.contact_sheet(_sheet(decoded))))
     fid = result.fid.tolist()
-    worse = [value > 1.2 * fid[0] for value in fid]
-    tiles.append(canvas.Tile("FID of each kind", charts.bars(fid, list(KINDS), worse, floor=0.0)))
+    if not result.fid.isnan().all():
+        worse = [value > 1.2 * fid[0] for value in fid]
+        tiles.append(canvas.Tile("FID of each kind", charts.bars(fid, list(KINDS), worse, floor=0.0)))
     return canvas.panel(f"{_title(result)} (step {occasion.step})", tiles, _legend(result), occasion.note)
 
 

@@ -14,12 +14,13 @@ from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.manifold_entropy import plots
 from lightning_gendiag.diagnostics.manifold_entropy.functional import MAX_DIMENSION_TAGS, ManifoldEntropyResult
 from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntropy
-from lightning_gendiag.functional.arrays import tensor_of
+from lightning_gendiag.functional.arrays import middle_slices, tensor_of
 from lightning_gendiag.functional.jacobian import active_dims, decoder_gram
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
     from lightning_gendiag.model.view import ModelView
+    from lightning_gendiag.plots.canvas import Occasion
 
 MAX_BYTES = 1 << 26
 """Approximate working memory of an evaluation: more than :func:`decoder_gram` takes by default, since it is faster."""
@@ -49,8 +50,9 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     mutual information of dimensions, images along the strongest directions, and the number of dimensions in use.
 
     Args:
-        num_latents: Number of draws of the prior per evaluation, over all processes. They are the same at every
-            evaluation, so few are enough.
+        num_latents: Number of draws of the prior per evaluation, over all processes, or of latents of real images where
+            nothing shows that N(0, 1) is their prior. They are of the same draws or images at every evaluation, so few
+            are enough.
         log_volume: A flow's own ``log |det J|``: the name of a method of the module, or a callable ``(module, z)`` from
             (N, L) to (N,). By default it follows from the Gram matrix.
         max_dims: Largest number of dimensions that are monitored. Of a larger latent space, those are chosen that move
@@ -70,7 +72,6 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     name = "manifold_entropy"
     metric_class = ManifoldEntropy
     needs = ("decode",)
-    needs_reference = False
     dims: Tensor
     """(l,) numbers of the dimensions that are monitored; empty before the first evaluation."""
     _traversal: Tensor | None = None
@@ -99,6 +100,11 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """Forgets the dimensions and their order as well."""
         super().reset()
         self.dims = self._order = torch.empty(0, dtype=torch.long)
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        """Whether latents are of real images, since they have no prior."""
+        return self._session is not None and not self.view.has_prior
 
     def check(self, view: ModelView) -> None:
         """Takes the derivative of the decoder at one latent, and finds ``log_volume``."""
@@ -139,13 +145,20 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
                 self._traversal = self._traverse(view)
 
     def _traverse(self, view: ModelView) -> Tensor | None:
-        """(d, 7, C, H, W): images from the prior's mean along the strongest directions; None where data are no images."""
+        """(d, 7, C, H, W): images from the latents' mean along the strongest directions; None where data are no images."""
         strongest = self.dims[self._order[:TRAVERSED]]
-        z = view.as_input(torch.zeros(len(strongest), 7, view.latent_dim))
+        mean, std = torch.zeros(view.latent_dim), torch.ones(view.latent_dim)
+        if not view.has_prior:
+            some = next(view.prior_latents(16, all_ranks=True)).cpu()
+            mean, std = some.mean(0), some.std(0)
+        z = view.as_input(mean.repeat(len(strongest), 7, 1))
         for row, dim in enumerate(strongest.tolist()):
-            z[row, :, dim] = torch.linspace(-2, 2, 7)
+            z[row, :, dim] += std[dim] * torch.linspace(-2, 2, 7).to(z)
         images = tensor_of(view.decode(z.flatten(0, 1)), z[..., 0].numel())
-        return images.view(*z.shape[:2], *images.shape[1:]).cpu() if images.ndim == 4 else None
+        if images.ndim not in (4, 5):
+            return None
+        images = middle_slices(images)
+        return images.view(*z.shape[:2], *images.shape[1:]).cpu()
 
     def postprocess(self, view: ModelView, result: ManifoldEntropyResult) -> ManifoldEntropyResult:
         """Keeps the order of falling entropy for core and detail at the next evaluation, since one pass cannot know it."""
@@ -188,12 +201,14 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         if len(self.dims) <= MAX_DIMENSION_TAGS:
             context.logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in self.dims.tolist()])
         context.logger.log_chart("dimensions in use", "Multiline", ["effective_dimensions"])
-        picture = plots.panel(result, self.dims, self._traversal, context.curves[IN_USE.name], context.occasion())
-        context.logger.log_image("panel", picture)
+        context.logger.log_image("panel", self._panel(result, context, context.occasion()))
 
     def log_alarm(self, alarm: Alarm, result: ManifoldEntropyResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's dimensions marked."""
         pair = self.dims[list(result.strongest_pair)].tolist() if PAIR.name in alarm.names else []
         occasion = context.occasion(alarm)._replace(marked=[*alarm.indices, *pair])
-        picture = plots.panel(result, self.dims, self._traversal, context.curves[IN_USE.name], occasion)
-        context.logger.log_image("picture", picture)
+        context.logger.log_image("picture", self._panel(result, context, occasion))
+
+    def _panel(self, result: ManifoldEntropyResult, context: PlotContext, occasion: Occasion) -> Tensor:
+        in_use = context.curves[IN_USE.name]
+        return plots.panel(result, self.dims, self._traversal, in_use, occasion, self.view.has_prior)

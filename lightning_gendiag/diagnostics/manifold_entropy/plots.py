@@ -11,7 +11,12 @@ from lightning_gendiag.plots import canvas, charts, pictures
 
 
 def panel(
-    result: ManifoldEntropyResult, dims: Tensor, traversal: Tensor | None, in_use: Curve, occasion: canvas.Occasion
+    result: ManifoldEntropyResult,
+    dims: Tensor,
+    traversal: Tensor | None,
+    in_use: Curve,
+    occasion: canvas.Occasion,
+    has_prior: bool = True,
 ) -> Tensor:
     """Draws the sorted spectrum, the mutual information, images along the strongest directions, and dimensions in use.
 
@@ -21,6 +26,7 @@ def panel(
         traversal: (d, P, C, H, W) images at P places of the d strongest directions; None where the data are no images.
         in_use: Number of dimensions in use over time.
         occasion: When it is drawn, and what an alarm marks in it.
+        has_prior: Whether latents are draws of the prior, and not those of real images.
 
     Returns:
         (H, W, 3) uint8.
@@ -34,13 +40,15 @@ def panel(
         canvas.Tile("mutual information, same order", charts.matrix(shared[order][:, order], most=1.0)),
     ]
     if traversal is not None:
-        tiles.append(canvas.Tile("strongest directions, -2 to 2", pictures.contact_sheet(traversal)))
+        tiles.append(canvas.Tile("strongest directions, -2 to 2 std", pictures.contact_sheet(traversal)))
     tiles.append(canvas.Tile("dimensions in use", charts.line(in_use.values, in_use.steps, len(dims))))
     i, j = result.strongest_pair
     rows = [
         canvas.Row(canvas.INK, f"total correlation: {float(result.total_correlation):.2f} nats"),
         canvas.Row(canvas.INK, f"largest mutual information: {dims[i]} with {dims[j]}, {float(shared[i, j]):.2f} nats"),
     ]
+    if not has_prior:
+        rows.append(canvas.Row(canvas.INK, "at latents of real images"))
     dead = [str(dim) for dim in dims[result.dead.cpu()].tolist()]
     if dead:
         rows.insert(0, canvas.Row(canvas.ALARM, f"dead: {listed(dead, 12)}", strong=True))

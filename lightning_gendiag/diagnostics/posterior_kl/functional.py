@@ -35,11 +35,18 @@ class PosteriorKLResult(NamedTuple):
     """() fraction of the rows that contain nan or inf and are left out."""
     threshold: Tensor
     """() value of ``variance_of_mean`` above which a dimension is active."""
+    per_channel: Tensor = torch.empty(0)
+    """(C,) divergences of the channels of spatial latents, summed over positions; (0,) where none are told apart."""
 
     @property
     def total(self) -> Tensor:
         """() KL divergence of all dimensions together."""
         return self.per_dimension.sum()
+
+    @property
+    def components(self) -> tuple[str, Tensor]:
+        """Kind and divergences of what is watched: the channels where they are told apart, else the dimensions."""
+        return ("channel", self.per_channel) if len(self.per_channel) else ("dimension", self.per_dimension)
 
     @property
     def active(self) -> Tensor:
@@ -62,7 +69,7 @@ class PosteriorKLResult(NamedTuple):
         return (self.total - self.aggregate_kl).clamp(min=0)
 
     def scalars(self) -> dict[str, Tensor]:
-        """Returns the scalars of all dimensions together and, for up to 20 dimensions, of each, each of shape ()."""
+        """Returns the scalars of all dimensions together and, for up to 20 dimensions or channels, of each, of shape ()."""
         values = {
             "total": self.total,
             "active_units": self.active_units.double(),
@@ -75,6 +82,8 @@ class PosteriorKLResult(NamedTuple):
         }
         if len(self.per_dimension) <= MAX_DIMENSION_TAGS:
             values |= {f"dimension_{i}": value for i, value in enumerate(self.per_dimension)}
+        if len(self.per_channel) <= MAX_DIMENSION_TAGS:
+            values |= {f"channel_{c}": value for c, value in enumerate(self.per_channel)}
         return values
 
 

@@ -24,6 +24,7 @@ class PosteriorKL(Diagnostic):
     Args:
         latent_dim: L.
         threshold: variance of a dimension's posterior mean over the data above which the dimension is active.
+        channels: C of spatial latents (C, ...) whose L dimensions are also summed over positions, channel by channel.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -35,7 +36,7 @@ class PosteriorKL(Diagnostic):
         tensor([ True, False])
     """
 
-    plotted = ("dimension_", "total")
+    plotted = ("dimension_", "channel_", "total")
     scalar_info: ClassVar[dict[str, ScalarInfo]] = {
         "total": ScalarInfo("KL divergence of the posterior from N(0, 1), over all dimensions.", unit="nats"),
         "active_units": ScalarInfo(
@@ -54,6 +55,11 @@ class PosteriorKL(Diagnostic):
         "dimension_{i}": ScalarInfo(
             "KL divergence of the posterior from N(0, 1) in the dimension, for up to 20 dimensions.", unit="nats"
         ),
+        "channel_{c}": ScalarInfo(
+            "KL divergence of the posterior from N(0, 1) in the channel over all positions, for up to 20 channels.",
+            unit="nats",
+            optional=True,
+        ),
     }
     rows_seen: Tensor
     left_out: Tensor
@@ -62,7 +68,9 @@ class PosteriorKL(Diagnostic):
     products: Tensor
     variances: Tensor
 
-    def __init__(self, latent_dim: int, *, threshold: float = ACTIVE, **kwargs: Any) -> None:
+    def __init__(
+        self, latent_dim: int, *, threshold: float = ACTIVE, channels: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if latent_dim < 1:
             raise ValueError(
@@ -70,11 +78,15 @@ class PosteriorKL(Diagnostic):
             )
         if threshold < 0:
             raise ValueError(f"threshold must be 0 or more, got {threshold}. To fix this, pass a number such as 0.01.")
-        self.latent_dim, self.threshold = latent_dim, threshold
+        if channels is not None and (channels < 1 or latent_dim % channels):
+            raise ValueError(
+                f"channels must divide latent_dim {latent_dim}, got {channels}. To fix this, pass C for latents (C, ...)."
+            )
+        self.latent_dim, self.threshold, self.channels = latent_dim, threshold, channels
         square = (latent_dim, latent_dim) if latent_dim <= FULL_COVARIANCE else (latent_dim,)
         each = (latent_dim,)
         self.add_sums(rows_seen=(), left_out=(), divergence=each, means=each, products=square, variances=each)
-        self.add_configuration(latent_dim=latent_dim, threshold=threshold)
+        self.add_configuration(latent_dim=latent_dim, threshold=threshold, channels=channels)
 
     def update(self, mean: Tensor, log_variance: Tensor, divergence: Tensor | None = None) -> None:
         """Adds the posteriors of images.
@@ -119,12 +131,14 @@ class PosteriorKL(Diagnostic):
             spread = (self.products / n - mean.square()).clamp(min=0)
             log_volume = (spread + inner).log().sum()
         aggregate = 0.5 * ((spread + inner + mean.square() - 1).sum() - log_volume)
+        per_dimension = self.divergence / n
         return PosteriorKLResult(
-            per_dimension=self.divergence / n,
+            per_dimension=per_dimension,
             variance_of_mean=spread,
             aggregate_mean=mean,
             aggregate_variance=spread + inner,
             aggregate_kl=aggregate.clamp(min=0),
             invalid=self.left_out / (n + self.left_out),
             threshold=torch.full_like(n, self.threshold),
+            per_channel=per_dimension.view(self.channels, -1).sum(1) if self.channels else per_dimension[:0],
         )

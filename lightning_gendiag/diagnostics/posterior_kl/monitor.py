@@ -16,7 +16,7 @@ from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.posterior_kl import plots
 from lightning_gendiag.diagnostics.posterior_kl.functional import ACTIVE, MAX_DIMENSION_TAGS, PosteriorKLResult
 from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
-from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.isolation import perturbed
 from lightning_gendiag.model.outputs import peeled
 from lightning_gendiag.model.posterior import kl_to_prior, posterior_in
@@ -32,7 +32,7 @@ LEAST = 1e-4
 """Nats below which all dimensions count as equally dead."""
 
 WATCHED = 256
-"""Largest number of dimensions that are watched one by one; of more, such as spatial latents, only the total is."""
+"""Largest number of dimensions that are watched one by one; of more, channels of spatial latents are, or the total."""
 
 TRIALS = 12
 """Number of perturbed copies of an encoder by which logarithms are told from positive numbers."""
@@ -56,12 +56,13 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
 
     A dimension dies when its KL divergence falls from its level to almost zero. Changes above one nat raise no alarm, and
     so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been active for
-    ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions only the
-    total is watched.
+    ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions the
+    channels of spatial latents are watched, each the sum over its positions, and of other latents only the total.
 
     Args:
-        posterior: What gives mean and spread, both (N, L), of images: the name of a method of the module, or a callable
-            ``(module, images)``; by default the model's encoder. It returns a pair of tensors, or a distribution.
+        posterior: What gives mean and spread, both (N, L) or (N, C, ...), of images: the name of a method of the module,
+            or a callable ``(module, images)``; by default the model's encoder. It returns a pair of tensors, or a
+            distribution.
         spread: What the second of the pair is; by default names and values show it.
         threshold: See :class:`PosteriorKL`.
         patience: Number of evaluations without an active dimension after which the latent counts as collapsed.
@@ -114,9 +115,9 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
             return view.encode
         return given
 
-    def _try(self, view: ModelView, images: Tensor) -> int:
-        """Returns L, the number of dimensions of the posterior of images (n, C, H, W), and finds what its spread is."""
-        given, encoder = view.as_input(as_images(images)), self._encoder(view)
+    def _try(self, view: ModelView, images: Tensor) -> tuple[int, ...]:
+        """Returns the shape of the posterior of each of some images or other data, and finds what its spread is."""
+        given, encoder = view.as_input(as_data(images)), self._encoder(view)
         with view.isolated(exact=True):
             if self._known_spread == "auto" and not view.subject.in_place:
                 # the logarithms of a few images may all be positive, but not with other weights too
@@ -125,10 +126,15 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
                         self._moments(view, encoder(given), len(given))
                         break
             mean, *_ = self._moments(view, encoder(given), len(given))
-        return mean.shape[1]
+        return tuple(mean.shape[1:])
+
+    def _add(self, view: ModelView, output: Any, n: int) -> None:
+        """Adds the posteriors in what the encoder returned for n images."""
+        mean, log_variance, divergence = self._moments(view, output, n)
+        self.metric.update(mean.flatten(1), log_variance.flatten(1), divergence)
 
     def _moments(self, view: ModelView, output: Any, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns mean, log variance and, where it is not that of a Gaussian from N(0, 1), the divergence, all (n, L).
+        """Returns mean and log variance (n, ...) and, where it is not a Gaussian's from N(0, 1), the divergence (n, L).
 
         Raises:
             ValueError: If the encoder returned no posterior, or one without a closed divergence from its prior.
@@ -146,35 +152,40 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
                 "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
             )
         is_standard = prior is None and isinstance(peeled(posterior.distribution), Normal)
-        return mean.flatten(1), 2 * std.log().flatten(1), None if is_standard else divergence
+        return mean, 2 * std.log(), None if is_standard else divergence
 
     def build_metric(self, view: ModelView) -> PosteriorKL:
         """Creates a metric with as many dimensions as the posterior has."""
-        return PosteriorKL(self._try(view, view.reference.images[:2]), threshold=self.threshold)
+        shape = self._try(view, view.reference.images[:2])
+        by_channel = len(shape) > 1 and math.prod(shape) > WATCHED
+        if by_channel:
+            view.say(f"Posterior KL: channels of the latents {shape} are watched, each the sum over its positions.")
+        return PosteriorKL(math.prod(shape), threshold=self.threshold, channels=shape[0] if by_channel else None)
 
     def update(self, view: ModelView) -> None:
         """Adds the posteriors of this rank's rows of the reference."""
         if self.posterior is None:
             for output, size, _ in view.encoded():
-                self.metric.update(*self._moments(view, output, size))
+                self._add(view, output, size)
             return
         encoder, images = self._encoder(view), view.local_reference().images
         with view.isolated(exact=True):
             for start in range(0, len(images), CHUNK):
-                some = view.as_input(as_images(images[start : start + CHUNK]))
-                self.metric.update(*self._moments(view, encoder(some), len(some)))
+                some = view.as_input(as_data(images[start : start + CHUNK]))
+                self._add(view, encoder(some), len(some))
 
     def observations(self, result: PosteriorKLResult) -> list[Observation]:
-        """The KL divergence of each dimension and the total, and an alarm where no dimension is active."""
-        divergences, total = result.per_dimension.tolist(), float(result.total)
-        watched = divergences if len(divergences) <= WATCHED else []
+        """The KL divergence of each dimension or channel and the total, and an alarm where no dimension is active."""
+        total, (kind, divergences) = float(result.total), result.components
+        series = replace(DIMENSION, name=kind)
+        watched = divergences.tolist() if len(divergences) <= WATCHED else []
         unused = not math.isnan(total) and int(result.active_units) == 0
         message = (
-            f"the latent collapsed: KL is {total:.3f} nats and none of {len(divergences)} dimensions has been active for "
+            f"the latent collapsed: KL is {total:.3f} nats and none of {len(result.active)} dimensions has been active for "
             "{evaluations} evaluations"
         )
         return [
-            *(Observation(DIMENSION.numbered(dim), nats, _severity(nats)) for dim, nats in enumerate(watched)),
+            *(Observation(series.numbered(i), nats, _severity(nats)) for i, nats in enumerate(watched)),
             Observation(TOTAL, total, _severity(total)),
             Observation(replace(UNUSED, confirm=self.patience), total, math.inf if unused else 0.0, message=message),
         ]
@@ -186,9 +197,9 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     def log_plots(self, result: PosteriorKLResult, context: PlotContext) -> None:
         """Logs the histogram of the dimensions, the charts and the panel."""
         context.logger.log_histogram("per dimension", result.per_dimension)
-        dims = range(len(result.per_dimension))
-        if len(dims) <= MAX_DIMENSION_TAGS:
-            context.logger.log_chart("every dimension", "Multiline", [f"dimension_{dim}" for dim in dims])
+        kind, values = result.components
+        if len(values) <= MAX_DIMENSION_TAGS:
+            context.logger.log_chart(f"every {kind}", "Multiline", [f"{kind}_{i}" for i in range(len(values))])
         context.logger.log_chart("active units", "Multiline", ["active_units"])
         context.logger.log_image("panel", plots.panel(result, context.curves[TOTAL.name], context.occasion()))
 

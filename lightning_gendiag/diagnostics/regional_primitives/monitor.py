@@ -27,7 +27,7 @@ from lightning_gendiag.diagnostics.regional_primitives.functional import (
     or_interactions,
 )
 from lightning_gendiag.diagnostics.regional_primitives.metric import RegionalPrimitives
-from lightning_gendiag.functional.arrays import pieces, tensor_of
+from lightning_gendiag.functional.arrays import pieces
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
     name = "regional_primitives"
     metric_class = RegionalPrimitives
     needs = ("decode",)
+    needs_images = True
     period_multiplier = 10
     layer: str
     """Path of the submodule whose output is decomposed; empty before it is found."""
@@ -138,8 +139,8 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
 
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
-        """Whether regions are found in real images."""
-        return self.regions is None
+        """Whether regions are found in real images, or latents are of these."""
+        return self.regions is None or (self._session is not None and not self.view.has_prior)
 
     def check(self, view: ModelView) -> None:
         """Decodes a latent, finds the layer, and compares the regions with the image."""
@@ -185,7 +186,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
 
         def tail(features: Tensor) -> Tensor:
             given[:] = [features]
-            return tensor_of(view.decode(z.expand(len(features), -1)), len(features))
+            return view.decoded_images(z.expand(len(features), -1))
 
         with self._submodule(view).register_forward_hook(lambda *_: given.pop() if given else None):
             yield tail
