@@ -34,7 +34,7 @@ __all__ = ["DiagnosticWarning", "Monitor", "Need", "PlotContext"]
 MAX_CELLS = 1024
 """Largest number of cells of an image that are clustered: the time grows with its square, and cells are refined to pixels."""
 
-MAP_NUMBERS = 1 << 23
+MAP_NUMBERS = 1 << 22
 """Largest count of numbers in the images in which regions are found, unless these are fewer than ``LEAST_MAP_IMAGES``."""
 
 LEAST_MAP_IMAGES = 400

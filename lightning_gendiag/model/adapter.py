@@ -36,7 +36,7 @@ class ModelAdapter:
         reference: Real images: None takes them from the training batches as they pass by; or a tensor (N, C, H, W), a
             pair of images and labels, a dataset or a dataloader.
         num_reference: Number of real images that are kept, over all processes; by default 1,024, of which a slow encoder
-            gets a part, at least 256.
+            gets a part, at least 128.
         latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
         conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
         images: Callable from a batch to its images; by default see :func:`images_of`.

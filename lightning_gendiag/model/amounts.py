@@ -16,13 +16,13 @@ NUM_REFERENCE = 1024
 LEAST_SAMPLES = 64
 """Smallest number of samples, however slow the sampler is."""
 
-LEAST_ROWS = 256
+LEAST_ROWS = 128
 """Smallest number of real images that an encoder gets, however slow it is."""
 
-SAMPLE_SECONDS = 5.0
+SAMPLE_SECONDS = 2.0
 """Approximate limit of the time for the samples of an evaluation."""
 
-ROWS_SECONDS = 2.0
+ROWS_SECONDS = 1.5
 """Approximate limit of the time for encoding real images, and for reconstructing them."""
 
 TIMED = 16
@@ -50,7 +50,7 @@ def fitting(seconds: float, limit: float, least: int, most: int) -> int:
     """Returns how many pieces of work of some seconds each fit a limit, ``least`` to ``most``.
 
     Example:
-        >>> fitting(0.03, 5.0, 64, 1024), fitting(1.0, 5.0, 64, 1024), fitting(0.0, 5.0, 64, 1024)
-        (166, 64, 1024)
+        >>> fitting(0.02, 2.0, 64, 1024), fitting(1.0, 2.0, 64, 1024), fitting(0.0, 2.0, 64, 1024)
+        (100, 64, 1024)
     """
     return max(least, min(most, int(limit / max(seconds, 1e-9))))

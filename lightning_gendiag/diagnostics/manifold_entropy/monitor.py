@@ -32,7 +32,7 @@ NUM_LATENTS, MAX_DIMS = 32, 128
 LEAST_LATENTS, LEAST_DIMS = 8, 16
 """Smallest numbers of them, however slow the decoder is."""
 
-SECONDS = 2.0
+SECONDS = 1.2
 """Approximate limit of the time for the Gram matrices of an evaluation, by which these numbers are chosen."""
 
 TRAVERSED = 6
@@ -61,7 +61,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
 
     Args:
         num_latents: Number of draws of the prior per evaluation, over all processes. They are the same at every
-            evaluation, so few are enough; by default 32, or fewer where they would take longer than about two seconds, at
+            evaluation, so few are enough; by default 32, or fewer where they would take longer than about a second, at
             least 8.
         log_volume: A flow's own ``log |det J|``: the name of a method of the module, or a callable ``(module, z)`` from
             (N, L) to (N,). By default it follows from the Gram matrix.
