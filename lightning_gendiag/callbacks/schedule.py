@@ -66,7 +66,6 @@ class TimeBudget:
         if self.rounds <= 1:
             self.first += seconds
 
-
     def charge_setup(self, seconds: float) -> None:
         """Adds the time of checks that ended when the clock began, so that its time contains theirs."""
         self.started -= seconds
