@@ -163,7 +163,8 @@ def stream_period(trainer: Trainer) -> int | None:
     Returns:
         None for a run with several epochs, which is evaluated at their ends.
     """
-    steps, batches = trainer.max_steps, trainer.num_training_batches
+    # each of several optimizers counts its own steps
+    steps, batches = trainer.max_steps // max(1, len(trainer.optimizers)), trainer.num_training_batches
     if batches == math.inf:
         return max(1, steps // EVALUATIONS) if steps > 0 else ENDLESS
     # within one epoch, whatever number of batches a step takes
