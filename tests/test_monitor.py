@@ -384,8 +384,8 @@ def test_monitors_share_their_samples() -> None:
 
     one, two = CosineMeanSimilarityMonitor(num_regions=2), CosineMeanSimilarityMonitor(num_regions=3, name="other")
     trainer(one, two, max_epochs=1).fit(Counting(), batches())
-    # two samples are tried, and then both monitors share eight chunks
-    assert calls == [2] + [128] * 8
+    # two samples are tried, sixteen are timed, and then both monitors share eight chunks
+    assert calls == [2, 16] + [128] * 8
 
 
 def test_features_may_replace_pixels() -> None:

@@ -146,3 +146,13 @@ def test_an_invalid_overhead_raises_an_error() -> None:
     with pytest.raises(ValueError, match="max_overhead must be in"):
         CosineMeanSimilarityMonitor(max_overhead=0)
     assert all(monitor.max_overhead == 0.05 for monitor in GenerativeDiagnostics().monitors.values())
+
+
+def test_seconds_before_training_belong_to_the_time_in_which_they_passed(clock: Clock) -> None:
+    budget = TimeBudget()
+    budget.charge_setup(4.0)
+    assert (budget.spent, budget.training) == (4.0, 0.0)
+    clock.now += 10.0
+    budget.charge(2.0)
+    # four seconds of checks, two of an evaluation and eight of training make fourteen
+    assert (budget.spent, budget.training) == (6.0, 8.0)

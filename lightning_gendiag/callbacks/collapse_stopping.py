@@ -166,6 +166,11 @@ class CollapseStopping(Member, EarlyStopping):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_report(trainer, over=True)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes the report of a run that was interrupted, unless it was before the first evaluation."""
+        if self.judge.evaluations and self._session is not None:
+            self.on_train_end(trainer, pl_module)
+
     def _write_report(self, trainer: Trainer, over: bool = False) -> None:
         """Writes the report as JSON beside the loggers' files, and as text to TensorBoard."""
         try:

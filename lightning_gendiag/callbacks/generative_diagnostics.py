@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_gendiag.callbacks.collapse_stopping import CollapseStopping
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.callbacks.monitor import Monitor
+from lightning_gendiag.callbacks.schedule import stream_period
 from lightning_gendiag.callbacks.session import Member, Session
 from lightning_gendiag.diagnostics.cosine_mean_similarity.monitor import CosineMeanSimilarityMonitor
 from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationBalanceMonitor
@@ -54,8 +55,9 @@ class GenerativeDiagnostics(Member, Callback):
 
     Args:
         action: Of the :class:`CollapseStopping` that is added, unless there is one; None adds none.
-        every_n_epochs: Number of epochs from one evaluation to the next; latent regions are evaluated a fifth, regional
-            primitives a tenth as often.
+        every_n_epochs: Number of epochs from one evaluation to the next, by default 1; latent regions are evaluated a
+            fifth, regional primitives a tenth as often. By default, a run of ``max_steps`` within one epoch and one of endless
+            epochs are evaluated by steps instead.
         every_n_train_steps: The same in batches that stepped an optimizer.
         warmup_epochs: See :class:`Monitor`.
         num_samples: See :class:`ModelAdapter`.
@@ -96,11 +98,11 @@ class GenerativeDiagnostics(Member, Callback):
         self,
         action: Literal["stop", "warn"] | None = "stop",
         *,
-        every_n_epochs: int = 1,
+        every_n_epochs: int | None = None,
         every_n_train_steps: int | None = None,
         warmup_epochs: int = 0,
-        num_samples: int = 1024,
-        num_reference: int = 1024,
+        num_samples: int | None = None,
+        num_reference: int | None = None,
         reference: Any = None,
         sample: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
         encode: str | Callable | None = None,  # type: ignore[type-arg]
@@ -151,10 +153,11 @@ class GenerativeDiagnostics(Member, Callback):
 
     def _monitor(self, kind: type[Monitor[Any, Any]]) -> Monitor[Any, Any]:
         times, steps = kind.period_multiplier, self.every_n_train_steps
+        epochs = 1 if self.every_n_epochs is None else self.every_n_epochs
         regions: dict[str, Any] = {"num_regions": self.num_regions} if kind is CosineMeanSimilarityMonitor else {}
         return kind(
             adapter=self._adapter,
-            every_n_epochs=self.every_n_epochs * times,
+            every_n_epochs=epochs * times,
             every_n_train_steps=None if steps is None else steps * times,
             warmup_epochs=self.warmup_epochs,
             on_error=self.on_error,
@@ -202,9 +205,22 @@ class GenerativeDiagnostics(Member, Callback):
         self._checking = time.monotonic() - started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins to count the time."""
+        """Begins to count the time, and chooses a schedule by steps where epochs are too long."""
         for monitor in self._active:
             monitor.on_train_start(trainer, pl_module)
+        self.session.schedule.budget.charge_setup(self._checking)
+        if self.every_n_epochs is None and self.every_n_train_steps is None:
+            self._choose_steps(trainer)
+
+    def _choose_steps(self, trainer: Trainer) -> None:
+        steps = stream_period(trainer)
+        for monitor in self.monitors.values():
+            monitor.every_n_train_steps = None if steps is None else steps * monitor.period_multiplier
+        if steps is not None and self._active:
+            rank_zero_info(
+                f"Diagnostics evaluate every {steps:,} training steps, since the run does not end its first epoch. "
+                "To choose another schedule, pass every_n_train_steps=... or every_n_epochs=...."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Inspects the first batch, and collects real images."""
@@ -230,7 +246,7 @@ class GenerativeDiagnostics(Member, Callback):
                 view.agree(*monitor.needs)
                 self._try(trainer, name, partial(monitor.check, view))
         # what is left out before the first evaluation belongs to the time of setup
-        session.schedule.budget.charge(self._checking + time.monotonic() - started, ready=False)
+        session.schedule.budget.charge(time.monotonic() - started, ready=False)
         self._say(session, trainer)
 
     def _try(self, trainer: Trainer, name: str, attempt: Callable[[], None]) -> None:
@@ -289,8 +305,11 @@ class GenerativeDiagnostics(Member, Callback):
             self.session.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ends the fit."""
-        self.session.end()
+        """Writes the report of a run that was interrupted, and ends the fit."""
+        if self.stopping is not None and self._stops:
+            self.stopping.on_exception(trainer, pl_module, exception)
+        if self._session is not None:
+            self._session.end()
 
     # ---- checkpoints ----
 

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 
 __all__ = ["DiagnosticWarning", "Monitor", "Need", "PlotContext"]
 
+MAX_CELLS = 1024
+"""Largest number of cells of an image that are clustered: the time grows with its square, and cells are refined to pixels."""
+
+MAP_NUMBERS = 1 << 22
+"""Largest count of numbers in the images in which regions are found, unless these are fewer than ``LEAST_MAP_IMAGES``."""
+
+LEAST_MAP_IMAGES = 400
+"""Number of images from which on maps are steady."""
+
 FAILURES = 3
 """Number of failures in a row that switch a monitor off."""
 
@@ -212,12 +221,14 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Returns the regions of the reference's first images, found once for all monitors and all ranks."""
         key = num_regions, num_images
         if key not in view.region_maps:
-            images = as_images(view.reference_images.images[:num_images])
+            data = view.reference_images.images
+            most = max(LEAST_MAP_IMAGES, MAP_NUMBERS // data[0].numel())
+            images = as_images(data[: min(num_images, most)]).to(view.device)
             positions = images[0, 0].numel()
             if num_regions is not None and num_regions > positions:
                 view.say(f"Regions: {positions} in place of {num_regions}, since the images have no more positions.")
                 num_regions = positions
-            state = view.broadcast(lambda: find_regions(images.to(view.device), num_regions).state_dict())
+            state = view.broadcast(lambda: find_regions(images, num_regions, max_pixels=MAX_CELLS).state_dict())
             view.region_maps[key] = RegionMap.from_state_dict(state)
         return view.region_maps[key]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,15 @@ if TYPE_CHECKING:
     from lightning_gendiag.callbacks.monitor import Monitor
 
 
+EVALUATIONS = 75
+"""Number of evaluations in a run of ``max_steps`` within one epoch."""
+
+ENDLESS = 1000
+"""Number of steps from one evaluation to the next in a run whose length is not known."""
+
+
 class TimeBudget:
-    """The time that evaluations took, beside the time that passed since training began.
+    """The time that evaluations took, beside the time that passed since training, or the checks before it, began.
 
     What is due at a step is granted or refused together, as one round, so that monitors share samples. The first round
     sets everything up, so it is written off over the run.
@@ -28,7 +36,7 @@ class TimeBudget:
 
     @property
     def training(self) -> float:
-        """Seconds since training began, without those that evaluations took."""
+        """Seconds since training began, without those that checks and evaluations took."""
         return time.monotonic() - self.started - self.spent
 
     def grants(self, max_overhead: float, progress: float = 1.0) -> bool:
@@ -57,6 +65,11 @@ class TimeBudget:
         self.ready |= ready
         if self.rounds <= 1:
             self.first += seconds
+
+    def charge_setup(self, seconds: float) -> None:
+        """Adds the time of checks that ended when the clock began, so that its time contains theirs."""
+        self.started -= seconds
+        self.charge(seconds, ready=False)
 
 
 class Schedule:
@@ -142,3 +155,18 @@ def run_progress(trainer: Trainer) -> float:
     shares = [epoch / epochs] if epochs > 0 else []
     shares += [trainer.global_step / steps] if steps > 0 else []
     return min(max(shares, default=1.0), 1.0)
+
+
+def stream_period(trainer: Trainer) -> int | None:
+    """Returns the number of steps between evaluations of a run that would be over, or go on, within its first epoch.
+
+    Returns:
+        None for a run with several epochs, which is evaluated at their ends.
+    """
+    # each of several optimizers counts its own steps
+    steps, batches = trainer.max_steps // max(1, len(trainer.optimizers)), trainer.num_training_batches
+    if batches == math.inf:
+        return max(1, steps // EVALUATIONS) if steps > 0 else ENDLESS
+    # within one epoch, whatever number of batches a step takes
+    long = 0 < steps * trainer.accumulate_grad_batches <= batches
+    return max(1, steps // EVALUATIONS) if long else None

@@ -268,9 +268,9 @@ class Session:
         self._said_budget = True
         budget = self.schedule.budget
         text = (
-            f"Diagnostics took {budget.spent:.1f} s of the first {budget.training + budget.spent:.0f} s. From now on they "
-            f"evaluate less often, so that they take at most {max_overhead:.0%} of the training time. To evaluate whenever "
-            "it is due, pass max_overhead=None."
+            f"Diagnostics, with their setup, took {budget.spent:.1f} s of the first {budget.training + budget.spent:.1f} s. "
+            f"From now on they evaluate less often, so that they take at most {max_overhead:.0%} of the training time. To "
+            "evaluate whenever it is due, pass max_overhead=None."
         )
         rank_zero_info(text)
         self.logger(step).log_text("budget", text)
@@ -283,12 +283,16 @@ class Session:
 
     def state_dict(self, monitor: Monitor[Any, Any]) -> dict[str, Any]:
         """Returns what a monitor's checkpoint holds of the session; images that monitors share are stored once."""
-        return {"reference": self.view_of(monitor).real.state_dict(), "history": self.history.state_dict(monitor.name)}
+        view = self.view_of(monitor)
+        history = self.history.state_dict(monitor.name)
+        return {"reference": view.real.state_dict(), "history": history, "amounts": dict(view.amounts)}
 
     def load_state_dict(self, monitor: Monitor[Any, Any], state: dict[str, Any]) -> None:
         """Takes over the images and the series of a checkpoint."""
         self.history.load_state_dict(monitor.name, state["history"])
-        self.view_of(monitor).real.load_state_dict(state["reference"])
+        view = self.view_of(monitor)
+        view.real.load_state_dict(state["reference"])
+        view.amounts = dict(state["amounts"])
 
 
 class Member:

@@ -130,7 +130,8 @@ def _forward(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: T
             return out
 
         for first in range(0, len(wanted), width):
-            tangents = torch.func.vmap(pushed)(directions[first : first + width])  # (w, n, X)
+            # a decoder's own noise is the same for all directions
+            tangents = torch.func.vmap(pushed, randomness="same")(directions[first : first + width])  # (w, n, X)
             jacobian[: len(at), first : first + width] = tangents.transpose(0, 1)
         grams[start : start + count] = _products(jacobian[: len(at)], rows, columns)
     return grams

@@ -27,7 +27,8 @@ class ModelAdapter:
             ``(module, n)``, or None to find it. A submodule, ``decode`` and ``forward`` take standard normal noise.
         encode: What makes latents: a name, a callable ``(module, images)``, or None to find it.
         decode: What decodes latents: a name, a callable ``(module, latents)``, or None to find it.
-        num_samples: Number of images at an evaluation, over all processes.
+        num_samples: Number of images at an evaluation, over all processes; by default 1,024, or fewer where they would take
+            longer than some seconds, at least 64.
         seed: Seed of the samples; the same at every evaluation, so that curves change with the model only.
         weights: ``"raw"``, ``"ema"``, or ``"auto"`` for averaged weights once there are any: those of Lightning's
             ``WeightAveraging``, else those that the module keeps inside itself, such as ``module.ema`` or
@@ -36,7 +37,8 @@ class ModelAdapter:
         reference: Real images: None takes them from the training batches as they pass by; or a tensor (N, C, H, W), a
             pair of images and labels, a dataset or a dataloader. Where there are no images, rows (N, F), series
             (N, C, T) or volumes (N, C, D, H, W) take their place here and below.
-        num_reference: Number of real images that are kept, over all processes.
+        num_reference: Number of real images that are kept, over all processes; by default 1,024, of which a slow encoder
+            gets a part, at least 128.
         latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
         conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
         images: Callable from a batch to its images; by default see :func:`data_of`.
@@ -56,13 +58,13 @@ class ModelAdapter:
         sample: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
         encode: str | Callable | None = None,  # type: ignore[type-arg]
         decode: str | Callable | None = None,  # type: ignore[type-arg]
-        num_samples: int = 1024,
+        num_samples: int | None = None,
         seed: int = 0,
         weights: Literal["auto", "raw", "ema"] = "auto",
         *,
         reconstruct: str | Callable | None = None,  # type: ignore[type-arg]
         reference: Any = None,
-        num_reference: int = 1024,
+        num_reference: int | None = None,
         latent_dim: int | None = None,
         conditional: bool = False,
         images: Callable | None = None,  # type: ignore[type-arg]
@@ -74,7 +76,7 @@ class ModelAdapter:
             ("num_reference", num_reference, 4),
             ("chunk_size", chunk_size, 1),
         ):
-            if not isinstance(number, int) or number < least:
+            if number is not None and (not isinstance(number, int) or number < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}.")
         if weights not in ("auto", "raw", "ema"):
             raise ValueError(f"weights must be 'auto', 'raw' or 'ema', got {weights!r}.")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.amounts import NUM_REFERENCE
 from lightning_gendiag.model.batches import Images, Labels, Rows, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 
@@ -35,7 +36,7 @@ class InapplicableError(ValueError):
 
 
 class Reference:
-    """Real images, at most ``num_reference`` over all processes.
+    """Real images, at most ``most`` over all processes.
 
     Args:
         adapter: Says where images and labels stand in a batch, and how many are kept.
@@ -45,6 +46,7 @@ class Reference:
 
     def __init__(self, adapter: ModelAdapter, trainer: Trainer, device: torch.device) -> None:
         self.adapter, self.trainer, self.device = adapter, trainer, device
+        self.most = adapter.num_reference or NUM_REFERENCE
         self.images: Images | None = None
         self._seen: Tensor | None = None
         self.unlabelled = ""
@@ -56,7 +58,7 @@ class Reference:
     @property
     def share(self) -> int:
         """Number of images that each process collects."""
-        return math.ceil(self.adapter.num_reference / self.trainer.world_size)
+        return math.ceil(self.most / self.trainer.world_size)
 
     @property
     def example(self) -> Tensor | None:
@@ -137,7 +139,7 @@ class Reference:
             self.end_epoch()
         if self.images is not None:
             return True
-        full = self._epoch_seen or self._held >= self.share
+        full = self._epoch_seen or self._held >= self.share or self._half_over
         if not self.trainer.strategy.reduce_boolean_decision(full, all=True):
             return False
         # collectives of an accelerator want its tensors
@@ -146,9 +148,14 @@ class Reference:
         self._rows = Rows()
         if len(images) < 4:
             raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
-        known, most = len(labels) == len(images), self.adapter.num_reference
-        self.images = Images(images[:most].cpu(), labels[:most].cpu() if known else None)
+        known = len(labels) == len(images)
+        self.images = Images(images[: self.most].cpu(), labels[: self.most].cpu() if known else None)
         return True
+
+    @property
+    def _half_over(self) -> bool:
+        """Whether half of a run of ``max_steps`` has passed, after which a stream's next images would come too late."""
+        return 0 < self.trainer.max_steps <= 2 * self.trainer.global_step
 
     # ---- whether a later fit brings other data ----
 
@@ -191,7 +198,7 @@ class Reference:
             ValueError: If it holds no images.
         """
         if isinstance(given, Tensor) or (isinstance(given, (tuple, list)) and isinstance(given[0], Tensor)):
-            parts = [self._part(given, self.adapter.num_reference)]
+            parts = [self._part(given, self.most)]
         elif isinstance(given, (DataLoader, Dataset)):
             # the loader may be the one that trains: its generators, and those of the data, must not move
             data = given.dataset if isinstance(given, DataLoader) else given
@@ -211,7 +218,7 @@ class Reference:
         self.images = Images(images, torch.cat(labels) if len(labels) == len(parts) else None)
 
     def _parts(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[Images]:
-        room = self.adapter.num_reference
+        room = self.most
         for batch in self._batches(given):
             part = self._part(batch, room)
             yield part

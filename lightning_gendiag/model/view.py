@@ -15,6 +15,16 @@ from lightning_gendiag.functional.arrays import as_data, as_images, middle_slice
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.model.amounts import (
+    LEAST_ROWS,
+    LEAST_SAMPLES,
+    NUM_SAMPLES,
+    ROWS_SECONDS,
+    SAMPLE_SECONDS,
+    TIMED,
+    fitting,
+    seconds_of,
+)
 from lightning_gendiag.model.averages import has_own_average
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, in_chunks
@@ -78,6 +88,9 @@ class ModelView:
         self.real = Reference(adapter, trainer, subject.trained.device)
         self.parts = ModelParts(adapter, subject, self.real, self.isolated)
         self.region_maps: dict[tuple[int | None, int], RegionMap] = {}
+        self.amounts: dict[str, int] = {}
+        """Chosen once by the time that a piece takes, and kept: ``samples``, and of which number of real images one is given
+        to ``encode`` and ``reconstruct``."""
         self.averaged = False
         """Whether averaged weights are evaluated."""
         self._lacks_average = False
@@ -219,6 +232,7 @@ class ModelView:
     def forget_reference(self) -> None:
         """Forgets what was derived from a reference that is gone."""
         self.region_maps.clear()
+        self.amounts.clear()
         self._extractor = self._range = self._samples = self._reconstructions = self._encoded = self._has_prior = None
         self._is_agreed = False
 
@@ -352,11 +366,13 @@ class ModelView:
     def reconstructions(self) -> Images:
         """Returns reconstructions of this process's rows of every second image of the reference, computed once."""
         if self._reconstructions is None:
-            images, labels = self._local_half(1)
             way, size = self.parts.way("reconstruct"), self.adapter.chunk_size
             made = []
-            most = math.ceil(len(self.reference.images) / 2 / self.world_size)
             with self.isolated(exact=True):
+                every = self._every("reconstruct", len(self.reference.images) // 2)
+                images, labels = (None if part is None else part[::every] for part in self._local_half(1))
+                assert images is not None
+                most = math.ceil(math.ceil(len(self.reference.images) / 2 / self.world_size) / every)
                 seed_all(self.adapter.seed, self.device, self.module, self.adapter)
                 # every process calls the model equally often, as for samples
                 for start in range(0, most, size):
@@ -369,10 +385,11 @@ class ModelView:
     def samples(self) -> Images:
         """Returns this process's samples of this evaluation, drawn once and shared by all monitors."""
         if self._samples is None:
-            size, total, world = self.adapter.chunk_size, self.adapter.num_samples, self.world_size
-            chunks = math.ceil(total / size)
+            size, world = self.adapter.chunk_size, self.world_size
             drawn = []
             with self.isolated():
+                total = self._num_samples()
+                chunks = math.ceil(total / size)
                 # every process calls the model equally often, since it may communicate in each call
                 for index in range(self.rank, math.ceil(chunks / world) * world, world):
                     n = min(size, total - index * size)
@@ -383,6 +400,47 @@ class ModelView:
             self._samples = Images(torch.cat([chunk.images for chunk in drawn]), torch.cat(labels) if labels else None)
             self._check_range(self._samples.images)
         return self._samples
+
+    def _num_samples(self) -> int:
+        """Number of samples over all processes: the user's, or as many as fit the time limit; inside :meth:`isolated`."""
+        if self.adapter.num_samples is not None:
+            return self.adapter.num_samples
+        if "samples" not in self.amounts:
+            seconds = self.seconds_of(lambda: self._chunk(0, TIMED)) / TIMED
+            number = fitting(seconds / self.world_size, SAMPLE_SECONDS, LEAST_SAMPLES, NUM_SAMPLES)
+            self.amounts["samples"] = number
+            if number < NUM_SAMPLES:
+                rank_zero_info(
+                    f"Samples: {number:,} at each evaluation instead of {NUM_SAMPLES:,}, since one takes {seconds:.2g} s. "
+                    "To choose another number, pass num_samples=...."
+                )
+        return self.amounts["samples"]
+
+    def _every(self, need: Literal["encode", "reconstruct"], images: int) -> int:
+        """Of which number of a rank's real images one is encoded or reconstructed; inside :meth:`isolated`.
+
+        Args:
+            need: The way that is timed.
+            images: Number of images over all processes.
+        """
+        if self.adapter.num_reference is not None or images <= LEAST_ROWS:
+            return 1
+        if need not in self.amounts:
+            piece = self.as_input(as_images(self.reference.images[:TIMED]))
+            seconds = self.seconds_of(lambda: self.parts.way(need).call(piece)) / len(piece)
+            number = fitting(seconds / self.world_size, ROWS_SECONDS, LEAST_ROWS, images)
+            self.amounts[need] = every = images // number
+            if every > 1:
+                rank_zero_info(
+                    f"{LOGGED[need]}: of {images // every:,} real images instead of {images:,}, since one takes "
+                    f"{seconds:.2g} s. To choose another number, pass num_reference=...."
+                )
+        return self.amounts[need]
+
+    def seconds_of(self, work: Callable[[], object]) -> float:
+        """Returns the seconds that work takes on rank 0, the same on every rank, each of which does it."""
+        seconds = seconds_of(work, self.device)
+        return self.broadcast(lambda: seconds)
 
     def _chunk(self, index: int, n: int) -> Images:
         """One seeded call of the sampler, as float32 images; inside :meth:`isolated`."""
@@ -501,12 +559,14 @@ class ModelView:
     def encoded(self) -> list[Encoded]:
         """Returns what the encoder gives for this process's share of the reference, computed once for all monitors."""
         if self._encoded is None:
-            images, labels = self.local_reference()
-            most = math.ceil(len(self.reference.images) / self.world_size)
-            # chunks of about one size, so that the last does not have a single image
-            size = math.ceil(most / math.ceil(most / self.adapter.chunk_size))
             encoded = []
             with self.isolated(exact=True):
+                every = self._every("encode", len(self.reference.images))
+                images, labels = (None if part is None else part[::every] for part in self.local_reference())
+                assert images is not None
+                most = math.ceil(math.ceil(len(self.reference.images) / self.world_size) / every)
+                # chunks of about one size, so that the last does not have a single image
+                size = math.ceil(most / math.ceil(most / self.adapter.chunk_size))
                 # every process calls the model equally often, as for samples
                 for start in range(0, most, size):
                     chunk = images[start : start + size]

@@ -26,7 +26,7 @@ from lightning_gendiag.regions.region_map import RegionMap
 ROWS = 512
 """Positions whose distances to the others are held at a time."""
 
-REFINING = 4
+REFINING = 2
 """Number of batches by which pixels at the borders of regions are assigned."""
 
 MAX_PIXELS = 4096

@@ -18,6 +18,12 @@ WorkT = TypeVar("WorkT")
 BANDWIDTH_IMAGES = 2048
 """Largest number of images over which a median distance is taken, spread evenly over those given."""
 
+MATRIX_PRODUCT = 4
+"""Distances of pixels, or cells of them, of more numbers than these are computed by matrix products."""
+
+CACHED = 1 << 18
+"""Largest count of numbers in the kernel matrices that are made together on a CPU: larger ones leave its cache."""
+
 SERIES = 0.05
 """Largest exponent ``2 g x^2`` for which three terms of the kernel's series replace the kernel."""
 
@@ -134,10 +140,28 @@ def _kernel_rows(pixels: Tensor, gamma: float) -> Tensor:
     The product of two rows is the CKA of the two pixels: a row holds the upper triangle of the symmetric matrix, with
     off-diagonal entries times sqrt(2).
     """
+    n, _, count = pixels.shape
+    block = max(1, CACHED // n**2) if pixels.device.type == "cpu" else count
+    if count <= block:
+        return _block_rows(pixels, gamma)
+    rows = pixels.new_empty(count, n * (n + 1) // 2)
+    for i in range(0, count, block):
+        rows[i : i + block] = _block_rows(pixels[..., i : i + block], gamma)
+    return rows
+
+
+def _block_rows(pixels: Tensor, gamma: float) -> Tensor:
+    """Computes :func:`_kernel_rows` of a block of pixels (n, C, B)."""
     n = len(pixels)
     x = pixels.permute(2, 0, 1)  # (B, n, C)
     if x.shape[-1] == 1:
         distances = (x - x.mT).square_()
+    elif x.shape[-1] > MATRIX_PRODUCT:
+        # shifted by a value, so that vectors that never vary stay exactly equal
+        x = x - x[:, :1]
+        squares = x.square().sum(-1)
+        distances = torch.baddbmm(squares[:, :, None] + squares[:, None, :], x, x.mT, alpha=-2).clamp_(min=0)
+        distances.diagonal(dim1=1, dim2=2).zero_()
     else:
         distances = torch.zeros(len(x), n, n, dtype=x.dtype, device=x.device)
         for channel in x.unbind(-1):

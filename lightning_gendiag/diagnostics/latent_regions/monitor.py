@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
@@ -22,6 +23,7 @@ from lightning_gendiag.diagnostics.latent_regions.functional import (
 from lightning_gendiag.diagnostics.latent_regions.metric import LatentRegions
 from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.functional.distances import frechet_distance
+from lightning_gendiag.model.amounts import fitting
 from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, space_for
 
 if TYPE_CHECKING:
@@ -34,6 +36,15 @@ CHUNK = 128
 
 POINTS_PER_COMPONENT = 32
 """Number of points inside a component whose decoded images are classified."""
+
+NUM_POINTS, LEAST_POINTS = 500, 100
+"""Number of points of each kind where neither the user nor their cost says otherwise, and the smallest number of them."""
+
+SECONDS = 4.0
+"""Approximate limit of the time for drawing and decoding points, by which their number is chosen."""
+
+TIMED = 16
+"""Number of points in the piece that is timed."""
 
 LEAST_PROBABILITY = 1e-6
 """Probability of a class that a classifier rules out, for the inception score."""
@@ -54,7 +65,8 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
 
     Args:
         components: Number of components of the mixture; by default chosen by the Bayesian information criterion.
-        num_points: Number of points of each kind.
+        num_points: Number of points of each kind; by default 500, or fewer where they would take longer than some seconds,
+            at least 100.
         features: Feature extractor for the FID: a module, or a callable ``(module, images)`` that returns (n, F); by
             default a :class:`~lightning_gendiag.model.features.FeatureExtractor` fitted on the reference.
         classifier: A module, or a callable ``(module, images)`` that returns scores (n, K); by default the nearest
@@ -76,6 +88,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     period_multiplier = 5
     requires = ("sklearn",)
     _chosen: int | None = None
+    _chosen_points: int | None = None
     _neighbours: NeighbourClassifier | None = None
     _reference: tuple[Tensor, Tensor] | None = None
     _points: list[Tensor]
@@ -85,7 +98,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         self,
         components: int | None = None,
         *,
-        num_points: int = 500,
+        num_points: int | None = None,
         features: Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
         classifier: Callable | None = None,  # type: ignore[type-arg]
         max_components: int = 12,
@@ -93,16 +106,16 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if num_points < 10:
+        if num_points is not None and num_points < 10:
             raise ValueError(f"num_points must be at least 10, got {num_points}.")
         LatentRegions(components, max_components=max_components, max_rows=max_rows)
         self.components, self.max_components, self.max_rows = components, max_components, max_rows
         self.num_points, self.features, self.classifier = num_points, features, classifier
 
     def reset(self) -> None:
-        """Forgets the number of components and the classifier as well."""
+        """Forgets the numbers of components and of points and the classifier as well."""
         super().reset()
-        self._chosen = self._neighbours = None
+        self._chosen = self._chosen_points = self._neighbours = None
 
     def check(self, view: ModelView) -> None:
         """Looks for scikit-learn, an encoder and, where the data are images, a decoder."""
@@ -148,7 +161,11 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         self._chosen = len(result.weights) or None
         generator = torch.Generator().manual_seed(view.adapter.seed)
         fid, inception, decoded_share = result.fid.clone(), result.inception.clone(), result.decoded_share.clone()
-        latents = [result.sample(kind, self.num_points, generator) for kind in KINDS]
+        num_points = self.num_points or NUM_POINTS
+        if self.num_points is None and self._reference is not None:
+            with view.isolated(exact=True):
+                num_points = self._choose_points(view, result)
+        latents = [result.sample(kind, num_points, generator) for kind in KINDS]
         if not view.has_prior:
             latents[KINDS.index("prior")] = latents[0][:0]
         self._points, self._decoded = [result.project(some).cpu() for some in latents], []
@@ -160,7 +177,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
                 images = _finite_images(view, some)
                 self._decoded.append(images[: plots.SHOWN].cpu())
                 # a distance says little with fewer points than features
-                if len(images) >= self.num_points // 2:
+                if len(images) >= num_points // 2:
                     fid[k] = frechet_distance(*self._reference, *_moments(extract(images))).clamp(min=0)
                     probabilities = self._probabilities(view, images)
                     if probabilities is not None:
@@ -175,6 +192,23 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
                         counts = torch.bincount(probabilities.argmax(1), minlength=len(result.classes))
                         decoded_share[k] = counts.to(decoded_share) / len(images)
         return result._replace(fid=fid, inception=inception, decoded_share=decoded_share)
+
+    def _choose_points(self, view: ModelView, result: LatentRegionsResult) -> int:
+        """Returns the number of points of each kind, chosen once by the time of a few; inside ``view.isolated``."""
+        if self._chosen_points is None:
+            generator = torch.Generator().manual_seed(view.adapter.seed)
+            points = result.sample("prior", TIMED, generator)
+            decoding = view.seconds_of(lambda: view.decoded_images(view.as_input(points))) / TIMED
+            # a kind whose region is hardly ever hit takes all attempts
+            drawing = view.seconds_of(lambda: result.sample("grey", TIMED, generator)) / TIMED
+            each = len(KINDS) * decoding + (len(KINDS) - 1) * drawing
+            self._chosen_points = fitting(each, SECONDS, LEAST_POINTS, NUM_POINTS)
+            if self._chosen_points < NUM_POINTS:
+                rank_zero_info(
+                    f"Latent regions: {self._chosen_points} points of each kind instead of {NUM_POINTS}, since one of each "
+                    f"takes {each:.2g} s. To choose another number, pass LatentRegionsMonitor(num_points=...)."
+                )
+        return self._chosen_points
 
     def _probabilities(self, view: ModelView, images: Tensor, classes: Tensor | None = None) -> Tensor | None:
         """(n, K) of images, n > 0, on the CPU, or (n, C) of some classes (C,); None without labels and classifier."""
@@ -197,12 +231,12 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         return [Observation(SPREAD, spread, math.inf if result.collapsed else 0.0, message=message)]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The number of components that was chosen."""
-        return {"components": self._chosen}
+        """The numbers of components and of points that were chosen."""
+        return {"components": self._chosen, "points": self._chosen_points}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restores the number of components that was chosen."""
-        self._chosen = state["components"]
+        """Restores the numbers of components and of points that were chosen."""
+        self._chosen, self._chosen_points = state["components"], state["points"]
 
     def log_plots(self, result: LatentRegionsResult, context: PlotContext) -> None:
         """Logs the charts, the table of components and the panel."""

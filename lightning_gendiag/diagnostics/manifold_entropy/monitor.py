@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
@@ -16,6 +17,7 @@ from lightning_gendiag.diagnostics.manifold_entropy.functional import MAX_DIMENS
 from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntropy
 from lightning_gendiag.functional.arrays import middle_slices, tensor_of
 from lightning_gendiag.functional.jacobian import active_dims, decoder_gram
+from lightning_gendiag.model.amounts import fitting
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1 << 26
 """Approximate working memory of an evaluation: more than :func:`decoder_gram` takes by default, since it is faster."""
+
+NUM_LATENTS, MAX_DIMS = 32, 128
+"""Numbers of latents and of dimensions where neither the user nor their cost says otherwise."""
+
+LEAST_LATENTS, LEAST_DIMS = 8, 16
+"""Smallest numbers of them, however slow the decoder is."""
+
+SECONDS = 1.2
+"""Approximate limit of the time for the Gram matrices of an evaluation, by which these numbers are chosen."""
 
 TRAVERSED = 6
 """Number of latent directions that the panel traverses, each at seven places."""
@@ -51,12 +62,13 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
 
     Args:
         num_latents: Number of draws of the prior per evaluation, over all processes, or of latents of real images where
-            nothing shows that N(0, 1) is their prior. They are of the same draws or images at every evaluation, so few
-            are enough.
+            nothing shows that N(0, 1) is their prior. They are the same at every evaluation, so few are enough; by default
+            32, or fewer where they would take longer than about a second, at least 8.
         log_volume: A flow's own ``log |det J|``: the name of a method of the module, or a callable ``(module, z)`` from
             (N, L) to (N,). By default it follows from the Gram matrix.
-        max_dims: Largest number of dimensions that are monitored. Of a larger latent space, those are chosen that move
-            the data most at the first evaluation; their entropies are exact.
+        max_dims: Largest number of dimensions that are monitored; by default 128, or fewer where 8 latents would take too
+            long, at least 16. Of a larger latent space, those are chosen that move the data most at the first evaluation;
+            their entropies are exact.
         latent_scale: Standard deviation of each latent, see :func:`decoder_gram`.
         data_scale: Standard deviation that the data were divided by, see :func:`decoder_gram`.
         mode: ``"auto"``, ``"forward"`` or ``"reverse"``, see :func:`decoder_gram`.
@@ -74,21 +86,22 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     needs = ("decode",)
     dims: Tensor
     """(l,) numbers of the dimensions that are monitored; empty before the first evaluation."""
+    _chosen_latents: int | None = None
     _traversal: Tensor | None = None
 
     def __init__(
         self,
-        num_latents: int = 32,
+        num_latents: int | None = None,
         *,
         log_volume: str | Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
-        max_dims: int = 128,
+        max_dims: int | None = None,
         latent_scale: float = 1.0,
         data_scale: float = 1.0,
         mode: Literal["auto", "forward", "reverse"] = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if num_latents < 2 or max_dims < 2:
+        if any(number is not None and number < 2 for number in (num_latents, max_dims)):
             raise ValueError(f"num_latents and max_dims must be at least 2, got {num_latents} and {max_dims}.")
         if mode not in ("auto", "forward", "reverse"):
             raise ValueError(f"mode must be 'auto', 'forward' or 'reverse', got {mode!r}.")
@@ -97,8 +110,9 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         self.dims = self._order = torch.empty(0, dtype=torch.long)
 
     def reset(self) -> None:
-        """Forgets the dimensions and their order as well."""
+        """Forgets the dimensions, their order and the number of latents as well."""
         super().reset()
+        self._chosen_latents = None
         self.dims = self._order = torch.empty(0, dtype=torch.long)
 
     @property
@@ -117,15 +131,40 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """Chooses the dimensions that are monitored, and their first order."""
         z = next(view.prior_latents(16, all_ranks=True))
         with view.isolated(exact=True):
-            if not len(self.dims):
-                self.dims = torch.arange(z.shape[1])
-                if z.shape[1] > self.max_dims:
-                    self.dims = active_dims(view.decode, z, self.max_dims, seed=view.adapter.seed).cpu()
+            if not len(self.dims) or self._chosen_latents is None:
+                self._choose(view, z)
             if not len(self._order):
                 pilot = ManifoldEntropy(len(self.dims))
-                pilot.update(self._grams(view, z[:8]).cpu())
+                pilot.update(self._grams(view, z[: max(2, min(8, self._latents // 4))]).cpu())
                 self._order = pilot.compute().order
         return ManifoldEntropy(len(self.dims), order=self._order)
+
+    @property
+    def _latents(self) -> int:
+        return self.num_latents or self._chosen_latents or NUM_LATENTS
+
+    def _choose(self, view: ModelView, z: Tensor) -> None:
+        """Chooses the numbers of latents and of dimensions by the time of one latent's Gram matrix, and the dimensions."""
+        length, max_dims = z.shape[1], self.max_dims or MAX_DIMS
+        if self.num_latents is None or self.max_dims is None:
+            self.dims = torch.arange(min(length, LEAST_DIMS))
+            seconds = view.seconds_of(lambda: self._grams(view, z[:1])) / len(self.dims) / view.world_size
+            wanted = min(length, max_dims)
+            if self.num_latents is None:
+                self._chosen_latents = fitting(seconds * wanted, SECONDS, LEAST_LATENTS, NUM_LATENTS)
+            if self.max_dims is None:
+                max_dims = fitting(seconds * self._latents, SECONDS, min(LEAST_DIMS, wanted), wanted)
+            if self._latents < (self.num_latents or NUM_LATENTS) or max_dims < wanted:
+                rank_zero_info(
+                    f"Manifold entropy: {self._latents} latents and {min(max_dims, length)} of {length} dimensions, since "
+                    f"a Jacobian takes {seconds * wanted:.2g} s. To choose others, pass "
+                    "ManifoldEntropyMonitor(num_latents=..., max_dims=...)."
+                )
+        self._chosen_latents = self._latents
+        self.dims = torch.arange(length)
+        if length > max_dims:
+            few = max(2, self._latents // 2)
+            self.dims = active_dims(view.decode, z[:few], max_dims, probes=min(16, few), seed=view.adapter.seed).cpu()
 
     def _grams(self, view: ModelView, z: Tensor) -> Tensor:
         return decoder_gram(
@@ -138,7 +177,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         self.metric.order = self._order.to(view.device)
         volume = view.resolve_named(self.log_volume, "log_volume")
         with view.isolated(exact=True):
-            for z in view.prior_latents(self.num_latents):
+            for z in view.prior_latents(self._latents):
                 self.metric.update(self._grams(view, z), None if volume is None else volume(z))
             if self.log_images:
                 # on all ranks, since the model may communicate in each call
@@ -188,12 +227,12 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         return divided({name: value - after[name] for name, value in before.items()})
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The dimensions that are monitored, and their order."""
-        return {"dims": self.dims, "order": self._order}
+        """The dimensions that are monitored, their order, and the number of latents."""
+        return {"dims": self.dims, "order": self._order, "latents": self._chosen_latents}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restores the dimensions and their order."""
-        self.dims, self._order = state["dims"], state["order"]
+        """Restores the dimensions, their order, and the number of latents."""
+        self.dims, self._order, self._chosen_latents = state["dims"], state["order"], state["latents"]
 
     def log_plots(self, result: ManifoldEntropyResult, context: PlotContext) -> None:
         """Logs the spectrum over time, the charts and the panel."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
@@ -28,6 +27,7 @@ from lightning_gendiag.diagnostics.regional_primitives.functional import (
 )
 from lightning_gendiag.diagnostics.regional_primitives.metric import RegionalPrimitives
 from lightning_gendiag.functional.arrays import pieces
+from lightning_gendiag.model.amounts import fitting
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
@@ -40,8 +40,14 @@ DEPTH = 4
 NUMBERS = 1 << 19
 """Largest count of numbers in the images that are optimised together by default."""
 
-BASELINE = 256
-"""Number of latents over which the baseline is the mean."""
+BASELINE, LEAST_BASELINE = 256, 32
+"""Number of latents over which the baseline is the mean, and the smallest number of them."""
+
+LEAST_STEPS = 4
+"""Smallest number of Gauss-Newton steps, however long they take."""
+
+LEAST_REGIONS = 3
+"""Smallest number of regions that are left, however long a step takes."""
 
 MIN_STD = 0.3
 """A third more or less is a usual fluctuation."""
@@ -66,7 +72,8 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
     sorted norms, and which regions are drawn together.
 
     An evaluation optimises 2^n features for each image and takes seconds to minutes. So by default it takes place every
-    tenth epoch, and begins no further image once ``max_seconds`` have passed.
+    tenth epoch, and the first one times a step, by which it chooses once how much of the following fits ``max_seconds``:
+    the number of steps, at least 4, of images, and of regions, at least 3, unless regions were given.
 
     Args:
         split: Path of the submodule whose output is decomposed (``"generator.6"``); by default the last layer whose
@@ -80,7 +87,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         max_steps: See :func:`minimal_features`.
         batch_size: Number of sets that are optimised together, which bounds the memory; by default as many as have images
             of half a million numbers: 512 of 32x32, 42 of 3x64x64.
-        max_seconds: Time after which an evaluation begins no further image, on each process.
+        max_seconds: Approximate limit of the time of an evaluation on each process.
         kwargs: Arguments of :class:`Monitor`.
 
     Raises:
@@ -100,6 +107,8 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
     labels: Tensor
     """(H, W) numbers of the regions, negative where the image is left out; empty before they are found, as ``names``."""
     names: list[str]
+    _amounts: dict[str, int]
+    """The numbers of steps, images and latents of the baseline; empty before the first evaluation."""
     _batch_size: int
     _drawn: plots.Drawn | None = None
 
@@ -114,7 +123,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         penalty: float = 0.1,
         max_steps: int = 20,
         batch_size: int | None = None,
-        max_seconds: float = 60.0,
+        max_seconds: float = 20.0,
         every_n_epochs: int = 10,
         **kwargs: Any,
     ) -> None:
@@ -130,11 +139,13 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         self.num_images, self.penalty, self.max_steps = num_images, penalty, max_steps
         self.batch_size, self.max_seconds = batch_size, max_seconds
         self._given_regions = _regions_in(regions)
+        self._amounts = {}
         self.layer, (self.labels, self.names) = split or "", self._given_regions
 
     def reset(self) -> None:
         """Forgets the layer and the regions as well, unless they were given."""
         super().reset()
+        self._amounts = {}
         self.layer, (self.labels, self.names) = self.split or "", self._given_regions
 
     @property
@@ -205,41 +216,69 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
                 self.labels = grid(*image.shape[1:])
                 self.names = [f"row {r // 3 + 1}, column {r % 3 + 1}" for r in range(9)]
             if len(self.names) > self.max_regions:
-                self._keep_most_important(view, z)
+                self._keep_most_important(view, z, self.max_regions, "To evaluate more, raise max_regions.")
+            if not self._amounts:
+                self._choose(view, z)
         return RegionalPrimitives(len(self.names))
 
-    def _keep_most_important(self, view: ModelView, z: Tensor) -> None:
+    def _choose(self, view: ModelView, z: Tensor) -> None:
+        """Chooses how much is done by the time of two Gauss-Newton steps of two sets, and of the features of latents."""
+        feature, own, count = self._features(view, z), z[:1], len(self.names)
+        subsets = torch.tensor([1, 2**count - 1])
+        with self._tail(view, own) as tail:
+            each = view.seconds_of(
+                lambda: minimal_features(
+                    tail, feature[0], feature.mean(0), self.labels, penalty=self.penalty, tolerance=0.0, max_steps=2,
+                    subsets=subsets,
+                )
+            ) / (2 * len(subsets))  # fmt: skip
+        one = view.seconds_of(lambda: self._features(view, z)) / len(z)
+        fits = fitting(each, self.max_seconds, 2**LEAST_REGIONS * LEAST_STEPS, 1 << 40)
+        regions = count
+        if self.regions is None and fits < 2**count * LEAST_STEPS:
+            regions = (fits // LEAST_STEPS).bit_length() - 1
+            advice = f"An evaluation of more would take longer than max_seconds={self.max_seconds:g}."
+            self._keep_most_important(view, z, regions, advice)
+        steps = min(self.max_steps, max(LEAST_STEPS, fits // 2**regions))
+        images = min(self.num_images, max(1, fits // (2**regions * steps)) * view.world_size)
+        baseline = fitting(one, self.max_seconds / 10, LEAST_BASELINE, BASELINE)
+        self._amounts = {"steps": steps, "images": images, "baseline": baseline}
+        if (steps, images) != (self.max_steps, self.num_images):
+            rank_zero_info(
+                f"Regional primitives: {images} images and at most {steps} steps at each evaluation, since a step takes "
+                f"{each * 2**regions:.2g} s. To allow more, pass RegionalPrimitivesMonitor(max_seconds=...)."
+            )
+
+    def _keep_most_important(self, view: ModelView, z: Tensor, most: int, advice: str) -> None:
         features, count = self._features(view, z), len(self.names)
         shares = torch.zeros(count, device=features.device)
         for latent, feature in zip(z, features, strict=True):
             with self._tail(view, latent[None]) as tail:
                 shares += importance(tail, feature, features.mean(0), self.labels)
-        kept = shares.topk(self.max_regions).indices.sort().values.tolist()
+        kept = shares.topk(most).indices.sort().values.tolist()
         # label -1 takes the last entry and stays -1
         table = torch.full((count + 1,), -1, dtype=torch.long)
         table[torch.tensor(kept)] = torch.arange(len(kept))
         self.labels, self.names = table[self.labels], [self.names[r] for r in kept]
         rank_zero_warn(
             f"Of {count} regions, only the {len(kept)} that change most are evaluated, since a feature is optimised for "
-            "each of their 2^n sets. To evaluate more, raise max_regions.",
+            f"each of their 2^n sets. {advice}",
             category=DiagnosticWarning,
         )
 
     def update(self, view: ModelView) -> None:
         """Decomposes this rank's images."""
-        begun = time.monotonic()
+        steps, number_of_images, count = (self._amounts[name] for name in ("steps", "images", "baseline"))
         with view.isolated(exact=True):
-            latents = torch.cat(list(view.prior_latents(max(BASELINE, self.num_images), all_ranks=True)))
+            latents = torch.cat(list(view.prior_latents(max(count, number_of_images), all_ranks=True)))
             baseline = torch.cat([self._features(view, some) for some in pieces(latents, 64)]).mean(0)
-            for number in range(view.rank, self.num_images, view.world_size):
-                if number >= view.world_size and time.monotonic() - begun > self.max_seconds:
-                    break
+            for number in range(view.rank, number_of_images, view.world_size):
                 z = latents[number : number + 1]
                 feature = self._features(view, z)[0]
                 with self._tail(view, z) as tail:
                     # from the baseline each time: from the last evaluation's features, components that are gone linger
                     minimal = minimal_features(
-                        tail, feature, baseline, self.labels, penalty=self.penalty, max_steps=self.max_steps,
+                        tail, feature, baseline, self.labels, penalty=self.penalty, max_steps=steps,
                         batch_size=self._batch_size,
                     )  # fmt: skip
                     found = decompose(tail, feature, self.labels, minimal, self._batch_size)
@@ -260,11 +299,12 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         return [*observations, Observation(IMAGE, mean, _weakness(mean))]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The regions, and the layer that is split."""
-        return {"labels": self.labels, "names": list(self.names), "layer": self.layer}
+        """The regions, the layer that is split, and how much is done."""
+        return {"labels": self.labels, "names": list(self.names), "layer": self.layer, "amounts": dict(self._amounts)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restores the regions, and the layer unless another one was given."""
+        """Restores the regions, how much is done, and the layer unless another one was given."""
+        self._amounts = dict(state["amounts"])
         self.labels, self.names, self.layer = state["labels"], list(state["names"]), self.split or state["layer"]
 
     def log_plots(self, result: RegionalPrimitivesResult, context: PlotContext) -> None:

@@ -1,0 +1,39 @@
+"""Lets two processes of which one is slower choose how much they do: ``python -m tests.amounts_on_two FOLDER``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_gendiag import CosineMeanSimilarityMonitor, ManifoldEntropyMonitor
+from tests.helpers.models import SmallVAE
+from tests.helpers.running import batches, trainer
+
+
+class Uneven(SmallVAE):
+    """A VAE whose first process takes 20 ms a sample, and the other one no time."""
+
+    def sample(self, n: int) -> Tensor:
+        time.sleep(0.02 * n * (self.global_rank == 0))
+        return super().sample(n)
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    cms, entropy = CosineMeanSimilarityMonitor(num_regions=2), ManifoldEntropyMonitor()
+    own = trainer(cms, entropy, max_epochs=1, devices=2, strategy="ddp")
+    own.fit(Uneven(), batches())
+    chosen = cms.view.amounts | {"latents": entropy.get_extra_state()["latents"]}
+    torch.save(chosen, folder / f"amounts_{own.global_rank}.pt")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
