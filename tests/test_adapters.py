@@ -267,3 +267,31 @@ def test_noise_is_not_tried_where_the_type_of_a_model_states_another_prior() -> 
     assert view_of(Wrapper("model", part)).source() == "samples"
     part.__class__ = type("VAMP", (Coder,), {"__module__": "pythae.models.vamp"})
     assert view_of(Wrapper("model", part)).source() == "reconstructions"
+
+
+def test_a_part_that_is_not_trained_is_not_evaluated() -> None:
+    class Latent(Wrapper):
+        """Trains a diffusion model in the latents of a frozen first stage."""
+
+        def __init__(self) -> None:
+            super().__init__("first_stage_model")
+            self.first_stage_model.requires_grad_(False)
+            self.unet = nn.Conv2d(4, 4, 1)
+
+    view = view_of(Latent())
+    with pytest.raises(ValueError, match=r"self.first_stage_model.decode .* is of a part that is not trained"):
+        view.source()
+    assert not view.parts.has("encode")
+
+
+def test_the_log_says_why_a_sampler_of_the_module_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Coder, LightningModule):
+        def sample(self, n: int) -> Tensor:
+            raise RuntimeError("no such device")
+
+    with caplog.at_level("INFO"):
+        view_of(Broken()).find("sample")
+    assert (
+        "Samples: self.decode from normal noise (n, 3), since self.sample(n) fails (RuntimeError: no such device). "
+        "To choose another, pass sample=...." in caplog.text
+    )

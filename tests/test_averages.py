@@ -506,7 +506,7 @@ def test_views_of_raw_and_averaged_weights_share_one_subject() -> None:
 def test_a_module_that_is_evaluated_in_place_keeps_its_raw_weights_and_a_warning_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lightning_gendiag.model.compat.is_sharded", lambda trainer: True)
+    monkeypatch.setattr("lightning_gendiag.model.subject.fits_in_memory", lambda module: False)
     module, own = TinyGAN(), trainer()
     module.generator_ema = copy.deepcopy(module.generator)
     with torch.no_grad():

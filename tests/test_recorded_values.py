@@ -25,9 +25,11 @@ def test_each_field_and_scalar_is_as_recorded(name: str, case: Case) -> None:
     for update in case.updates:
         metric.update(**{key: in_float64(value) for key, value in update.items()})
     result = metric.compute()
-    found = {field: value.flatten()[:600] for field, value in result._asdict().items()}
-    expected = {field: torch.tensor(RECORDED[name][field], dtype=torch.float64).flatten() for field in found}
-    for field, value in found.items():
+    # fields that were added since are tested elsewhere
+    recorded = {field: values for field, values in RECORDED[name].items() if field != "scalars"}
+    expected = {field: torch.tensor(values, dtype=torch.float64).flatten() for field, values in recorded.items()}
+    for field in expected:
+        value = getattr(result, field).flatten()[:600]
         torch.testing.assert_close(value, expected[field].to(value), rtol=1e-12, atol=1e-12, equal_nan=True, msg=field)
-    scalars = {key: float(value) for key, value in result.scalars().items()}
+    scalars = {key: float(value) for key, value in result.scalars().items() if key in RECORDED[name]["scalars"]}
     assert scalars == pytest.approx(RECORDED[name]["scalars"], rel=1e-12, abs=1e-12, nan_ok=True)

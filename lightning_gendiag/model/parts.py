@@ -134,6 +134,12 @@ class ModelParts:
             self._ways[need] = self._choose(need, shape)
         return self._ways[need]
 
+    @property
+    def failed_sampler(self) -> str:
+        """Why a sampler of the module's own does not work, where another one or nothing took its place."""
+        failures = (text for name, text in self.failed.get("sample", {}).items() if "normal noise" not in name)
+        return next((text for text in failures if text), "")
+
     def has(self, need: Need) -> bool:
         """Returns whether there is a way."""
         try:
@@ -195,6 +201,8 @@ class ModelParts:
 
     def _failure(self, way: Way) -> str:
         """Tries a way with two samples; returns why it does not work, or nothing."""
+        if way.frozen:
+            return f"{way.name} is of a part that is not trained"
         try:
             with self.isolated(way.need != "sample"):
                 seed_all(self.adapter.seed, self.context.device, self.module, self.adapter)

@@ -304,7 +304,9 @@ class ModelView:
         for need in needs:
             way = self.parts.way(need)
             if getattr(self.adapter, need) is None:
-                self.say(f"{LOGGED[need]}: {way.name}. To choose another, pass {need}=....")
+                passed = self.parts.failed_sampler if need in ("sample", "reconstruct") else ""
+                since = f", since {passed}" if passed else ""
+                self.say(f"{LOGGED[need]}: {way.name}{since}. To choose another, pass {need}=....")
 
     def say(self, text: str) -> None:
         """Logs a line, once for all monitors."""

@@ -27,6 +27,8 @@ class Way:
     """Whether a sampler takes labels."""
     latent: tuple[int, ...] | None = None
     """Shape of one latent that a decoder takes; None where it is that of the encoder's latents."""
+    frozen: bool = False
+    """Whether it is of a part that is not trained, though the module is."""
     owner: str = ""
     """Name of the class that encodes."""
     assumes_prior: bool = False

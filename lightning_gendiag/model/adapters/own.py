@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +56,15 @@ def own(module: nn.Module, context: Context) -> Iterator[Way]:
 def children(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields what the modules do that a module holds, such as ``self.model`` of a wrapper."""
     for name, child in sorted(module.named_children(), key=lambda named: AVERAGED.search(named[0]) is not None):
-        yield from _of(child, f"self.{name}", module, context)
+        frozen = _is_frozen(child) and not _is_frozen(module)
+        for way in _of(child, f"self.{name}", module, context):
+            yield replace(way, frozen=frozen)
+
+
+def _is_frozen(part: nn.Module) -> bool:
+    """Whether a module has weights and trains none of them."""
+    weights = list(part.parameters())
+    return bool(weights) and not any(weight.requires_grad for weight in weights)
 
 
 def decoded_samples(module: nn.Module, context: Context) -> Iterator[Way]:
