@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.field_models import MODELS, Case, Entry, version_of
 from benchmarks.measuring import trained
 from lightning_gendiag import GenerativeDiagnostics
-from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.functional.arrays import as_data, as_images
 from lightning_gendiag.model.outputs import data_in
 from lightning_gendiag.model.view import ModelView
 
@@ -188,7 +188,7 @@ class Probe(Callback):
         """Returns reconstructions of the first images of the reference."""
         if not view.has_reference:
             return torch.zeros(0)
-        self.given = view.as_input(as_images(view.reference.images[:SAME]))
+        self.given = view.as_input(as_data(view.reference.images[:SAME]))
         with view.isolated(exact=True):
             torch.manual_seed(0)
             return view.parts.reconstructed(view.parts.way("reconstruct").call(self.given), self.given)
