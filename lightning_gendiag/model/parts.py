@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from lightning_gendiag.model.reference import Reference
     from lightning_gendiag.model.subject import Subject
 
-UNKNOWN_LENGTH = "the length of its latents is not known; pass"
-
 MOST_REASONS = 4
 """Number of failed ways that a message names."""
 
@@ -346,17 +344,16 @@ class ModelParts:
         if not self.has("decode"):
             return False
         with suppress(Exception):
-            again = data_in(
-                self.decode(self.as_input(self.latents_of(example))), len(example), tuple(example.shape[1:])
-            )
+            again = self.decode(self.as_input(self.latents_of(example)))
             return float((again - example).norm()) < LARGEST_ERROR * float(example.norm())
         return False
 
     def _message(self, need: Need, failures: list[str]) -> str:
         own = type(self.module).__name__
         if getattr(self.adapter, need) is not None:
-            reason = failures[0] if failures else f"{UNKNOWN_LENGTH} ModelAdapter(latent_dim=...)"
-            return f"{need} must be what {DOES[need]}, but {reason.rstrip('.')}. To fix this, pass {self._fix(need)}."
+            reason = failures[0] if failures else "the length of the latents that it takes is not known"
+            fix = self._fix(need) if failures else "ModelAdapter(latent_dim=...)"
+            return f"{need} must be what {DOES[need]}, but {reason.rstrip('.')}. To fix this, pass {fix}."
         failures += self._unsuitable(need) if len(failures) < MOST_REASONS else []
         tried = "; ".join(failures[:MOST_REASONS]) or f"{own} has none of {', '.join(NAMES[need])}"
         return (
@@ -399,8 +396,8 @@ class ModelParts:
         if not images.is_floating_point() and self.real.range is not None and images.ndim == 4:
             images = scaled_like(images, *self.real.range)
         # before the first batch, rows and series may be anything
-        known = self.context.shape is not None or images.ndim == 5
-        return (as_data if known else as_images)(images, "generated").float()
+        may_be_any = self.context.shape is not None or images.ndim == 5
+        return (as_data if may_be_any else as_images)(images, "generated").float()
 
     def reconstructed(self, output: Any, images: Tensor) -> Tensor:
         """Returns the reconstructions in what was returned for images (n, C, H, W)."""
@@ -444,7 +441,10 @@ class ModelParts:
         """
         shape = self._latent_shape(self.way("decode"))
         if shape is None:
-            raise ValueError(f"latent_dim must be known, but {UNKNOWN_LENGTH} ModelAdapter(latent_dim=...).")
+            raise ValueError(
+                "latent_dim must be known where latents are decoded, but the module and its configuration do not state it. "
+                "To fix this, pass ModelAdapter(latent_dim=...)."
+            )
         return math.prod(shape)
 
     def _latent_shape(self, way: Way) -> tuple[int, ...] | None:

@@ -19,7 +19,7 @@ from torch.distributions import Distribution, Normal
 from lightning_gendiag import samplers
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapters.base import Context, Recogniser, Way
-from lightning_gendiag.model.adapters.own import AVERAGED
+from lightning_gendiag.model.adapters.own import AVERAGED, normal, signature_of
 
 STEPS = samplers.STEPS
 
@@ -113,11 +113,9 @@ def setting(value: Any, name: str, default: Any = None) -> Any:
 
 def parameters_of(call: Any) -> list[inspect.Parameter]:
     """Returns the parameters of a callable that may be given by position; none where Python cannot determine them."""
-    try:
-        signature = inspect.signature(call.forward if isinstance(call, nn.Module) else call)
-    except (TypeError, ValueError):
-        return []
-    return [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    signature = signature_of(call)
+    named = () if signature is None else signature.parameters.values()
+    return [p for p in named if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 @contextmanager
@@ -131,12 +129,6 @@ def changed(value: Any, **attributes: Any) -> Iterator[None]:
     finally:
         for name, old in before.items():
             setattr(value, name, old)
-
-
-def normal(module: nn.Module, n: int, length: int) -> Tensor:
-    """Returns normal noise (n, length) on a module's device and in the precision of its weights."""
-    weights = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-    return torch.randn(n, length, device=weights.device, dtype=weights.dtype)
 
 
 # ---- networks of noisy data, times and perhaps labels ----
@@ -373,7 +365,7 @@ def monai_decoded(model: Any, z: Tensor) -> Any:
 
 def sampled(decode: Callable[[Tensor], Any], module: nn.Module, length: int, n: int) -> Any:
     """Returns what is decoded from normal noise."""
-    return decode(normal(module, n, length))
+    return decode(normal(module, n, (length,)))
 
 
 # ---- other diffusion models and flow matching ----
@@ -597,11 +589,9 @@ def distributions(module: nn.Module, context: Context) -> Iterator[Way]:
 
 def makes_something(module: nn.Module) -> bool:
     """Returns whether a module defines a ``forward`` that needs no arguments."""
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return not any(p.default is p.empty for p in parameters)
+    signature = signature_of(module)
+    # what takes any arguments, such as a forward that only torch defines, may need some
+    return signature is not None and not any(p.default is p.empty for p in signature.parameters.values())
 
 
 def drawn(make: Callable[[], Any], n: int) -> Any:
