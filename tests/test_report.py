@@ -48,7 +48,9 @@ def test_the_report_of_a_healthy_run_says_so(tmp_path: Path) -> None:
     written = json.loads((Path(own.logger.log_dir) / FILE).read_text())
     assert written["state"] == "healthy"
     assert written["alarms"] == []
-    assert written["summary"] == "Healthy: no series of cms left its level in 15 evaluations."
+    assert written["summary"] == (
+        "Healthy: no series of cms left its level in 15 evaluations, and none is bad in itself."
+    )
     assert written["last_good_checkpoint"] is None
     assert stopping.report() == written
 
@@ -86,12 +88,12 @@ def alarm(**options: Any) -> Alarm:
 
 
 def test_a_report_of_open_alarms_names_what_else_changed() -> None:
-    one = alarm(also_changed=["k_star: class 3", "cms: centre"], tags=["gendiag/alarm_1/picture"])
+    one = alarm(also_changed=["k_star: class 3", "cms: centre"], tags=["gendiag/alarm_1/picture"], is_critical=True)
     healthy = alarm(recovered=9)
     state = report([one, healthy], {"cms": 20}, needed={"cms": 15}, checkpoint="a.ckpt")
     assert state["state"] == "unhealthy"
     assert state["summary"] == (
-        "centre collapsed: cosine mean similarity fell from 0.900 to 0.400 since step 4, detected at epoch 1, step 5 "
+        "Unhealthy: centre collapsed: cosine mean similarity fell from 0.900 to 0.400 since step 4, detected at epoch 1, step 5 "
         "(7.0 σ beyond its usual fluctuation; fewer than 1 false alarm expected in 10⁶ evaluations). "
         "Also changed: k_star: class 3. See gendiag/alarm_1/picture in TensorBoard. The last good checkpoint is a.ckpt."
     )

@@ -648,6 +648,15 @@ class ModelView:
 
     # ---- processes ----
 
+    def weights_sum(self) -> float:
+        """Returns the sum of all weights that are trained, by which it shows whether training changed them."""
+        sums = [p.detach().sum(dtype=torch.float64) for p in self.subject.trained.parameters() if p.requires_grad]
+        return float(torch.stack(sums).sum()) if sums else 0.0
+
+    def agreed(self, holds: bool) -> bool:
+        """Returns whether something holds on all processes; every process must call it at the same time."""
+        return bool(self.trainer.strategy.reduce_boolean_decision(holds, all=True))
+
     def broadcast(self, make: Callable[[], T]) -> T:
         """Returns what ``make()`` returns on rank 0, on every rank; its exception too."""
         made: tuple[Any, str | None] = (None, None)

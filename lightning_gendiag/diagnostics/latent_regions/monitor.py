@@ -49,7 +49,7 @@ TIMED = 16
 LEAST_PROBABILITY = 1e-6
 """Probability of a class that a classifier rules out, for the inception score."""
 
-SPREAD = Series("latents", "standalone", "standard deviation of the latents")
+SPREAD = Series("latents", "rule", "standard deviation of the latents", stop="alone")
 
 
 class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
