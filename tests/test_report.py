@@ -93,8 +93,8 @@ def test_a_report_of_open_alarms_names_what_else_changed() -> None:
     state = report([one, healthy], {"cms": 20}, needed={"cms": 15}, checkpoint="a.ckpt")
     assert state["state"] == "unhealthy"
     assert state["summary"] == (
-        "Unhealthy: centre collapsed: cosine mean similarity fell from 0.900 to 0.400 since step 4, detected at epoch 1, step 5 "
-        "(7.0 σ beyond its usual fluctuation; fewer than 1 false alarm expected in 10⁶ evaluations). "
+        "Unhealthy: centre collapsed: cosine mean similarity fell from 0.900 to 0.400 since step 4, detected at epoch 1, "
+        "step 5 (7.0 σ beyond its usual fluctuation; fewer than 1 false alarm expected in 10⁶ evaluations). "
         "Also changed: k_star: class 3. See gendiag/alarm_1/picture in TensorBoard. The last good checkpoint is a.ckpt."
     )
     assert [a["recovered"] for a in state["alarms"]] == [None, 9]
