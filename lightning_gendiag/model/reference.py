@@ -49,6 +49,8 @@ class Reference:
         self.most = adapter.num_reference or NUM_REFERENCE
         self.images: Images | None = None
         self._seen: Tensor | None = None
+        self._range_of: Tensor | None = None
+        self._range = (math.nan, math.nan)
         self.unlabelled = ""
         """Why the batches seen so far hold no labels; empty where all of them do."""
         self._rows = Rows()
@@ -72,8 +74,10 @@ class Reference:
         seen = self.images.images if self.images is not None else self._seen
         if seen is None:
             return None
-        least, most = as_data(seen).aminmax()
-        return float(least), float(most)
+        if self._range_of is not seen:
+            least, most = as_data(seen).aminmax()
+            self._range_of, self._range = seen, (float(least), float(most))
+        return self._range
 
     # ---- from training batches ----
 
@@ -239,13 +243,20 @@ class Reference:
 
     # ---- use ----
 
-    def local(self) -> Images:
-        """Returns this process's rows; together the processes have each row once."""
+    def local(self, rows: slice = slice(None)) -> Images:
+        """Returns this process's part of some rows; together the processes have each of these once.
+
+        Args:
+            rows: Rows of the images of all processes; by default all of them.
+
+        Raises:
+            RuntimeError: If the images are not complete yet.
+        """
         if self.images is None:
             raise RuntimeError("the reference is not complete yet.")
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        own = slice(self.trainer.global_rank, None, self.trainer.world_size)
         images, labels = self.images
-        return Images(images[rank::world], None if labels is None else labels[rank::world])
+        return Images(images[rows][own], None if labels is None else labels[rows][own])
 
     def classes(self) -> Tensor:
         """Returns the labels (N,) of all images, which are of two classes or more.

@@ -16,7 +16,7 @@ from lightning_gendiag.diagnostics.manifold_entropy import plots
 from lightning_gendiag.diagnostics.manifold_entropy.functional import MAX_DIMENSION_TAGS, ManifoldEntropyResult
 from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntropy
 from lightning_gendiag.functional.arrays import middle_slices, tensor_of
-from lightning_gendiag.functional.jacobian import active_dims, decoder_gram
+from lightning_gendiag.functional.jacobian import active_dims, check_derivative, decoder_gram
 from lightning_gendiag.model.amounts import fitting
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """Takes the derivative of the decoder at one latent, and finds ``log_volume``."""
         z = next(view.prior_latents(2, all_ranks=True))
         with view.isolated(exact=True):
-            decoder_gram(view.decode, z[:1], dims=torch.zeros(1, dtype=torch.long), mode=self.mode)
+            check_derivative(view.decode, z, mode=self.mode)
         view.resolve_named(self.log_volume, "log_volume")
 
     def build_metric(self, view: ModelView) -> ManifoldEntropy:
@@ -147,9 +147,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """Chooses the numbers of latents and of dimensions by the time of one latent's Gram matrix, and the dimensions."""
         length, max_dims = z.shape[1], self.max_dims or MAX_DIMS
         if self.num_latents is None or self.max_dims is None:
-            self.dims = torch.arange(min(length, LEAST_DIMS))
-            seconds = view.seconds_of(lambda: self._grams(view, z[:1])) / len(self.dims) / view.world_size
             wanted = min(length, max_dims)
+            seconds = self._seconds_of_a_direction(view, z) / view.world_size
             if self.num_latents is None:
                 self._chosen_latents = fitting(seconds * wanted, SECONDS, LEAST_LATENTS, NUM_LATENTS)
             if self.max_dims is None:
@@ -165,6 +164,17 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         if length > max_dims:
             few = max(2, self._latents // 2)
             self.dims = active_dims(view.decode, z[:few], max_dims, probes=min(16, few), seed=view.adapter.seed).cpu()
+
+    def _seconds_of_a_direction(self, view: ModelView, z: Tensor) -> float:
+        """Returns the seconds that one latent and one dimension take, at most."""
+        self.dims = torch.zeros(1, dtype=torch.long)
+        seconds = view.seconds_of(lambda: self._grams(view, z[:1]))
+        few = min(z.shape[1], LEAST_DIMS)
+        if seconds * few > SECONDS:
+            return seconds
+        # several at a time take less each
+        self.dims = torch.arange(few)
+        return view.seconds_of(lambda: self._grams(view, z[:1])) / few
 
     def _grams(self, view: ModelView, z: Tensor) -> Tensor:
         return decoder_gram(
