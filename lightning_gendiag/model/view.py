@@ -428,7 +428,7 @@ class ModelView:
         if self.adapter.num_reference is not None or images <= LEAST_ROWS:
             return 1
         if need not in self.amounts:
-            piece = self.as_input(as_images(self.reference.images[:TIMED]))
+            piece = self.as_input(as_data(self.reference.images[:TIMED]))
             seconds = self.seconds_of(lambda: self.parts.way(need).call(piece)) / len(piece)
             number = fitting(seconds / self.world_size, ROWS_SECONDS, LEAST_ROWS, images)
             self.amounts[need] = every = images // number
