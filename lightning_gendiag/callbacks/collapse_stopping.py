@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticWarning
 from lightning_gendiag.callbacks.session import Member
-from lightning_gendiag.detection.alarm import Alarm
+from lightning_gendiag.detection.alarm import Alarm, counted
 from lightning_gendiag.detection.report import FILE, report
 from lightning_gendiag.detection.rules import Judge
 from lightning_gendiag.functional.text import representation
@@ -195,7 +195,11 @@ class CollapseStopping(Member, EarlyStopping):
             return
         effect = "Training continues"
         if self.action == "stop" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            effect = f"Training stops if it lasts for {patience} more evaluations" if patience else "Training stops"
+            effect = (
+                f"Training stops if it lasts for {counted(patience, 'more evaluation')}"
+                if patience
+                else "Training stops"
+            )
         rank_zero_warn(f"{alarm.message} {effect}.", category=CollapseWarning)
         logger = self.session.logger(alarm.step, f"alarm_{number}")
         try:

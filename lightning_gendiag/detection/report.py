@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_gendiag.detection.alarm import Alarm, listed
+from lightning_gendiag.detection.alarm import Alarm, counted, listed
 
 FILE = "gendiag_report.json"
 """Name of the file in the logger's folder."""
@@ -36,7 +36,7 @@ def report(
         state = "not judged"
         most, least = max(evaluations.values(), default=0), min(needed.values(), default=0)
         summary = (
-            f"Not judged: there were {most} evaluations, and no alarm is possible before the {least}th. "
+            f"Not judged: there {'was' if most == 1 else 'were'} {counted(most, 'evaluation')}, and an alarm needs {least}. "
             "To evaluate more often, pass max_overhead=None or every_n_train_steps."
             if evaluations
             else "Not judged: there was no evaluation."
@@ -46,7 +46,7 @@ def report(
         summary = (
             f"Healthy: every series that changed is back at its level. {' '.join(alarm.message for alarm in alarms)}"
             if alarms
-            else f"Healthy: no series of {listed(judged)} left its level in {max(evaluations.values())} evaluations."
+            else f"Healthy: no series of {listed(judged)} left its level in {counted(max(evaluations.values()), 'evaluation')}."
         )
     return {
         "state": state,
