@@ -268,8 +268,9 @@ class GenerativeDiagnostics(Member, Callback):
             lines.append(f"Left out: {names}, since {reason}")
         if self.left_out.get("k_star", "").startswith("encode"):
             lines.append("k* takes the features of any layer: add KStarMonitor('path.of.a.layer') to the callbacks.")
-        rank_zero_info("\n".join(lines))
-        if not session.monitors:
+        if session.monitors:
+            rank_zero_info("\n".join(lines))
+        else:
             module = type(session.subject.trained).__name__
             rank_zero_warn(
                 f"GenerativeDiagnostics found nothing to evaluate in {module}, and training goes on without it. "
