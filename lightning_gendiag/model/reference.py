@@ -142,15 +142,29 @@ class Reference:
         full = self._epoch_seen or self._held >= self.share or self._half_over
         if not self.trainer.strategy.reduce_boolean_decision(full, all=True):
             return False
+        self._check_sizes()
         # collectives of an accelerator want its tensors
         rows = self._rows.to(self.device)
         images, labels = rows.compute()
         self._rows = Rows()
         if len(images) < 4:
+            # more may come in the next epoch
+            self._rows.images = [part.cpu() for part in rows.images]
+            self._rows.labels = [part.cpu() for part in rows.labels]
             raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
         known = len(labels) == len(images)
         self.images = Images(images[: self.most].cpu(), labels[: self.most].cpu() if known else None)
         return True
+
+    def _check_sizes(self) -> None:
+        """Raises ValueError where the images that were collected have several shapes on any process."""
+        shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in self._rows.images))
+        if not self.trainer.strategy.reduce_boolean_decision(len(shapes) < 2, all=True):
+            got = " and ".join(map(str, shapes[:2])) if len(shapes) > 1 else "several on another process"
+            raise ValueError(
+                f"the real images must have one shape, got {got}. To fix this, resize them with "
+                "ModelAdapter(images=lambda batch: ...), or pass ModelAdapter(reference=...)."
+            )
 
     @property
     def _half_over(self) -> bool:
