@@ -135,8 +135,11 @@ def sampler_ways(
         return
     given: dict[str, str] = {}
     named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    states_number = False
     for parameter in named:
         role = _role(parameter, context)
+        # a batch may be one of data
+        states_number |= role in ("n", "shape") and parameter.name.lower() not in ("b", "batch")
         if role is None and parameter.default is parameter.empty:
             if given or any(COUNTS.fullmatch(p.name) for p in named):
                 return
@@ -160,7 +163,8 @@ def sampler_ways(
         return target(*first, **{p: values[role] for p, role in given.items() if p not in by_position})
 
     shown = ", ".join("None" if role == "none" else "n" if role == "n" else role for role in given.values())
-    yield Way("sample", f"{name}({shown})", call, takes_labels="labels" in given.values())
+    takes_labels = "labels" in given.values()
+    yield Way("sample", f"{name}({shown})", call, takes_labels=takes_labels, is_sampler=states_number)
 
 
 def _role(parameter: inspect.Parameter, context: Context) -> str | None:
