@@ -352,3 +352,44 @@ def test_parameters_that_are_all_positive_are_of_no_normal_posterior() -> None:
 
     assert view_of(Wrapper("model", Gamma())).source() == "reconstructions"
     assert view_of(Wrapper("model", Sigma())).source() == "samples"
+
+
+@pytest.mark.parametrize(
+    ("keyword", "one_hot", "name"),
+    [
+        ("labels", True, "self.sample(n, device, labels=labels) as one-hot rows"),
+        ("labels", False, "self.sample(n, device, labels=labels)"),
+        ("y", False, "self.sample(n, device, y=labels)"),
+    ],
+)
+def test_a_sampler_of_any_keywords_gets_labels_as_the_batches_have_them(keyword: str, one_hot: bool, name: str) -> None:
+    class Conditional(Coder, LightningModule):
+        def sample(self, num_samples: int, current_device: Any, **kwargs: Any) -> Tensor:
+            labels = kwargs[keyword].to(current_device)
+            assert labels.shape == ((num_samples, 10) if one_hot else (num_samples,))
+            values = labels.argmax(1) if one_hot else labels
+            return values.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10
+
+    labels = nn.functional.one_hot(LABELS, 10) if one_hot else LABELS
+    view = view_of(Conditional(), reference=(IMAGES, labels))
+    assert name_of(view, "sample") == name
+    made = view.samples()
+    assert made.labels is not None
+    assert torch.equal((made.images[:, 0, 0, 0] * 10).round().long(), made.labels)
+    assert view.has_prior
+    # a run that goes on knows the form of the labels before its first batch
+    view, other = (attached(Conditional(), ModelAdapter(), ()) for _ in range(2))
+    view.real.collect((IMAGES, labels))
+    assert view.real.ready(epoch_over=True)
+    other.real.load_state_dict(view.real.state_dict())
+    assert name_of(other, "sample") == name
+
+
+def test_a_sampler_that_works_without_labels_is_given_none() -> None:
+    class Free(LightningModule):
+        def sample(self, n: int, **kwargs: Any) -> Tensor:
+            return noise(n)
+
+    assert name_of(view_of(Free()), "sample") == "self.sample(n)"
+    assert view_of(Free()).samples().labels is None
+    assert name_of(view_of(Free(), conditional=True), "sample") == "self.sample(n, labels=labels)"

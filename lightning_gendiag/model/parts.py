@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
 from lightning_gendiag.model.adapters import RECOGNISERS
@@ -114,7 +116,9 @@ class ModelParts:
         """What is known of the data now."""
         example, adapter = self.real.example, self.adapter
         shape = None if example is None else tuple(example.shape[1:])
-        return Context(self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional)
+        return Context(
+            self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot
+        )
 
     # ---- choosing ----
 
@@ -223,7 +227,9 @@ class ModelParts:
 
     def _found(self, need: Need) -> Iterator[Way]:
         for recogniser in RECOGNISERS:
-            yield from (way for way in recogniser(self.module, self.context) if way.need == need)
+            for way in recogniser(self.module, self.context):
+                if way.need == need:
+                    yield from _with_one_hot(way, self.context.one_hot)
         if need == "reconstruct" and self.has("encode") and self.has("decode"):
             name = f"{self.way('decode').name} of {self.way('encode').name}"
             yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
@@ -273,7 +279,8 @@ class ModelParts:
         if need == "decode":
             return [] if self.adapter.decode is None else [Way(need, name, target)]
         plain = Way(need, f"{name}(n)", target, takes_labels=self.adapter.conditional)
-        return list(sampler_ways(target, name, *parts, self.context)) or [plain]
+        ways = list(sampler_ways(target, name, *parts, self.context)) or [plain]
+        return [form for way in ways for form in _with_one_hot(way, self.context.one_hot)]
 
     # ---- trying ----
 
@@ -504,6 +511,17 @@ class ModelParts:
                 f"To fix this, pass {FIXES['decode']}."
             )
         return as_images(middle_slices(images))
+
+
+def _with_one_hot(way: Way, classes: int) -> Iterator[Way]:
+    """Yields a way and, where it takes labels and those of the batches are one-hot, the same with such labels."""
+    yield way
+    if way.need == "sample" and way.takes_labels and classes:
+        yield replace(way, name=f"{way.name} as one-hot rows", call=partial(_sampled_by_rows, way.call, classes))
+
+
+def _sampled_by_rows(sampler: Callable[..., Any], classes: int, n: int, labels: Tensor) -> Any:
+    return sampler(n, functional.one_hot(labels, classes))
 
 
 def _mean_in(output: Any) -> Tensor | None:

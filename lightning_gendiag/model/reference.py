@@ -51,6 +51,8 @@ class Reference:
         self._seen: Tensor | None = None
         self.unlabelled = ""
         """Why the batches seen so far hold no labels; empty where all of them do."""
+        self.one_hot = 0
+        """Number of columns of one-hot labels in the batches; 0 where labels are given otherwise, or there are none."""
         self._rows = Rows()
         self._looked = self._epoch_seen = False
         self._unconfirmed = False
@@ -107,13 +109,14 @@ class Reference:
             images = self.adapter.find_data(batch)
             labels = self.adapter.find_labels(batch, images)
         self.unlabelled = self.unlabelled or labels.reason
+        self.one_hot = labels.one_hot
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
 
     def _part(self, batch: Any, room: int) -> Images:
         """The first finite images of a batch."""
-        images, (labels, _) = self.found_in(batch)
+        images, found = self.found_in(batch)
         if images is None:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images or other data (N, ...), got {shape_of(batch)}. "
@@ -122,7 +125,7 @@ class Reference:
         images = images.detach()[:room]
         if images.dtype != torch.uint8 or images.ndim != 4:
             images = as_data(images, "the batch's images")
-        labels = None if labels is None else labels.detach()[:room]
+        labels = None if found.labels is None else found.labels.detach()[:room]
         finite = images.flatten(1).isfinite().all(1)
         return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
 
@@ -275,7 +278,7 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the images that were collected; those that were given are read again instead."""
-        state: dict[str, Any] = {"epoch_seen": self._epoch_seen}
+        state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot}
         if self.adapter.reference is None and self.images is not None:
             state |= {"images": self.images.images, "labels": self.images.labels}
         elif self._held and self.trainer.world_size == 1:
@@ -288,7 +291,7 @@ class Reference:
         """Takes over the images of a checkpoint, which are compared with the batches to come."""
         if self.adapter.reference is not None:
             return
-        self._epoch_seen = state["epoch_seen"]
+        self._epoch_seen, self.one_hot = state["epoch_seen"], state["one_hot"]
         if "images" in state:
             self.images = Images(state["images"], state["labels"])
             self.doubt()

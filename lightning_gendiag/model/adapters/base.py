@@ -50,6 +50,8 @@ class Context:
     """Length of the latents that the user stated."""
     conditional: bool = False
     """Whether the user says that the sampler takes labels."""
+    one_hot: int = 0
+    """Number of columns of the batches' one-hot labels; 0 where labels are given otherwise, or there are none."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]
