@@ -284,14 +284,112 @@ def test_a_part_that_is_not_trained_is_not_evaluated() -> None:
     assert not view.parts.has("encode")
 
 
-def test_the_log_says_why_a_sampler_of_the_module_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Coder, LightningModule):
-        def sample(self, n: int) -> Tensor:
-            raise RuntimeError("no such device")
+class Broken(Coder, LightningModule):
+    """A VAE whose sampler works on another device only."""
 
+    def sample(self, n: int) -> Tensor:
+        raise RuntimeError("no such device")
+
+
+def test_the_log_says_why_a_sampler_of_the_module_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        view_of(Broken()).find("sample")
+        view_of(Broken()).source()
     assert (
-        "Samples: self.decode from normal noise (n, 3), since self.sample(n) fails (RuntimeError: no such device). "
-        "To choose another, pass sample=...." in caplog.text
+        "Reconstructions: self.decode of self.encode(images), since self.sample(n) fails (RuntimeError: no such device). "
+        "To choose another, pass reconstruct=...." in caplog.text
     )
+
+
+def test_noise_does_not_take_the_place_of_a_sampler_that_fails() -> None:
+    # it may draw from another prior
+    view = view_of(Broken())
+    assert not view.has_prior
+    assert view.source() == "reconstructions"
+    with pytest.raises(ValueError, match=r"nothing shows that normal noise is the prior of its latents"):
+        view.find("sample")
+    assert view_of(Broken(), latent_dim=3).source() == "samples"
+    assert view_of(Broken(), sample="decode").source() == "samples"
+
+
+def test_the_prior_is_not_known_either_where_samples_are_not_asked_for() -> None:
+    assert not attached(Broken(), ModelAdapter(reference=(IMAGES, LABELS)), ("decode",)).has_prior
+
+
+def of_base_class(self: Any, num_samples: int) -> Tensor:
+    raise NotImplementedError
+
+
+NO_SAMPLERS: dict[str, Callable[..., Any]] = {
+    "of a base class": of_base_class,
+    "of a posterior": lambda self, mean_and_spread: mean_and_spread[0],
+    "of a batch": lambda self, batch: batch[0],
+}
+
+
+@pytest.mark.parametrize("kind", NO_SAMPLERS)
+def test_what_only_has_the_name_of_a_sampler_does_not_hide_the_prior(kind: str) -> None:
+    module = type("Named", (Coder, LightningModule), {"sample": NO_SAMPLERS[kind]})()
+    view = view_of(module)
+    assert view.has_prior
+    assert name_of(view, "sample") == "self.decode from normal noise (n, 3)"
+
+
+def test_parameters_that_are_all_positive_are_of_no_normal_posterior() -> None:
+    class Gamma(Coder):
+        latent_dim = 8
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_latents, self.to_images = nn.Linear(64, 16), nn.Linear(8, 64)
+
+        def encode(self, x: Tensor) -> Any:
+            return tuple(part.softmax(1) for part in super().encode(x))
+
+    class Sigma(Gamma):
+        def encode(self, x: Tensor) -> Any:
+            mean, spread = Coder.encode(self, x)
+            return mean, nn.functional.softplus(spread)
+
+    assert view_of(Wrapper("model", Gamma())).source() == "reconstructions"
+    assert view_of(Wrapper("model", Sigma())).source() == "samples"
+
+
+@pytest.mark.parametrize(
+    ("keyword", "one_hot", "name"),
+    [
+        ("labels", True, "self.sample(n, device, labels=labels) as one-hot rows"),
+        ("labels", False, "self.sample(n, device, labels=labels)"),
+        ("y", False, "self.sample(n, device, y=labels)"),
+    ],
+)
+def test_a_sampler_of_any_keywords_gets_labels_as_the_batches_have_them(keyword: str, one_hot: bool, name: str) -> None:
+    class Conditional(Coder, LightningModule):
+        def sample(self, num_samples: int, current_device: Any, **kwargs: Any) -> Tensor:
+            labels = kwargs[keyword].to(current_device)
+            assert labels.shape == ((num_samples, 10) if one_hot else (num_samples,))
+            values = labels.argmax(1) if one_hot else labels
+            return values.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10
+
+    labels = nn.functional.one_hot(LABELS, 10) if one_hot else LABELS
+    view = view_of(Conditional(), reference=(IMAGES, labels))
+    assert name_of(view, "sample") == name
+    made = view.samples()
+    assert made.labels is not None
+    assert torch.equal((made.images[:, 0, 0, 0] * 10).round().long(), made.labels)
+    assert view.has_prior
+    # a run that goes on knows the form of the labels before its first batch
+    view, other = (attached(Conditional(), ModelAdapter(), ()) for _ in range(2))
+    view.real.collect((IMAGES, labels))
+    assert view.real.ready(epoch_over=True)
+    other.real.load_state_dict(view.real.state_dict())
+    assert name_of(other, "sample") == name
+
+
+def test_a_sampler_that_works_without_labels_is_given_none() -> None:
+    class Free(LightningModule):
+        def sample(self, n: int, **kwargs: Any) -> Tensor:
+            return noise(n)
+
+    assert name_of(view_of(Free()), "sample") == "self.sample(n)"
+    assert view_of(Free()).samples().labels is None
+    assert name_of(view_of(Free(), conditional=True), "sample") == "self.sample(n, labels=labels)"

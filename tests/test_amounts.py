@@ -317,6 +317,23 @@ def test_a_stream_is_evaluated_by_steps_unless_the_user_chose(
     assert len(logged) == (not options)
 
 
+class Short(Stream):
+    """Ends, which its length does not say."""
+
+    def __iter__(self) -> Any:
+        images, labels = (rows[:64] for rows in digits(8))
+        yield from zip(images, labels, strict=True)
+
+
+def test_a_stream_whose_epochs_end_soon_is_evaluated_at_their_ends(caplog: pytest.LogCaptureFixture) -> None:
+    diagnostics = GenerativeDiagnostics(num_samples=16, max_overhead=None, log_images=False, skip=("latent_regions",))
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer(diagnostics, max_epochs=3).fit(TinyGAN(), torch.utils.data.DataLoader(Short(), batch_size=16))
+    assert diagnostics.monitors["cms"].evaluations == 3
+    assert "every 1,000 training steps, since the length of an epoch is not known" in caplog.text
+    assert caplog.text.count("Diagnostics evaluate at the ends of epochs, since the first one had an end.") == 1
+
+
 def test_a_stream_that_is_shorter_than_the_reference_is_evaluated_in_its_second_half() -> None:
     monitor = CosineMeanSimilarityMonitor(num_regions=2, every_n_train_steps=1, adapter=ModelAdapter(num_samples=16))
     trainer(monitor, max_epochs=-1, max_steps=20).fit(SmallVAE(), stream())

@@ -310,6 +310,15 @@ def test_latents_of_equal_images_are_one_region_however_long_they_are() -> None:
     assert len(result.weights) == 1
 
 
+@every_shape
+def test_more_data_than_are_always_encoded_are_timed_first(shape: tuple[int, ...]) -> None:
+    rows, labels = data(shape, 192)
+    own = trainer(KStarMonitor(), PosteriorKLMonitor(), max_epochs=1)
+    own.fit(LinearVAE(shape), DataLoader(TensorDataset(rows, labels), batch_size=64))
+    assert float(own.callback_metrics["gendiag/posterior_kl/total"]) > 0
+    assert 0 < float(own.callback_metrics["gendiag/k_star/mean"]) <= 1
+
+
 # ---- latents without a prior ----
 
 

@@ -212,18 +212,27 @@ def test_an_unknown_diagnostic_raises_an_error() -> None:
         GenerativeDiagnostics(skip=("fid",))
 
 
+class Mute(LightningModule):
+    """A module that neither samples nor encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_where_nothing_applies_the_reasons_are_in_the_warning_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="Left out: cms.*sample must be known"):
+        trainer(GenerativeDiagnostics(), max_epochs=1).fit(Mute(), batches())
+    assert "Left out" not in caplog.text
+
+
 def test_a_stopper_beside_it_is_no_error_where_nothing_applies() -> None:
-    class Mute(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.weight.sum()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
     for callbacks in ([CollapseStopping(), GenerativeDiagnostics()], [GenerativeDiagnostics(), CollapseStopping()]):
         own = trainer(*callbacks, max_epochs=2)
         with pytest.warns(UserWarning, match="found nothing to evaluate in Mute"):

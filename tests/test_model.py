@@ -548,6 +548,27 @@ class TestReference:
         with pytest.raises(ValueError, match="reference must be a tensor, a pair"):
             attached(TinyGAN(), ModelAdapter(reference=7))
 
+    def test_images_of_several_shapes_are_refused_with_the_shapes(self) -> None:
+        view = attached(TinyGAN(), ModelAdapter(num_reference=50))
+        for size in (8, 12):
+            view.real.collect((torch.rand(8, 1, size, 8), torch.zeros(8)))
+        message = r"real images must have one shape, got \(1, 8, 8\) and \(1, 12, 8\). To fix this, resize them"
+        with pytest.raises(ValueError, match=message):
+            view.real.ready(epoch_over=True)
+
+    def test_few_images_of_an_epoch_are_kept_for_the_next(self) -> None:
+        view = attached(TinyGAN(), ModelAdapter(num_reference=50))
+        view.real.collect((self.images[:3], torch.arange(3)))
+        # each monitor asks, and is told the same
+        for _ in range(2):
+            with pytest.raises(ValueError, match="at least 4 finite images, got 3"):
+                view.real.ready(epoch_over=True)
+        view.real.collect((self.images[3:6], torch.arange(3)))
+        assert view.real.ready(epoch_over=True)
+        assert torch.equal(view.reference.images, self.images[:6])
+        assert view.reference.labels is not None
+        assert view.reference.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
     def test_round_trips(self) -> None:
         view = attached(TinyGAN(), ModelAdapter(num_reference=50))
         loader = list(batches(n=100))

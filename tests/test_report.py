@@ -60,13 +60,16 @@ def test_too_few_evaluations_are_not_judged(tmp_path: Path, caplog: pytest.LogCa
         own, stopping = run_with_fault(None, epochs=14, logger=CSVLogger(tmp_path))
     written = json.loads((Path(own.logger.log_dir) / FILE).read_text())
     assert written["state"] == "not judged"
-    assert written["summary"].startswith(
-        "Not judged: there were 14 evaluations, and no alarm is possible before the 15th."
-    )
+    assert written["summary"].startswith("Not judged: there were 14 evaluations, and an alarm needs 15. ")
     assert stopping.report() == written
     logged = [record.message for record in caplog.records if record.message.startswith("Not judged")]
     assert len(logged) == 1
     assert logged[0].endswith(f"{FILE}.")
+
+
+def test_a_single_evaluation_is_reported_in_the_singular() -> None:
+    assert report([], {"cms": 1}, {"cms": 15})["summary"].startswith("Not judged: there was 1 evaluation, and an alarm")
+    assert report([], {"cms": 1}, {"cms": 1})["summary"].endswith("left its level in 1 evaluation, and none is bad in itself.")
 
 
 def test_without_a_logger_no_file_is_written_and_an_unreadable_checkpoint_is_skipped(tmp_path: Path) -> None:

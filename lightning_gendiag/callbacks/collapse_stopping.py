@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticWarning
 from lightning_gendiag.callbacks.session import Member
-from lightning_gendiag.detection.alarm import Alarm
+from lightning_gendiag.detection.alarm import Alarm, counted
 from lightning_gendiag.detection.report import FILE, report
 from lightning_gendiag.detection.rules import Judge
 from lightning_gendiag.functional.text import representation
@@ -149,7 +149,7 @@ class CollapseStopping(Member, EarlyStopping):
         if alarm.is_critical:
             return "Training stops."
         patience = alarm.patience if self.judge.patience is None else self.judge.patience
-        conditions = [f"it lasts for {patience} more evaluations"] * bool(patience)
+        conditions = [f"it lasts for {counted(patience, 'more evaluation')}"] * bool(patience)
         conditions += ["all that is generated becomes worse as well"] * (alarm.stop == "whole")
         return f"Training continues, and stops if {' and '.join(conditions)}."
 

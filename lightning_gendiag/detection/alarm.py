@@ -104,3 +104,13 @@ def listed(items: Sequence[str], most: int = 6) -> str:
         'a, b and 1 more'
     """
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def counted(number: int, thing: str) -> str:
+    """Returns a number of things for people.
+
+    Example:
+        >>> counted(1, "evaluation"), counted(1200, "evaluation")
+        ('1 evaluation', '1,200 evaluations')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

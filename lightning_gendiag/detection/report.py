@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_gendiag.detection.alarm import Alarm, listed
+from lightning_gendiag.detection.alarm import Alarm, counted, listed
 
 FILE = "gendiag_report.json"
 """Name of the file in the logger's folder."""
@@ -56,9 +56,8 @@ def report(
     elif not judged and not alarms:
         state = "not judged"
         least = min(needed.values(), default=0)
-        count = "was 1 evaluation" if most == 1 else f"were {most} evaluations"
         summary = (
-            f"there {count}, and no alarm is possible before the {least}th. "
+            f"there {'was' if most == 1 else 'were'} {counted(most, 'evaluation')}, and an alarm needs {least}. "
             f"To evaluate more often, pass max_overhead=None or every_n_train_steps.{now}"
             if evaluations
             else "there was no evaluation."
@@ -68,7 +67,7 @@ def report(
         summary = (
             f"every series that changed is back at its level. {' '.join(alarm.message for alarm in alarms)}"
             if alarms
-            else f"no series of {listed(judged)} left its level in {most} evaluations, and none is bad in itself."
+            else f"no series of {listed(judged)} left its level in {counted(most, 'evaluation')}, and none is bad in itself."
         )
     return {
         "state": state,

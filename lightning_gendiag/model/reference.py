@@ -53,6 +53,8 @@ class Reference:
         self._range = (math.nan, math.nan)
         self.unlabelled = ""
         """Why the batches seen so far hold no labels; empty where all of them do."""
+        self.one_hot = 0
+        """Number of columns of one-hot labels in the batches; 0 where labels are given otherwise, or there are none."""
         self._rows = Rows()
         self._looked = self._epoch_seen = False
         self._unconfirmed = False
@@ -111,13 +113,14 @@ class Reference:
             images = self.adapter.find_data(batch)
             labels = self.adapter.find_labels(batch, images)
         self.unlabelled = self.unlabelled or labels.reason
+        self.one_hot = labels.one_hot
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
 
     def _part(self, batch: Any, room: int) -> Images:
         """The first finite images of a batch."""
-        images, (labels, _) = self.found_in(batch)
+        images, found = self.found_in(batch)
         if images is None:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images or other data (N, ...), got {shape_of(batch)}. "
@@ -126,7 +129,7 @@ class Reference:
         images = images.detach()[:room]
         if images.dtype != torch.uint8 or images.ndim != 4:
             images = as_data(images, "the batch's images")
-        labels = None if labels is None else labels.detach()[:room]
+        labels = None if found.labels is None else found.labels.detach()[:room]
         finite = images.flatten(1).isfinite().all(1)
         return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
 
@@ -146,15 +149,29 @@ class Reference:
         full = self._epoch_seen or self._held >= self.share or self._half_over
         if not self.trainer.strategy.reduce_boolean_decision(full, all=True):
             return False
+        self._check_sizes()
         # collectives of an accelerator want its tensors
         rows = self._rows.to(self.device)
         images, labels = rows.compute()
         self._rows = Rows()
         if len(images) < 4:
+            # more may come in the next epoch
+            self._rows.images = [part.cpu() for part in rows.images]
+            self._rows.labels = [part.cpu() for part in rows.labels]
             raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
         known = len(labels) == len(images)
         self.images = Images(images[: self.most].cpu(), labels[: self.most].cpu() if known else None)
         return True
+
+    def _check_sizes(self) -> None:
+        """Raises ValueError where the images that were collected have several shapes on any process."""
+        shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in self._rows.images))
+        if not self.trainer.strategy.reduce_boolean_decision(len(shapes) < 2, all=True):
+            got = " and ".join(map(str, shapes[:2])) if len(shapes) > 1 else "several on another process"
+            raise ValueError(
+                f"the real images must have one shape, got {got}. To fix this, resize them with "
+                "ModelAdapter(images=lambda batch: ...), or pass ModelAdapter(reference=...)."
+            )
 
     @property
     def _half_over(self) -> bool:
@@ -272,7 +289,7 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the images that were collected; those that were given are read again instead."""
-        state: dict[str, Any] = {"epoch_seen": self._epoch_seen}
+        state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot}
         if self.adapter.reference is None and self.images is not None:
             state |= {"images": self.images.images, "labels": self.images.labels}
         elif self._held and self.trainer.world_size == 1:
@@ -285,7 +302,7 @@ class Reference:
         """Takes over the images of a checkpoint, which are compared with the batches to come."""
         if self.adapter.reference is not None:
             return
-        self._epoch_seen = state["epoch_seen"]
+        self._epoch_seen, self.one_hot = state["epoch_seen"], state["one_hot"]
         if "images" in state:
             self.images = Images(state["images"], state["labels"])
             self.doubt()
