@@ -176,9 +176,10 @@ def test_the_numbers_are_kept_in_checkpoints_and_chosen_anew_for_other_data(tmp_
         (0.032, {}, (15, 40)),
         (0.07, {}, (8, 34)),
         (0.08, {}, (8, 16)),
-        (9.0, {}, (8, 16)),
+        (0.25, {}, (5, 16)),
+        (9.0, {}, (2, 16)),
         (9.0, {"num_latents": 20}, (20, 16)),
-        (9.0, {"max_dims": 30}, (8, 30)),
+        (9.0, {"max_dims": 30}, (2, 30)),
         (9.0, {"num_latents": 3, "max_dims": 50}, (3, 40)),
     ],
 )

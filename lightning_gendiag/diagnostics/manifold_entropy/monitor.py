@@ -31,13 +31,16 @@ NUM_LATENTS, MAX_DIMS = 32, 128
 """Numbers of latents and of dimensions where neither the user nor their cost says otherwise."""
 
 LEAST_LATENTS, LEAST_DIMS = 8, 16
-"""Smallest numbers of them, however slow the decoder is."""
+"""Smallest numbers of them, unless even these take longer than ``MOST_SECONDS``: then there are fewer latents, at least 2."""
 
 SECONDS = 1.2
 """Approximate limit of the time for the Gram matrices of an evaluation, by which these numbers are chosen."""
 
+MOST_SECONDS = 20.0
+"""Approximate limit of the time where the smallest numbers do not fit ``SECONDS``."""
+
 TRAVERSED = 6
-"""Number of latent directions that the panel traverses, each at seven places."""
+"""Number of latent directions that the panel traverses, each at seven places; of a very slow decoder one."""
 
 MIN_STD = 0.2
 """A fifth more or less movement of the data is a usual fluctuation."""
@@ -63,7 +66,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     Args:
         num_latents: Number of draws of the prior per evaluation, over all processes, or of latents of real images where
             nothing shows that N(0, 1) is their prior. They are the same at every evaluation, so few are enough; by default
-            32, or fewer where they would take longer than about a second, at least 8.
+            32, or fewer where they would take longer than about a second: at least 8, or 2 where 8 would take longer than
+            about 20 seconds.
         log_volume: A flow's own ``log |det J|``: the name of a method of the module, or a callable ``(module, z)`` from
             (N, L) to (N,). By default it follows from the Gram matrix.
         max_dims: Largest number of dimensions that are monitored; by default 128, or fewer where 8 latents would take too
@@ -135,7 +139,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
                 self._choose(view, z)
             if not len(self._order):
                 pilot = ManifoldEntropy(len(self.dims))
-                pilot.update(self._grams(view, z[: max(2, min(8, self._latents // 4))]).cpu())
+                pilot.update(self._grams(view, z[: max(1, min(8, self._latents // 4))]).cpu())
                 self._order = pilot.compute().order
         return ManifoldEntropy(len(self.dims), order=self._order)
 
@@ -150,7 +154,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
             wanted = min(length, max_dims)
             seconds = self._seconds_of_a_direction(view, z) / view.world_size
             if self.num_latents is None:
-                self._chosen_latents = fitting(seconds * wanted, SECONDS, LEAST_LATENTS, NUM_LATENTS)
+                least = fitting(seconds * min(LEAST_DIMS, wanted), MOST_SECONDS, 2, LEAST_LATENTS)
+                self._chosen_latents = fitting(seconds * wanted, SECONDS, least, NUM_LATENTS)
             if self.max_dims is None:
                 max_dims = fitting(seconds * self._latents, SECONDS, min(LEAST_DIMS, wanted), wanted)
             if self._latents < (self.num_latents or NUM_LATENTS) or max_dims < wanted:
@@ -195,7 +200,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
 
     def _traverse(self, view: ModelView) -> Tensor | None:
         """(d, 7, C, H, W): images from the latents' mean along the strongest directions; None where data are no images."""
-        strongest = self.dims[self._order[:TRAVERSED]]
+        is_slow = self.num_latents is None and self._latents < LEAST_LATENTS
+        strongest = self.dims[self._order[: 1 if is_slow else TRAVERSED]]
         mean, std = torch.zeros(view.latent_dim), torch.ones(view.latent_dim)
         if not view.has_prior:
             some = next(view.prior_latents(16, all_ranks=True)).cpu()
