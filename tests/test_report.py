@@ -69,7 +69,9 @@ def test_too_few_evaluations_are_not_judged(tmp_path: Path, caplog: pytest.LogCa
 
 def test_a_single_evaluation_is_reported_in_the_singular() -> None:
     assert report([], {"cms": 1}, {"cms": 15})["summary"].startswith("Not judged: there was 1 evaluation, and an alarm")
-    assert report([], {"cms": 1}, {"cms": 1})["summary"].endswith("left its level in 1 evaluation, and none is bad in itself.")
+    assert report([], {"cms": 1}, {"cms": 1})["summary"].endswith(
+        "left its level in 1 evaluation, and none is bad in itself."
+    )
 
 
 def test_without_a_logger_no_file_is_written_and_an_unreadable_checkpoint_is_skipped(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from statistics import median, pstdev
 from typing import Any
 
 from lightning_gendiag.detection.alarm import Alarm, listed
+from lightning_gendiag.detection.contributions import explaining
 from lightning_gendiag.detection.detector import LARGEST_DEVIATION, Detection, Detector, evaluations_needed
 from lightning_gendiag.detection.history import Entry, Evaluation, History, Observation
 
@@ -23,6 +24,9 @@ LEAST_BEFORE = 3
 
 DATA = "training_data"
 """Name of the monitor whose alarms are about the training data."""
+
+EXPLAINED = 0.9
+"""Of components that fall together, the fewest are named that account for this share of the drop."""
 
 MERGED = 3
 """More components than these that fall at the same evaluation are reported as one alarm."""
@@ -266,8 +270,11 @@ class _Grouping:
             by = aggregate if detections[aggregate].active else max(opened, key=lambda name: detections[name].score)
             return [*alarms, self._alarm([aggregate, *fallen], by)]
         new = [name for name in opened if name not in self.known]
-        if len(new) > MERGED:
+        if len(new) > 1:
             new.sort(key=lambda name: -detections[name].score)
+            needed = explaining(self._alarm(new, new[0]).contributions, EXPLAINED)
+            new = [name for name in new if name in needed] or new
+        if len(new) > MERGED:
             alarms.append(self._alarm(new, new[0]))
         else:
             alarms += [self._alarm([name], name) for name in new]

@@ -128,7 +128,8 @@ class _Scale(NamedTuple):
 def _scale(real: Tensor, regions: RegionMap, bandwidth: Bandwidth) -> tuple[_Scale, list[Tensor]]:
     """Returns the scale with bandwidths from the real images, and the real images scaled by it.
 
-    A region that never varies gets the bandwidth of the image, and an image that never varies gets 1 / D.
+    The background and any other region that never varies get the bandwidth of the image, and an image that never varies
+    gets 1 / D.
     """
     channels = real.shape[1]
     labels = regions.labels.to(real.device).flatten().repeat(channels)
@@ -145,6 +146,9 @@ def _scale(real: Tensor, regions: RegionMap, bandwidth: Bandwidth) -> tuple[_Sca
         gammas = [centre.new_tensor(float(bandwidth))] * len(sizes)
     else:
         gammas = [median_bandwidth(part) for part in rows] if bandwidth == "region" else [centre.new_tensor(math.inf)]
+        if bandwidth == "region" and regions.background is not None:
+            # it varies in a few images at most, whose differences are no scale
+            gammas[regions.background] = centre.new_tensor(math.inf)
         if any(gamma.isinf() for gamma in gammas):
             image = median_bandwidth(torch.cat(rows, 1))
             image = image if image.isfinite() else torch.full_like(image, 1 / len(order))
@@ -266,7 +270,11 @@ def real_side(
     aa, a1, whole = (applied[..., classes:] * a).sum(1), (applied[..., :1] * a).sum(1), sums[:, :1]
     m, n = (torch.full((1,), float(size)).to(sums) for size in (half, len(real) - half))
     null = _cosine(a1 - aa, aa, whole - 2 * a1 + aa, m, n, unbiased)
-    return RealSide(scale, rows, weights, sums, null.mean(1), null.std(1), unbiased, variance, values)
+    std = null.std(1)
+    if regions.background is not None:
+        # real images hardly differ there, so anything else would be thousands of deviations away
+        std[regions.background] = std[regions.background].maximum(std[-1])
+    return RealSide(scale, rows, weights, sums, null.mean(1), std, unbiased, variance, values)
 
 
 def total_variance(images: Tensor) -> Tensor:

@@ -142,7 +142,8 @@ class CosineMeanSimilarity(Diagnostic):
             self.add_state(state, default=[], dist_reduce_fx="cat")
         self.add_sums(invalid=(2,))
         self.add_configuration(
-            regions=None if self.region_map is None else self.region_map.labels, num_regions=num_regions,
+            regions=None if self.region_map is None else self.region_map.labels,
+            background=None if self.region_map is None else self.region_map.background, num_regions=num_regions,
             bandwidth=bandwidth, unbiased=unbiased, num_classes=self.num_classes, null_splits=null_splits,
             reset_real_features=reset_real_features, seed=seed,
         )  # fmt: skip

@@ -33,6 +33,9 @@ QUANTITY = "cosine mean similarity"
 MIN_STD = 0.25
 """A quarter more or less distance from 1 is a usual fluctuation of a GAN."""
 
+BACKGROUND_FLOOR = 0.01
+"""Distances of the background from 1 below this, in the bandwidth of the whole image, hardly count: nothing is drawn there."""
+
 REGION = Series("region", "component", QUANTITY, min_std=MIN_STD)
 IMAGE = Series("image", "aggregate", QUANTITY, min_std=MIN_STD, is_quality=True)
 SAMPLES = Series("samples", "rule", "share with nan or inf", min_std=MIN_STD, stop="alone")
@@ -96,7 +99,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
 
     Args:
         regions: (H, W) labels, a :class:`RegionMap` or the path of a saved map; by default found in the reference.
-        num_regions: Number of regions to find; None lets the data choose.
+        num_regions: Number of regions to find, including a background that never varies; None lets the data choose.
         bandwidth: See :func:`cosine_mean_similarity`.
         unbiased: See :func:`cosine_mean_similarity`.
         images: ``"samples"``, ``"reconstructions"``, which are compared with other real images than their own, or
@@ -178,7 +181,11 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         low, high = images.amin(0), images.amax(0)
         self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()))
         varies = (high > low).any(0)
-        constant = [name for r, name in enumerate(self.region_map.names) if not varies[self.region_map.mask(r)].any()]
+        constant = [
+            name
+            for r, name in enumerate(self.region_map.names)
+            if r != self.region_map.background and not varies[self.region_map.mask(r)].any()
+        ]
         if constant:
             rank_zero_warn(
                 f"the reference images never vary in {', '.join(constant)}, so any variation of generated images lowers "
@@ -222,11 +229,16 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         *stds, image_std = result.null_std.tolist()
         image, invalid = float(result.image), float(result.invalid)
         regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
+        background = self._regions.background
         region, whole = (replace(series, quantity=self._quantity) for series in (REGION, IMAGE))
-        best = float(result.regions.max())
+        # a border that never varies is similar from the beginning
+        best = max([x for r, x in enumerate(result.regions.tolist()) if r != background] or [image])
         return [
             *(
-                Observation(region.numbered(r, name), x, _distance(x, std), is_bad=x < LOW_SIMILARITY)
+                Observation(
+                    region.numbered(r, name), x, _distance(x, std, BACKGROUND_FLOOR * (r == background)),
+                    is_bad=x < LOW_SIMILARITY,
+                )
                 for r, (name, x, std) in enumerate(regions)
             ),
             Observation(whole, image, _distance(image, image_std)),
@@ -297,7 +309,7 @@ def _rule(series: Series, value: float, is_wrong: bool, message: str) -> Observa
     return Observation(series, value, math.inf if is_wrong else 0.0, message=message)
 
 
-def _distance(value: float, std: float) -> float:
+def _distance(value: float, std: float, least: float = 0.0) -> float:
     """Returns the distance of a similarity from 1 on a log scale that ends where real images differ; nan stays nan."""
-    floor = 1e-3 if math.isnan(std) else max(3 * std, 1e-9)
+    floor = max(least, 1e-3 if math.isnan(std) else max(3 * std, 1e-9))
     return math.nan if math.isnan(value) else math.log(max(1 - value, 0.0) + floor)
