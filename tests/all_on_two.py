@@ -22,7 +22,6 @@ from lightning_gendiag import (
     ModelAdapter,
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
-    TrainingDataMonitor,
 )
 from tests.helpers.running import batches, trainer
 
@@ -50,7 +49,6 @@ def main(folder: Path, processes: int) -> None:
         ManifoldEntropyMonitor(num_latents=8, **options),
         PosteriorKLMonitor(**options),
         RegionalPrimitivesMonitor(num_regions=3, every_n_epochs=1, num_images=3, max_steps=5, **options),
-        TrainingDataMonitor(**options),
     ]
     own = trainer(
         *monitors, CollapseStopping(), max_epochs=1, limit_train_batches=2, devices=processes,

@@ -123,6 +123,35 @@ def test_a_glance_takes_other_images_of_each_batch_and_copies_them() -> None:
     assert glance(torch.zeros(2, 3, 512, 512)).rows.shape == (2, 3, 32, 32)
 
 
+def test_no_value_is_read_before_an_evaluation_so_that_no_device_is_waited_for() -> None:
+    """Tensors without values raise an error where a value is read."""
+    metric = TrainingData((3, 64, 64)).to("meta")
+    seen = [
+        glance(
+            torch.empty(n, 3, 64, 64, device="meta"), torch.empty(n, dtype=torch.long, device="meta"), 8, first=number
+        )
+        for number, n in enumerate((64, 64, 37))
+    ]
+    metric.update(glances=seen)
+    assert metric.images.device.type == "meta"
+
+
+def test_features_of_rows_are_named_by_their_number(generator: torch.Generator) -> None:
+    rows = torch.randn(400, 12, generator=generator)
+    changed = rows.clone()
+    changed[:, 4:6] += 2
+    assert (
+        filled(changed, first=(rows, None)).moves()["regions"].startswith("features 4 to 5 of 12 of the training rows")
+    )
+
+
+def test_data_that_are_all_nan_are_flagged() -> None:
+    result = filled(torch.full((64, 1, 8, 8), math.nan), LABELS[:64])
+    assert result.moves() == {"invalid": "64 of the last 64 training images contain nan or inf"}
+    assert float(result.within[0]) == 0
+    assert plots.panel(result, Occasion(1)).dtype == torch.uint8
+
+
 def test_places_are_named() -> None:
     assert place_of([0, 1, 4, 5], (4, 4)) == "the top left"
     assert place_of([8, 12], (4, 4)) == "the bottom left"

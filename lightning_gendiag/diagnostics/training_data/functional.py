@@ -468,8 +468,10 @@ class TrainingDataResult(NamedTuple):
         mean = self.cells[:, 0, of_all] / n
         std = (self.cells[:, 1, of_all] / n - mean.square()).clamp(min=0).mean(1).sqrt()
         now, first = mean.mean(1).tolist()
+        # of short rows each cell is one feature
+        kind = "feature" if tuple(axes) == tuple(self.shape.tolist()) else "cell"
         return (
-            f"{place_of(cells, axes)} of the training {self.noun} moved: mean {now:.3g} and standard deviation "
+            f"{place_of(cells, axes, kind)} of the training {self.noun} moved: mean {now:.3g} and standard deviation "
             f"{float(std[0]):.3g} now, {first:.3g} and {float(std[1]):.3g} at first"
         )
 
@@ -496,8 +498,8 @@ class TrainingDataResult(NamedTuple):
         return values
 
 
-def place_of(cells: Sequence[int], axes: Sequence[int]) -> str:
-    """Returns where some cells of a grid lie, in words.
+def place_of(cells: Sequence[int], axes: Sequence[int], kind: str = "cell") -> str:
+    """Returns where some cells of a grid lie, in words; along one axis, their numbers.
 
     Example:
         >>> place_of([0, 1, 4, 5], (4, 4)), place_of([15], (4, 4)), place_of(range(16), (4, 4)), place_of([3, 5], (16,))
@@ -508,7 +510,7 @@ def place_of(cells: Sequence[int], axes: Sequence[int]) -> str:
         return "the whole"
     if len(axes) == 1:
         low, high = min(cells), max(cells)
-        return f"cells {low} to {high} of {total}" if high > low else f"cell {low} of {total}"
+        return f"{kind}s {low} to {high} of {total}" if high > low else f"{kind} {low} of {total}"
     words = []
     for axis, (first, middle, last) in zip(
         (-2, -1), (("top", "middle", "bottom"), ("left", "centre", "right")), strict=True
@@ -521,7 +523,7 @@ def place_of(cells: Sequence[int], axes: Sequence[int]) -> str:
             words.append(last)
         elif size > 2 and min(at) > 0 and max(at) < size - 1:
             words.append(middle)
-    return f"the {' '.join(words)}" if words else f"{len(cells)} of {total} cells"
+    return f"the {' '.join(words)}" if words else f"{len(cells)} of {total} {kind}s"
 
 
 def _number(value: float) -> str:

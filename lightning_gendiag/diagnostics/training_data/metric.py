@@ -175,14 +175,14 @@ class TrainingData(Diagnostic):
         rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
         # the sum of an image is finite where all of it is, and takes a pass less
         finite = rows.flatten(1).sum(1).isfinite()  # (B k,)
-        keys = row_keys(rows)
-        self._add_keys(keys, finite, first)
+        keys = torch.where(finite, row_keys(rows), NOT_FINITE)
+        self._add_keys(keys, first)
         # aminmax takes twenty times as long along an axis
         least, most = rows.flatten(1).amin(1), rows.flatten(1).amax(1)
         edges = torch.stack([least, most], 1).double()  # (B k, 2)
         cells = cell_statistics(rows, self.grid).double()  # (B k, 3, P)
         in_order = keys.view(batches, k).sort(1).values
-        repeated = (in_order[:, 1:] == in_order[:, :-1]).sum()
+        repeated = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != NOT_FINITE)).sum()
         self.accumulate(rows_seen=side * finite.sum(), within=side * repeated)
         for name, values in (("edge", edges), ("cell", cells)):
             values = torch.where(finite.view(-1, *[1] * (values.ndim - 1)), values, 0.0)
@@ -201,10 +201,10 @@ class TrainingData(Diagnostic):
         self.low = torch.minimum(self.low, torch.where(side > 0, low, math.inf))
         self.high = torch.maximum(self.high, torch.where(side > 0, high, -math.inf))
 
-    def _add_keys(self, keys: Tensor, finite: Tensor, first: bool) -> None:
-        """Adds numbers of images; those that are not finite are told apart when the result is computed."""
+    def _add_keys(self, keys: Tensor, first: bool) -> None:
+        """Adds numbers of images; those of images that are not finite are left out when the result is computed."""
         name = "first_keys" if first else "keys"
-        held = [*getattr(self, name), torch.where(finite, keys, NOT_FINITE)]
+        held = [*getattr(self, name), keys]
         if sum(map(len, held)) > 2 * MAX_KEYS:
             held = [torch.cat(held)[-MAX_KEYS:]]
         setattr(self, name, held)

@@ -25,7 +25,7 @@ def panel(result: TrainingDataResult, occasion: canvas.Occasion) -> Tensor:
         (H, W, 3) uint8.
     """
     moves = result.moves()
-    tiles = []
+    bars_of_classes = []
     count = result.classes.shape[1]
     if 0 < count <= MAX_BARS and float(result.classes[0].sum()):
         moved = {*occasion.marked, *result.moved_classes}
@@ -33,8 +33,8 @@ def panel(result: TrainingDataResult, occasion: canvas.Occasion) -> Tensor:
         targets = first if float(result.classes[1].sum()) else None
         names = [str(c) for c in range(count)]
         bars = charts.bars(now, names, [c in moved for c in range(count)], floor=0.0, targets=targets)
-        tiles.append(canvas.Tile("share of each class, line = at first", bars))
-    tiles += _cells(result)
+        bars_of_classes.append(canvas.Tile("share of each class, line = at first", bars))
+    tiles = [*_cells(result), *bars_of_classes]
     strong = [canvas.Row(canvas.ALARM, text, strong=True) for text in moves.values() if len(text) <= 62]
     rows = [
         *strong,
@@ -46,6 +46,8 @@ def panel(result: TrainingDataResult, occasion: canvas.Occasion) -> Tensor:
     title = "; ".join(moves.values()) or (
         "the training data are as at first" if result.is_compared else "the first training data of the run"
     )
+    if not tiles:
+        tiles = [canvas.Tile("no finite data", canvas.picture_of(canvas.blank_tile()[0]))]
     return canvas.panel(f"{title[0].upper()}{title[1:]} (step {occasion.step})", tiles, rows, occasion.note)
 
 
@@ -91,4 +93,4 @@ def _cells(result: TrainingDataResult) -> list[canvas.Tile]:
 def _shifts(result: TrainingDataResult) -> list[canvas.Tile]:
     channels, *axes = result.grid
     shift = result.cells_moved.view(channels, *axes).amax(0)
-    return [canvas.Tile(f"sure shift in std, red from {CELL_MOVED * 2:g}", charts.matrix(shift, CELL_MOVED * 2))]
+    return [canvas.Tile(f"sure shift, 0 to {CELL_MOVED * 2:g} std of images", charts.matrix(shift, CELL_MOVED * 2))]
