@@ -26,6 +26,7 @@ from lightning_gendiag.diagnostics.latent_regions.monitor import LatentRegionsMo
 from lightning_gendiag.diagnostics.manifold_entropy.monitor import ManifoldEntropyMonitor
 from lightning_gendiag.diagnostics.posterior_kl.monitor import PosteriorKLMonitor
 from lightning_gendiag.diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor
+from lightning_gendiag.diagnostics.training_data.monitor import TrainingDataMonitor
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
@@ -44,6 +45,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     PosteriorKLMonitor,
     LatentRegionsMonitor,
     RegionalPrimitivesMonitor,
+    TrainingDataMonitor,
 )
 
 
@@ -248,8 +250,9 @@ class GenerativeDiagnostics(Member, Callback):
         for name, monitor in self.monitors.items():
             if name not in self.left_out:
                 view = session.view_of(monitor)
-                # parts that were made when training started are there now
-                view.refresh()
+                if not monitor.watches_batches:
+                    # parts that were made when training started are there now
+                    view.refresh()
                 self._try(trainer, name, partial(_check_batch, monitor, view, found_in))
             if name not in self.left_out:
                 view.agree(*monitor.needs)
@@ -277,7 +280,7 @@ class GenerativeDiagnostics(Member, Callback):
             lines.append(f"Left out: {names}, since {reason}")
         if self.left_out.get("k_star", "").startswith("encode"):
             lines.append("k* takes the features of any layer: add KStarMonitor('path.of.a.layer') to the callbacks.")
-        if session.monitors:
+        if not all(monitor.watches_batches for monitor in session.monitors):
             rank_zero_info("\n".join(lines))
         else:
             module = type(session.subject.trained).__name__

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.amounts import NUM_REFERENCE
+from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images, Labels, Rows, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 
@@ -56,6 +57,7 @@ class Reference:
         self.one_hot = 0
         """Number of columns of one-hot labels in the batches; 0 where labels are given otherwise, or there are none."""
         self._rows = Rows()
+        self._reader = BatchReader(self._found, adapter.images is not None or adapter.labels is not None)
         self._looked = self._epoch_seen = False
         self._unconfirmed = False
 
@@ -90,18 +92,36 @@ class Reference:
             with suppress(Exception):
                 self.found_in(batch)
 
-    def collect(self, batch: Any) -> None:
-        """Keeps images of a training batch until this process has its share.
+    def collect(self, batch: Any) -> Images | None:
+        """Keeps images of a training batch until this process has its share, and returns all that it then finds.
+
+        Returns:
+            What is found in the batch; None where no more is looked for.
 
         Raises:
             ValueError: If no images are found in the batch.
         """
         if self.images is not None and not self._unconfirmed:
-            return
+            return None
         room = self.share - self._held
-        if room > 0:
-            part = self._part(batch, room)
-            self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu())
+        if room <= 0:
+            return None
+        found = self._found(batch)
+        part = _finite_part(found, room)
+        self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu())
+        self._reader.learn(batch, found)
+        return found
+
+    def read_batch(self, batch: Any) -> Images | None:
+        """Returns the data and the labels of a training batch, at little cost where it is structured as those before.
+
+        Returns:
+            None where a callable of the user's finds them, and has lately taken more than its share of the time.
+
+        Raises:
+            ValueError: If no data are found in the batch.
+        """
+        return self._reader(batch)
 
     @property
     def _held(self) -> int:
@@ -120,18 +140,17 @@ class Reference:
 
     def _part(self, batch: Any, room: int) -> Images:
         """The first finite images of a batch."""
-        images, found = self.found_in(batch)
+        return _finite_part(self._found(batch), room)
+
+    def _found(self, batch: Any) -> Images:
+        """The images and labels of a batch."""
+        images, labels = self.found_in(batch)
         if images is None:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images or other data (N, ...), got {shape_of(batch)}. "
                 "To fix this, pass ModelAdapter(images=lambda batch: ...)."
             )
-        images = images.detach()[:room]
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            images = as_data(images, "the batch's images")
-        labels = None if found.labels is None else found.labels.detach()[:room]
-        finite = images.flatten(1).isfinite().all(1)
-        return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
+        return Images(images, labels.labels)
 
     def end_epoch(self) -> None:
         """Notes that an epoch passed: what was collected by now is all that there is."""
@@ -309,6 +328,16 @@ class Reference:
         elif "rows" in state:
             self._rows = Rows()
             self._rows.update(state["rows"], state["row_labels"])
+
+
+def _finite_part(found: Images, room: int) -> Images:
+    """Copies of the first finite images, and of their labels."""
+    images = found.images.detach()[:room]
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        images = as_data(images, "the batch's images")
+    labels = None if found.labels is None else found.labels.detach()[:room]
+    finite = images.flatten(1).isfinite().all(1)
+    return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:

@@ -210,14 +210,17 @@ class ModelView:
 
     # ---- the life of a view ----
 
-    def attach(self) -> None:
+    def attach(self, whole: bool = True) -> None:
         """Reads a reference that was given.
 
+        Args:
+            whole: Whether every process must have the whole module.
+
         Raises:
-            ValueError: If it holds no images, or the module is sharded over processes.
+            ValueError: If it holds no images, or the module is sharded over processes and must be whole.
         """
         # a way that fails on one process would let the others wait, and to restore what FSDP2 has gathered ends training
-        sharded_by = compat.sharded_by(self.trainer, self.subject.trained)
+        sharded_by = compat.sharded_by(self.trainer, self.subject.trained) if whole else None
         if sharded_by is not None:
             raise ValueError(
                 f"the module must be whole on every process to be evaluated, got one that is sharded by {sharded_by}. "

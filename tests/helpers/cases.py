@@ -74,6 +74,10 @@ ARGUMENTS = {
         {"latent_dim": {"latent_dim": 6}, "threshold": {"threshold": 0.5}, "channels": {"channels": 1}},
     ),
     "regional_primitives": Arguments({"num_regions": 3}, {"num_regions": {"num_regions": 4}}),
+    "training_data": Arguments(
+        {"shape": (1, 8, 8)},
+        {"shape": {"shape": (3, 8, 8)}, "rows": {"rows": 8}, "confidence": {"confidence": 0.99}},
+    ),
 }
 
 
