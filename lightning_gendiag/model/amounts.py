@@ -28,7 +28,7 @@ ROWS_SECONDS = 1.5
 TIMED = 16
 """Number of images in the piece that is timed."""
 
-MOST_LOAD = 8.0
+MOST_LOAD = 4.0
 """Largest number of times that other processes are assumed to prolong work on a CPU."""
 
 
@@ -36,7 +36,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds that some work takes; 0 where it fails, since it fails again where failures are reported.
 
     On a CPU, these are the seconds in which this thread is at work, since the amounts stay for the whole run, and the load of
-    other processes does not. Work that waits for something else than a CPU counts as an eighth of its time or more.
+    other processes does not. Work that waits for something else than a CPU counts as a quarter of its time or more.
     """
     _finish(device)
     started, busy = time.monotonic(), time.thread_time()
