@@ -359,8 +359,11 @@ class ModelParts:
     def has_prior(self) -> bool:
         """Whether normal noise is the prior of the latents: a posterior is pulled towards it, and a flow maps it to data.
 
-        It is not known to be where a sampler of the module fails, since that may draw from another prior.
+        It is not known to be where a sampler of the module fails, since that may draw from another prior. It is assumed to
+        be before the first batch.
         """
+        if self._example is None:
+            return True
         if not self._noise_is_prior:
             return False
         self.has("sample")
