@@ -423,6 +423,16 @@ def test_a_sampler_of_any_keywords_gets_labels_as_the_batches_have_them(keyword:
     assert name_of(other, "sample") == name
 
 
+def test_a_message_keeps_the_dots_of_the_line_that_it_shows() -> None:
+    class Conditional(LightningModule):
+        def sample(self, n: int, y: Tensor) -> Tensor:
+            return noise(n)
+
+    view = view_of(Conditional(), reference=(IMAGES, torch.rand(64, 5)))
+    with pytest.raises(ValueError, match=r"not whole numbers; pass labels=lambda batch: \.\.\.\)"):
+        view.find("sample")
+
+
 def test_a_sampler_that_works_without_labels_is_given_none() -> None:
     class Free(LightningModule):
         def sample(self, n: int, **kwargs: Any) -> Tensor:
