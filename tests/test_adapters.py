@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from example_models.data import digits
-from lightning_gendiag import ModelAdapter
+from lightning_gendiag import ManifoldEntropyMonitor, ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.view import ModelView
-from tests.helpers.running import attached
+from tests.helpers.running import attached, batches, trainer
 
 # untrained models generate images in another range of values
 pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
@@ -315,6 +316,43 @@ def test_the_prior_is_not_known_either_where_samples_are_not_asked_for() -> None
     assert not attached(Broken(), ModelAdapter(reference=(IMAGES, LABELS)), ("decode",)).has_prior
 
 
+def test_where_nothing_encodes_either_the_message_asks_for_the_prior() -> None:
+    view = view_of(type("Decoder", (Broken,), {"encode": None})())
+    assert not view.has_prior
+    message = (
+        r"the prior of the latents must be known, but self.sample\(n\) fails \(RuntimeError: no such device\). To fix"
+    )
+    with pytest.raises(ValueError, match=message):
+        next(view.prior_latents(2))
+
+
+def test_latents_of_real_images_are_mentioned_only_where_they_are_decoded(caplog: pytest.LogCaptureFixture) -> None:
+    class Sampled(Broken):
+        def decode(self, z: Tensor) -> Tensor:
+            raise TypeError("needs labels")
+
+    for module, mentioned in ((Sampled(), False), (Broken(), True)):
+        caplog.clear()
+        view = view_of(module)
+        with caplog.at_level("INFO"), suppress(ValueError):
+            next(view.prior_latents(2))
+        assert ("Latents of real images are decoded" in caplog.text) == mentioned
+
+
+def test_a_single_monitor_learns_with_the_first_batch_that_the_prior_is_not_known() -> None:
+    class Trained(Broken):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.decode(self.encode(batch[0])[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    monitor = ManifoldEntropyMonitor(num_latents=8)
+    trainer(monitor, max_epochs=1).fit(Trained(), batches())
+    assert monitor.evaluations == 1
+    assert not monitor.view.has_prior
+
+
 def of_base_class(self: Any, num_samples: int) -> Tensor:
     raise NotImplementedError
 
@@ -383,6 +421,16 @@ def test_a_sampler_of_any_keywords_gets_labels_as_the_batches_have_them(keyword:
     assert view.real.ready(epoch_over=True)
     other.real.load_state_dict(view.real.state_dict())
     assert name_of(other, "sample") == name
+
+
+def test_a_message_keeps_the_dots_of_the_line_that_it_shows() -> None:
+    class Conditional(LightningModule):
+        def sample(self, n: int, y: Tensor) -> Tensor:
+            return noise(n)
+
+    view = view_of(Conditional(), reference=(IMAGES, torch.rand(64, 5)))
+    with pytest.raises(ValueError, match=r"not whole numbers; pass labels=lambda batch: \.\.\.\)"):
+        view.find("sample")
 
 
 def test_a_sampler_that_works_without_labels_is_given_none() -> None:

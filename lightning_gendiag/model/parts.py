@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
+from lightning_gendiag.functional.text import without_full_stop
 from lightning_gendiag.model.adapters import RECOGNISERS
 from lightning_gendiag.model.adapters.base import Context, Need, Way
 from lightning_gendiag.model.adapters.own import (
@@ -216,7 +217,7 @@ class ModelParts:
                 getattr(self, f"_try_{way.need}")(way)
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            return f"{way.name} fails ({reason.rstrip('.')})"
+            return f"{way.name} fails ({without_full_stop(reason)})"
         return ""
 
     def _already_fits(self, way: Way, shape: tuple[int, ...] | None) -> bool:
@@ -359,8 +360,11 @@ class ModelParts:
     def has_prior(self) -> bool:
         """Whether normal noise is the prior of the latents: a posterior is pulled towards it, and a flow maps it to data.
 
-        It is not known to be where a sampler of the module fails, since that may draw from another prior.
+        It is not known to be where a sampler of the module fails, since that may draw from another prior. It is assumed to
+        be before the first batch.
         """
+        if self._example is None:
+            return True
         if not self._noise_is_prior:
             return False
         self.has("sample")
@@ -390,11 +394,11 @@ class ModelParts:
         if getattr(self.adapter, need) is not None:
             reason = failures[0] if failures else "the length of the latents that it takes is not known"
             fix = self._fix(need) if failures else "ModelAdapter(latent_dim=...)"
-            return f"{need} must be what {DOES[need]}, but {reason.rstrip('.')}. To fix this, pass {fix}."
+            return f"{need} must be what {DOES[need]}, but {without_full_stop(reason)}. To fix this, pass {fix}."
         failures += self._unsuitable(need) if len(failures) < MOST_REASONS else []
         tried = "; ".join(failures[:MOST_REASONS]) or f"{own} has none of {', '.join(NAMES[need])}"
         return (
-            f"{need} must be known, but {tried.rstrip('.')}. "
+            f"{need} must be known, but {without_full_stop(tried)}. "
             f"To fix this, define {own}.{need}({ARGUMENTS[need]}), or pass {FIXES[need]}."
         )
 

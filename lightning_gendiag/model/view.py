@@ -559,13 +559,21 @@ class ModelView:
 
     def _real_latents(self, start: int, count: int) -> Tensor:
         """Latents (count, L) of real images from a position of the seeded order on."""
-        self.say("Latents of real images are decoded, since nothing shows that normal noise is their prior.")
+        # what does not decode is the first reason
+        self.parts.way("decode")
+        if not self.parts.has("encode"):
+            raise ValueError(
+                f"the prior of the latents must be known, but {self.parts.failed_sampler}. "
+                "To fix this, pass ModelAdapter(latent_dim=...) if it is N(0, 1), or ModelAdapter(encode=...)."
+            )
         data = self.real.example if self.real.images is None else self.real.images.images
         assert data is not None
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.adapter.seed))
         rows = order[torch.arange(start, start + count) % len(order)]
         with self.isolated(exact=True):
-            return self.as_input(self.latents_of(self.as_input(as_data(data[rows]))))
+            latents = self.as_input(self.latents_of(self.as_input(as_data(data[rows]))))
+        self.say("Latents of real images are decoded, since nothing shows that normal noise is their prior.")
+        return latents
 
     def as_input(self, x: Tensor) -> Tensor:
         """Returns images or latents as the module takes them in ``isolated(exact=True)``: on its device, float64 if it is."""
