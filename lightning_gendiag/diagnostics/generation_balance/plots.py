@@ -74,17 +74,13 @@ def table(result: GenerationBalanceResult) -> str:
 
 
 def unknown(result: GenerationBalanceResult) -> str:
-    """Returns which classes the classifier cannot determine, as a sentence without its subject; empty if there are none.
-
-    Example:
-        "cannot tell the shares of class 3 and 8: the classifier is right for 61% of the real images, too few for these"
-    """
+    """Returns which classes the classifier cannot determine, as a sentence without its subject; empty if there are none."""
     classes = (result.undetermined & (result.real_count > 0)).nonzero()[:, 0].tolist()
     if not classes:
         return ""
     which = "any class" if result.undetermined.all() else f"class {listed([str(c) for c in classes], 12)}"
     right = f"the classifier is right for {float(result.accuracy):.0%} of the real images"
-    return f"cannot tell the share of {which}: {right}, and confuses too many of these classes"
+    return f"cannot tell the share of {which}: {right} and confuses too many classes"
 
 
 def sheet(images: Tensor, classes: Tensor, num_classes: int) -> Tensor:
