@@ -25,6 +25,7 @@ bench: $(READY)  ## every measurement; each script prints a table; more than an 
 	$(BIN)/python -m benchmarks.cosine_mean_similarity
 	$(BIN)/python -m benchmarks.manifold_entropy --beta
 	$(BIN)/python -m benchmarks.k_star
+	$(BIN)/python -m benchmarks.classifier
 	$(BIN)/python -m benchmarks.regional_primitives
 	$(BIN)/python -m benchmarks.alarms
 	$(BIN)/python -m benchmarks.dysfunctions --samples 5000

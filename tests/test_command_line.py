@@ -26,7 +26,7 @@ OWN: dict[str, dict[str, Any]] = {
         "images": "reconstructions",
     },
     "GenerationBalanceMonitor": {
-        "classifier": "classify", "neighbours": 5, "space": "features", "images": "samples", "num_classes": 7,
+        "classifier": "classify", "space": "features", "images": "samples", "num_classes": 7,
     },
     "KStarMonitor": {"features": "encoder.3", "images": "generated", "distance": "cosine", "max_rows": 100},
     "LatentRegionsMonitor": {"components": 4, "num_points": 50, "max_components": 5, "max_rows": 300},

@@ -664,8 +664,8 @@ class ModelView:
         extract = self.feature_extractor if found is None else found
         return lambda images: in_chunks(extract, images.to(self.device))
 
-    def moves_with_model(self, given: nn.Module | Callable[..., Any] | None) -> bool:
-        """Returns whether what a network gives may change as the model trains: a callable, or a part of the model."""
+    def moves_with_model(self, given: str | nn.Module | Callable[..., Any] | None) -> bool:
+        """Returns whether what a network gives may change as the model trains: a callable, a name or a part of the model."""
         if isinstance(given, nn.Module):
             return any(part is given for part in self.subject.trained.modules())
         return given is not None
