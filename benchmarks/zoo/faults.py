@@ -162,7 +162,9 @@ def other_normalisation(run: Planting) -> None:
 
 def repeated_batch(run: Planting) -> None:
     """Brings one batch for ever."""
-    run.batches.again = run.batches.batch(torch.arange(run.batches.batch_size))
+    run.batches.again = run.batches.batch(
+        torch.randperm(len(run.batches.data.labels), generator=run.batches.generator)[: run.batches.batch_size]
+    )
 
 
 def inverted_data(run: Planting) -> None:
