@@ -38,7 +38,8 @@ class Planting:
     @property
     def network(self) -> nn.Module:
         """The network that is given latents."""
-        return self.module.get_submodule(self.kind.network)
+        network: nn.Module = self.module.get_submodule(self.kind.network)
+        return network
 
     @property
     def box(self) -> tuple[slice, slice]:

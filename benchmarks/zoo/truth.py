@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.data import Data, load
 from lightning_gendiag import Alarm
+from lightning_gendiag.functional.arrays import pieces
 
 SAMPLES = 2048
 """Number of samples of the referee at an evaluation; fewer of models that sample in many steps."""
@@ -90,7 +91,7 @@ def _trained(data: Data, steps: int = 1200) -> Classifier:
             images = images + 0.1 * torch.randn_like(images)
             loss = F.cross_entropy(network(images)[1], data.finer[rows], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return network.eval().requires_grad_(False)
@@ -128,8 +129,8 @@ class Referee:
         self.real_pixels = _pixels(data.images)
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        pieces = [self.network(piece) for piece in images.split(512)]
-        return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+        parts = [self.network(piece) for piece in pieces(images, 512)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _shares(self, scores: Tensor) -> Tensor:
         """Share of each class (K,)."""
