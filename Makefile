@@ -30,6 +30,7 @@ bench: $(READY)  ## every measurement; each script prints a table; more than an 
 	$(BIN)/python -m benchmarks.alarms
 	$(BIN)/python -m benchmarks.dysfunctions --samples 5000
 	$(BIN)/python -m benchmarks.planted_faults --small
+	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.module_copy
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overhead --models vae --arms all --epochs 24

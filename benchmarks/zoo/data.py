@@ -25,6 +25,9 @@ PHOTOGRAPHS = ("brick.png", "grass.png", "gravel.png", "coins.png", "page.png", 
 TEXTURES = 500
 """Number of textures of each photograph."""
 
+PICTURES = 200
+"""Number of faces and other patches, from which crops are made."""
+
 Bytes = NDArray[np.uint8]
 
 
@@ -35,6 +38,8 @@ class Data(NamedTuple):
     """(N, 1, H, W) in [-1, 1]."""
     labels: Tensor
     """(N,)"""
+    finer: Tensor
+    """(N,) labels within the classes, for a classifier whose features see more than few classes show."""
 
     @property
     def num_classes(self) -> int:
@@ -74,7 +79,7 @@ def _faces() -> tuple[Bytes, Bytes]:
     crops = [raw[:, :, top : top + 23, left : left + 23] for top in range(3) for left in range(3)]
     images = torch.cat([F.interpolate(crop, (16, 16), mode="area") for crop in crops])
     images = torch.cat([images, images.flip(3)])[:, 0]
-    labels = (torch.arange(len(raw)) < 100).repeat(len(images) // len(raw))
+    labels = (torch.arange(PICTURES) < PICTURES // 2).repeat(len(images) // PICTURES)
     return _as_bytes(images), labels.numpy().astype(np.uint8)
 
 
@@ -132,7 +137,9 @@ def load(name: str) -> Data:
         images = F.pad(F.avg_pool2d(images, 2), (1, 1, 1, 1), value=-1.0)
     elif name == "digits":
         images = F.interpolate(images, scale_factor=2, mode="nearest")
-    return Data(images, torch.from_numpy(labels).long())
+    classes = torch.from_numpy(labels).long()
+    # of two classes, features show little; the crops of one picture are of one finer class
+    return Data(images, classes, torch.arange(len(images)) % PICTURES if source == "faces" else classes)
 
 
 class Batches:

@@ -38,7 +38,8 @@ class Planting:
     @property
     def network(self) -> nn.Module:
         """The network that is given latents."""
-        return self.module.get_submodule(self.kind.network)
+        network: nn.Module = self.module.get_submodule(self.kind.network)
+        return network
 
     @property
     def box(self) -> tuple[slice, slice]:
@@ -162,7 +163,9 @@ def other_normalisation(run: Planting) -> None:
 
 def repeated_batch(run: Planting) -> None:
     """Brings one batch for ever."""
-    run.batches.again = run.batches.batch(torch.arange(run.batches.batch_size))
+    run.batches.again = run.batches.batch(
+        torch.randperm(len(run.batches.data.labels), generator=run.batches.generator)[: run.batches.batch_size]
+    )
 
 
 def inverted_data(run: Planting) -> None:

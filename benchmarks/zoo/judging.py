@@ -314,14 +314,14 @@ def lines(healthy: Sequence[Healthy], faulty: Sequence[Faulty], verbose: bool) -
                     f"{statistics.median(delays) if delays else math.nan:6.1f} "
                     f"{sum(o.as_data for o in some_faults):8d} {sum(o.visible for o in some_faults):8d}"
                 )
-            for one in some_faults if verbose else ():
-                yield f"  {one.run['kind']} {one.run['seed']}: {' | '.join(one.messages) or '-'}"
+            for fault in some_faults if verbose else ():
+                yield f"  {fault.run['kind']} {fault.run['seed']}: {' | '.join(fault.messages) or '-'}"
     counted = [one for one in faulty if counts(one)]
     yield ""
     yield f"{'baseline':36s} {'healthy runs stopped':28s} {'faults found':28s}"
     for name in baselines_of(healthy, counted):
         stopped = share(one.baselines[name] is not None for one in healthy)
-        yield f"{name:36s} {stopped:28s} {share(one.baselines[name] for one in counted):28s}"
+        yield f"{name:36s} {stopped:28s} {share(fault.baselines[name] for fault in counted):28s}"
 
 
 def counts(one: Faulty) -> bool:
@@ -331,7 +331,7 @@ def counts(one: Faulty) -> bool:
 
 def baselines_of(healthy: Sequence[Healthy], faulty: Sequence[Faulty]) -> list[str]:
     """Returns the names of the baselines."""
-    return list(next((one.baselines for one in (*healthy, *faulty)), {}))
+    return list(healthy[0].baselines if healthy else faulty[0].baselines if faulty else ())
 
 
 def figures(healthy: Sequence[Healthy], faulty: Sequence[Faulty]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.data import Data, load
 from lightning_gendiag import Alarm
+from lightning_gendiag.functional.arrays import pieces
 
 SAMPLES = 2048
 """Number of samples of the referee at an evaluation; fewer of models that sample in many steps."""
@@ -60,19 +61,19 @@ class Classifier(nn.Module):
     """A small convolutional network for grey images of 8 to 28 pixels.
 
     Args:
-        num_classes: K.
+        finer: Number of its outputs.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, finer: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.ReLU(),
             nn.Conv2d(24, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(288, 64), nn.ReLU(),
         )  # fmt: skip
-        self.head = nn.Linear(64, num_classes)
+        self.head = nn.Linear(64, finer)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns features (N, 64) and scores (N, K)."""
+        """Returns features (N, 64) and scores of finer classes."""
         features = self.body(F.avg_pool2d(images, 2) if images.shape[2] > 16 else images)
         return features, self.head(features)
 
@@ -80,7 +81,7 @@ class Classifier(nn.Module):
 def _trained(data: Data, steps: int = 1200) -> Classifier:
     with torch.random.fork_rng():
         torch.manual_seed(12345)
-        network = Classifier(data.num_classes)
+        network = Classifier(int(data.finer.max()) + 1)
         optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
         for _ in range(steps):
@@ -88,9 +89,9 @@ def _trained(data: Data, steps: int = 1200) -> Classifier:
             # small shifts and noise, so that it does not learn its images by heart
             images = data.images[rows].roll(tuple(torch.randint(-1, 2, (2,)).tolist()), (2, 3))
             images = images + 0.1 * torch.randn_like(images)
-            loss = F.cross_entropy(network(images)[1], data.labels[rows], label_smoothing=0.05)
+            loss = F.cross_entropy(network(images)[1], data.finer[rows], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return network.eval().requires_grad_(False)
@@ -105,7 +106,7 @@ class Referee:
 
     def __init__(self, name: str) -> None:
         data = load(name)
-        self.network = Classifier(data.num_classes).eval().requires_grad_(False)
+        self.network = Classifier(int(data.finer.max()) + 1).eval().requires_grad_(False)
         path = FOLDER / f"{name}.pt"
         if path.exists():
             self.network.load_state_dict(torch.load(path, weights_only=True))
@@ -116,16 +117,24 @@ class Referee:
             torch.save(self.network.state_dict(), own)
             own.replace(path)
         self.num_classes = data.num_classes
+        self.class_of = torch.zeros(int(data.finer.max()) + 1, dtype=torch.long)
+        self.class_of[data.finer] = data.labels
         features, scores = self._features(data.images)
-        self.accuracy = float((scores.argmax(1) == data.labels).double().mean())
+        self.accuracy = float((self.class_of[scores.argmax(1)] == data.labels).double().mean())
         self.real = _moments(features)
-        self.real_diversity = _diversity(features)
-        self.real_shares = _shares(scores, data.num_classes)
+        # data sets are sorted by class
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+        self.real_diversity = _diversity(features[order])
+        self.real_shares = self._shares(scores)
         self.real_pixels = _pixels(data.images)
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        pieces = [self.network(piece) for piece in images.split(512)]
-        return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+        parts = [self.network(piece) for piece in pieces(images, 512)]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _shares(self, scores: Tensor) -> Tensor:
+        """Share of each class (K,)."""
+        return self.class_of[scores.argmax(1)].bincount(minlength=self.num_classes).double() / len(scores)
 
     def measure(self, images: Tensor, regions: Tensor | None = None) -> dict[str, Any]:
         """Returns what the referee finds in samples.
@@ -151,7 +160,7 @@ class Referee:
         gaps = (_pixels(finite) - self.real_pixels).square().mean(0)
         return {
             "fid": frechet(_moments(features), self.real),
-            "shares": _shares(scores, self.num_classes).tolist(),
+            "shares": self._shares(scores).tolist(),
             "diversity": _diversity(features) / self.real_diversity,
             "regions": [float(gaps[regions == number].mean().sqrt()) for number in range(count)],
             "finite": share,
@@ -181,10 +190,6 @@ def frechet(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
 def _diversity(features: Tensor) -> float:
     """Mean distance of pairs."""
     return float(F.pdist(features[:256]).mean())
-
-
-def _shares(scores: Tensor, num_classes: int) -> Tensor:
-    return scores.argmax(1).bincount(minlength=num_classes).double() / len(scores)
 
 
 def _pixels(images: Tensor) -> Tensor:
