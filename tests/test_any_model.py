@@ -785,7 +785,7 @@ def test_two_processes_agree_and_training_stays_the_same(tmp_path: Path) -> None
     assert all(path.exists() for path in paths), done.stderr[-3000:]
     one, two = (torch.load(path, weights_only=True) for path in paths)
     assert one["attached"] == two["attached"] == [*GENERATOR, DATA]
-    assert one["evaluations"] == two["evaluations"] == [2, 2, 2]
+    assert one["evaluations"] == two["evaluations"] == [2, 2, 2, 2]
     assert one["values"] == pytest.approx(two["values"], rel=0, abs=0, nan_ok=True)
     assert all(math.isfinite(value) for tag, value in one["values"].items() if "/fid_class_" not in tag)
     assert same(one["with"], one["without"])

@@ -113,6 +113,15 @@ def test_shares_and_moments_are_those_of_all_images() -> None:
     assert float(result.scalars()["class_distance"]) == 0
 
 
+def test_the_first_images_have_not_moved() -> None:
+    metric = TrainingData((1, 8, 8))
+    metric.update(IMAGES[:64], LABELS[:64])
+    result = metric.compute()
+    assert result.moves() == {}
+    assert all(value.isfinite() for value in result.scalars().values())
+    assert float(result.variety) == 1
+
+
 def test_a_glance_takes_other_images_of_each_batch_and_copies_them() -> None:
     data = torch.arange(64.0).view(64, 1, 1, 1)
     seen = [glance(data, most=8, first=number) for number in range(8)]

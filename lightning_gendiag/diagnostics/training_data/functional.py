@@ -167,8 +167,8 @@ def expected_distinct(keys: Tensor, size: int) -> float:
     Source: Hurlbert, *The nonconcept of species diversity*, 1971.
 
     Example:
-        >>> expected_distinct(torch.tensor([5, 5, 7, 7]), 2), expected_distinct(torch.arange(9), 4)
-        (1.6666..., 4.0)
+        >>> round(expected_distinct(torch.tensor([5, 5, 7, 7]), 2), 6), round(expected_distinct(torch.arange(9), 4), 6)
+        (1.666667, 4.0)
     """
     counts = torch.unique(keys, return_counts=True)[1].double()
     n = float(len(keys))
@@ -372,6 +372,9 @@ class TrainingDataResult(NamedTuple):
     @property
     def variety(self) -> Tensor:
         """() number of different images relative to that of the first images, 1 where they repeat as much as those."""
+        if not len(self.first_keys) and len(self.keys):
+            # these are the first ones
+            return torch.ones_like(self.rows[0])
         now, first = self.distinct.unbind()
         return now / first
 
@@ -491,7 +494,8 @@ class TrainingDataResult(NamedTuple):
             "within": self.within[0] / self.rows[0],
         }
         if self.classes.shape[1] and float(self.classes.sum()):
-            values["class_distance"] = (self.share[0] - self.share[1]).abs().sum() / 2
+            has_first = bool(self.classes[1].any())
+            values["class_distance"] = (self.share[0] - self.share[1]).abs().sum() / 2 if has_first else zero
             values["moved_classes"] = zero + len(self.moved_classes)
             if self.classes.shape[1] <= MAX_CLASS_TAGS:
                 values |= {f"class_{c}": share for c, share in enumerate(self.share[0])}
