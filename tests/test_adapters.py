@@ -326,6 +326,30 @@ def test_where_nothing_encodes_either_the_message_asks_for_the_prior() -> None:
         next(view.prior_latents(2))
 
 
+def test_a_generator_takes_noise_also_where_a_sampler_beside_it_fails() -> None:
+    class GAN(LightningModule):
+        latent_dim = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = nn.Sequential(nn.Linear(3, 64), nn.Unflatten(1, (1, 8, 8)))
+
+        sample = Broken.sample
+
+    class Forward(GAN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = self._modules.pop("generator")
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.layers(z)
+
+    for module, name in ((GAN(), "self.generator"), (Forward(), "self.forward")):
+        view = view_of(module)
+        assert name_of(view, "sample") == f"{name} from normal noise (n, 3)"
+        assert view.has_prior
+
+
 def test_latents_of_real_images_are_mentioned_only_where_they_are_decoded(caplog: pytest.LogCaptureFixture) -> None:
     class Sampled(Broken):
         def decode(self, z: Tensor) -> Tensor:

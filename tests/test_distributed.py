@@ -131,6 +131,10 @@ class TestWays:
     def test_a_way_that_fails_on_one_process_is_used_on_none(self, ways: list[Any]) -> None:
         assert [report["way"] for report in ways[1:]] == ["self.forward from normal noise (n, 4)"] * 2
 
+    def test_the_prior_of_a_sampler_that_fails_on_one_process_is_known_on_none(self, ways: list[Any]) -> None:
+        expected = ("reconstructions", False, "self.decode of self.encode(images)")
+        assert [report["source"] for report in ways[1:]] == [expected] * 2
+
     def test_a_sampler_that_the_user_names_and_that_fails_on_one_process_is_left_out_with_the_reason(
         self, ways: list[Any]
     ) -> None:

@@ -196,7 +196,10 @@ class ModelParts:
         if need == "sample":
             self._sampler_fails = False
         for way in ways:
-            failure = self._barred.get(need, {}).get(way.name) or self._failure(way)
+            failure = self._barred.get(need, {}).get(way.name, "")
+            # on another process
+            self._sampler_fails |= way.is_sampler and bool(failure)
+            failure = failure or self._failure(way)
             if not failure:
                 self._chosen[need] = way.name, shape
                 if way.is_sampler:
@@ -224,7 +227,7 @@ class ModelParts:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
         if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
             return False
-        return not way.assumes_prior or self.adapter.sample is not None or self._noise_is_prior
+        return not way.assumes_prior or self.adapter.sample is not None or self._takes_noise(way)
 
     def _found(self, need: Need) -> Iterator[Way]:
         for recogniser in RECOGNISERS:
@@ -296,7 +299,7 @@ class ModelParts:
         return x.to(self.context.device, torch.float64 if double else torch.float32)
 
     def _try_sample(self, way: Way) -> None:
-        if way.assumes_prior and self.adapter.sample is None and not self._noise_is_prior:
+        if way.assumes_prior and self.adapter.sample is None and not self._takes_noise(way):
             raise ValueError("nothing shows that normal noise is the prior of its latents")
         try:
             self._sample_two(way)
@@ -365,20 +368,22 @@ class ModelParts:
         """
         if self._example is None:
             return True
-        if not self._noise_is_prior:
+        way = self.way("decode") if self.has("decode") else None
+        if not self._takes_noise(way):
             return False
         self.has("sample")
-        return self._noise_is_prior
+        return self._takes_noise(way)
 
-    @property
-    def _noise_is_prior(self) -> bool:
-        """:attr:`has_prior`, by the samplers that have been tried so far."""
+    def _takes_noise(self, way: Way | None) -> bool:
+        """Whether normal noise is the prior of what a way decodes, by the samplers that have been tried so far."""
         example = self._example
         if self.adapter.latent_dim is not None:
             return True
-        if self._sampler_fails:
+        encodes = example is not None and self.has("encode")
+        # a generator alone takes noise in any case
+        if self._sampler_fails and (encodes or way is None or not way.is_generator):
             return False
-        if example is None or not self.has("encode"):
+        if example is None or not encodes:
             return True
         if self._has_posterior:
             return self._latent is not None and math.prod(self._latent[1:]) == 1

@@ -252,7 +252,9 @@ def decoder_ways(
             continue
         text = f"{name}{f' of latents {shape}' if len(shape) > 1 else ''}"
         decode = partial(_with_class_0, target) if labels else target
-        yield Way("decode", f"{text}{' with class 0' if labels else ''}", decode, latent=shape)
+        yield Way(
+            "decode", f"{text}{' with class 0' if labels else ''}", decode, latent=shape, is_generator=is_generator
+        )
         if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (len(shape) > 1 and shape[1:] != (1, 1)):
             # a map of latents has no prior that is worth sampling
             continue
@@ -260,6 +262,7 @@ def decoder_ways(
         yield Way(
             "sample", f"{name} from {noise}{' and labels' if labels else ''}", partial(_sampled, target, module, shape),
             takes_labels=labels, latent=shape, assumes_prior=not is_generator or name == "self.forward",
+            is_generator=is_generator,
         )  # fmt: skip
 
 
