@@ -484,7 +484,8 @@ def adapter(**options: Any) -> ModelAdapter:
 def test_a_dropped_class_stops_the_run_and_is_named() -> None:
     monitor, stopping = GenerationBalanceMonitor(adapter=adapter(), on_error="raise"), CollapseStopping()
     with pytest.warns(
-        CollapseWarning, match="class 7 was dropped: .* Training stops if it lasts for 8 more evaluations"
+        CollapseWarning,
+        match="class 7 was dropped: .* Training continues, and stops if it lasts for 8 more evaluations and",
     ):
         own = trainer(monitor, stopping, max_epochs=30)
         own.fit(ClassSampler(lambda epoch: set(range(10)) - ({7} if epoch >= 12 else set())), batches(16, 32))
