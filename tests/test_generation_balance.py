@@ -481,6 +481,7 @@ def adapter(**options: Any) -> ModelAdapter:
     return ModelAdapter(reference=digits(16), **({"num_samples": 500, "num_reference": 800} | options))
 
 
+@pytest.mark.filterwarnings("ignore:class 7 was dropped")
 def test_a_dropped_class_stops_the_run_and_is_named() -> None:
     monitor, stopping = GenerationBalanceMonitor(adapter=adapter(), on_error="raise"), CollapseStopping()
     with pytest.warns(

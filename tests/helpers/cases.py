@@ -80,7 +80,7 @@ ARGUMENTS = {
     ),
     "regional_primitives": Arguments({"num_regions": 3}, {"num_regions": {"num_regions": 4}}),
     "training_data": Arguments(
-        {"shape": (1, 8, 8)},
+        {"shape": (2, 8, 8)},
         {"shape": {"shape": (3, 8, 8)}, "rows": {"rows": 8}, "confidence": {"confidence": 0.99}},
     ),
 }

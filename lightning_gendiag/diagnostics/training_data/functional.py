@@ -220,9 +220,9 @@ class TrainingDataResult(NamedTuple):
     """(2, K) as ``edge_batch_squares``"""
     label_batches: Tensor
     """(2,) number of batches with labels"""
-    keys: Tensor
+    hashes: Tensor
     """(n,) sorted numbers of the measured images since the last evaluation, equal for equal images"""
-    first_keys: Tensor
+    first_hashes: Tensor
     """(m,) the same of the first images"""
     absent: Tensor
     """(K,) number of images since each class was last seen, before these batches; nan where it is not known"""
@@ -366,13 +366,13 @@ class TrainingDataResult(NamedTuple):
     @property
     def distinct(self) -> Tensor:
         """(2,) expected number of different images in equally many of both sides."""
-        size = min(len(self.keys), len(self.first_keys))
-        return self.rows.new_tensor([expected_distinct(keys, size) for keys in (self.keys, self.first_keys)])
+        size = min(len(self.hashes), len(self.first_hashes))
+        return self.rows.new_tensor([expected_distinct(keys, size) for keys in (self.hashes, self.first_hashes)])
 
     @property
     def variety(self) -> Tensor:
         """() number of different images relative to that of the first images, 1 where they repeat as much as those."""
-        if not len(self.first_keys) and len(self.keys):
+        if not len(self.first_hashes) and len(self.hashes):
             # these are the first ones
             return torch.ones_like(self.rows[0])
         now, first = self.distinct.unbind()
@@ -418,7 +418,7 @@ class TrainingDataResult(NamedTuple):
                 f"{_number(first_high)}"
             )
         if self.repeats:
-            different, size = len(torch.unique(self.keys)), min(len(self.keys), len(self.first_keys))
+            different, size = len(torch.unique(self.hashes)), min(len(self.hashes), len(self.first_hashes))
             found["duplicates"] = (
                 f"the last {int(self.batches[0]):,} batches repeat {different:,} {self.noun}: among {size:,} of them "
                 f"{float(self.distinct[0]):,.0f} differ, and {float(self.distinct[1]):,.0f} did at first"

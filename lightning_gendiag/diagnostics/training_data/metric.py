@@ -98,8 +98,8 @@ class TrainingData(Diagnostic):
     classes: Tensor
     class_batch_squares: Tensor
     label_batches: Tensor
-    keys: list[Tensor]
-    first_keys: list[Tensor]
+    hashes: list[Tensor]
+    first_hashes: list[Tensor]
     low: Tensor
     high: Tensor
 
@@ -125,8 +125,8 @@ class TrainingData(Diagnostic):
         )  # fmt: skip
         self.add_state("low", default=torch.full(pair, math.inf, dtype=torch.float64), dist_reduce_fx="min")
         self.add_state("high", default=torch.full(pair, -math.inf, dtype=torch.float64), dist_reduce_fx="max")
-        self.add_state("keys", default=[], dist_reduce_fx="cat")
-        self.add_state("first_keys", default=[], dist_reduce_fx="cat")
+        self.add_state("hashes", default=[], dist_reduce_fx="cat")
+        self.add_state("first_hashes", default=[], dist_reduce_fx="cat")
         self.add_configuration(shape=self.shape, rows=rows, confidence=confidence)
 
     def update(
@@ -203,7 +203,7 @@ class TrainingData(Diagnostic):
 
     def _add_keys(self, keys: Tensor, first: bool) -> None:
         """Adds numbers of images; those of images that are not finite are left out when the result is computed."""
-        name = "first_keys" if first else "keys"
+        name = "first_hashes" if first else "hashes"
         held = [*getattr(self, name), keys]
         if sum(map(len, held)) > 2 * MAX_KEYS:
             held = [torch.cat(held)[-MAX_KEYS:]]
@@ -244,13 +244,13 @@ class TrainingData(Diagnostic):
             setattr(self, state, held)
         self.low = torch.stack([self.low[0], torch.minimum(self.low[1], first["low"].to(self.low))])
         self.high = torch.stack([self.high[0], torch.maximum(self.high[1], first["high"].to(self.high))])
-        self.first_keys = [*self.first_keys, first["keys"].to(self.device)]
+        self.first_hashes = [*self.first_hashes, first["hashes"].to(self.device)]
 
     def compute(self) -> TrainingDataResult:
         """Returns the numbers of both sides."""
         seen = self.classes[:, :MAX_CLASSES].sum(0).nonzero()
         count = int(seen[-1]) + 1 if len(seen) else 0
-        keys, first_keys = (self._finite_keys(name) for name in ("keys", "first_keys"))
+        keys, first_hashes = (self._finite_keys(name) for name in ("hashes", "first_hashes"))
         return TrainingDataResult(
             shape=torch.tensor(self.shape, device=self.device),
             images=self.images,
@@ -269,8 +269,8 @@ class TrainingData(Diagnostic):
             classes=self.classes[:, :count],
             class_batch_squares=self.class_batch_squares[:, :count],
             label_batches=self.label_batches,
-            keys=keys,
-            first_keys=first_keys,
+            hashes=keys,
+            first_hashes=first_hashes,
             absent=self.images.new_full((count,), math.nan),
             confidence=self.images.new_tensor(self.confidence),
         )

@@ -230,7 +230,7 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
 def _joined(first: dict[str, Tensor] | None, result: TrainingDataResult) -> dict[str, Tensor]:
     """Returns the sums of the first batches with those of the batches since the last evaluation."""
     new = {name: getattr(result, name)[0] for name in SUMS}
-    new |= {"low": result.low[0], "high": result.high[0], "keys": result.keys[: 2 * MAX_KEYS]}
+    new |= {"low": result.low[0], "high": result.high[0], "hashes": result.hashes[: 2 * MAX_KEYS]}
     if first is None:
         return new
     joined = {}
@@ -240,7 +240,7 @@ def _joined(first: dict[str, Tensor] | None, result: TrainingDataResult) -> dict
             joined[name] = torch.minimum(before, value)
         elif name == "high":
             joined[name] = torch.maximum(before, value)
-        elif name == "keys":
+        elif name == "hashes":
             joined[name] = torch.cat([before, value])[: 2 * MAX_KEYS]
         elif name.startswith("class"):
             size = max(len(before), len(value))
