@@ -243,7 +243,7 @@ def visible(before: Sequence[float], truth: dict[str, list[Any]]) -> bool:
 def names(alarm: Alarm, run: Record, fault: Record) -> bool:
     """Returns whether an alarm names what is at fault."""
     planted = FAULTS[fault["name"]]
-    if planted.of_data and is_about_data(alarm) and planted.place == "data":
+    if planted.of_data and planted.place != "class" and is_about_data(alarm):
         return True
     if planted.place == "class":
         return fault["class"] in numbers_in([*alarm.names, alarm.label], "class") and alarm.diagnostic != "k_star"
