@@ -138,7 +138,7 @@ def test_a_run_draws_what_its_kind_allows_and_always_the_same() -> None:
 
 
 def test_a_steady_run_is_healthy_and_a_drop_stops_it() -> None:
-    assert replay(recorded()) == ([], None, [])
+    assert replay(recorded()) == ([], None, [], "healthy")
     played = replay(recorded(left=3.0))
     assert played.stopped == played.raised[0].at
     assert 40 <= played.stopped <= 43

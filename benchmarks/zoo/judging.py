@@ -18,7 +18,6 @@ from benchmarks.zoo.truth import is_about_data, is_right, numbers_in, quadrants_
 from lightning_gendiag import Alarm, CollapseStopping, Evaluation, Observation, Series
 from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
 from lightning_gendiag.detection.history import History
-from lightning_gendiag.detection.rules import Judge
 
 CONTRIBUTIONS = {kind.name: kind().contributions for kind in MONITORS}
 """Pure functions of values, so that they need not be recorded."""
@@ -48,6 +47,8 @@ class Replayed(NamedTuple):
     """The evaluation that would have stopped it; None if none would."""
     by: list[Alarm]
     """Alarms that would have stopped it."""
+    state: str = ""
+    """Of the report at its end."""
 
 
 def evaluations_of(run: Record, track: Record) -> list[dict[str, Evaluation]]:
@@ -72,24 +73,13 @@ def _observation(series: Series, column: dict[str, Any], position: int) -> Obser
     return Observation(series, value, severity, **{k: v for k, v in more.items() if k in Observation._fields})
 
 
-def stopping(judge: Judge, observed: dict[str, Evaluation]) -> list[Alarm]:
-    """Returns the alarms that stop the run at this evaluation, as ``CollapseStopping`` does."""
-    if hasattr(judge, "stopping"):
-        return list(judge.stopping())
-    lasting = []
-    for monitor, latest in observed.items():
-        patience = {o.series.name: o.series.patience for o in latest.observations}
-        lasting += [a for a in judge.open_alarms(monitor) if latest.number == a.number + patience.get(a.names[0], 0)]
-    return lasting
-
-
 def replay(run: Record, fault: Record | None = None) -> Replayed:
     """Judges a recorded run, or what led to a fault and followed it, with the rules of today."""
     rows, steps = evaluations_of(run, run), list(run["steps"])
     if fault is not None:
         first = fault["first"]
         rows, steps = rows[:first] + evaluations_of(run, fault), steps[:first] + fault["steps"]
-    judge, history = CollapseStopping("warn").judge, History()
+    stopper, history = CollapseStopping("warn"), History()
     raised: list[Raised] = []
     stopped: int | None = None
     by: list[Alarm] = []
@@ -98,13 +88,13 @@ def replay(run: Record, fault: Record | None = None) -> Replayed:
             history.append(monitor, evaluation)
         for monitor, evaluation in observed.items():
             contributions = CONTRIBUTIONS.get(monitor, lambda before, after: {})
-            for alarm in judge.update(monitor, evaluation, history, contributions):
+            for alarm in stopper.judge.update(monitor, evaluation, history, contributions):
                 since = next((number for number, step in enumerate(steps) if step >= alarm.since), at)
                 raised.append(Raised(alarm, at, since))
-        lasting = stopping(judge, observed)
+        lasting = stopper.judge.stopping(history)
         if lasting and stopped is None:
             stopped, by = at, lasting
-    return Replayed(raised, stopped, by)
+    return Replayed(raised, stopped, by, stopper.report()["state"])
 
 
 # ---- what people use today ----
@@ -166,6 +156,8 @@ class Healthy(NamedTuple):
     alarms: list[str]
     wrong: list[str]
     """Messages of alarms that name nothing that got worse."""
+    state: str
+    """Of the report at its end."""
     wrongly_stopped: bool
     """Whether it was stopped although nothing that stopped it was right and the FID was no worse."""
     late: dict[int, bool]
@@ -180,6 +172,7 @@ class Faulty(NamedTuple):
     fault: str
     from_start: bool
     found: bool
+    """Whether an alarm was raised while there was a fault; with a fault from the start also if the report ends unhealthy."""
     named: bool
     as_data: bool
     stopped: bool
@@ -203,6 +196,7 @@ def judged_healthy(run: Record) -> Healthy:
         played.stopped,
         [f"{r.alarm.diagnostic}: {r.alarm}" for r in played.raised],
         [f"{r.at}: {r.alarm.diagnostic}: {r.alarm.message}" for r in wrong],
+        played.state,
         played.stopped is not None and not worse and not any(right.get(id(a), False) for a in played.by),
         {start: any(start <= r.at < start + AFTER for r in played.raised) for start in (EARLY, LATE)},
         baselines(run),
@@ -221,7 +215,7 @@ def judged_faulty(run: Record, fault: Record | None) -> Faulty:
         run,
         name,
         fault is None,
-        bool(late),
+        bool(late) or (fault is None and played.state == "unhealthy"),
         bool(late) if fault is None else any(names(r.alarm, run, fault) for r in late),
         any(is_about_data(r.alarm) for r in late),
         played.stopped is not None and played.stopped >= first,
@@ -298,6 +292,8 @@ def lines(healthy: Sequence[Healthy], faulty: Sequence[Faulty], verbose: bool) -
     for start in (EARLY, LATE) if healthy else ():
         chance = share(one.late[start] for one in healthy)
         yield f"an alarm by chance in the {AFTER} evaluations from {start}: {chance}"
+    if healthy:
+        yield f"reported as unhealthy at the end: {share(one.state == 'unhealthy' for one in healthy)}"
     for one in healthy if verbose else ():
         for message in one.wrong:
             yield f"  {one.run['kind']} {one.run['seed']}{' (stopped)' if one.stopped is not None else ''} {message}"
@@ -354,6 +350,7 @@ def figures(healthy: Sequence[Healthy], faulty: Sequence[Faulty]) -> dict[str, A
         "wrongly_stopped": mean(one.wrongly_stopped for one in healthy),
         "wrong_alarms": sum(len(one.wrong) for one in healthy),
         "wrong_alarms_per_run": sum(len(one.wrong) for one in healthy) / max(1, len(healthy)),
+        "called_unhealthy": mean(one.state == "unhealthy" for one in healthy),
         "by_chance": mean(one.late[start] for one in healthy for start in (EARLY, LATE)),
         "faults": len(later),
         "found": mean(one.found for one in later),
