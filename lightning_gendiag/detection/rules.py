@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import median, pstdev
+from statistics import median
 from typing import Any
 
 from lightning_gendiag.detection.alarm import Alarm, listed
@@ -236,7 +236,10 @@ def _is_worse(entries: list[Entry], since: int, min_std: float) -> bool:
     after = [entry.severity for entry in entries if entry.step >= since][-SINCE:]
     if len(before) < LEAST_BEFORE or not after:
         return False
-    return not all(map(math.isfinite, after)) or median(after) > median(before) + max(min_std, pstdev(before))
+    level = median(before)
+    # the standard deviation of normal values by their median distance from the median, whatever a few of them are
+    fluctuation = 1.4826 * median(abs(value - level) for value in before)
+    return not all(map(math.isfinite, after)) or median(after) > level + max(min_std, fluctuation)
 
 
 @dataclass
@@ -303,6 +306,8 @@ class _Grouping:
         """An alarm about series, raised by the detector of one of them."""
         detection, first = self.detections[by], self.judged[names[0]]
         since = self.evaluation.number if detection.since is None else detection.since
+        if first.series.role == "rule":
+            since = self.evaluation.number - max(0, self.history.in_a_row(self.monitor, names[0]) - 1)
         before = {name: self._level(name, since) for name in self.judged}
         after = {name: observation.value for name, observation in self.judged.items()}
         components = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from lightning_gendiag.diagnostics.generation_balance.functional import MAX_CLAS
 from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance
 from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.model.batches import known
-from lightning_gendiag.model.features import KernelClassifier, averaged_pixels, class_of
+from lightning_gendiag.model.features import FeatureExtractor, KernelClassifier, averaged_pixels, class_of
 from lightning_gendiag.model.view import Source, check_source
 
 if TYPE_CHECKING:
@@ -168,9 +169,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         """The features that the default classifier compares."""
         # a callable may change with the model, which a classifier should not
         if self.features is None or (self.space != "features" and view.moves_with_model(self.features)):
-            filters = view.feature_extractor.responses
-            # the root makes strong and weak responses fluctuate alike
-            return lambda images: filters(images.to(view.device)).sqrt()
+            return partial(_rooted, view.feature_extractor)
         return view.resolve_features(self.features)
 
     def depends_on_model(self, view: ModelView) -> bool:
@@ -248,3 +247,9 @@ def severity(share: float, number: float) -> float:
     can be dropped as well. nan stays nan.
     """
     return -math.log2(share + FLOOR / number) if number else math.nan
+
+
+def _rooted(extractor: FeatureExtractor, images: Tensor) -> Tensor:
+    """Returns the filter responses of images, whose root makes strong and weak responses fluctuate alike."""
+    responses: Tensor = extractor.responses(images.to(extractor.mean.device))
+    return responses.sqrt()
