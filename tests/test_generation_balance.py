@@ -612,7 +612,7 @@ def test_a_classifier_that_guesses_is_reported_once_and_nothing_is_judged(caplog
     guess = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     nn.init.zeros_(guess[1].weight)
     monitor = GenerationBalanceMonitor(guess, adapter=adapter(), on_error="raise")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         trainer(monitor, max_epochs=3).fit(ClassSampler(), batches(16, 32))
     assert caplog.text.count("cannot tell the share of any class: the classifier is right for") == 1
     assert {o.series.role for o in monitor.observations(monitor.result)} == {"record"}
