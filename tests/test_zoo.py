@@ -25,7 +25,7 @@ from benchmarks.zoo.judging import (
 from benchmarks.zoo.models import KINDS, at_rest, drawn, influences
 from benchmarks.zoo.recording import Track, Unit, forks_of, read, setting_of, write
 from benchmarks.zoo.running import units
-from benchmarks.zoo.truth import frechet, is_right, numbers_in, quadrants_of
+from benchmarks.zoo.truth import frechet, has_learnt, is_right, numbers_in, quadrants_of
 from lightning_gendiag import Alarm, Evaluation, Observation, Series
 
 REGIONS = {"labels": [[0, 0, 1, 1]] * 4, "names": ["left", "right"]}
@@ -151,7 +151,7 @@ def test_an_alarm_is_wrong_unless_what_it_names_got_worse() -> None:
     assert wrong.wrong
     assert wrong.wrongly_stopped
     assert wrong.late == {15: False, 40: True}
-    for truth in ({"fid": 16.0}, {"regions": [0.2, 0.1]}, {"diversity": 0.3}):
+    for truth in ({"fid": 16.0}, {"regions": [0.2, 0.1]}, {"diversity": 0.2}):
         right = judged_healthy(recorded(left=3.0, **truth))
         assert not right.wrong
         assert not right.wrongly_stopped
@@ -203,6 +203,12 @@ def test_the_truth_of_an_alarm(what: Alarm, truth: dict[str, Any], right: bool) 
     series = {name: [value] * 20 + [truth.get(name, value)] * 3 for name, value in usual.items()}
     run = {"regions": REGIONS, "real_shares": [0.5, 0.5]}
     assert is_right(what, run, series, since=20, at=22) is right
+
+
+def test_a_run_that_did_not_learn_is_not_healthy() -> None:
+    assert has_learnt({"fid": [100.0, *[60.0] * 20]})
+    assert not has_learnt({"fid": [100.0, 60.0, *[90.0] * 20]})
+    assert not has_learnt({"fid": [math.nan] * 20})
 
 
 def test_quadrants_and_numbers_of_names() -> None:

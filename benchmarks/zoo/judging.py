@@ -14,7 +14,7 @@ from scipy.stats import beta
 from benchmarks.zoo.faults import FAULTS, FROM_THE_START
 from benchmarks.zoo.models import KINDS
 from benchmarks.zoo.recording import AFTER, EARLY, LATE, Record
-from benchmarks.zoo.truth import is_about_data, is_right, numbers_in, quadrants_of, quality_fell
+from benchmarks.zoo.truth import has_learnt, is_about_data, is_right, numbers_in, quadrants_of, quality_fell
 from lightning_gendiag import Alarm, CollapseStopping, Evaluation, Observation, Series
 from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
 from lightning_gendiag.detection.history import History
@@ -373,15 +373,21 @@ def mean(flags: Iterable[Any]) -> float:
 
 
 def judge(runs: Iterable[Record], verbose: bool = False) -> dict[str, Any]:
-    """Judges runs, prints the table and returns the figures."""
+    """Judges runs, prints the table and returns the figures; runs that did not learn, and their faults, are left out."""
     healthy: list[Healthy] = []
     faulty: list[Faulty] = []
+    unlearnt: list[str] = []
     for run in runs:
         if run["fault"]:
             faulty.append(judged_faulty(run, None))
             continue
+        if not has_learnt(run["truth"]):
+            unlearnt.append(f"{run['kind']} {run['seed']}")
+            continue
         healthy.append(judged_healthy(run))
         faulty += [judged_faulty(run, fault) for fault in run["faults"]]
+    if unlearnt:
+        print(f"left out, since they did not learn without a fault either: {', '.join(unlearnt)}")
     for line in lines(healthy, faulty, verbose):
         print(line)
     return figures(healthy, faulty)

@@ -291,10 +291,10 @@ class VQVAE(LightningModule):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(1, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 4, 2, 1), nn.ReLU(),
-            nn.Conv2d(width, length, 1),
+            # without it, all latents may begin next to one vector, and stay there
+            nn.Conv2d(width, length, 1), nn.BatchNorm2d(length),
         )  # fmt: skip
         self.codebook = nn.Embedding(codes, length)
-        nn.init.uniform_(self.codebook.weight, -1 / codes, 1 / codes)
         self.decoder = nn.Sequential(
             nn.Conv2d(length, width, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(width, width, 4, 2, 1), nn.ReLU(),
             nn.ConvTranspose2d(width, 1, 4, 2, 1), nn.Tanh(),
@@ -431,7 +431,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.shape = shape
         self.inside, self.outside = nn.Linear(math.prod(shape), width), nn.Linear(width, math.prod(shape))
-        self.time = mlp(32, width, width)
+        self.time, self.scale = mlp(32, width, width), nn.Linear(width, 1)
         self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), mlp(width, width, width)) for _ in range(3))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -439,7 +439,8 @@ class Denoiser(nn.Module):
         h, time = self.inside(x.flatten(1)), self.time(angles(t, 32))
         for block in self.blocks:
             h = h + block(h + time)
-        return self.outside(h).view(-1, *self.shape)
+        # noise has more dimensions than the layers are wide, and most of it is in the images as it is
+        return self.outside(h).view(-1, *self.shape) + self.scale(time)[:, :, None, None] * x
 
 
 class DDPM(LightningModule):
@@ -651,7 +652,7 @@ KINDS: dict[str, Kind] = {
         _of_shape(RealNVP), ("digits8",), (96, 128), (1e-3, 2e-3), "flow", False, (8, 60), 512, noise=1 / 16
     ),
     "conditional_gan": Kind(ConditionalGAN, ("mnist", "digits"), (64, 128), (2e-4, 5e-4), "gan", True),
-    "vq_vae": Kind(_vq_vae, ("mnist", "textures"), (12, 16), (2e-3, 4e-3), "autoencoder", False, (8, 40), 512),
+    "vq_vae": Kind(_vq_vae, ("mnist", "textures"), (12, 16), (1e-3, 2e-3), "autoencoder", False, (8, 40), 512),
 }
 """Held-out kinds alternate with the others, so that a part of the list is balanced."""
 

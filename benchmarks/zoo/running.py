@@ -69,7 +69,7 @@ def record_all(wanted: Sequence[Unit], folder: Path, jobs: int, seconds: float) 
         names = dict.fromkeys(name for unit in missing for name in KINDS[unit.kind].data)
         list(pool.map(referee_of, names))
         waiting = iter(missing)
-        running = {pool.submit(recorded, unit, folder) for unit, _ in zip(waiting, range(jobs), strict=False)}
+        running = {pool.submit(recorded, unit, folder) for _, unit in zip(range(jobs), waiting, strict=False)}
         while running:
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             done = finished.pop()

@@ -44,8 +44,11 @@ SAMPLES = 2048
 BEST = 10
 """The median of this many best evaluations before a change is what the values after it are compared with."""
 
-FID_FACTOR, SHARE_FACTOR, ABSENT, BALANCE, PROBE, ALIKE = 1.5, 0.5, 0.1, 0.1, 0.1, 0.5
+FID_FACTOR, SHARE_FACTOR, ABSENT, BALANCE, PROBE, ALIKE = 1.5, 0.5, 0.1, 0.1, 0.1, 0.25
 """See the table above; samples are much alike where their mean distance is below ``ALIKE`` of that of real images."""
+
+LEARNT = 0.75
+"""A run without a planted fault is healthy only if its FID ends below this share of the first one."""
 
 PIXELS_FACTOR, PIXELS = 1.5, 0.05
 """A region got worse where its pixels' statistics are this many times farther from the real ones, and by this much."""
@@ -217,6 +220,12 @@ def before_and_after(values: Sequence[float], since: int, at: int, best: bool = 
     level = sorted(earlier)[:BEST] if best else earlier[-BEST:]
     later = [value for value in values[max(since, at - 2) : at + 1] if math.isfinite(value)]
     return median(level or [math.nan]), median(later or [math.nan])
+
+
+def has_learnt(truth: Truth) -> bool:
+    """Returns whether the samples of a run became better; one whose codebook collapsed at once is not healthy."""
+    fid: list[float] = truth["fid"]
+    return median(fid[-BEST:]) < LEARNT * fid[0]
 
 
 def quality_fell(truth: Truth, since: int, at: int) -> bool:
