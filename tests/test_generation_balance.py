@@ -22,7 +22,6 @@ from lightning_gendiag import (
     ModelAdapter,
 )
 from lightning_gendiag.diagnostics.generation_balance.functional import (
-    binomial_interval,
     corrected_interval,
     corrected_shares,
     error_rates,
@@ -30,6 +29,7 @@ from lightning_gendiag.diagnostics.generation_balance.functional import (
 )
 from lightning_gendiag.diagnostics.generation_balance.monitor import severity
 from lightning_gendiag.functional.distances import frechet_distance
+from lightning_gendiag.functional.intervals import binomial_interval
 from lightning_gendiag.model.features import (
     FeatureExtractor,
     KernelClassifier,
@@ -486,7 +486,7 @@ def test_a_dropped_class_stops_the_run_and_is_named() -> None:
     monitor, stopping = GenerationBalanceMonitor(adapter=adapter(), on_error="raise"), CollapseStopping()
     with pytest.warns(
         CollapseWarning,
-        match="class 7 was dropped: .* Training continues, and stops if it lasts for 8 more evaluations and",
+        match="class 7 was dropped: .* Training continues, and stops if the change lasts for 8 more evaluations and",
     ):
         own = trainer(monitor, stopping, max_epochs=30)
         own.fit(ClassSampler(lambda epoch: set(range(10)) - ({7} if epoch >= 12 else set())), batches(16, 32))

@@ -24,6 +24,7 @@ from lightning_gendiag import (
 from lightning_gendiag.detection.history import History
 from lightning_gendiag.detection.report import report
 from lightning_gendiag.detection.rules import Judge
+from tests.helpers.alarms import alarm
 from tests.helpers.faults import QUADRANTS, run_with_fault
 from tests.helpers.models import ScriptedGenerator
 from tests.helpers.running import batches, trainer
@@ -216,14 +217,6 @@ def test_the_spread_is_a_ratio_of_variances_and_what_is_unreached_a_share_of_val
 
 
 # ---- the report ----
-
-
-def alarm(**options: Any) -> Alarm:
-    fields: dict[str, Any] = {
-        "step": 5, "epoch": 1, "diagnostic": "cms", "label": "centre", "before": 0.9, "after": 0.4, "score": 7.0, "since": 4,
-        "evaluations_to_false_alarm": 2e6, "quantity": "cosine mean similarity", "names": ["centre"],
-    }  # fmt: skip
-    return Alarm(**(fields | options))
 
 
 @pytest.mark.parametrize(

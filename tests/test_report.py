@@ -3,15 +3,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_gendiag import Alarm, CollapseWarning
+from lightning_gendiag import CollapseWarning
 from lightning_gendiag.callbacks.checkpoints import checkpoints, last_good_checkpoint
 from lightning_gendiag.detection.report import FILE, report
+from tests.helpers.alarms import alarm
 from tests.helpers.faults import planted, run_with_fault
 from tests.helpers.logs import events
 
@@ -82,14 +82,6 @@ def test_without_a_logger_no_file_is_written_and_an_unreadable_checkpoint_is_ski
     with pytest.warns(UserWarning, match=r"other.ckpt was skipped"):
         assert str(stopping.report(own)["last_good_checkpoint"]).endswith(".ckpt")
     assert not list(tmp_path.rglob(FILE))
-
-
-def alarm(**options: Any) -> Alarm:
-    fields: dict[str, Any] = {
-        "step": 5, "epoch": 1, "diagnostic": "cms", "label": "centre", "before": 0.9, "after": 0.4, "score": 7.0, "since": 4,
-        "evaluations_to_false_alarm": 2e6, "quantity": "cosine mean similarity", "names": ["centre"],
-    }  # fmt: skip
-    return Alarm(**(fields | options))
 
 
 def test_a_report_of_open_alarms_names_what_else_changed() -> None:

@@ -20,7 +20,7 @@ from lightning_gendiag.diagnostics.training_data.functional import (
     glance,
     grid_of,
     place_of,
-    row_keys,
+    row_hashes,
 )
 from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images
@@ -84,22 +84,22 @@ def test_data_of_every_shape_have_cells(shape: tuple[int, ...], generator: torch
     assert panel.dtype == torch.uint8
 
 
-def test_keys_of_rows_do_not_depend_on_the_batch(generator: torch.Generator) -> None:
+def test_hashes_of_rows_do_not_depend_on_the_batch(generator: torch.Generator) -> None:
     rows = torch.randn(50, 3, 7, 7, generator=generator)
-    keys = row_keys(rows)
-    assert len(keys.unique()) == 50
-    assert torch.equal(torch.cat([row_keys(rows[:7]), row_keys(rows[7:])]), keys)
+    hashes = row_hashes(rows)
+    assert len(hashes.unique()) == 50
+    assert torch.equal(torch.cat([row_hashes(rows[:7]), row_hashes(rows[7:])]), hashes)
     changed = rows.clone()
     changed[0, 1, 2, 3] += 1e-6
-    assert row_keys(changed)[0] != keys[0]
+    assert row_hashes(changed)[0] != hashes[0]
 
 
 def test_the_expected_number_of_different_images_is_the_mean_over_all_selections() -> None:
-    keys = torch.tensor([1, 1, 1, 2, 2, 3])
+    hashes = torch.tensor([1, 1, 1, 2, 2, 3])
     subsets = torch.combinations(torch.arange(6), 3)
-    slow = sum(len(keys[subset].unique()) for subset in subsets) / len(subsets)
-    assert expected_distinct(keys, 3) == pytest.approx(slow)
-    assert expected_distinct(keys, 6) == pytest.approx(3)
+    slow = sum(len(hashes[subset].unique()) for subset in subsets) / len(subsets)
+    assert expected_distinct(hashes, 3) == pytest.approx(slow)
+    assert expected_distinct(hashes, 6) == pytest.approx(3)
 
 
 def test_shares_and_moments_are_those_of_all_images() -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
+from benchmarks.measuring import plateau
 from benchmarks.zoo.data import Batches, Data, load
 from benchmarks.zoo.faults import FAULTS, FROM_THE_START, Planting
 from benchmarks.zoo.judging import (
     as_line,
     baselines,
     bounds,
-    early_stopping,
     evaluations_of,
     figures,
     is_held_out,
@@ -218,9 +218,9 @@ def test_quadrants_and_numbers_of_names() -> None:
 
 
 def test_baselines_stop_as_people_stop_runs_today() -> None:
-    assert early_stopping([3, 2, 1, 1, 1, 1], patience=3) == 5
-    assert early_stopping([3, 2, math.nan], patience=3) == 2
-    assert early_stopping([5, 4, 3, 2, 1], patience=3) is None
+    assert plateau([3, 2, 1, 1, 1, 1], patience=3) == 5
+    assert plateau([3, 2, math.nan], patience=3) == 2
+    assert plateau([5, 4, 3, 2, 1], patience=3) is None
     stopped = baselines(recorded(("region frozen", {"quadrant": 0}), left=3.0))
     assert stopped["EarlyStopping on the loss"] is None
     assert stopped["z-score above 3"] is not None

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from benchmarks.zoo.data import Batches
-from benchmarks.zoo.models import DDPM, GAN, ConditionalGAN, Kind, at_rest, influences
+from benchmarks.zoo.models import DDPM, Adversarial, ConditionalGAN, Kind, at_rest, influences
 
 
 class Planting:
@@ -257,9 +257,7 @@ FAULTS: dict[str, Fault] = {
 FROM_THE_START: dict[str, Fault] = {
     "EMA never updated": Fault(average_never_updated, lambda kind, module: isinstance(module, DDPM)),
     "GAN ignores its latent": Fault(ignored_latent, _is_gan),
-    "generator never steps": Fault(
-        generator_never_steps, lambda kind, module: isinstance(module, (GAN, ConditionalGAN))
-    ),
+    "generator never steps": Fault(generator_never_steps, lambda kind, module: isinstance(module, Adversarial)),
     "data by mean and std": Fault(standardized_data, lambda kind, module: kind.family in ("gan", "vae"), of_data=True),
     "beta x200": Fault(high_beta, _is_vae),
     "VAE ignores its latent": Fault(ignored_latent, _is_vae),

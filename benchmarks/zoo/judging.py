@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import beta
 
+from benchmarks.measuring import plateau
 from benchmarks.zoo.faults import FAULTS, FROM_THE_START
 from benchmarks.zoo.models import KINDS
 from benchmarks.zoo.recording import AFTER, EARLY, LATE, Record
@@ -100,17 +101,6 @@ def replay(run: Record, fault: Record | None = None) -> Replayed:
 # ---- what people use today ----
 
 
-def early_stopping(values: Sequence[float], patience: int = PATIENCE) -> int | None:
-    """Returns the evaluation at which Lightning's ``EarlyStopping`` stops a run, or None."""
-    best, waited = math.inf, 0
-    for at, value in enumerate(values):
-        waited = 0 if value < best else waited + 1
-        if waited >= patience or not math.isfinite(value):
-            return at
-        best = min(best, value)
-    return None
-
-
 def z_scores(rows: Sequence[dict[str, Evaluation]]) -> int | None:
     """Returns the first evaluation at which any severity is far above the mean of its window, or None."""
     seen: dict[tuple[str, str], list[float]] = {}
@@ -139,8 +129,8 @@ def baselines(run: Record, fault: Record | None = None) -> dict[str, int | None]
         rows = rows[:first] + evaluations_of(run, fault)
         loss, fid = loss[:first] + fault["loss"], fid[:first] + fault["truth"]["fid"]
     return {
-        "EarlyStopping on the loss": early_stopping(loss),
-        "EarlyStopping on the referee's FID": early_stopping(fid),
+        "EarlyStopping on the loss": plateau(loss, PATIENCE),
+        "EarlyStopping on the referee's FID": plateau(fid, PATIENCE),
         "z-score above 3": z_scores(rows),
     }
 

@@ -62,8 +62,41 @@ def convolutional_critic(
 # ---- GANs ----
 
 
-class GAN(LightningModule):
-    """Two networks with one Adam each, and the non-saturating loss.
+class Adversarial(LightningModule):
+    """A generator and a discriminator with one Adam each.
+
+    Args:
+        generator: Makes images.
+        discriminator: Judges them.
+        lr: Learning rate of both.
+    """
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module, lr: float) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.discriminator, self.lr = generator, discriminator, lr
+        self.picture = nn.Identity()
+
+    def step_each(self, loss_d: Callable[[], Tensor], loss_g: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Takes one step of each network; the generator's loss is computed after the discriminator's step."""
+        losses = []
+        for optimizer, loss_of in zip(self.optimizers(), (loss_d, loss_g), strict=True):
+            losses.append(loss_of())
+            optimizer.zero_grad()
+            self.manual_backward(losses[-1])
+            optimizer.step()
+        return {"loss": losses[-1].detach()}
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns one Adam each."""
+        return [
+            torch.optim.Adam(network.parameters(), lr=self.lr, betas=(0.5, 0.999))
+            for network in (self.discriminator, self.generator)
+        ]
+
+
+class GAN(Adversarial):
+    """An unconditional GAN with the non-saturating loss.
 
     Args:
         generator: From noise (N, L) to images.
@@ -73,11 +106,8 @@ class GAN(LightningModule):
     """
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, latent_dim: int, lr: float) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.generator, self.discriminator = generator, discriminator
-        self.picture = nn.Identity()
-        self.latent_dim, self.lr = latent_dim, lr
+        super().__init__(generator, discriminator, lr)
+        self.latent_dim = latent_dim
 
     def forward(self, z: Tensor) -> Tensor:
         """Returns images from noise."""
@@ -94,24 +124,8 @@ class GAN(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Takes one step of each network."""
         real, _ = batch
-        optimizer_d, optimizer_g = self.optimizers()
         fake = self(torch.randn(len(real), self.latent_dim, device=self.device))
-        loss_d = self.loss_d(real, fake.detach())
-        optimizer_d.zero_grad()
-        self.manual_backward(loss_d)
-        optimizer_d.step()
-        loss_g = self.loss_g(fake)
-        optimizer_g.zero_grad()
-        self.manual_backward(loss_g)
-        optimizer_g.step()
-        return {"loss": loss_g.detach()}
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns one Adam each."""
-        return [
-            torch.optim.Adam(network.parameters(), lr=self.lr, betas=(0.5, 0.999))
-            for network in (self.discriminator, self.generator)
-        ]
+        return self.step_each(lambda: self.loss_d(real, fake.detach()), lambda: self.loss_g(fake))
 
 
 class HingeGAN(GAN):
@@ -160,7 +174,7 @@ class WGANGP(GAN):
         ]
 
 
-class ConditionalGAN(LightningModule):
+class ConditionalGAN(Adversarial):
     """An MLP GAN whose networks are given the class, as one hot.
 
     Args:
@@ -172,15 +186,12 @@ class ConditionalGAN(LightningModule):
     """
 
     def __init__(self, shape: Shape, num_classes: int, width: int, lr: float, latent_dim: int = 24) -> None:
-        super().__init__()
-        self.automatic_optimization = False
         pixels = math.prod(shape)
-        self.generator = nn.Sequential(
+        generator = nn.Sequential(
             mlp(latent_dim + num_classes, width, 2 * width, pixels, norm=True), nn.Tanh(), nn.Unflatten(1, shape)
         )
-        self.discriminator = mlp(pixels + num_classes, 2 * width, width, 1)
-        self.picture = nn.Identity()
-        self.latent_dim, self.num_classes, self.lr = latent_dim, num_classes, lr
+        super().__init__(generator, mlp(pixels + num_classes, 2 * width, width, 1), lr)
+        self.latent_dim, self.num_classes = latent_dim, num_classes
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """Returns images of these classes."""
@@ -201,25 +212,13 @@ class ConditionalGAN(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Takes one step of each network."""
         real, labels = batch
-        optimizer_d, optimizer_g = self.optimizers()
         fake = self.sample(len(real), labels)
-        loss_d = F.softplus(-self.real_or_not(real, labels)).mean()
-        loss_d = loss_d + F.softplus(self.real_or_not(fake.detach(), labels)).mean()
-        optimizer_d.zero_grad()
-        self.manual_backward(loss_d)
-        optimizer_d.step()
-        loss_g = F.softplus(-self.real_or_not(fake, labels)).mean()
-        optimizer_g.zero_grad()
-        self.manual_backward(loss_g)
-        optimizer_g.step()
-        return {"loss": loss_g.detach()}
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns one Adam each."""
-        return [
-            torch.optim.Adam(network.parameters(), lr=self.lr, betas=(0.5, 0.999))
-            for network in (self.discriminator, self.generator)
-        ]
+        def loss_d() -> Tensor:
+            of_real = F.softplus(-self.real_or_not(real, labels)).mean()
+            return of_real + F.softplus(self.real_or_not(fake.detach(), labels)).mean()
+
+        return self.step_each(loss_d, lambda: F.softplus(-self.real_or_not(fake, labels)).mean())
 
 
 # ---- autoencoders ----

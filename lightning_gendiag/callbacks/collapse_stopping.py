@@ -131,7 +131,7 @@ class CollapseStopping(Member, EarlyStopping):
             # one that is new has said so
             if all(alarm is not new for _, new in raised):
                 rank_zero_warn(
-                    f"{alarm.message} It has lasted. {self._effect(trainer, alarm)}", category=CollapseWarning
+                    f"{alarm.message} The change has lasted. {self._effect(trainer, alarm)}", category=CollapseWarning
                 )
         if (raised or critical) and trainer.is_global_zero:
             self._write_report(trainer)
@@ -148,8 +148,8 @@ class CollapseStopping(Member, EarlyStopping):
             return "Training continues."
         if alarm.is_critical:
             return "Training stops."
-        patience = alarm.patience if self.judge.patience is None else self.judge.patience
-        conditions = [f"it lasts for {counted(patience, 'more evaluation')}"] * bool(patience)
+        patience = self.judge.patience_of(alarm)
+        conditions = [f"the change lasts for {counted(patience, 'more evaluation')}"] * bool(patience)
         conditions += ["all that is generated becomes worse as well"] * (alarm.stop == "whole")
         return f"Training continues, and stops if {' and '.join(conditions)}."
 

@@ -78,6 +78,11 @@ class Observation(NamedTuple):
     is_bad: bool = False
     """Whether the value is bad in itself, whatever it was before."""
 
+    @property
+    def title(self) -> str:
+        """What an alarm calls it."""
+        return self.label or self.series.label or self.series.name
+
 
 class Evaluation(NamedTuple):
     """What a monitor observed at one step."""

@@ -107,12 +107,15 @@ class Judge:
         critical = []
         for alarm in self.open_alarms():
             alarm.data = moved if alarm.diagnostic != DATA else ""
-            patience = alarm.patience if self.patience is None else self.patience
             lasted = self.evaluations.get(alarm.diagnostic, 0) - alarm.number
-            if not alarm.is_critical and lasted >= patience and self._matters(alarm, history):
+            if not alarm.is_critical and lasted >= self.patience_of(alarm) and self._matters(alarm, history):
                 alarm.is_critical = True
                 critical.append(alarm)
         return critical
+
+    def patience_of(self, alarm: Alarm) -> int:
+        """Returns the number of further evaluations that an alarm must last to stop the run."""
+        return alarm.patience if self.patience is None else self.patience
 
     def _matters(self, alarm: Alarm, history: History) -> bool:
         """Whether an alarm may stop a run by itself, or the whole became worse."""
@@ -139,7 +142,7 @@ class Judge:
     def bad_now(self) -> list[str]:
         """Returns what is bad in itself at the newest evaluations, whatever it was before, the worst first."""
         return [
-            f"{o.series.quantity} of {o.label or o.series.label or o.series.name} is {o.value:.3f}"
+            f"{o.series.quantity} of {o.title} is {o.value:.3f}"
             for latest in self._latest.values()
             for o in sorted(latest, key=lambda o: -o.severity)
             if o.is_bad
@@ -306,8 +309,9 @@ class _Grouping:
         """An alarm about series, raised by the detector of one of them."""
         detection, first = self.detections[by], self.judged[names[0]]
         since = self.evaluation.number if detection.since is None else detection.since
+        in_a_row = self.history.in_a_row(self.monitor, names[0])
         if first.series.role == "rule":
-            since = self.evaluation.number - max(0, self.history.in_a_row(self.monitor, names[0]) - 1)
+            since = self.evaluation.number - max(0, in_a_row - 1)
         before = {name: self._level(name, since) for name in self.judged}
         after = {name: observation.value for name, observation in self.judged.items()}
         components = [
@@ -319,13 +323,12 @@ class _Grouping:
         # an aggregate stands for its components
         called = about[:1] if first.series.role == "aggregate" else about
         decided_by_rule = first.severity == math.inf and first.message
-        in_a_row = self.history.in_a_row(self.monitor, names[0])
         steps = {entry.number: entry.step for entry in self.history.entries(self.monitor, by)}
         return Alarm(
             step=self.evaluation.step,
             epoch=self.evaluation.epoch,
             diagnostic=self.monitor,
-            label=listed([o.label or o.series.label or o.series.name for o in called]),
+            label=listed([o.title for o in called]),
             before=before[names[0]],
             after=after[names[0]],
             score=detection.score,

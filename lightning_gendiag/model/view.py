@@ -534,7 +534,7 @@ class ModelView:
     def agree_on_prior(self) -> None:
         """Lets all processes agree on whether there is a prior; every process must call it at the same time."""
         if self.world_size > 1 and not self._is_agreed:
-            self._has_prior = bool(self.trainer.strategy.reduce_boolean_decision(self.has_prior, all=True))
+            self._has_prior = self.agreed(self.has_prior)
             self._is_agreed = True
 
     def prior_latents(self, n: int, all_ranks: bool = False) -> Iterator[Tensor]:

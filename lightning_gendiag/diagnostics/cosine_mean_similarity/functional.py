@@ -10,14 +10,11 @@ from torch import Tensor
 
 from lightning_gendiag.functional.arrays import as_images, exact_matmul, in_classes, pieces
 from lightning_gendiag.functional.distances import squared_distances
-from lightning_gendiag.functional.results import loggable
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS, loggable
 from lightning_gendiag.regions.pixel_cka import median_bandwidth
 from lightning_gendiag.regions.region_map import RegionMap
 
 Bandwidth = Literal["region", "image"] | float
-
-MAX_CLASS_TAGS = 20
-"""Largest number of classes for which each class has a scalar."""
 
 BLOCK = 2048
 """Rows and columns of a kernel matrix that are held at a time."""
@@ -103,7 +100,6 @@ class CosineMeanSimilarityResult(NamedTuple):
             whole = self.classes[:, -1]
             known = whole[~whole.isnan()]
             values["worst_class"] = known.min() if len(known) else whole[0]
-            # many classes would flood the loggers with tags
             values |= {f"class_{k}": value for k, value in enumerate(whole) if len(whole) <= MAX_CLASS_TAGS}
         return values
 

@@ -227,7 +227,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
     def observations(self, result: CosineMeanSimilarityResult) -> list[Observation]:
         """The similarity of each region and of the image, and what is wrong in itself."""
         *stds, image_std = result.null_std.tolist()
-        image, invalid = float(result.image), float(result.invalid)
+        image, invalid, spread = float(result.image), float(result.invalid), float(result.spread)
+        unchanged, unreached = float(result.unchanged), float(result.unreached)
         regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
         background = self._regions.background
         region, whole = (replace(series, quantity=self._quantity) for series in (REGION, IMAGE))
@@ -247,18 +248,18 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
                 message=f"samples collapsed: share with nan or inf is {invalid:.1%}", is_bad=invalid > 0,
             ),
             _rule(
-                ALIKE, float(result.spread), float(result.spread) < LEAST_SPREAD,
-                f"all samples are alike: they vary {float(result.spread):.2g} times as much as real images, for "
+                ALIKE, spread, spread < LEAST_SPREAD,
+                f"all samples are alike: they vary {spread:.2g} times as much as real images, for "
                 "{evaluations} evaluations",
             ),
             _rule(
-                UNCHANGED, float(result.unchanged), float(result.unchanged) == 1,
+                UNCHANGED, unchanged, unchanged == 1,
                 "samples do not change: they have been the same in {evaluations} evaluations although training went on, so "
                 "what is sampled is not what is trained, such as an average that is never updated",
             ),
             _rule(
-                UNREACHED, float(result.unreached), float(result.unreached) > MOST_UNREACHED,
-                f"the range of samples does not reach that of real images: {float(result.unreached):.0%} of the real "
+                UNREACHED, unreached, unreached > MOST_UNREACHED,
+                f"the range of samples does not reach that of real images: {unreached:.0%} of the real "
                 "values were outside it in {evaluations} evaluations",
             ),
             _rule(

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gendiag.functional.results import loggable
+from lightning_gendiag.functional.intervals import binomial_interval, normal_quantile
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS, loggable
 
 FACTOR = 2.0
 """A class is dropped where its share is surely smaller than the real one by this factor, and dominates where larger."""
@@ -18,9 +19,6 @@ CONFIDENCE = 0.999
 
 COVERED = 0.1
 """A class counts as covered where its share is at least this fraction of the real one."""
-
-MAX_CLASS_TAGS = 20
-"""Largest number of classes for which each class has scalars."""
 
 
 LEAST_SINGULAR = 1e-4
@@ -132,31 +130,6 @@ class GenerationBalanceResult(NamedTuple):
             if len(known):
                 values |= {f"fid_class_{c}": value for c, value in enumerate(self.fid)}
         return values
-
-
-def binomial_interval(counts: Tensor, tail: float) -> Tensor:
-    """Computes exact binomial confidence bounds of shares.
-
-    Source: Clopper and Pearson, 1934.
-
-    Args:
-        counts: (K,) number of items of each class.
-        tail: probability with which each bound is wrong, at most.
-
-    Returns:
-        (K, 2) lower and upper bounds in float64.
-
-    Example:
-        >>> binomial_interval(torch.tensor([0.0, 100.0]), 0.025)[0]
-        tensor([0.0000, 0.0362], dtype=torch.float64)
-    """
-    from scipy.stats import beta
-
-    k = counts.double().cpu()
-    n = k.sum()
-    low = torch.from_numpy(beta.ppf(tail, k, n - k + 1)).nan_to_num(0.0)
-    high = torch.from_numpy(beta.isf(tail, k + 1, n - k)).nan_to_num(1.0)
-    return torch.stack([low, high], 1).to(counts.device)
 
 
 def error_rates(confusion: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,9 +261,7 @@ def corrected_interval(counts: Tensor, shares: Tensor, confusion: Tensor, tail: 
     Returns:
         (K, 2) lower and upper bounds in float64.
     """
-    from scipy.special import ndtri
-
-    n, z = float(counts.sum()), -float(ndtri(tail))
+    n, z = float(counts.sum()), normal_quantile(tail)
     if n == 0:
         return torch.stack([torch.zeros_like(shares), torch.ones_like(shares)], 1)
     exact = binomial_interval(shares * n, tail)

@@ -11,13 +11,13 @@ from torch import Tensor
 from lightning_gendiag.diagnostics.generation_balance.functional import (
     CONFIDENCE,
     GenerationBalanceResult,
-    binomial_interval,
     corrected_interval,
     corrected_shares,
     error_rates,
     share_error,
 )
 from lightning_gendiag.functional.distances import frechet_distance
+from lightning_gendiag.functional.intervals import binomial_interval
 from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
 

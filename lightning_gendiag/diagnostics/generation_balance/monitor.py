@@ -15,9 +15,10 @@ from torch.nn import functional
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.generation_balance import plots
-from lightning_gendiag.diagnostics.generation_balance.functional import MAX_CLASS_TAGS, GenerationBalanceResult
+from lightning_gendiag.diagnostics.generation_balance.functional import GenerationBalanceResult
 from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance
 from lightning_gendiag.functional.arrays import as_images, pieces
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS
 from lightning_gendiag.model.batches import known
 from lightning_gendiag.model.features import FeatureExtractor, KernelClassifier, averaged_pixels, class_of
 from lightning_gendiag.model.view import Source, check_source

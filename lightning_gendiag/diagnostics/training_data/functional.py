@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_gendiag.detection.alarm import listed
-from lightning_gendiag.diagnostics.generation_balance.functional import MAX_CLASS_TAGS, binomial_interval
-from lightning_gendiag.functional.results import loggable
+from lightning_gendiag.functional.intervals import binomial_interval, normal_quantile
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS, loggable
 
 CONFIDENCE = 0.9999
 """Probability that nothing is wrongly said to have moved at an evaluation, over all tests together."""
@@ -137,7 +137,7 @@ def cell_statistics(rows: Tensor, grid: Sequence[int]) -> Tensor:
     return torch.stack([mean, square, mean * mean.mean(1, keepdim=True)], 1)
 
 
-def row_keys(rows: Tensor) -> Tensor:
+def row_hashes(rows: Tensor) -> Tensor:
     """Returns (N,) int64 numbers of images (N, ...): equal for equal images, and other ones for all others.
 
     They are seeded random projections in exact integer arithmetic, so that they depend neither on the device nor on the
@@ -161,8 +161,8 @@ def _odd(count: int, device: torch.device) -> Tensor:
     return (numbers * 2 + 1).to(device)
 
 
-def expected_distinct(keys: Tensor, size: int) -> float:
-    """Computes the expected number of different keys in a random selection of ``size`` of them (rarefaction).
+def expected_distinct(hashes: Tensor, size: int) -> float:
+    """Computes the expected number of different hashes in a random selection of ``size`` of them (rarefaction).
 
     Source: Hurlbert, *The nonconcept of species diversity*, 1971.
 
@@ -170,8 +170,8 @@ def expected_distinct(keys: Tensor, size: int) -> float:
         >>> round(expected_distinct(torch.tensor([5, 5, 7, 7]), 2), 6), round(expected_distinct(torch.arange(9), 4), 6)
         (1.666667, 4.0)
     """
-    counts = torch.unique(keys, return_counts=True)[1].double()
-    n = float(len(keys))
+    counts = torch.unique(hashes, return_counts=True)[1].double()
+    n = float(len(hashes))
     # the probability that a selection misses a key that occurs c times is C(n - c, size) / C(n, size)
     left = (n - counts - size).clamp(min=0)
     log_missed = torch.lgamma(n - counts + 1) - torch.lgamma(left + 1) - math.lgamma(n + 1) + math.lgamma(n - size + 1)
@@ -261,7 +261,7 @@ class TrainingDataResult(NamedTuple):
         variance = (squares / n - mean.square()).clamp(min=0)
         factor = _design_effect(batch_squares - n * mean.square(), variance, self.batches, self.tail)
         error = (variance * factor / n).sum(0).sqrt()
-        return ((mean[0] - mean[1]).abs() - _normal_quantile(self.tail) * error).clamp(min=0), variance[1].sqrt()
+        return ((mean[0] - mean[1]).abs() - normal_quantile(self.tail) * error).clamp(min=0), variance[1].sqrt()
 
     @property
     def width(self) -> Tensor:
@@ -367,7 +367,7 @@ class TrainingDataResult(NamedTuple):
     def distinct(self) -> Tensor:
         """(2,) expected number of different images in equally many of both sides."""
         size = min(len(self.hashes), len(self.first_hashes))
-        return self.rows.new_tensor([expected_distinct(keys, size) for keys in (self.hashes, self.first_hashes)])
+        return self.rows.new_tensor([expected_distinct(hashes, size) for hashes in (self.hashes, self.first_hashes)])
 
     @property
     def variety(self) -> Tensor:
@@ -556,11 +556,5 @@ def _design_effect(between: Tensor, variance: Tensor, batches: Tensor, tail: flo
     ratio = between / (freedom * variance)
     # Wilson and Hilferty's normal approximation of the quantile of chi-squared over its freedom
     spread = 2 / (9 * freedom.clamp(min=1))
-    bound = (1 - spread + _normal_quantile(tail) * spread.sqrt()) ** 3
+    bound = (1 - spread + normal_quantile(tail) * spread.sqrt()) ** 3
     return torch.where((freedom > 0) & (ratio > bound), ratio, 1.0)
-
-
-def _normal_quantile(tail: float) -> float:
-    from scipy.special import ndtri
-
-    return -float(ndtri(tail))

@@ -18,11 +18,11 @@ from lightning_gendiag.diagnostics.training_data.functional import (
     cell_statistics,
     glance,
     grid_of,
-    row_keys,
+    row_hashes,
 )
 from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
-MAX_KEYS = 4096
+MAX_HASHES = 4096
 """Largest number of images of each side, and of a process, that are kept to see repeats; the newest ones."""
 
 NOT_FINITE = -(2**63) + 1
@@ -175,13 +175,13 @@ class TrainingData(Diagnostic):
         rows = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
         # the sum of an image is finite where all of it is, and takes a pass less
         finite = rows.flatten(1).sum(1).isfinite()  # (B k,)
-        keys = torch.where(finite, row_keys(rows), NOT_FINITE)
-        self._add_keys(keys, first)
+        hashes = torch.where(finite, row_hashes(rows), NOT_FINITE)
+        self._add_hashes(hashes, first)
         # aminmax takes twenty times as long along an axis
         least, most = rows.flatten(1).amin(1), rows.flatten(1).amax(1)
         edges = torch.stack([least, most], 1).double()  # (B k, 2)
         cells = cell_statistics(rows, self.grid).double()  # (B k, 3, P)
-        in_order = keys.view(batches, k).sort(1).values
+        in_order = hashes.view(batches, k).sort(1).values
         repeated = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != NOT_FINITE)).sum()
         self.accumulate(rows_seen=side * finite.sum(), within=side * repeated)
         for name, values in (("edge", edges), ("cell", cells)):
@@ -201,12 +201,12 @@ class TrainingData(Diagnostic):
         self.low = torch.minimum(self.low, torch.where(side > 0, low, math.inf))
         self.high = torch.maximum(self.high, torch.where(side > 0, high, -math.inf))
 
-    def _add_keys(self, keys: Tensor, first: bool) -> None:
+    def _add_hashes(self, hashes: Tensor, first: bool) -> None:
         """Adds numbers of images; those of images that are not finite are left out when the result is computed."""
         name = "first_hashes" if first else "hashes"
-        held = [*getattr(self, name), keys]
-        if sum(map(len, held)) > 2 * MAX_KEYS:
-            held = [torch.cat(held)[-MAX_KEYS:]]
+        held = [*getattr(self, name), hashes]
+        if sum(map(len, held)) > 2 * MAX_HASHES:
+            held = [torch.cat(held)[-MAX_HASHES:]]
         setattr(self, name, held)
 
     def _add_counts(self, glances: Sequence[Glance], side: Tensor) -> None:
@@ -250,7 +250,7 @@ class TrainingData(Diagnostic):
         """Returns the numbers of both sides."""
         seen = self.classes[:, :MAX_CLASSES].sum(0).nonzero()
         count = int(seen[-1]) + 1 if len(seen) else 0
-        keys, first_hashes = (self._finite_keys(name) for name in ("hashes", "first_hashes"))
+        hashes, first_hashes = (self._finite_hashes(name) for name in ("hashes", "first_hashes"))
         return TrainingDataResult(
             shape=torch.tensor(self.shape, device=self.device),
             images=self.images,
@@ -269,12 +269,12 @@ class TrainingData(Diagnostic):
             classes=self.classes[:, :count],
             class_batch_squares=self.class_batch_squares[:, :count],
             label_batches=self.label_batches,
-            hashes=keys,
+            hashes=hashes,
             first_hashes=first_hashes,
             absent=self.images.new_full((count,), math.nan),
             confidence=self.images.new_tensor(self.confidence),
         )
 
-    def _finite_keys(self, name: str) -> Tensor:
-        keys = self.rows(name).long()
-        return keys[keys != NOT_FINITE].sort().values
+    def _finite_hashes(self, name: str) -> Tensor:
+        hashes = self.rows(name).long()
+        return hashes[hashes != NOT_FINITE].sort().values

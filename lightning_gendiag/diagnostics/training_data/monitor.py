@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
-from lightning_gendiag.diagnostics.generation_balance.functional import MAX_CLASS_TAGS
 from lightning_gendiag.diagnostics.training_data import plots
 from lightning_gendiag.diagnostics.training_data.functional import (
     MORE_ROWS,
@@ -22,7 +21,8 @@ from lightning_gendiag.diagnostics.training_data.functional import (
     glance,
     grid_of,
 )
-from lightning_gendiag.diagnostics.training_data.metric import MAX_KEYS, SUMS, TrainingData
+from lightning_gendiag.diagnostics.training_data.metric import MAX_HASHES, SUMS, TrainingData
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -230,7 +230,7 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
 def _joined(first: dict[str, Tensor] | None, result: TrainingDataResult) -> dict[str, Tensor]:
     """Returns the sums of the first batches with those of the batches since the last evaluation."""
     new = {name: getattr(result, name)[0] for name in SUMS}
-    new |= {"low": result.low[0], "high": result.high[0], "hashes": result.hashes[: 2 * MAX_KEYS]}
+    new |= {"low": result.low[0], "high": result.high[0], "hashes": result.hashes[: 2 * MAX_HASHES]}
     if first is None:
         return new
     joined = {}
@@ -241,7 +241,7 @@ def _joined(first: dict[str, Tensor] | None, result: TrainingDataResult) -> dict
         elif name == "high":
             joined[name] = torch.maximum(before, value)
         elif name == "hashes":
-            joined[name] = torch.cat([before, value])[: 2 * MAX_KEYS]
+            joined[name] = torch.cat([before, value])[: 2 * MAX_HASHES]
         elif name.startswith("class"):
             size = max(len(before), len(value))
             joined[name] = pad(before, (0, size - len(before))) + pad(value, (0, size - len(value)))
