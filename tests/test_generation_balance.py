@@ -608,6 +608,19 @@ def test_shares_of_an_unbalanced_classifier_are_corrected() -> None:
     assert not result.dominating.any()
 
 
+def test_a_class_that_no_image_is_assigned_to_has_no_share() -> None:
+    """A share that is nearly 0 would be generated without any real image, and has no binomial bounds."""
+    confusion = torch.tensor([[40.0, 4, 0], [5, 45, 0], [0, 0, 0]])
+    metric = GenerationBalance(3, confusion=confusion)
+    for real, classes in ((True, [0] * 45 + [1] * 50), (False, [1] * 100)):
+        metric.update(torch.tensor(classes), real=real, features=torch.randn(len(classes), 2))
+    result = metric.compute()
+    assert float(result.generated_share[2]) == 0
+    assert float(result.generated_share[0]) == 0
+    assert result.interval.isfinite().all()
+    assert result.divergence.isfinite()
+
+
 def test_a_classifier_that_guesses_is_reported_once_and_nothing_is_judged(caplog: pytest.LogCaptureFixture) -> None:
     guess = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
     nn.init.zeros_(guess[1].weight)

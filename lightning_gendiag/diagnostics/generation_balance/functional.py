@@ -27,6 +27,9 @@ LEAST_SINGULAR = 1e-4
 MAX_STEPS = 1000
 """Largest number of steps of the iteration that corrects shares."""
 
+NO_SHARE = 1e-6
+"""Smaller corrected shares count as 0, which the iteration approaches and does not reach."""
+
 
 @loggable
 class GenerationBalanceResult(NamedTuple):
@@ -187,6 +190,7 @@ def corrected_shares(assigned: Tensor, rates: Tensor, start: Tensor | None = Non
         change, p = float((after - p).abs().sum()), after
         if not change > 1e-10:
             break
+    p = torch.where(p < NO_SHARE, 0.0, p)
     return p / p.sum()
 
 
