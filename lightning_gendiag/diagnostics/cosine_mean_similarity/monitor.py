@@ -40,6 +40,8 @@ SAMPLES = Series("samples", "standalone", "share with nan or inf", min_std=MIN_S
 class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimilarityResult]):
     """Monitors :class:`CosineMeanSimilarity` of a model's samples or reconstructions, region by region.
 
+    Rows (N, F) of at most 1,024 features are compared as images of one row of pixels, whose regions are groups of features.
+
     TensorBoard shows a curve for each region, one chart with all of them and one with the worst, median and best (Custom
     Scalars), the region map, and a panel with the mean real and the mean generated image and each region's distance from
     real images, in standard deviations of real images compared with real ones.
@@ -65,13 +67,14 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
 
     name = "cms"
     metric_class = CosineMeanSimilarity
-    needs_images = True
+    needs_images = takes_rows = True
     region_map: RegionMap | None
     """The regions; None before they are found."""
     _real: plots.RealImages
     _generated: Tensor
     _map_logged = False
     _quantity = QUANTITY
+    _whole = ""
 
     def __init__(
         self,
@@ -112,7 +115,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             )
         sampled = None if reconstructs else view.parts.tried
         if self.region_map is not None:
-            real = view.reference_images if view.has_reference else None
+            real = view.as_images(view.reference, rows=True) if view.has_reference else None
             for images, name in ((sampled, "generated"), (real, "the reference")):
                 if images is not None and images.images.ndim == 4:
                     check_shape(images.images, name, self.region_map, None)
@@ -121,7 +124,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         """Finds the regions, equal on all processes, and adds the reference."""
         if self.region_map is None:
             self.region_map = self.find_regions(view, self.num_regions, self.map_images)
-        images, labels = as_images(view.reference_images.images), view.reference.labels
+        images, labels = as_images(view.as_images(view.reference, rows=True).images), view.reference.labels
+        self._whole = "the row" if view.reference.images.ndim == 2 else ""
         low, high = images.amin(0), images.amax(0)
         self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()))
         varies = (high > low).any(0)
@@ -138,7 +142,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             reset_real_features=False,
         ).to(view.device)  # fmt: skip
         self._quantity = f"{QUANTITY}{' of reconstructions' * (view.source(self.images) == 'reconstructions')}"
-        own, classes_of_own = view.compared_with(self.images)
+        own, classes_of_own = view.compared_with(self.images, rows=True)
         metric.update(
             own.to(view.device), real=True, labels=None if classes_of_own is None else classes_of_own.to(view.device)
         )
@@ -146,7 +150,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
 
     def update(self, view: ModelView) -> None:
         """Adds this rank's samples or reconstructions."""
-        images, labels = view.compared(self.images)
+        images, labels = view.compared(self.images, rows=True)
         self.metric.update(images, real=False, labels=labels)
         finite = images[images.flatten(1).isfinite().all(1)]
         self._generated = finite.mean(0) if len(finite) else images.new_zeros(images.shape[1:])
@@ -162,7 +166,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         *stds, image_std = result.null_std.tolist()
         image, invalid = float(result.image), float(result.invalid)
         regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
-        region, whole = (replace(series, quantity=self._quantity) for series in (REGION, IMAGE))
+        region = replace(REGION, quantity=self._quantity)
+        whole = replace(IMAGE, quantity=self._quantity, label=self._whole)
         return [
             *(Observation(region.numbered(r, name), x, _distance(x, std)) for r, (name, x, std) in enumerate(regions)),
             Observation(whole, image, _distance(image, image_std)),

@@ -526,13 +526,15 @@ def applied(layers: Layers, x: Tensor) -> Any:
 
 
 def flows(module: nn.Module, context: Context) -> Iterator[Way]:
-    """Yields samples, latents and data of the flows of normflows, nflows and zuko."""
+    """Yields samples, latents and data of the flows of normflows, nflows, zuko and FrEIA."""
     for name, flow, _ in parts_of(module):
         if is_kind(flow, FLOWS, r"\w*Flow|LazyDistribution") and not OF_NOISE.search(name.rpartition(".")[2]):
-            package = next(package for package in FLOWS if is_kind(flow, (package,), r"\w+"))
-            yield from {"normflows": of_normflows, "nflows": of_nflows, "zuko": partial(of_zuko, module)}[package](
-                name, flow
-            )
+            if is_kind(flow, ("normflows",), r"\w+"):
+                yield from of_normflows(name, flow)
+            elif is_kind(flow, ("nflows",), r"\w+"):
+                yield from of_nflows(name, flow)
+            else:
+                yield from of_zuko(module, name, flow)
         elif is_kind(flow, ("FrEIA",), "SequenceINN|GraphINN"):
             yield from of_freia(name, flow)
 
@@ -644,7 +646,7 @@ def freia_encoded(network: Any, shape: tuple[int, ...], x: Tensor) -> Tensor:
 
 def freia_decoded(network: Any, sizes: list[tuple[int, ...]], condition: dict[str, Any], z: Tensor) -> Any:
     """Returns the data of latents (n, L), which are divided among outputs of the stated shapes."""
-    pieces = z.split([math.prod(size) for size in sizes], dim=1)
+    pieces = torch.split(z, [math.prod(size) for size in sizes], dim=1)
     parts = [piece.reshape(len(z), *size) for piece, size in zip(pieces, sizes, strict=True)]
     return network(parts[0] if len(parts) == 1 else parts, rev=True, **condition)[0]
 
