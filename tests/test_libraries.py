@@ -92,7 +92,10 @@ MonaiUNet = stand_in("DiffusionModelUNet", "monai.networks.nets.diffusion_model_
 MonaiDDPM = stand_in("DDPMScheduler", "monai.networks.schedulers.ddpm", Scheduler)
 OlderUNet = stand_in("DiffusionModelUNet", "generative.networks.nets", Denoiser)
 OlderDDPM = stand_in("DDPMScheduler", "generative.networks.schedulers", Scheduler)
-OURS = "20 steps of DPM-Solver++ with the betas of"
+DDIM = stand_in("DDIMScheduler", "diffusers.schedulers", Scheduler)
+Multistep = stand_in("DPMSolverMultistepScheduler", "diffusers.schedulers", Scheduler)
+WITHOUT_NOISE = "20 steps of DPM-Solver++ with the betas of"
+OURS = "20 steps of SDE-DPM-Solver++ with the betas of"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,35 @@ def test_a_network_beside_a_scheduler_samples(module: nn.Module, name: str) -> N
     sample = way(module, "sample")
     assert (sample.name, sample.takes_labels) == (name, False)
     torch.testing.assert_close(sample.call(2), torch.full((2, *IMAGES), 0.5), atol=1e-3, rtol=0)
+
+
+class Halfway(Denoiser):
+    """Predicts half of the noise that an image of zeros would have, so that samples show the noise of the steps."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Any:
+        return SimpleNamespace(sample=sample / 2)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name"),
+    [
+        (DDPM(), OURS),
+        (Multistep(algorithm_type="sde-dpmsolver++"), OURS),
+        (Multistep(algorithm_type="dpmsolver++"), WITHOUT_NOISE),
+        (DDIM(), WITHOUT_NOISE),
+    ],
+)
+def test_steps_add_noise_where_those_of_the_scheduler_do(scheduler: Any, name: str) -> None:
+    module = Wrapped(unet=stand_in("UNet2DModel", "diffusers.models.unets", Halfway)(), scheduler=scheduler)
+    sample = way(module, "sample")
+    assert sample.name == f"{name} self.scheduler over self.unet"
+    torch.manual_seed(0)
+    start = torch.randn(2, *IMAGES)
+    torch.manual_seed(0)
+    samples = sample.call(2)
+    # without noise in its steps, a network that scales its input scales the start
+    ratio = samples / start
+    assert bool((ratio.std() < 1e-3 * ratio.mean().abs()).item()) == (name == WITHOUT_NOISE)
 
 
 def test_a_scheduler_is_left_as_it_was() -> None:
@@ -295,11 +327,18 @@ class Gaussian(nn.Module):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.sampling_timesteps, self.is_ddim_sampling = steps, False
+        self.sampling_timesteps, self.is_ddim_sampling, self.ddim_sampling_eta = steps, False, 0.0
 
     def sample(self, batch_size: int = 16) -> Tensor:
         print("100 %", file=sys.stderr)
-        return torch.full((batch_size, *IMAGES), float(self.sampling_timesteps + 1000 * self.is_ddim_sampling))
+        value = self.sampling_timesteps + 1000 * self.is_ddim_sampling + 100 * self.ddim_sampling_eta
+        return torch.full((batch_size, *IMAGES), float(value))
+
+
+class ByDDIM(Gaussian):
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self.is_ddim_sampling = True
 
 
 class OfClasses(Gaussian):
@@ -319,7 +358,9 @@ class Elucidated(nn.Module):
 @pytest.mark.parametrize(
     ("model", "kind", "name", "value"),
     [
-        (Gaussian, (1000,), "self.model.sample with 20 steps", 1020.0),
+        # those of DDPM with as much noise, and those of DDIM as they are
+        (Gaussian, (1000,), "self.model.sample with 20 steps", 1120.0),
+        (ByDDIM, (250,), "self.model.sample with 20 steps", 1020.0),
         (Gaussian, (10,), "self.model.sample", 10.0),
         (Elucidated, (), "self.model.sample with 20 steps", 20.0),
     ],

@@ -186,7 +186,8 @@ def diffusion_networks(module: nn.Module, context: Context) -> Iterator[Way]:
     parts = parts_of(module)
     stages = of_kind(module, DIFFUSION, FIRST_STAGES)
     for scheduler in of_kind(module, DIFFUSION, r"\w*Scheduler"):
-        steps = f"{STEPS} steps of {'DPM-Solver++ with the betas of ' * is_discrete(scheduler.value)}{scheduler.name}"
+        solver = f"{'SDE-' * is_stochastic(scheduler.value)}DPM-Solver++ with the betas of "
+        steps = f"{STEPS} steps of {solver * is_discrete(scheduler.value)}{scheduler.name}"
         for network in networks(module, DIFFUSION):
             labels = label_name(network.value) is not None
             name = f"{steps} over {network.name}"
@@ -211,6 +212,15 @@ def is_discrete(scheduler: Any) -> bool:
     return has_betas and is_kind(scheduler, DIFFUSION, kinds) and prediction_of(scheduler) in PREDICTIONS
 
 
+def is_stochastic(scheduler: Any) -> bool:
+    """Returns whether a scheduler adds noise in each step, so that :func:`samplers.ddim` must do so too.
+
+    Of a network of 120 training steps, 20 steps with noise give the distribution of DDPM with 100, up to chance. Those
+    without noise do not, and neither does the package's own DDIM with 100 steps (``benchmarks/field.py --calibrate``).
+    """
+    return is_kind(scheduler, DIFFUSION, r"DDPM\w*") or str(setting(scheduler, "algorithm_type", "")).startswith("sde")
+
+
 def prediction_of(scheduler: Any) -> str:
     """Returns what a scheduler takes a network's output for, such as ``"epsilon"``."""
     kind = setting(scheduler, "prediction_type", "epsilon")
@@ -225,6 +235,7 @@ def scheduled(
         return samplers.ddim(
             lambda x, t: predicted(network, (x, t), x, labels), scheduler.alphas_cumprod, (n, *shape), STEPS,
             PREDICTIONS[prediction_of(scheduler)], clip=clipping(scheduler), device=device,
+            stochastic=is_stochastic(scheduler),
         )  # fmt: skip
     # its steps leave a state in the scheduler
     scheduler = copy.deepcopy(scheduler)
@@ -386,7 +397,10 @@ def fewer_steps(model: Any) -> dict[str, Any]:
     """Returns the attributes with which a model samples in a few steps; none where it does already."""
     for name in ("sampling_timesteps", "num_sample_steps"):
         if getattr(model, name, 0) > STEPS:
-            return {name: STEPS} | ({"is_ddim_sampling": True} if hasattr(model, "is_ddim_sampling") else {})
+            # DDIM in place of DDPM adds as much noise
+            as_ddpm = {"is_ddim_sampling": True, "ddim_sampling_eta": 1.0}
+            is_ddpm = getattr(model, "is_ddim_sampling", True) is False
+            return {name: STEPS} | {key: value for key, value in as_ddpm.items() if is_ddpm and hasattr(model, key)}
     return {}
 
 
