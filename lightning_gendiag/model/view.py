@@ -173,6 +173,10 @@ class ModelView:
             InapplicableError: If the data are anything else.
         """
         if rows and data.images.ndim == 2 and data.images.shape[1] <= LONGEST_ROW:
+            self.say(
+                f"Rows of {data.images.shape[1]} features are compared by groups of features. If they are flattened images, "
+                "pass ModelAdapter(images=lambda batch: ...)."
+            )
             return Images(data.images[:, None, None], data.labels)
         if data.images.ndim not in (4, 5):
             raise InapplicableError(
