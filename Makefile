@@ -25,10 +25,12 @@ bench: $(READY)  ## every measurement; each script prints a table; more than an 
 	$(BIN)/python -m benchmarks.cosine_mean_similarity
 	$(BIN)/python -m benchmarks.manifold_entropy --beta
 	$(BIN)/python -m benchmarks.k_star
+	$(BIN)/python -m benchmarks.classifier
 	$(BIN)/python -m benchmarks.regional_primitives
 	$(BIN)/python -m benchmarks.alarms
 	$(BIN)/python -m benchmarks.dysfunctions --samples 5000
 	$(BIN)/python -m benchmarks.planted_faults --small
+	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.module_copy
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overhead --models vae --arms all --epochs 24

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import multiprocessing as mp
 import resource
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -64,3 +65,14 @@ def in_own_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     """Returns what a function of a module returns in a new process, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def plateau(series: Iterable[float], patience: int) -> int | None:
+    """Returns the evaluation at which Lightning's ``EarlyStopping`` stops, or None."""
+    best, waited = math.inf, 0
+    for number, value in enumerate(series):
+        waited = 0 if value < best else waited + 1
+        if waited >= patience or not math.isfinite(value):
+            return number
+        best = min(best, value)
+    return None

@@ -18,10 +18,11 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
 
 from example_models import gan, vae
-from example_models.data import digit_batches
-from lightning_gendiag import CollapseStopping, KStarMonitor, Monitor, RegionalPrimitivesMonitor
+from example_models.data import digit_batches, digits
+from lightning_gendiag import CollapseStopping, KStarMonitor, Monitor, RegionalPrimitivesMonitor, TrainingDataMonitor
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -34,6 +35,25 @@ def fit(model: LightningModule, monitor: Monitor[Any, Any], folder: Path) -> Non
     Trainer(max_epochs=40, accelerator="cpu", callbacks=callbacks, logger=logger).fit(model, digit_batches())
 
 
+class ClassRemoved(vae.VAE):
+    """A VAE whose training data lose class 3 at epoch 4."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Returns other data from epoch 4 on."""
+        images, labels = digits(32)
+        kept = labels != 3 if self.current_epoch >= 4 else labels >= 0
+        return DataLoader(TensorDataset(images[kept], labels[kept]), batch_size=64, shuffle=True)
+
+
+def fit_with_class_removed(folder: Path) -> None:
+    """Trains on the digits, of which one class is removed."""
+    seed_everything(0, verbose=False)
+    Trainer(
+        max_epochs=6, accelerator="cpu", callbacks=[TrainingDataMonitor(), CollapseStopping("warn")],
+        logger=TensorBoardLogger(folder, name=""), reload_dataloaders_every_n_epochs=1,
+    ).fit(ClassRemoved())  # fmt: skip
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {
     "gan frozen": lambda folder: gan.main(["--fault", "frozen", "--runs", str(folder)]),
     "gan": lambda folder: gan.main(["--runs", str(folder)]),
@@ -42,6 +62,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "vae ignored": lambda folder: vae.main(["--fault", "ignored", "--runs", str(folder)]),
     "k_star": lambda folder: fit(vae.FaultyVAE("ignored", start=20), KStarMonitor(), folder),
     "primitives": lambda folder: fit(vae.VAE(), RegionalPrimitivesMonitor(), folder),
+    "data": fit_with_class_removed,
 }
 """What is trained into a folder."""
 
@@ -53,6 +74,7 @@ PICTURES: dict[str, list[tuple[str, str, str]]] = {
     "manifold_entropy": [("vae dead", "manifold_entropy", "alarm")],
     "posterior_kl": [("vae ignored", "posterior_kl", "alarm")],
     "regional_primitives": [("primitives", "regional_primitives", "panel"), ("gan", "regional_primitives", "panel")],
+    "training_data": [("data", "training_data", "alarm")],
 }
 """For each page the runs, monitors and kinds of its pictures, side by side."""
 
@@ -79,7 +101,7 @@ def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bo
     message = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
     quantities = {
         "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
-        "posterior_kl": "KL",
+        "posterior_kl": "KL", "training_data": "training images",
     }  # fmt: skip
     return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
 
@@ -99,12 +121,14 @@ def main() -> None:
     """Trains the examples and writes the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="folder of runs that are used again where they are there")
+    parser.add_argument("--page", choices=sorted(PICTURES), help="the page whose picture is made; by default all")
     options = parser.parse_args()
     folder = options.runs or Path(tempfile.mkdtemp())
+    pages = {page: parts for page, parts in PICTURES.items() if options.page in (None, page)}
     for name, train in RUNS.items():
-        if not (folder / name).exists():
+        if not (folder / name).exists() and any(run == name for parts in pages.values() for run, *_ in parts):
             train(folder / name)
-    for page, parts in PICTURES.items():
+    for page, parts in pages.items():
         beside([logged(folder / run, monitor, kind) for run, monitor, kind in parts]).save(DOCS / f"{page}.png")
         print(f"docs/{page}.png")
 

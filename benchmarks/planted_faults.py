@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import plateau
 from benchmarks.planting import FAMILIES, monitors_for, record
 from lightning_gendiag import Alarm, Evaluation, ModelAdapter, Monitor, Observation, RegionMap, Series
 from lightning_gendiag.detection.history import Role
@@ -156,17 +157,6 @@ def _names(alarm: Alarm, truth: list[str]) -> bool:
 
 
 # ---- what people use today ----
-
-
-def plateau(series: Iterable[float], patience: int) -> int | None:
-    """Returns the evaluation at which Lightning's ``EarlyStopping`` stops, or None."""
-    best, waited = math.inf, 0
-    for number, value in enumerate(series):
-        waited = 0 if value < best else waited + 1
-        if waited >= patience or not math.isfinite(value):
-            return number
-        best = min(best, value)
-    return None
 
 
 def below(series: Iterable[float], threshold: float) -> int | None:

@@ -218,7 +218,7 @@ def regional_faults(known: Tensor, still: Tensor, seed: int) -> Iterator[Fault]:
 
 def class_faults(view: ModelView, shares: Tensor, images: Tensor, labels: Tensor, seed: int) -> Iterator[Fault]:
     """Yields faults of classes, of which ``shares`` (K,) are generated."""
-    classifier = NeighbourClassifier(images, labels, accuracy=False)
+    classifier = NeighbourClassifier(images, labels)
     # a class that is hardly generated cannot be lost
     common = (shares >= 0.05).nonzero()[:, 0].tolist()
     a, b = common[seed % len(common)], common[(seed + 1 + seed // 10) % len(common)]

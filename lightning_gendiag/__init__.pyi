@@ -42,6 +42,9 @@ from .diagnostics.regional_primitives.functional import minimal_features_of as m
 from .diagnostics.regional_primitives.functional import or_interactions as or_interactions
 from .diagnostics.regional_primitives.metric import RegionalPrimitives as RegionalPrimitives
 from .diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor as RegionalPrimitivesMonitor
+from .diagnostics.training_data.functional import TrainingDataResult as TrainingDataResult
+from .diagnostics.training_data.metric import TrainingData as TrainingData
+from .diagnostics.training_data.monitor import TrainingDataMonitor as TrainingDataMonitor
 from .functional.jacobian import decoder_gram as decoder_gram
 from .metric import Diagnostic as Diagnostic
 from .model.adapter import ModelAdapter as ModelAdapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from example_models.data import digits
-from lightning_gendiag import ModelAdapter
+from lightning_gendiag import ManifoldEntropyMonitor, ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.view import ModelView
-from tests.helpers.running import attached
+from tests.helpers.running import attached, batches, trainer
 
 # untrained models generate images in another range of values
 pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
@@ -345,14 +346,183 @@ def test_a_part_that_is_not_trained_is_not_evaluated() -> None:
     assert not view.parts.has("encode")
 
 
-def test_the_log_says_why_a_sampler_of_the_module_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    class Broken(Coder, LightningModule):
-        def sample(self, n: int) -> Tensor:
-            raise RuntimeError("no such device")
+class Broken(Coder, LightningModule):
+    """A VAE whose sampler works on another device only."""
 
+    def sample(self, n: int) -> Tensor:
+        raise RuntimeError("no such device")
+
+
+def test_the_log_says_why_a_sampler_of_the_module_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        view_of(Broken()).find("sample")
+        view_of(Broken()).source()
     assert (
-        "Samples: self.decode from normal noise (n, 3), since self.sample(n) fails (RuntimeError: no such device). "
-        "To choose another, pass sample=...." in caplog.text
+        "Reconstructions: self.decode of self.encode(images), since self.sample(n) fails (RuntimeError: no such device). "
+        "To choose another, pass reconstruct=...." in caplog.text
     )
+
+
+def test_noise_does_not_take_the_place_of_a_sampler_that_fails() -> None:
+    # it may draw from another prior
+    view = view_of(Broken())
+    assert not view.has_prior
+    assert view.source() == "reconstructions"
+    with pytest.raises(ValueError, match=r"nothing shows that normal noise is the prior of its latents"):
+        view.find("sample")
+    assert view_of(Broken(), latent_dim=3).source() == "samples"
+    assert view_of(Broken(), sample="decode").source() == "samples"
+
+
+def test_the_prior_is_not_known_either_where_samples_are_not_asked_for() -> None:
+    assert not attached(Broken(), ModelAdapter(reference=(IMAGES, LABELS)), ("decode",)).has_prior
+
+
+def test_where_nothing_encodes_either_the_message_asks_for_the_prior() -> None:
+    view = view_of(type("Decoder", (Broken,), {"encode": None})())
+    assert not view.has_prior
+    message = (
+        r"the prior of the latents must be known, but self.sample\(n\) fails \(RuntimeError: no such device\). To fix"
+    )
+    with pytest.raises(ValueError, match=message):
+        next(view.prior_latents(2))
+
+
+def test_a_generator_takes_noise_also_where_a_sampler_beside_it_fails() -> None:
+    class GAN(LightningModule):
+        latent_dim = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = nn.Sequential(nn.Linear(3, 64), nn.Unflatten(1, (1, 8, 8)))
+
+        sample = Broken.sample
+
+    class Forward(GAN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = self._modules.pop("generator")
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.layers(z)
+
+    for module, name in ((GAN(), "self.generator"), (Forward(), "self.forward")):
+        view = view_of(module)
+        assert name_of(view, "sample") == f"{name} from normal noise (n, 3)"
+        assert view.has_prior
+
+
+def test_latents_of_real_images_are_mentioned_only_where_they_are_decoded(caplog: pytest.LogCaptureFixture) -> None:
+    class Sampled(Broken):
+        def decode(self, z: Tensor) -> Tensor:
+            raise TypeError("needs labels")
+
+    for module, mentioned in ((Sampled(), False), (Broken(), True)):
+        caplog.clear()
+        view = view_of(module)
+        with caplog.at_level("INFO"), suppress(ValueError):
+            next(view.prior_latents(2))
+        assert ("Latents of real images are decoded" in caplog.text) == mentioned
+
+
+def test_a_single_monitor_learns_with_the_first_batch_that_the_prior_is_not_known() -> None:
+    class Trained(Broken):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.decode(self.encode(batch[0])[0]).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    monitor = ManifoldEntropyMonitor(num_latents=8)
+    trainer(monitor, max_epochs=1).fit(Trained(), batches())
+    assert monitor.evaluations == 1
+    assert not monitor.view.has_prior
+
+
+def of_base_class(self: Any, num_samples: int) -> Tensor:
+    raise NotImplementedError
+
+
+NO_SAMPLERS: dict[str, Callable[..., Any]] = {
+    "of a base class": of_base_class,
+    "of a posterior": lambda self, mean_and_spread: mean_and_spread[0],
+    "of a batch": lambda self, batch: batch[0],
+}
+
+
+@pytest.mark.parametrize("kind", NO_SAMPLERS)
+def test_what_only_has_the_name_of_a_sampler_does_not_hide_the_prior(kind: str) -> None:
+    module = type("Named", (Coder, LightningModule), {"sample": NO_SAMPLERS[kind]})()
+    view = view_of(module)
+    assert view.has_prior
+    assert name_of(view, "sample") == "self.decode from normal noise (n, 3)"
+
+
+def test_parameters_that_are_all_positive_are_of_no_normal_posterior() -> None:
+    class Gamma(Coder):
+        latent_dim = 8
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_latents, self.to_images = nn.Linear(64, 16), nn.Linear(8, 64)
+
+        def encode(self, x: Tensor) -> Any:
+            return tuple(part.softmax(1) for part in super().encode(x))
+
+    class Sigma(Gamma):
+        def encode(self, x: Tensor) -> Any:
+            mean, spread = Coder.encode(self, x)
+            return mean, nn.functional.softplus(spread)
+
+    assert view_of(Wrapper("model", Gamma())).source() == "reconstructions"
+    assert view_of(Wrapper("model", Sigma())).source() == "samples"
+
+
+@pytest.mark.parametrize(
+    ("keyword", "one_hot", "name"),
+    [
+        ("labels", True, "self.sample(n, device, labels=labels) as one-hot rows"),
+        ("labels", False, "self.sample(n, device, labels=labels)"),
+        ("y", False, "self.sample(n, device, y=labels)"),
+    ],
+)
+def test_a_sampler_of_any_keywords_gets_labels_as_the_batches_have_them(keyword: str, one_hot: bool, name: str) -> None:
+    class Conditional(Coder, LightningModule):
+        def sample(self, num_samples: int, current_device: Any, **kwargs: Any) -> Tensor:
+            labels = kwargs[keyword].to(current_device)
+            assert labels.shape == ((num_samples, 10) if one_hot else (num_samples,))
+            values = labels.argmax(1) if one_hot else labels
+            return values.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10
+
+    labels = nn.functional.one_hot(LABELS, 10) if one_hot else LABELS
+    view = view_of(Conditional(), reference=(IMAGES, labels))
+    assert name_of(view, "sample") == name
+    made = view.samples()
+    assert made.labels is not None
+    assert torch.equal((made.images[:, 0, 0, 0] * 10).round().long(), made.labels)
+    assert view.has_prior
+    # a run that goes on knows the form of the labels before its first batch
+    view, other = (attached(Conditional(), ModelAdapter(), ()) for _ in range(2))
+    view.real.collect((IMAGES, labels))
+    assert view.real.ready(epoch_over=True)
+    other.real.load_state_dict(view.real.state_dict())
+    assert name_of(other, "sample") == name
+
+
+def test_a_message_keeps_the_dots_of_the_line_that_it_shows() -> None:
+    class Conditional(LightningModule):
+        def sample(self, n: int, y: Tensor) -> Tensor:
+            return noise(n)
+
+    view = view_of(Conditional(), reference=(IMAGES, torch.rand(64, 5)))
+    with pytest.raises(ValueError, match=r"not whole numbers; pass labels=lambda batch: \.\.\.\)"):
+        view.find("sample")
+
+
+def test_a_sampler_that_works_without_labels_is_given_none() -> None:
+    class Free(LightningModule):
+        def sample(self, n: int, **kwargs: Any) -> Tensor:
+            return noise(n)
+
+    assert name_of(view_of(Free()), "sample") == "self.sample(n)"
+    assert view_of(Free()).samples().labels is None
+    assert name_of(view_of(Free(), conditional=True), "sample") == "self.sample(n, labels=labels)"

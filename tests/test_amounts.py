@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,13 @@ from tests.helpers.models import SmallVAE, TinyGAN
 from tests.helpers.running import attached, batches, trainer
 
 # not an attribute of a module, which would be copied with it
-CLOCK = SimpleNamespace(now=100.0, monotonic=lambda: CLOCK.now)
+CLOCK = SimpleNamespace(now=100.0, busy=7.0, monotonic=lambda: CLOCK.now, thread_time=lambda: CLOCK.busy)
+
+
+def take(seconds: float, load: float = 1.0) -> None:
+    """Lets a time pass, in which this thread is at work for its part of a CPU."""
+    CLOCK.now += seconds * load
+    CLOCK.busy += seconds
 
 
 @pytest.fixture
@@ -60,12 +67,40 @@ def test_as_many_pieces_as_fit_a_limit_within_bounds(seconds: float, expected: i
 @pytest.mark.usefixtures("clock")
 def test_work_that_fails_takes_no_time_since_it_fails_again_where_this_is_reported() -> None:
     def work(fails: bool) -> None:
-        CLOCK.now += 3
+        take(3)
         if fails:
             raise ValueError("out of noise")
 
     assert seconds_of(lambda: work(False), torch.device("cpu")) == 3
     assert seconds_of(lambda: work(True), torch.device("cpu")) == 0
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(
+    ("device", "load", "expected"), [("cpu", 1, 2), ("cpu", 4, 2), ("cpu", 80, 40), ("cpu", 0.5, 1), ("meta", 4, 8)]
+)
+def test_the_load_of_other_processes_does_not_count_on_a_cpu(device: str, load: float, expected: float) -> None:
+    # a device of its own works while the thread waits; what takes a CPU for less than a quarter of its time waits too
+    assert seconds_of(lambda: take(2, load), torch.device(device)) == expected
+
+
+def test_time_that_other_processes_take_from_a_cpu_does_not_count() -> None:
+    def work() -> None:
+        for _ in range(400):
+            torch.linalg.svdvals(a)
+
+    a = torch.rand(150, 150, generator=torch.Generator().manual_seed(0))
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        started = time.monotonic()
+        counted = seconds_of(work, torch.device("cpu"))
+        passed = time.monotonic() - started
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    # each of the processes takes its share
+    assert 0 < counted < 0.7 * passed
 
 
 class Slow(SmallVAE):
@@ -76,11 +111,11 @@ class Slow(SmallVAE):
         self.seconds = seconds
 
     def sample(self, n: int) -> Tensor:
-        CLOCK.now += self.seconds * n
+        take(self.seconds * n)
         return super().sample(n)
 
     def encode(self, images: Tensor) -> Any:
-        CLOCK.now += self.seconds * len(images)
+        take(self.seconds * len(images))
         return super().encode(images)
 
 
@@ -136,14 +171,15 @@ def test_the_numbers_are_kept_in_checkpoints_and_chosen_anew_for_other_data(tmp_
 @pytest.mark.parametrize(
     ("seconds", "options", "expected"),
     [
-        # seconds of sixteen dimensions of one latent; of 40 dimensions 128 may be monitored
+        # seconds of one dimension of one latent, and of sixteen unless that is slow; 40 dimensions may be monitored
         (0.0, {}, (32, 40)),
         (0.032, {}, (15, 40)),
-        (0.16, {}, (8, 16)),
-        (0.1, {}, (8, 23)),
-        (9.0, {}, (8, 16)),
+        (0.07, {}, (8, 34)),
+        (0.08, {}, (8, 16)),
+        (0.25, {}, (5, 16)),
+        (9.0, {}, (2, 16)),
         (9.0, {"num_latents": 20}, (20, 16)),
-        (9.0, {"max_dims": 30}, (8, 30)),
+        (9.0, {"max_dims": 30}, (2, 30)),
         (9.0, {"num_latents": 3, "max_dims": 50}, (3, 40)),
     ],
 )
@@ -184,7 +220,14 @@ def test_slow_steps_leave_fewer_images_then_fewer_steps_then_fewer_regions(
 ) -> None:
     each_piece_takes(seconds)
     monitor = RegionalPrimitivesMonitor(
-        num_regions=3, num_images=3, max_regions=5, on_error="raise", every_n_epochs=1, log_images=False, **options
+        # one of them is the border, which never varies and is left out
+        num_regions=4,
+        num_images=3,
+        max_regions=5,
+        on_error="raise",
+        every_n_epochs=1,
+        log_images=False,
+        **options,
     )
     with pytest.warns(UserWarning, match="only the 5") if options else torch.no_grad():
         trainer(monitor, max_epochs=1).fit(GAN(8, width=4), batches(32))
@@ -196,7 +239,9 @@ def test_regions_that_were_found_are_left_out_where_their_sets_take_too_long(
     each_piece_takes: Callable[[float], None],
 ) -> None:
     each_piece_takes(100.0)
-    monitor = RegionalPrimitivesMonitor(num_images=1, on_error="raise", every_n_epochs=1, log_images=False)
+    monitor = RegionalPrimitivesMonitor(
+        num_regions=6, num_images=1, on_error="raise", every_n_epochs=1, log_images=False
+    )
     with pytest.warns(UserWarning, match=r"Of 5 regions, only the 3 .* longer than max_seconds=20"):
         trainer(monitor, max_epochs=1).fit(GAN(8, width=4), batches(32))
     assert len(monitor.names) == 3
@@ -280,6 +325,23 @@ def test_a_stream_is_evaluated_by_steps_unless_the_user_chose(
     assert diagnostics.monitors["cms"].evaluations == evaluations
     logged = [record.message for record in caplog.records if "Diagnostics evaluate every" in record.message]
     assert len(logged) == (not options)
+
+
+class Short(Stream):
+    """Ends, which its length does not say."""
+
+    def __iter__(self) -> Any:
+        images, labels = (rows[:64] for rows in digits(8))
+        yield from zip(images, labels, strict=True)
+
+
+def test_a_stream_whose_epochs_end_soon_is_evaluated_at_their_ends(caplog: pytest.LogCaptureFixture) -> None:
+    diagnostics = GenerativeDiagnostics(num_samples=16, max_overhead=None, log_images=False, skip=("latent_regions",))
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer(diagnostics, max_epochs=3).fit(TinyGAN(), torch.utils.data.DataLoader(Short(), batch_size=16))
+    assert diagnostics.monitors["cms"].evaluations == 3
+    assert "every 1,000 training steps, since the length of an epoch is not known" in caplog.text
+    assert caplog.text.count("Diagnostics evaluate at the ends of epochs, since the first one had an end.") == 1
 
 
 def test_a_stream_that_is_shorter_than_the_reference_is_evaluated_in_its_second_half() -> None:

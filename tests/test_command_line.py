@@ -26,7 +26,7 @@ OWN: dict[str, dict[str, Any]] = {
         "images": "reconstructions",
     },
     "GenerationBalanceMonitor": {
-        "classifier": "classify", "neighbours": 5, "space": "features", "images": "samples", "num_classes": 7,
+        "classifier": "classify", "space": "features", "images": "samples", "num_classes": 7,
     },
     "KStarMonitor": {"features": "encoder.3", "images": "generated", "distance": "cosine", "max_rows": 100},
     "LatentRegionsMonitor": {"components": 4, "num_points": 50, "max_components": 5, "max_rows": 300},
@@ -39,6 +39,7 @@ OWN: dict[str, dict[str, Any]] = {
         "split": "decoder.3", "regions": "grid", "num_regions": 4, "max_regions": 3, "num_images": 1, "penalty": 0.2,
         "max_steps": 5, "batch_size": 8, "max_seconds": 5.0,
     },
+    "TrainingDataMonitor": {"rows": 16},
 }  # fmt: skip
 
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from example_models.data import digits
-from lightning_gendiag import CosineMeanSimilarity, RegionMap, cosine_mean_similarity
+from lightning_gendiag import CosineMeanSimilarity, RegionMap, cosine_mean_similarity, find_regions
 from lightning_gendiag.diagnostics.cosine_mean_similarity import functional as functional
 from tests.helpers.cases import Case
 from tests.helpers.images import blocks, regional_images
@@ -269,3 +270,40 @@ def _updates() -> list[dict[str, object]]:
 
 
 CASE = Case(lambda: CosineMeanSimilarity(blocks(8, 8), num_classes=10), _updates())
+
+
+def test_the_background_is_measured_on_the_scale_of_the_image(generator: torch.Generator) -> None:
+    labels = torch.tensor([0, 0, 1, 1, 2, 2]).expand(6, 6)
+    real, generated = torch.randn(2, 400, 1, 6, 6, generator=generator)
+    # the background differs in one real image, and by a trace in all generated ones
+    real[:, :, labels == 2] = 0
+    real[0, :, labels == 2] = 0.1
+    generated[:, :, labels == 2] = 0.01 * torch.randn(400, 1, 12, generator=generator)
+    plain, known = (
+        cosine_mean_similarity(generated, real, RegionMap(labels, background=background), null_splits=32)
+        for background in (None, 2)
+    )
+    assert float(plain.regions[2]) < 0.9
+    assert float(known.regions[2]) > 0.999
+    assert float(known.z[2]) > -3
+    torch.testing.assert_close(plain.regions[:2], known.regions[:2])
+    torch.testing.assert_close(plain.z[:2], known.z[:2])
+    generated[:, :, labels == 2] = 1.0
+    changed = cosine_mean_similarity(generated, real, RegionMap(labels, background=2), null_splits=32)
+    assert float(changed.regions[2]) < 0.9
+    assert float(changed.z[2]) < -10
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 16), (16, 0), (16, 16)])
+def test_a_blurred_quarter_lowers_the_region_that_overlaps_it_most(corner: tuple[int, int]) -> None:
+    images = digits(32)[0]
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    real, generated = images[:800], images[800:1600]
+    regions = find_regions(real, 5, progress=False)
+    quarter = torch.zeros(32, 32, dtype=torch.bool)
+    quarter[corner[0] : corner[0] + 16, corner[1] : corner[1] + 16] = True
+    blurred = torch.where(quarter, F.avg_pool2d(generated, 9, 1, 4, count_include_pad=False), generated)
+    before, after = (cosine_mean_similarity(x, real, regions).regions.log() for x in (generated, blurred))
+    worst = int((before - after).argmax())
+    assert float((before - after)[worst]) > 0.01
+    assert regions.overlap(worst, quarter) == max(regions.overlap(r, quarter) for r in range(5))

@@ -99,6 +99,19 @@ def test_all_monitors_give_the_same_scalars_on_one_and_two_processes(tmp_path: P
             assert other[name] == pytest.approx(scalars, abs=1e-6, rel=1e-6, nan_ok=True), name
 
 
+def test_two_processes_watch_all_training_data_and_agree_on_what_moved(tmp_path: Path) -> None:
+    (single,) = reports("data_on_two", tmp_path / "1", processes=1)
+    one, two = reports("data_on_two", tmp_path / "2", processes=2)
+    assert one == two
+    for report in (single, one):
+        ((epoch, message),) = report["alarms"]
+        assert epoch == 2
+        assert message.startswith("class 3 has not been in the last 1,0")
+    for name in ("class_distance", "low", "high", "moved_classes", "invalid"):
+        # the sampler of two processes repeats one image where they do not divide evenly
+        assert one["scalars"][name] == pytest.approx(single["scalars"][name], abs=2e-3), name
+
+
 @pytest.fixture(scope="module")
 def ways(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What one process, and then each of two, report of models that the two see differently."""
@@ -118,6 +131,10 @@ class TestWays:
     def test_a_way_that_fails_on_one_process_is_used_on_none(self, ways: list[Any]) -> None:
         assert [report["way"] for report in ways[1:]] == ["self.forward from normal noise (n, 4)"] * 2
 
+    def test_the_prior_of_a_sampler_that_fails_on_one_process_is_known_on_none(self, ways: list[Any]) -> None:
+        expected = ("reconstructions", False, "self.decode of self.encode(images)")
+        assert [report["source"] for report in ways[1:]] == [expected] * 2
+
     def test_a_sampler_that_the_user_names_and_that_fails_on_one_process_is_left_out_with_the_reason(
         self, ways: list[Any]
     ) -> None:
@@ -130,7 +147,8 @@ class TestWays:
     def test_a_sharded_module_is_left_out_with_one_reason_and_trains_as_without(self, ways: list[Any]) -> None:
         for report in ways[1:]:
             attached, left_out = report["sharded"]
-            assert attached == []
+            # it needs no module
+            assert attached == ["training_data"]
             assert len(left_out) == 7
             assert set(left_out.values()) == {report["refused"]}
             assert all(map(torch.equal, report["with"], report["without"]))

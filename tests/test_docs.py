@@ -66,7 +66,8 @@ def test_each_command_and_its_options_exist(page: Path) -> None:
     for module, options in re.findall(
         r"python -m ((?:benchmarks|example_models|tests)[.\w]+)([^`\n]*)", page.read_text()
     ):
-        path = ROOT / f"{module.replace('.', '/')}.py"
+        folder = ROOT / module.replace(".", "/")
+        path = folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")
         assert path.exists(), module
         sources = path.read_text() + (ROOT / "example_models" / "running.py").read_text()
         for option in re.findall(r"--[a-z-]+", options):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ def test_the_faulty_gan_is_stopped_and_the_alarm_is_printed(tmp_path: Path, caps
     stopping = gan.main(["--fault", "noise", "--start", "14", "--epochs", "18", "--runs", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "The run stopped in epoch" in printed
-    assert "bottom right collapsed" in printed
+    assert re.search(r"bottom right( \(2\))? collapsed", printed)
     assert "A fault was planted from epoch 14 on: noise" in printed
     assert "tensorboard --logdir" in printed
-    assert stopping.alarms[0].label == "bottom right"
+    assert stopping.alarms[0].label.startswith("bottom right")
     accumulator = events(next(tmp_path.rglob("events*")).parent)
     names = ("cms", "generation_balance", "k_star", "regional_primitives")
     expected = {"gendiag/alarm_1/picture", *(f"gendiag/{name}/panel" for name in names)}

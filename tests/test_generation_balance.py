@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from scipy.optimize import minimize
 from scipy.stats import binomtest
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -21,9 +21,23 @@ from lightning_gendiag import (
     GenerationBalanceMonitor,
     ModelAdapter,
 )
-from lightning_gendiag.diagnostics.generation_balance.functional import binomial_interval
+from lightning_gendiag.diagnostics.generation_balance.functional import (
+    corrected_interval,
+    corrected_shares,
+    error_rates,
+    share_variance,
+)
+from lightning_gendiag.diagnostics.generation_balance.monitor import severity
 from lightning_gendiag.functional.distances import frechet_distance
-from lightning_gendiag.model.features import FeatureExtractor, NeighbourClassifier, space_for, together
+from lightning_gendiag.functional.intervals import binomial_interval
+from lightning_gendiag.model.features import (
+    FeatureExtractor,
+    KernelClassifier,
+    NeighbourClassifier,
+    averaged_pixels,
+    space_for,
+    together,
+)
 from tests.helpers.cases import Case
 from tests.helpers.logs import events
 from tests.helpers.models import ScriptedGenerator, TinyGAN
@@ -171,7 +185,10 @@ def test_rows_that_are_not_finite_are_left_out_and_counted() -> None:
             lambda: GenerationBalance(2).update(torch.tensor([1]), True, torch.zeros(2, 3)),
             r"features must be \(1, F\), got",
         ),
-        (lambda: GenerationBalanceMonitor(neighbours=0), "neighbours must be at least 1"),
+        (
+            lambda: GenerationBalance(2, confusion=torch.ones(2, 3)),
+            r"confusion must be \(2, 2\) counts of at least 0, got \(2, 3\). To fix",
+        ),
         (lambda: GenerationBalanceMonitor(space="latent"), "space must be 'auto', 'pixels' or 'features'"),  # type: ignore[arg-type]
         (lambda: GenerationBalanceMonitor(num_classes=1), "num_classes must be at least 2"),
         (lambda: FeatureExtractor(torch.zeros(2, 1, 8, 8)), "images must be at least 4, got 2"),
@@ -213,14 +230,235 @@ def test_constant_images_have_finite_features() -> None:
     assert FeatureExtractor(torch.zeros(8, 3, 16, 16))(torch.ones(2, 3, 16, 16)).isfinite().all()
 
 
-def test_the_classifier_recognizes_digits_and_measures_its_accuracy() -> None:
+def test_the_neighbours_recognize_digits() -> None:
     images, labels = digits(16)
     for features in (None, FeatureExtractor(images[:1000])):
         classifier = NeighbourClassifier(images[:1000], labels[:1000], features)
-        right = float((classifier(images[1000:]) == labels[1000:]).double().mean())
-        assert classifier.accuracy > 0.9
-        assert abs(right - classifier.accuracy) < 0.06
+        assert float((classifier(images[1000:]) == labels[1000:]).double().mean()) > 0.9
         assert classifier.probabilities(images[:5]).sum(1).tolist() == pytest.approx([1.0] * 5)
+
+
+SPACES = [(averaged_pixels, 0.3)]
+
+
+def test_the_classifier_recognizes_digits_and_knows_its_errors() -> None:
+    images, labels = digits(32)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order]
+    filters = FeatureExtractor(images[:1000]).responses
+    classifier = KernelClassifier(images[:1000], labels[:1000], [*SPACES, (lambda some: filters(some).sqrt(), 0.1)])
+    right = float((classifier(images[1000:]) == labels[1000:]).double().mean())
+    assert right > 0.98
+    assert float((classifier.held_out == labels[:1000]).double().mean()) == pytest.approx(right, abs=0.01)
+
+
+def test_held_out_labels_equal_those_of_a_classifier_without_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gendiag.model.features.RIDGES", (1e-2,))
+    monkeypatch.setattr("lightning_gendiag.model.features.FOLDS", 2)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    images = torch.randn(400, 1, 4, 4, generator=generator) + 0.5 * labels[:, None, None, None]
+    whole = KernelClassifier(images, labels, SPACES)
+    # the same order, in which every second image of a class is of the other fold
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    fold = torch.empty(400, dtype=torch.long)
+    fold[order[labels[order].argsort(stable=True)]] = torch.arange(400) % 2
+    equal = []
+    for side in (0, 1):
+        half = KernelClassifier(images[fold == side], labels[fold == side], SPACES)
+        equal.append(half(images[fold != side]) == whole.held_out[fold != side])
+    # but for the width of the kernel, which is taken from all images
+    assert float(torch.cat(equal).double().mean()) > 0.97
+
+
+def test_a_classifier_that_cannot_learn_is_right_by_chance_on_held_out_images() -> None:
+    images, labels = torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+    right = float((KernelClassifier(images, labels, SPACES).held_out == labels).double().mean())
+    assert right == pytest.approx(0.5, abs=0.11)
+
+
+def test_images_beyond_those_it_learns_from_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gendiag.model.features.LEARNED", 500)
+    images, labels = digits(16)
+    classifier = KernelClassifier(images, labels, SPACES)
+    assert float((classifier.held_out == labels).double().mean()) > 0.96
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (torch.zeros(8, 1, 4, 4), torch.arange(8) % 2),
+        (torch.rand(8, 3, 4, 4), torch.zeros(8, dtype=torch.long)),
+        (torch.rand(8, 1, 2, 2), torch.tensor([0, 0, 0, 0, 0, 0, 0, 5])),
+    ],
+)
+def test_degenerate_images_and_labels_are_classified(images: Tensor, labels: Tensor) -> None:
+    classifier = KernelClassifier(images, labels, SPACES)
+    for found in (classifier.held_out, classifier(images[:0]), classifier(100 * images)):
+        assert ((found >= 0) & (found <= labels.max())).all()
+
+
+# ---- correction for the classifier's errors ----
+
+
+def errors(accuracy: float, k: int, seed: int = 0) -> Tensor:
+    """Returns (K, K) error rates of a classifier that is right for a fraction of each class and wrong unevenly."""
+    others = torch.rand(k, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+    others.fill_diagonal_(0)
+    return (1 - accuracy) * others / others.sum(1, keepdim=True) + accuracy * torch.eye(k)
+
+
+def assigned(shares: Tensor, rates: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Returns (K,) counts of the classes to which a classifier assigns n images."""
+    true = torch.multinomial(shares, n, replacement=True, generator=generator)
+    return torch.bincount(torch.multinomial(rates[true], 1, generator=generator)[:, 0], minlength=len(shares)).double()
+
+
+def test_two_classes_have_a_closed_form() -> None:
+    rates = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
+    for q in (0.3, 0.5, 0.85):
+        expected = (q - 0.2) / (0.9 - 0.2)
+        assert float(corrected_shares(torch.tensor([q, 1 - q]), rates)[0]) == pytest.approx(expected, abs=1e-6)
+    # fewer than the classifier's errors alone would give
+    assert float(corrected_shares(torch.tensor([0.1, 0.9]), rates)[0]) == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("accuracy", [0.95, 0.6])
+def test_corrected_shares_have_the_largest_likelihood(accuracy: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rates, true = errors(accuracy, 6), torch.tensor([0.0, 0.3, 0.3, 0.2, 0.15, 0.05], dtype=torch.float64)
+    q = (assigned(true, rates, 400, generator) / 400).numpy()
+    found = minimize(
+        lambda p: -float(q @ np.log(np.maximum(rates.numpy().T @ p, 1e-12))), np.full(6, 1 / 6), method="SLSQP",
+        bounds=[(0, 1)] * 6, constraints={"type": "eq", "fun": lambda p: p.sum() - 1}, options={"ftol": 1e-14},
+    )  # fmt: skip
+    torch.testing.assert_close(corrected_shares(torch.tensor(q), rates), torch.tensor(found.x), rtol=0, atol=2e-3)
+
+
+def test_the_variance_equals_that_of_a_simulation() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rates, p, n, real = errors(0.8, 3), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 500, 200
+    shares = []
+    for _ in range(2000):
+        drawn = [torch.multinomial(row, real, replacement=True, generator=generator) for row in rates]
+        measured = torch.stack([torch.bincount(row, minlength=3) / real for row in drawn]).double()
+        shares.append(torch.linalg.solve(measured.T, assigned(p, rates, n, generator) / n))
+    expected = torch.stack(shares).var(0)
+    torch.testing.assert_close(share_variance(p, rates, torch.full((3,), real), n), expected, rtol=0.1, atol=0)
+    # without errors it is the binomial one
+    perfect = share_variance(p, torch.eye(3), torch.full((3,), real), n)
+    torch.testing.assert_close(perfect, p * (1 - p) / n)
+
+
+@pytest.mark.parametrize(("accuracy", "k"), [(0.99, 2), (0.94, 10), (0.7, 10)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_intervals_cover_the_true_shares_at_least_as_often_as_stated(accuracy: float, k: int, dropped: bool) -> None:
+    generator, confidence, runs, real = torch.Generator().manual_seed(3), 0.9, 200, 1000 // k
+    rates, p = errors(accuracy, k), torch.full((k,), 1 / k, dtype=torch.float64)
+    if dropped:
+        p[0] = 0
+        p /= p.sum()
+    held = 0
+    for _ in range(runs):
+        drawn = [torch.multinomial(row, real, replacement=True, generator=generator) for row in rates]
+        confusion = torch.stack([torch.bincount(row, minlength=k) for row in drawn]).double()
+        counts = assigned(p, rates, 500, generator)
+        shares = corrected_shares(counts, error_rates(confusion)[0])
+        low, high = corrected_interval(counts, shares, confusion, (1 - confidence) / (4 * k)).unbind(1)
+        held += bool(((low <= p) & (p <= high)).all())
+    # the nominal 90 %, less three standard errors of this simulation
+    assert held / runs >= confidence - 3 * (confidence * (1 - confidence) / runs) ** 0.5
+
+
+def balance(confusion: Tensor, counts: Tensor) -> Any:
+    """Returns the result of generated images that a classifier with these errors assigned."""
+    k = len(confusion)
+    metric = GenerationBalance(k, confusion=confusion)
+    metric.update(torch.repeat_interleave(torch.arange(k), confusion.sum(1).long()), real=True)
+    metric.update(torch.repeat_interleave(torch.arange(k), counts.long()), real=False)
+    return metric.compute()
+
+
+def test_an_unbalanced_classifier_on_balanced_images_gives_balanced_shares() -> None:
+    # doubtful images of all classes are assigned to class 1
+    rates = 0.85 * torch.eye(10, dtype=torch.float64)
+    rates[:, 1] += 0.15
+    result = balance((rates * 100).round(), (rates.mean(0) * 1000).round())
+    assert float(result.assigned_share[1]) > 0.23
+    torch.testing.assert_close(result.generated_share, torch.full((10,), 0.1).double(), rtol=0, atol=5e-3)
+    assert float(result.imbalance) < 0.01
+    assert not (result.dropped | result.dominating | result.undetermined).any()
+    assert float(result.accuracy) == pytest.approx(0.865)
+    assert ((result.interval[:, 0] < 0.1) & (result.interval[:, 1] > 0.1)).all()
+
+
+def test_a_class_that_the_others_are_mistaken_for_is_seen_to_be_dropped() -> None:
+    rates = 0.9 * torch.eye(10, dtype=torch.float64)
+    rates[:, 1] += 0.1
+    p = (torch.arange(10) != 1).double() / 9
+    result = balance((rates * 1000).round(), (rates.T @ p * 4000).round())
+    # as many images are assigned to it as are real
+    assert float(result.assigned_share[1]) == pytest.approx(0.1, abs=2e-3)
+    assert result.dropped.nonzero()[:, 0].tolist() == [1]
+
+
+def test_classes_that_the_classifier_confuses_cannot_be_told_and_count_together() -> None:
+    rates = torch.eye(4, dtype=torch.float64)
+    rates[2:, 2:] = 0.5
+    result = balance(rates * 100, torch.tensor([300.0, 300.0, 400.0, 0.0]))
+    assert result.undetermined.tolist() == [False, False, True, True]
+    assert not (result.dropped | result.dominating).any()
+    assert (result.interval[2:, 1] - result.interval[2:, 0] > 0.4).all()
+    assert float(result.imbalance) == pytest.approx(0.1, abs=0.01)
+    assert float(result["undetermined"]) == 2
+    # their sum is as certain as other shares
+    alone = balance(rates * 100, torch.tensor([500.0, 500.0, 0.0, 0.0]))
+    assert float(alone.imbalance) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_classifier_that_guesses_tells_nothing() -> None:
+    counts = torch.tensor([400.0, 0.0, 0.0])
+    result = balance(torch.full((3, 3), 30.0), counts)
+    assert result.undetermined.all()
+    assert result.imbalance.isnan()
+    assert result.divergence.isnan()
+    monitor = GenerationBalanceMonitor()
+    observations = monitor.observations(result)
+    assert len(observations) == 4
+    assert {observation.series.role for observation in observations} == {"record"}
+
+
+def test_a_classifier_with_other_numbers_of_the_classes_tells_nothing() -> None:
+    result = balance(torch.eye(3).roll(1, 1) * 100, torch.tensor([300.0, 0.0, 0.0]))
+    assert result.undetermined.all()
+    assert result.interval.tolist() == [[0.0, 1.0]] * 3
+
+
+@pytest.mark.parametrize("few", [0, 1])
+def test_a_class_with_one_real_image_or_none_is_not_told(few: int) -> None:
+    confusion = torch.tensor([[100.0, 0, 0], [0, 100, 0], [few, 0, 0]])
+    for counts in ([500.0, 500, 0], [0.0, 0, 1000], [0.0, 0, 0]):
+        result = balance(confusion, torch.tensor(counts))
+        assert not result.dropped[2]
+        assert result.undetermined.tolist() == [False, False, few > 0]
+        assert result.interval.isfinite().all()
+        assert result.generated_share.isnan().all() == (sum(counts) == 0)
+
+
+# ---- the severity ----
+
+
+def test_a_share_that_halves_is_worse_by_one_octave_anywhere() -> None:
+    for share in (0.5, 0.2, 0.05):
+        assert severity(share / 2, 10000) - severity(share, 10000) == pytest.approx(1, abs=0.02)
+    assert np.isnan(severity(float("nan"), 0))
+
+
+def test_sampling_makes_frequent_and_rare_classes_fluctuate_about_equally() -> None:
+    generator = np.random.default_rng(0)
+    for share in (0.004, 0.01, 0.02, 0.05, 0.1):
+        counts = generator.binomial(512, share, 4000)
+        assert 0.15 < np.std([severity(count / 512, 512) for count in counts]) < 0.4
 
 
 # ---- the monitor ----
@@ -243,10 +481,12 @@ def adapter(**options: Any) -> ModelAdapter:
     return ModelAdapter(reference=digits(16), **({"num_samples": 500, "num_reference": 800} | options))
 
 
+@pytest.mark.filterwarnings("ignore:class 7 was dropped")
 def test_a_dropped_class_stops_the_run_and_is_named() -> None:
     monitor, stopping = GenerationBalanceMonitor(adapter=adapter(), on_error="raise"), CollapseStopping()
     with pytest.warns(
-        CollapseWarning, match="class 7 was dropped: .* Training stops if it lasts for 8 more evaluations"
+        CollapseWarning,
+        match="class 7 was dropped: .* Training continues, and stops if the change lasts for 8 more evaluations and",
     ):
         own = trainer(monitor, stopping, max_epochs=30)
         own.fit(ClassSampler(lambda epoch: set(range(10)) - ({7} if epoch >= 12 else set())), batches(16, 32))
@@ -308,6 +548,7 @@ def test_the_users_classifier_is_used(classifier: Any) -> None:
     trainer(monitor, max_epochs=1).fit(Classified(), batches(16, 32))
     # the classifier was never trained
     assert float(monitor.result.accuracy) < 0.5
+    assert monitor.result.undetermined.any()
     assert float(monitor.result.generated_count.sum()) == 500
 
 
@@ -331,6 +572,63 @@ def test_images_with_nan_are_counted_as_invalid() -> None:
     trainer(monitor, max_epochs=1).fit(ScriptedGenerator(script), batches(16, 32))
     assert float(monitor.result.generated_count.sum()) == 400
     assert float(monitor.result.invalid) == pytest.approx(100 / 500)
+
+
+def test_a_class_that_is_generated_too_often_is_seen_to_be_dropped_to_its_real_share() -> None:
+    class Favourite(ClassSampler):
+        """Generates class 3 four times as often as real, and from epoch 15 on as often."""
+
+        def sample(self, n: int) -> Tensor:
+            images = super().sample(n)
+            pool = self.pool[self.labels == 3]
+            if self.current_epoch < 15:
+                images[: n // 3] = pool[torch.randint(len(pool), (n // 3,))]
+            return images
+
+    monitor, stopping = GenerationBalanceMonitor(adapter=adapter(), on_error="raise"), CollapseStopping("warn")
+    with pytest.warns(CollapseWarning, match=r"class 3 was dropped: share of generated images fell from 0\.[34]"):
+        trainer(monitor, stopping, max_epochs=22).fit(Favourite(), batches(16, 32))
+    assert not monitor.result.dropped.any()
+
+
+def test_shares_of_an_unbalanced_classifier_are_corrected() -> None:
+    images, labels = digits(16)
+    means = torch.stack([images[labels == c].flatten(1).mean(0) for c in range(10)])
+
+    def doubtful_are_ones(module: Any, images: Tensor) -> Tensor:
+        first, second = torch.cdist(images.flatten(1), means).topk(2, largest=False).values.unbind(1)
+        return torch.where(second / first < 1.15, 1, torch.cdist(images.flatten(1), means).argmin(1))
+
+    monitor = GenerationBalanceMonitor(doubtful_are_ones, adapter=adapter(), on_error="raise")
+    trainer(monitor, max_epochs=1).fit(ClassSampler(), batches(16, 32))
+    result = monitor.result
+    assert float(result.assigned_share[1]) > 0.2
+    assert float(result.generated_share[1]) < 0.16
+    assert float(result.imbalance) < float((result.assigned_share - result.real_share).abs().sum() / 2)
+    assert not result.dominating.any()
+
+
+def test_a_class_that_no_image_is_assigned_to_has_no_share() -> None:
+    """A share that is nearly 0 would be generated without any real image, and has no binomial bounds."""
+    confusion = torch.tensor([[40.0, 4, 0], [5, 45, 0], [0, 0, 0]])
+    metric = GenerationBalance(3, confusion=confusion)
+    for real, classes in ((True, [0] * 45 + [1] * 50), (False, [1] * 100)):
+        metric.update(torch.tensor(classes), real=real, features=torch.randn(len(classes), 2))
+    result = metric.compute()
+    assert float(result.generated_share[2]) == 0
+    assert float(result.generated_share[0]) == 0
+    assert result.interval.isfinite().all()
+    assert result.divergence.isfinite()
+
+
+def test_a_classifier_that_guesses_is_reported_once_and_nothing_is_judged(caplog: pytest.LogCaptureFixture) -> None:
+    guess = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    nn.init.zeros_(guess[1].weight)
+    monitor = GenerationBalanceMonitor(guess, adapter=adapter(), on_error="raise")
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        trainer(monitor, max_epochs=3).fit(ClassSampler(), batches(16, 32))
+    assert caplog.text.count("cannot tell the share of any class: the classifier is right for") == 1
+    assert {o.series.role for o in monitor.observations(monitor.result)} == {"record"}
 
 
 def test_missing_labels_and_an_unknown_classifier_are_reported() -> None:
@@ -372,21 +670,25 @@ RUNS = RecordedBalance.read()
 def test_recorded_healthy_runs_raise_no_alarm_and_a_dropped_class_is_named(model: str) -> None:
     runs = [run for run in RUNS if run.model == model]
     assert len(runs) == 10
+    found = []
     for run in runs:
         assert [str(alarm) for alarm in run.alarms()] == []
-        first = run.alarms("dropped")[0]
-        assert first.names == [f"class {run.victim}"]
-        assert first.epoch < run.start + 4
+        alarms = run.alarms("dropped")
+        found += alarms[:1]
+        assert [alarm.names for alarm in alarms[:1]] in ([], [[f"class {run.victim}"]])
+    # classes of GANs come and go by as much as the fault, and a loss from far above the real share is none yet
+    least, latest = {"gan": (8, 8), "vae": (10, 2)}[model]
+    assert len(found) >= least
+    assert all(alarm.after < 0.5 * alarm.before and alarm.epoch <= run.start + latest for alarm in found)
 
 
-def test_large_images_are_compared_by_features_in_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = set()
-    fit = KNeighborsClassifier.fit
-    monkeypatch.setattr(KNeighborsClassifier, "fit", lambda self, x, y: lengths.add(x.shape[1]) or fit(self, x, y))
-    large, small = torch.rand(40, 3, 96, 96), torch.rand(40, 1, 32, 32)
+def test_large_images_are_classified_in_small_chunks() -> None:
+    large = torch.rand(40, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     assert together(large) == 256
     assert together(torch.empty(1, 3, 1024, 1024)) == 4
-    assert space_for(small, torch.nn.Identity()) is None
+    assert averaged_pixels(large).shape == (40, 3 * 16 * 16)
+    assert averaged_pixels(large[:, :, :8]).shape == (40, 3 * 8 * 16)
+    assert space_for(torch.rand(40, 1, 32, 32), torch.nn.Identity()) is None
     monitor = GenerationBalanceMonitor(
         adapter=ModelAdapter(reference=(large, torch.arange(40) % 2), num_samples=8), on_error="raise"
     )
@@ -394,8 +696,8 @@ def test_large_images_are_compared_by_features_in_small_chunks(monkeypatch: pyte
     model = Classified()
     model.sample = lambda n: network(torch.randn(n, 4))  # type: ignore[method-assign]
     trainer(monitor, max_epochs=1).fit(model, batches(16, 32))
-    (compared,) = lengths
-    assert compared == 39
+    # labels are random
+    assert monitor.result.undetermined.all()
 
 
 class WithClassifier(TinyGAN):

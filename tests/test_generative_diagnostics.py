@@ -36,12 +36,21 @@ ALL = [
     "posterior_kl",
     "latent_regions",
     "regional_primitives",
+    "training_data",
 ]
 EXAMPLES = {
-    "gan": (lambda: GAN(8, width=4), 32, ["cms", "generation_balance", "manifold_entropy", "regional_primitives"]),
+    "gan": (
+        lambda: GAN(8, width=4),
+        32,
+        ["cms", "generation_balance", "manifold_entropy", "regional_primitives", "training_data"],
+    ),
     "vae": (lambda: VAE(3, width=2), 32, ALL),
-    "flow": (lambda: flow.Flow(64, (1, 8, 8), transforms=2, hidden=16), 8, [*ALL[:4], "latent_regions"]),
-    "diffusion": (lambda: Diffusion(width=4, steps=2), 16, ["cms", "generation_balance"]),
+    "flow": (
+        lambda: flow.Flow(64, (1, 8, 8), transforms=2, hidden=16),
+        8,
+        [*ALL[:4], "latent_regions", "training_data"],
+    ),
+    "diffusion": (lambda: Diffusion(width=4, steps=2), 16, ["cms", "generation_balance", "training_data"]),
 }
 
 
@@ -90,7 +99,7 @@ def test_the_applicable_diagnostics_are_attached_to_every_example(name: str) -> 
 def test_a_plain_module_gets_the_diagnostics_of_samples_and_latents() -> None:
     diagnostics = GenerativeDiagnostics()
     trainer(diagnostics, max_epochs=1).fit(Plain(), batches())
-    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy"]
+    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy", "training_data"]
     assert "encode must be known" in diagnostics.left_out["posterior_kl"]
     assert "split must be given" in diagnostics.left_out["regional_primitives"]
 
@@ -99,7 +108,7 @@ def test_a_plain_module_gets_the_diagnostics_of_samples_and_latents() -> None:
 def test_without_labels_the_diagnostics_of_classes_are_left_out() -> None:
     diagnostics = GenerativeDiagnostics(adapter=small())
     trainer(diagnostics, max_epochs=1).fit(Plain(), DataLoader(digits(8)[0][:64], batch_size=16))
-    assert diagnostics.attached == ["cms", "manifold_entropy"]
+    assert diagnostics.attached == ["cms", "manifold_entropy", "training_data"]
     assert "the batches hold no labels; pass labels=" in diagnostics.left_out["generation_balance"]
 
 
@@ -107,7 +116,7 @@ def test_rows_are_evaluated_by_what_needs_no_images() -> None:
     diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(num_samples=16))
     data = DataLoader(TensorDataset(torch.randn(64, 2)), batch_size=16)
     trainer(diagnostics, max_epochs=1).fit(flow.Flow(2), data)
-    assert diagnostics.attached == ["cms", "manifold_entropy", "latent_regions"]
+    assert diagnostics.attached == ["cms", "manifold_entropy", "latent_regions", "training_data"]
 
 
 def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_path: Any) -> None:
@@ -161,7 +170,7 @@ def test_a_given_reference_replaces_images_in_batches() -> None:
         adapter=ModelAdapter(reference=(images, labels), num_samples=64), max_overhead=None
     )
     trainer(diagnostics, max_epochs=1).fit(FromNoise(), DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=16))
-    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy"]
+    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy", "training_data"]
     assert diagnostics.monitors["cms"].evaluations == 1
 
 
@@ -196,7 +205,13 @@ def test_a_second_module_is_inspected_again() -> None:
     assert diagnostics.attached == ALL
     own.fit_loop.max_epochs = 3
     own.fit(GAN(8, width=4), batches(32))
-    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy", "regional_primitives"]
+    assert diagnostics.attached == [
+        "cms",
+        "generation_balance",
+        "manifold_entropy",
+        "regional_primitives",
+        "training_data",
+    ]
 
 
 @unlearned
@@ -212,18 +227,27 @@ def test_an_unknown_diagnostic_raises_an_error() -> None:
         GenerativeDiagnostics(skip=("fid",))
 
 
+class Mute(LightningModule):
+    """A module that neither samples nor encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_where_nothing_applies_the_reasons_are_in_the_warning_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="Left out: cms.*sample must be known"):
+        trainer(GenerativeDiagnostics(), max_epochs=1).fit(Mute(), batches())
+    assert "Left out" not in caplog.text
+
+
 def test_a_stopper_beside_it_is_no_error_where_nothing_applies() -> None:
-    class Mute(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.weight.sum()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
     for callbacks in ([CollapseStopping(), GenerativeDiagnostics()], [GenerativeDiagnostics(), CollapseStopping()]):
         own = trainer(*callbacks, max_epochs=2)
         with pytest.warns(UserWarning, match="found nothing to evaluate in Mute"):

@@ -14,7 +14,7 @@ from lightning_gendiag import (
     manifold_entropy,
 )
 from lightning_gendiag.diagnostics.manifold_entropy.functional import latent_correlation
-from lightning_gendiag.functional.jacobian import active_dims
+from lightning_gendiag.functional.jacobian import active_dims, check_derivative
 from tests.helpers.cases import Case
 
 NORMAL = 0.5 * (1 + math.log(2 * math.pi))
@@ -277,6 +277,47 @@ class Sine(nn.Module):
         return Unfriendly.apply(x)
 
 
+class Counted(torch.autograd.Function):
+    """An operation without a forward derivative that counts its backward passes, as custom operations of GANs are."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        Counted.passes += 1
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Once(Counted):
+    """The same, whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        Counted.passes += 1
+        return grad * ctx.saved_tensors[0].cos()
+
+
+class Hidden(Counted):
+    """The same, whose backward pass hides from differentiation what it computes."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.detach() * ctx.saved_tensors[0].cos()
+
+
+def custom(operation: Any, outputs: int) -> Any:
+    """Returns a decoder from three latents that is not linear, with a custom operation in one of two branches."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(outputs, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    return lambda z: operation.apply(z @ a.T) + z @ b.T
+
+
 def decoders() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     convolutions = nn.Sequential(
@@ -334,6 +375,50 @@ class TestDecoderGram:
             close(decoder_gram(decode, z), expected)
             close(decoder_gram(decode, z, mode="reverse"), expected)
         assert all(parameter.grad is None for parameter in decode.parameters())
+
+    @pytest.mark.parametrize("operation", [Counted, Once, Hidden])
+    def test_custom_operations_give_the_gram_matrix_of_the_jacobian(
+        self, operation: Any, generator: torch.Generator
+    ) -> None:
+        decode = custom(operation, 20)
+        z = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+        expected, scale = slow_gram(decode, z), torch.linspace(0.5, 2, 20, dtype=torch.float64)
+        for mode in ("auto", "reverse"):
+            close(decoder_gram(decode, z, mode=mode), expected)  # type: ignore[arg-type]
+        close(decoder_gram(decode, z, max_bytes=1), expected)
+        close(decoder_gram(decode, z, data_scale=scale), slow_gram(lambda z: decode(z) * scale, z))
+        check_derivative(decode, z)
+
+    def test_the_number_of_backward_passes_does_not_grow_with_that_of_outputs(self) -> None:
+        z = torch.zeros(2, 3, dtype=torch.float64)
+        passes = {}
+        for outputs in (10, 10_000):
+            Counted.passes = 0
+            check_derivative(custom(Counted, outputs), z)
+            checked, Counted.passes = Counted.passes, 0
+            decoder_gram(custom(Counted, outputs), z)
+            passes[outputs] = checked, Counted.passes
+        assert passes[10] == passes[10_000]
+        assert max(passes[10_000]) <= 5
+
+    def test_one_backward_pass_for_each_of_many_outputs_must_be_asked_for(self) -> None:
+        decode, z = custom(Once, 4100), torch.zeros(1, 3, dtype=torch.float64)
+        Counted.passes = 0
+        for refused in (check_derivative, decoder_gram):
+            with pytest.raises(
+                RuntimeError, match=r"twice where it has more than 4,096 outputs .* To fix this, remove"
+            ):
+                refused(decode, z)
+        check_derivative(decode, z, mode="reverse")
+        assert Counted.passes < 10
+        expected = decoder_gram(custom(Counted, 4100), z)
+        close(decoder_gram(decode, z, mode="reverse"), expected)
+
+    @pytest.mark.parametrize("decode", [lambda z: z.detach() * 2, torch.no_grad()(lambda z: z * 2)])
+    def test_a_decoder_without_derivatives_is_refused(self, decode: Any) -> None:
+        for refused in (check_derivative, decoder_gram):
+            with pytest.raises(RuntimeError, match="decode must be differentiable"):
+                refused(decode, torch.zeros(1, 3), mode="reverse")
 
     def test_the_layer_without_a_forward_derivative_is_named(self) -> None:
         with pytest.raises(RuntimeError, match=r"but they are not in 1 \(Sine\): .* To fix this, use mode='auto'"):

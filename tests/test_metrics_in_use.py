@@ -22,7 +22,10 @@ CASES = all_cases()
 QUARTERS = (torch.arange(8)[:, None] // 4) * 2 + torch.arange(8)[None] // 4
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
-SHAPES = {("manifold_entropy", "latent_dim"), ("posterior_kl", "latent_dim"), ("regional_primitives", "num_regions")}
+SHAPES = {
+    ("manifold_entropy", "latent_dim"), ("posterior_kl", "latent_dim"), ("regional_primitives", "num_regions"),
+    ("training_data", "shape"),
+}  # fmt: skip
 """Arguments that change the shape of the updates, so that no collection can hold two metrics that differ in them."""
 CHANGED = sorted({(name, argument) for name, given in ARGUMENTS.items() for argument in given.changes} - SHAPES)
 

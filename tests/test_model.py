@@ -22,12 +22,12 @@ from torchmetrics import MeanMetric
 from example_models.data import digits
 from lightning_gendiag import ModelAdapter
 from lightning_gendiag.model import compat
-from lightning_gendiag.model.batches import images_of, labels_of
+from lightning_gendiag.model.batches import Images, images_of, labels_of
 from lightning_gendiag.model.copying import copy_module
 from lightning_gendiag.model.isolation import isolated_in_place
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.model.view import ModelView
-from tests.helpers.models import TinyGAN
+from tests.helpers.models import SmallVAE, TinyGAN
 from tests.helpers.running import attached, batches, trainer
 
 
@@ -548,6 +548,27 @@ class TestReference:
         with pytest.raises(ValueError, match="reference must be a tensor, a pair"):
             attached(TinyGAN(), ModelAdapter(reference=7))
 
+    def test_images_of_several_shapes_are_refused_with_the_shapes(self) -> None:
+        view = attached(TinyGAN(), ModelAdapter(num_reference=50))
+        for size in (8, 12):
+            view.real.collect((torch.rand(8, 1, size, 8), torch.zeros(8)))
+        message = r"real images must have one shape, got \(1, 8, 8\) and \(1, 12, 8\). To fix this, resize them"
+        with pytest.raises(ValueError, match=message):
+            view.real.ready(epoch_over=True)
+
+    def test_few_images_of_an_epoch_are_kept_for_the_next(self) -> None:
+        view = attached(TinyGAN(), ModelAdapter(num_reference=50))
+        view.real.collect((self.images[:3], torch.arange(3)))
+        # each monitor asks, and is told the same
+        for _ in range(2):
+            with pytest.raises(ValueError, match="at least 4 finite images, got 3"):
+                view.real.ready(epoch_over=True)
+        view.real.collect((self.images[3:6], torch.arange(3)))
+        assert view.real.ready(epoch_over=True)
+        assert torch.equal(view.reference.images, self.images[:6])
+        assert view.reference.labels is not None
+        assert view.reference.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
     def test_round_trips(self) -> None:
         view = attached(TinyGAN(), ModelAdapter(num_reference=50))
         loader = list(batches(n=100))
@@ -639,3 +660,62 @@ def test_averaged_weights_are_evaluated_on_request_and_both_sets_of_weights_stay
     averaging = Averaging()
     trainer(averaging, Peek(), max_epochs=1).fit(TinyGAN(), batches())
     assert seen == {"raw": weights == "raw", "ema": weights != "raw"}
+
+
+# not an attribute of the module, which would be copied with it
+CALLS: list[int] = []
+
+
+class Squeezing(SmallVAE):
+    """A VAE that notes how many images it gets, and fails with a single one, as models that squeeze do."""
+
+    def encode(self, images: Tensor) -> Any:
+        CALLS.append(len(images))
+        if len(images) == 1:
+            raise RuntimeError("the batch axis is gone")
+        return super().encode(images)
+
+
+@pytest.mark.parametrize(
+    ("n", "encoded", "reconstructed"), [(129, [43, 43, 43], [64]), (130, [44, 44, 42], [33, 32]), (128, [64, 64], [64])]
+)
+def test_no_piece_of_real_images_is_a_single_one(n: int, encoded: list[int], reconstructed: list[int]) -> None:
+    images, labels = (part[:n] for part in digits(8))
+    adapter = ModelAdapter(reference=(images, labels), num_reference=n, chunk_size=64)
+    view = attached(Squeezing(), adapter, ("encode", "reconstruct"))
+    CALLS.clear()
+    pieces = view.encoded()
+    assert encoded == CALLS
+    assert torch.equal(torch.cat([piece.labels for piece in pieces]), labels)
+    CALLS.clear()
+    made = view.reconstructions()
+    assert reconstructed == CALLS
+    assert torch.equal(made.labels, labels[1::2])  # type: ignore[arg-type]
+    with view.isolated(exact=True):
+        torch.testing.assert_close(made.images, view.decode(view.latents_of(images[1::2])))
+
+
+class RowAutoencoder(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 2), nn.Linear(2, 6)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+
+def test_more_rows_than_are_encoded_in_any_case_need_not_be_images() -> None:
+    rows = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    view = attached(RowAutoencoder(), ModelAdapter(reference=rows), ("encode",))
+    assert sum(piece.size for piece in view.encoded()) == 300
+    assert len(view.reconstructions().images) == 150
+
+
+def test_the_range_is_that_of_the_images_that_are_held_now() -> None:
+    view = attached(TinyGAN(), ModelAdapter(reference=torch.linspace(-1, 3, 640).view(10, 1, 8, 8)))
+    assert view.real.range == (-1, 3)
+    view.real.images = Images((255 * torch.ones(4, 1, 8, 8)).byte(), None)
+    assert view.real.range == (1, 1)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from example_models.data import digits
 from lightning_gendiag import (
     CollapseStopping,
+    CollapseWarning,
     CosineMeanSimilarity,
     CosineMeanSimilarityMonitor,
     DiagnosticWarning,
@@ -57,6 +59,7 @@ def test_the_first_evaluation_finds_regions_and_each_region_is_logged() -> None:
     assert set(numbers.rows[0]) == {
         f"gendiag/cms/{name}"
         for name in ["image", "product", "residual", "worst", "median", "best", "invalid", "z_image", "z_worst"]
+        + ["spread", "unreached"]
         + [f"region_{r}" for r in range(3)]
     }
     for row in numbers.rows:
@@ -75,7 +78,12 @@ def test_the_result_is_that_of_the_metric() -> None:
     with torch.no_grad():
         torch.manual_seed(0)
         metric.update(model(torch.randn(100, 4)), real=False)
-    torch.testing.assert_close(monitor.result, metric.compute(), equal_nan=True)
+    assert monitor.result is not None
+    # the monitor alone knows the evaluation before
+    assert float(monitor.result.unchanged) == 0
+    torch.testing.assert_close(
+        monitor.result._replace(unchanged=torch.tensor(math.nan)), metric.compute(), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -328,8 +336,10 @@ class TestFailures:
                 return torch.full((n, 1, 8, 8), math.nan if kind == "nan" else 0.3)
 
         monitor, numbers = make_monitor(), Numbers()
-        trainer(monitor, CollapseStopping(), numbers).fit(Degenerate(), batches())
-        assert monitor.evaluations == 2
+        stopping = CollapseStopping()
+        with pytest.warns(CollapseWarning, match="nan or inf is 100") if kind == "nan" else nullcontext():
+            trainer(monitor, stopping, numbers).fit(Degenerate(), batches())
+        assert monitor.evaluations == (1 if kind == "nan" else 2)
         assert numbers.rows[-1]["gendiag/cms/invalid"] == float(kind == "nan")
         if kind != "nan":
             assert numbers.rows[-1]["gendiag/cms/worst"] < 0.95

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 
 from benchmarks import planted_faults
-from benchmarks.planted_faults import below, judge, plateau, recorded, summary
+from benchmarks.measuring import plateau
+from benchmarks.planted_faults import below, judge, recorded, summary
 from benchmarks.planting import record
 from example_models.data import scenes
 from lightning_gendiag import find_regions

@@ -19,7 +19,7 @@ def in_float64(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-@pytest.mark.parametrize(("name", "case"), cases().items(), ids=cases().keys())
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, case in cases().items() if name in RECORDED])
 def test_each_field_and_scalar_is_as_recorded(name: str, case: Case) -> None:
     metric = case.make()
     for update in case.updates:

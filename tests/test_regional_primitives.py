@@ -19,6 +19,7 @@ from lightning_gendiag import (
     ModelAdapter,
     RegionalPrimitives,
     RegionalPrimitivesMonitor,
+    RegionMap,
     decompose,
     minimal_features,
     minimal_features_of,
@@ -303,7 +304,9 @@ def test_the_split_and_the_regions_are_found(model: Any, split: str) -> None:
         warnings.simplefilter("ignore", DiagnosticWarning)
         trainer(monitor, max_epochs=1).fit(model(), batches(32))
     assert monitor.layer == split
-    assert len(monitor.names) == 3
+    # one of three is the background of digits, in which nothing is drawn
+    assert len(monitor.names) == 2
+    assert int(monitor.labels.min()) == -1
     assert monitor.result.relevant.isfinite().all()
 
 
@@ -338,8 +341,10 @@ def test_a_region_whose_components_vanish_is_found_and_named() -> None:
     with pytest.warns(CollapseWarning, match="top left collapsed: strength of its components fell from"):
         own = trainer(monitor, stopping, max_epochs=25)
         own.fit(Painter(lambda epoch: 4 if epoch >= 12 else None), batches())
-    assert own.current_epoch < 17
+    assert stopping.alarms[0].epoch < 17
     assert stopping.alarms[0].names == ["top left"]
+    # the other regions are drawn as before
+    assert own.current_epoch == 25
 
 
 def test_components_that_begin_to_leak_are_found_and_named(generator: torch.Generator) -> None:
@@ -447,3 +452,10 @@ def test_without_images_everything_is_nan() -> None:
 def test_maps_with_unused_numbers_raise_an_error_at_once() -> None:
     with pytest.raises(ValueError, match="regions must have each number from 0 to 2, got none of"):
         make_monitor(regions=torch.tensor([[-1, 0], [2, 2]]))
+
+
+def test_the_background_is_left_out() -> None:
+    labels = torch.tensor([[0, 1, 2, 2]])
+    monitor = RegionalPrimitivesMonitor(regions=RegionMap(labels, background=1))
+    assert monitor.names == ["left", "right"]
+    assert monitor.labels.tolist() == [[0, -1, 1, 1]]

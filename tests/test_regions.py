@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from scipy.cluster import hierarchy
 from torch import Tensor
 
-from example_models.data import digits
+from example_models.data import digits, scenes
 from lightning_gendiag import RegionMap, find_regions, pixel_cka
 from lightning_gendiag.functional.distances import adjusted_rand_index
 from lightning_gendiag.regions.pixel_cka import SERIES, _differ_little, _series_cka
@@ -215,3 +218,106 @@ def test_invalid_arguments_raise_errors() -> None:
 def test_names_that_two_series_would_share_are_refused(names: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="names must be unique and none of 'image' and 'samples'"):
         RegionMap(torch.tensor([[0, 1]]), names=names)
+
+
+def has_one_part(mask: Tensor) -> bool:
+    return int(ndimage.label(mask.numpy())[1]) == 1
+
+
+def in_a_margin(images: Tensor, margin: int) -> Tensor:
+    return F.pad(images, (margin,) * 4, value=-1.0)
+
+
+@pytest.mark.parametrize("num_regions", [2, 5, 9])
+@pytest.mark.parametrize("kind", ["digits", "scenes", "noise", "constant"])
+@pytest.mark.filterwarnings("ignore:all images are equal")
+def test_regions_are_connected_and_none_is_a_speck(kind: str, num_regions: int) -> None:
+    images = {
+        "digits": lambda: digits(16)[0][:200],
+        "scenes": lambda: scenes(200, 4, 16)[0],
+        "noise": lambda: torch.randn(40, 3, 16, 12, generator=torch.Generator().manual_seed(0)),
+        "constant": lambda: torch.zeros(10, 1, 16, 16),
+    }[kind]()
+    found = find_regions(images, num_regions)
+    assert found.num_regions == num_regions
+    judged = [r for r in range(num_regions) if r != found.background]
+    assert all(has_one_part(found.mask(r)) for r in judged)
+    varying = sum(int(found.sizes[r]) for r in judged)
+    assert min(int(found.sizes[r]) for r in judged) >= varying / (4 * len(judged)) - 1
+    assert len(set(found.names)) == num_regions
+
+
+@pytest.mark.parametrize("margin", [1, 4])
+def test_a_constant_border_is_the_background(margin: int) -> None:
+    truth = blocks()
+    found = find_regions(in_a_margin(regional_images(truth, 400), margin), num_regions=5)
+    assert found.background == 4
+    assert found.names[4] == "background"
+    assert torch.equal(found.mask(4), in_a_margin(torch.ones(12, 12), margin) < 0)
+    inside = found.labels[margin:-margin, margin:-margin]
+    assert adjusted_rand_index(inside, truth) == 1.0
+    assert RegionMap.from_state_dict(found.state_dict()).background == 4
+
+
+def test_single_pixels_that_never_vary_are_no_background() -> None:
+    images = regional_images(blocks(), 400)
+    images[:, :, 0, 0] = images[:, :, 5, 5] = 0
+    found = find_regions(images, num_regions=4)
+    assert found.background is None
+    assert adjusted_rand_index(found.labels, blocks()) == 1.0
+
+
+def test_parts_that_the_background_separates_are_regions() -> None:
+    truth = torch.zeros(12, 12, dtype=torch.long)
+    truth[5:7], truth[7:] = 2, 1
+    images = regional_images(truth, 400)
+    images[:, :, truth == 2] = 0
+    found = find_regions(images, num_regions=3)
+    assert found.background == 2
+    assert torch.equal(found.labels, truth)
+
+
+def test_fewer_varying_pixels_than_regions_leave_no_background() -> None:
+    images = torch.zeros(40, 1, 6, 6)
+    images[:, :, 2, 2:4] = torch.randn(40, 1, 2, generator=torch.Generator().manual_seed(0))
+    assert find_regions(images, 4).background is None
+    assert find_regions(images, 4).num_regions == 4
+    few = find_regions(images, 3)
+    assert few.sizes.tolist() == [1, 1, 34]
+    assert find_regions(images, 1).names == ("centre",)
+    assert find_regions(torch.randn(40, 1, 1, 1), 1).labels.tolist() == [[0]]
+    assert find_regions(torch.randn(40, 1, 1, 9), 9).num_regions == 9
+
+
+def test_a_map_of_transposed_images_is_transposed() -> None:
+    images = digits(16)[0][:300, :, 1:]
+    found, other = find_regions(images, 5), find_regions(images.mT.contiguous(), 5)
+    assert adjusted_rand_index(found.labels, other.labels.T) == 1.0
+
+
+def test_a_block_that_depends_on_nothing_else_is_a_region_of_its_own() -> None:
+    images = digits(16)[0][:400].clone()
+    truth = torch.zeros(16, 16, dtype=torch.bool)
+    truth[3:9, 9:15] = True
+    shared = torch.randn(400, 1, 1, generator=torch.Generator().manual_seed(0))
+    images[:, 0] = torch.where(truth, shared, images[:, 0])
+    found = find_regions(images, 5)
+    assert max(found.overlap(r, truth) for r in range(5)) > 0.95
+
+
+def test_the_clustering_of_the_paper_has_a_name() -> None:
+    images = digits(16)[0][:300]
+    # the authors' steps: Euclidean distances of rows, average linkage, maxclust
+    tree = hierarchy.linkage(pixel_cka(images).double().numpy(), "average")
+    expected = torch.from_numpy(hierarchy.fcluster(tree, 5, "maxclust")).long()
+    found = find_regions(images, 5, method="paper")
+    assert adjusted_rand_index(found.labels.flatten(), expected) == 1.0
+    assert found.background is None
+    assert find_regions(images, 5, method="paper", linkage="ward") != found
+    with pytest.raises(ValueError, match="method must be 'balanced' or 'paper', got 'other'"):
+        find_regions(images, 5, method="other")
+
+
+def test_a_background_must_be_a_region() -> None:
+    with pytest.raises(ValueError, match="background must be the number of a region, 0 to 1, or None, got 2"):
+        RegionMap(torch.tensor([[0, 1]]), background=2)

@@ -3,15 +3,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_gendiag import Alarm, CollapseWarning
+from lightning_gendiag import CollapseWarning
 from lightning_gendiag.callbacks.checkpoints import checkpoints, last_good_checkpoint
 from lightning_gendiag.detection.report import FILE, report
+from tests.helpers.alarms import alarm
 from tests.helpers.faults import planted, run_with_fault
 from tests.helpers.logs import events
 
@@ -48,7 +48,9 @@ def test_the_report_of_a_healthy_run_says_so(tmp_path: Path) -> None:
     written = json.loads((Path(own.logger.log_dir) / FILE).read_text())
     assert written["state"] == "healthy"
     assert written["alarms"] == []
-    assert written["summary"] == "Healthy: no series of cms left its level in 15 evaluations."
+    assert written["summary"] == (
+        "Healthy: no series of cms left its level in 15 evaluations, and none is bad in itself."
+    )
     assert written["last_good_checkpoint"] is None
     assert stopping.report() == written
 
@@ -58,13 +60,18 @@ def test_too_few_evaluations_are_not_judged(tmp_path: Path, caplog: pytest.LogCa
         own, stopping = run_with_fault(None, epochs=14, logger=CSVLogger(tmp_path))
     written = json.loads((Path(own.logger.log_dir) / FILE).read_text())
     assert written["state"] == "not judged"
-    assert written["summary"].startswith(
-        "Not judged: there were 14 evaluations, and no alarm is possible before the 15th."
-    )
+    assert written["summary"].startswith("Not judged: there were 14 evaluations, and an alarm needs 15. ")
     assert stopping.report() == written
     logged = [record.message for record in caplog.records if record.message.startswith("Not judged")]
     assert len(logged) == 1
     assert logged[0].endswith(f"{FILE}.")
+
+
+def test_a_single_evaluation_is_reported_in_the_singular() -> None:
+    assert report([], {"cms": 1}, {"cms": 15})["summary"].startswith("Not judged: there was 1 evaluation, and an alarm")
+    assert report([], {"cms": 1}, {"cms": 1})["summary"].endswith(
+        "left its level in 1 evaluation, and none is bad in itself."
+    )
 
 
 def test_without_a_logger_no_file_is_written_and_an_unreadable_checkpoint_is_skipped(tmp_path: Path) -> None:
@@ -77,22 +84,14 @@ def test_without_a_logger_no_file_is_written_and_an_unreadable_checkpoint_is_ski
     assert not list(tmp_path.rglob(FILE))
 
 
-def alarm(**options: Any) -> Alarm:
-    fields: dict[str, Any] = {
-        "step": 5, "epoch": 1, "diagnostic": "cms", "label": "centre", "before": 0.9, "after": 0.4, "score": 7.0, "since": 4,
-        "evaluations_to_false_alarm": 2e6, "quantity": "cosine mean similarity", "names": ["centre"],
-    }  # fmt: skip
-    return Alarm(**(fields | options))
-
-
 def test_a_report_of_open_alarms_names_what_else_changed() -> None:
-    one = alarm(also_changed=["k_star: class 3", "cms: centre"], tags=["gendiag/alarm_1/picture"])
+    one = alarm(also_changed=["k_star: class 3", "cms: centre"], tags=["gendiag/alarm_1/picture"], is_critical=True)
     healthy = alarm(recovered=9)
     state = report([one, healthy], {"cms": 20}, needed={"cms": 15}, checkpoint="a.ckpt")
     assert state["state"] == "unhealthy"
     assert state["summary"] == (
-        "centre collapsed: cosine mean similarity fell from 0.900 to 0.400 since step 4, detected at epoch 1, step 5 "
-        "(7.0 σ beyond its usual fluctuation; fewer than 1 false alarm expected in 10⁶ evaluations). "
+        "Unhealthy: centre collapsed: cosine mean similarity fell from 0.900 to 0.400 since step 4, detected at epoch 1, "
+        "step 5 (7.0 σ beyond its usual fluctuation; fewer than 1 false alarm expected in 10⁶ evaluations). "
         "Also changed: k_star: class 3. See gendiag/alarm_1/picture in TensorBoard. The last good checkpoint is a.ckpt."
     )
     assert [a["recovered"] for a in state["alarms"]] == [None, 9]

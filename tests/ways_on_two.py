@@ -56,6 +56,20 @@ class Autoencoder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.rate)
 
 
+class VAEOnOne(Autoencoder):
+    """A VAE whose own sampler fails on the second process only."""
+
+    def encode(self, x: Tensor) -> Any:
+        mean = self.encoder(x.flatten(1))
+        return mean, torch.full_like(mean, -1.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.decode(self.encode(batch[0])[0]) - batch[0]).square().mean()
+
+    def sample(self, n: int) -> Tensor:
+        return OnOne.sample(self, n)  # type: ignore[arg-type]
+
+
 class Conditional(Autoencoder):
     def sample(self, n: int, labels: Tensor) -> Tensor:
         return self.decode(torch.randn(n, 3) + labels[:, None] / 10)
@@ -131,6 +145,10 @@ def main(folder: Path, processes: int) -> None:
         own = monitor()
         scalars_of(OnOne(), own, processes)
         report["way"] = own.view.parts.way("sample").name
+        seed_everything(0, verbose=False)
+        own = monitor()
+        scalars_of(VAEOnOne(), own, processes)
+        report["source"] = own.view.source(), own.view.has_prior, own.view.parts.way("reconstruct").name
         named = GenerativeDiagnostics(sample="sample", max_overhead=None)
         trainer(named, devices=2, strategy="ddp_find_unused_parameters_true").fit(OnOne(), batches())
         report["named"] = named.attached, named.left_out["cms"]

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticWarning
 from lightning_gendiag.callbacks.session import Member
-from lightning_gendiag.detection.alarm import Alarm
+from lightning_gendiag.detection.alarm import Alarm, counted
 from lightning_gendiag.detection.report import FILE, report
 from lightning_gendiag.detection.rules import Judge
 from lightning_gendiag.functional.text import representation
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_gendiag.callbacks.monitor import Monitor
-    from lightning_gendiag.detection.history import Evaluation
 
 
 class CollapseWarning(UserWarning):
@@ -35,6 +34,9 @@ class CollapseStopping(Member, EarlyStopping):
     fluctuation by a :class:`~lightning_gendiag.detection.Detector`, once at each evaluation. When several series fall at
     once the components are named, or the aggregate where three quarters of them fall. Each alarm is a warning, and text
     and a picture in TensorBoard under a tag of its own (``gendiag/alarm_1``, ...).
+
+    What stops a run must matter as a whole: an alarm about a region, a class or dimensions stops it only if all that is
+    generated became worse too, by the similarity of the whole image where it is monitored. Other alarms are reported.
 
     Args:
         action: ``"stop"`` sets ``trainer.should_stop``, agreed by all processes; ``"warn"`` only reports.
@@ -69,8 +71,7 @@ class CollapseStopping(Member, EarlyStopping):
         if patience is not None and patience < 0:
             raise ValueError(f"patience must be 0 or more, got {patience}.")
         self.action, self.false_alarm_rate, self.warmup_evaluations = action, false_alarm_rate, warmup_evaluations
-        self.evaluations_to_last = patience
-        self.judge = Judge(false_alarm_rate, warmup_evaluations)
+        self.judge = Judge(false_alarm_rate, warmup_evaluations, patience)
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -115,33 +116,42 @@ class CollapseStopping(Member, EarlyStopping):
 
     def on_evaluations(self, trainer: Trainer) -> None:
         """Judges what monitors observed since it was last called, and stops the run where that is asked for."""
-        raised: list[tuple[Monitor[Any, Any], Alarm, int]] = []
-        lasting: list[Alarm] = []
+        raised: list[tuple[Monitor[Any, Any], Alarm]] = []
         for monitor in self.session.monitors:
             latest = monitor.latest
             if latest is not None and latest.number > self.judge.evaluations.get(monitor.name, 0):
                 alarms = self.judge.update(monitor.name, latest, self.session.history, monitor.contributions)
-                raised += [(monitor, alarm, self._patience(latest, alarm)) for alarm in alarms]
-                still_open = self.judge.open_alarms(monitor.name)
-                lasting += [a for a in still_open if latest.number == a.number + self._patience(latest, a)]
-        for number, (monitor, alarm, patience) in enumerate(raised, len(self.alarms) - len(raised) + 1):
+                raised += [(monitor, alarm) for alarm in alarms]
+        critical = self.judge.stopping(self.session.history)
+        for number, (monitor, alarm) in enumerate(raised, len(self.alarms) - len(raised) + 1):
             alarm.also_changed = self.judge.also_changed(alarm)
             alarm.tags = [f"{PREFIX}/alarm_{number}/picture", f"{PREFIX}/{monitor.name}/panel"]
-            self._log(trainer, monitor, alarm, number, patience)
-        if raised and trainer.is_global_zero:
+            self._log(trainer, monitor, alarm, number)
+        for alarm in critical:
+            # one that is new has said so
+            if all(alarm is not new for _, new in raised):
+                rank_zero_warn(
+                    f"{alarm.message} The change has lasted. {self._effect(trainer, alarm)}", category=CollapseWarning
+                )
+        if (raised or critical) and trainer.is_global_zero:
             self._write_report(trainer)
         if self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.strategy.reduce_boolean_decision(bool(lasting), all=False):
+        if trainer.strategy.reduce_boolean_decision(bool(critical), all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
-            self.stopping_reason_message = " ".join(alarm.message for alarm in lasting) or None
+            self.stopping_reason_message = " ".join(alarm.message for alarm in critical) or None
 
-    def _patience(self, latest: Evaluation, alarm: Alarm) -> int:
-        """Number of further evaluations that an alarm must last to stop the run."""
-        if self.evaluations_to_last is not None:
-            return self.evaluations_to_last
-        return next((o.series.patience for o in latest.observations if o.series.name == alarm.names[0]), 0)
+    def _effect(self, trainer: Trainer, alarm: Alarm) -> str:
+        """What an alarm means for the run, in a sentence."""
+        if self.action != "stop" or trainer.fast_dev_run or alarm.stop == "never":  # type: ignore[attr-defined]
+            return "Training continues."
+        if alarm.is_critical:
+            return "Training stops."
+        patience = self.judge.patience_of(alarm)
+        conditions = [f"the change lasts for {counted(patience, 'more evaluation')}"] * bool(patience)
+        conditions += ["all that is generated becomes worse as well"] * (alarm.stop == "whole")
+        return f"Training continues, and stops if {' and '.join(conditions)}."
 
     # ---- reporting ----
 
@@ -159,7 +169,8 @@ class CollapseStopping(Member, EarlyStopping):
         if trainer is not None and open_alarms:
             checkpoint = last_good_checkpoint(trainer, min(alarm.since for alarm in open_alarms))
         evaluations = self.judge.evaluations
-        return report(self.alarms, evaluations, {name: self.judge.needed(name) for name in evaluations}, checkpoint)
+        needed = {name: self.judge.needed(name) for name in evaluations}
+        return report(self.alarms, evaluations, needed, checkpoint, self.judge.bad_now())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the report of the whole run."""
@@ -190,18 +201,16 @@ class CollapseStopping(Member, EarlyStopping):
         except Exception as error:
             rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 
-    def _log(self, trainer: Trainer, monitor: Monitor[Any, Any], alarm: Alarm, number: int, patience: int) -> None:
+    def _log(self, trainer: Trainer, monitor: Monitor[Any, Any], alarm: Alarm, number: int) -> None:
         if not trainer.is_global_zero:
             return
-        effect = "Training continues"
-        if self.action == "stop" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            effect = f"Training stops if it lasts for {patience} more evaluations" if patience else "Training stops"
-        rank_zero_warn(f"{alarm.message} {effect}.", category=CollapseWarning)
+        effect = self._effect(trainer, alarm)
+        rank_zero_warn(f"{alarm.message} {effect}", category=CollapseWarning)
         logger = self.session.logger(alarm.step, f"alarm_{number}")
         try:
             rows = "".join(f"\n| {name} | {share:.0%} |" for name, share in alarm.contributions.items())
             table = f"\n\n| part | contribution to the drop |\n|---|---|{rows}" if rows else ""
-            logger.log_text("message", f"**{alarm.message}** {effect}.{table}")
+            logger.log_text("message", f"**{alarm.message}** {effect}{table}")
             monitor.log_alarm_picture(alarm, logger)
             logger.flush()
         except Exception as error:
@@ -219,4 +228,4 @@ class CollapseStopping(Member, EarlyStopping):
         self.judge.load_state_dict(state_dict)
 
     def __repr__(self) -> str:
-        return representation(self, patience=self.evaluations_to_last)
+        return representation(self, patience=self.judge.patience)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from torch import Tensor
 from lightning_gendiag.callbacks.collapse_stopping import CollapseStopping
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.callbacks.monitor import Monitor
-from lightning_gendiag.callbacks.schedule import stream_period
+from lightning_gendiag.callbacks.schedule import ENDLESS, stream_period
 from lightning_gendiag.callbacks.session import Member, Session
 from lightning_gendiag.diagnostics.cosine_mean_similarity.monitor import CosineMeanSimilarityMonitor
 from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationBalanceMonitor
@@ -25,6 +26,7 @@ from lightning_gendiag.diagnostics.latent_regions.monitor import LatentRegionsMo
 from lightning_gendiag.diagnostics.manifold_entropy.monitor import ManifoldEntropyMonitor
 from lightning_gendiag.diagnostics.posterior_kl.monitor import PosteriorKLMonitor
 from lightning_gendiag.diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor
+from lightning_gendiag.diagnostics.training_data.monitor import TrainingDataMonitor
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
@@ -44,6 +46,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     PosteriorKLMonitor,
     LatentRegionsMonitor,
     RegionalPrimitivesMonitor,
+    TrainingDataMonitor,
 )
 
 
@@ -150,6 +153,7 @@ class GenerativeDiagnostics(Member, Callback):
         self.left_out: dict[str, str] = {}
         self._stops = False
         self._inspected = False
+        self._of_unknown_length = False
         self._checking = 0.0
 
     def _monitor(self, kind: type[Monitor[Any, Any]]) -> Monitor[Any, Any]:
@@ -215,13 +219,20 @@ class GenerativeDiagnostics(Member, Callback):
 
     def _choose_steps(self, trainer: Trainer) -> None:
         steps = stream_period(trainer)
-        for monitor in self.monitors.values():
-            monitor.every_n_train_steps = None if steps is None else steps * monitor.period_multiplier
+        self._set_steps(steps)
+        # whether such an epoch ends is seen when it does
+        self._of_unknown_length = steps is not None and trainer.max_steps <= 0
         if steps is not None and self._active:
+            unknown = trainer.num_training_batches == math.inf
+            reason = "the length of an epoch is not known" if unknown else "the run does not end its first epoch"
             rank_zero_info(
-                f"Diagnostics evaluate every {steps:,} training steps, since the run does not end its first epoch. "
+                f"Diagnostics evaluate every {steps:,} training steps, since {reason}. "
                 "To choose another schedule, pass every_n_train_steps=... or every_n_epochs=...."
             )
+
+    def _set_steps(self, steps: int | None) -> None:
+        for monitor in self.monitors.values():
+            monitor.every_n_train_steps = None if steps is None else steps * monitor.period_multiplier
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Inspects the first batch, and collects real images."""
@@ -240,8 +251,9 @@ class GenerativeDiagnostics(Member, Callback):
         for name, monitor in self.monitors.items():
             if name not in self.left_out:
                 view = session.view_of(monitor)
-                # parts that were made when training started are there now
-                view.refresh()
+                if not monitor.watches_batches:
+                    # parts that were made when training started are there now
+                    view.refresh()
                 self._try(trainer, name, partial(_check_batch, monitor, view, found_in))
             if name not in self.left_out:
                 view.agree(*monitor.needs)
@@ -269,8 +281,9 @@ class GenerativeDiagnostics(Member, Callback):
             lines.append(f"Left out: {names}, since {reason}")
         if self.left_out.get("k_star", "").startswith("encode"):
             lines.append("k* takes the features of any layer: add KStarMonitor('path.of.a.layer') to the callbacks.")
-        rank_zero_info("\n".join(lines))
-        if not session.monitors:
+        if not all(monitor.watches_batches for monitor in session.monitors):
+            rank_zero_info("\n".join(lines))
+        else:
             module = type(session.subject.trained).__name__
             rank_zero_warn(
                 f"GenerativeDiagnostics found nothing to evaluate in {module}, and training goes on without it. "
@@ -289,7 +302,13 @@ class GenerativeDiagnostics(Member, Callback):
             monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluates where the schedule counts epochs."""
+        """Evaluates where the schedule counts epochs, as it does from the end of a stream's first epoch on if that is short."""
+        if self._of_unknown_length:
+            self._of_unknown_length = False
+            short = trainer.fit_loop.epoch_loop.batch_idx < ENDLESS
+            if trainer.strategy.reduce_boolean_decision(short, all=True) and self._active:
+                self._set_steps(None)
+                rank_zero_info("Diagnostics evaluate at the ends of epochs, since the first one had an end.")
         for monitor in self._active:
             monitor.on_train_epoch_end(trainer, pl_module)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_gendiag.detection.alarm import Alarm
+    from lightning_gendiag.model.batches import Images
     from lightning_gendiag.model.view import ModelView
 
 __all__ = ["DiagnosticWarning", "Monitor", "Need", "PlotContext"]
@@ -101,6 +102,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     """Whether rows (N, F) may take the place of images, as images (N, 1, 1, F)."""
     needs_labels: bool = False
     """Whether it needs labels in the batches."""
+    watches_batches: ClassVar[bool] = False
+    """Whether it sees all training batches by :meth:`see`, and evaluates these and not the module."""
     requires: tuple[str, ...] = ()
     """Packages that it needs beyond the dependencies."""
     period_multiplier: ClassVar[int] = 1
@@ -141,6 +144,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._session_state: dict[str, Any] | None = None
         self._begins_anew = False
         self._failures = 0
+        self._unseen: Exception | None = None
         self._next_panel = 0
         self._logged: list[Observation] | None = None
 
@@ -157,6 +161,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def build_metric(self, view: ModelView) -> MetricT:
         """Returns the metric, made once when the reference is there; on every rank alike."""
         raise NotImplementedError
+
+    def see(self, view: ModelView, data: Images) -> None:
+        """Takes note of this rank's next training batch, where :attr:`watches_batches`; it must cost next to nothing."""
 
     def update(self, view: ModelView) -> None:
         """Gives the metric this rank's rows."""
@@ -199,7 +206,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Forgets all that was learned, for another module or other data."""
         self._metric, self.result, self.latest, self.enabled = None, None, None, True
         self.evaluations, self.seconds, self.last_step = 0, 0.0, None
-        self._failures, self._next_panel, self._logged = 0, 0, None
+        self._failures, self._next_panel, self._logged, self._unseen = 0, 0, None, None
 
     # ---- what a subclass uses ----
 
@@ -274,7 +281,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def prepare(self) -> None:
         """Takes over a checkpoint's state, and reads a reference that was given."""
         self._load_session_state()
-        self.view.attach()
+        self.view.attach(whole=not self.watches_batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins to count the time; takes over a checkpoint's state where the strategy loads it late."""
@@ -358,6 +365,16 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
 
     # ---- one evaluation ----
 
+    def watch(self, view: ModelView, data: Images) -> None:
+        """Sees a batch; a failure is raised at the next evaluation, where all processes can agree on it."""
+        if self._unseen is None:
+            try:
+                self.see(view, data)
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                self._unseen = error
+
     def evaluate(self, view: ModelView, step: int, epoch_over: bool, unreadable: Exception | None = None) -> bool:
         """Evaluates the module once, and returns whether there was anything to evaluate.
 
@@ -379,6 +396,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             if unreadable is not None and not ready:
                 raise unreadable
             if ready:
+                unseen, self._unseen = self._unseen, None
+                if unseen is not None:
+                    raise unseen
                 view.agree(*self.needs)
                 held = None if self.depends_on_model(view) else self._metric
                 self._metric = (held or self.build_metric(view)).to(view.device)

@@ -154,7 +154,7 @@ class Session:
         self._followers += [follower for follower in found if follower is not None]
 
     def on_train_batch_start(self, batch: Any) -> None:
-        """Collects real images before the training step can change them; what was drawn is of an older module now."""
+        """Collects and shows real images before the training step can change them; what was drawn is outdated now."""
         self._batches += 1
         self.subject.expire()
         for view in self._views.values():
@@ -167,7 +167,12 @@ class Session:
             if not users:
                 continue
             try:
-                view.real.collect(batch)
+                found = view.real.collect(batch)
+                watching = [monitor for monitor in users if monitor.watches_batches]
+                data = found or (view.real.read_batch(batch) if watching else None)
+                if data is not None:
+                    for monitor in watching:
+                        monitor.watch(view, data)
             except Exception as error:
                 if any(monitor.on_error == "raise" for monitor in users):
                     raise
@@ -213,13 +218,15 @@ class Session:
         for view in {id(view): view for view in map(self.view_of, chosen)}.values():
             if view.real.is_of_other_data():
                 self._restart(view)
-            view.agree_on_prior()
+            if any(self.view_of(monitor) is view for monitor in chosen if not monitor.watches_batches):
+                view.agree_on_prior()
         for monitor in chosen:
             started = time.monotonic()
             view = self.view_of(monitor)
             ready = True
             try:
-                view.refresh()
+                if not monitor.watches_batches:
+                    view.refresh()
                 ready = monitor.evaluate(view, step, epoch_over, self._unreadable.get(view.adapter))
             finally:
                 if monitor.max_overhead is not None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lightning_gendiag.detection.history import Stop
+
 
 @dataclass
 class Alarm:
@@ -50,10 +52,22 @@ class Alarm:
     """Number of the monitor's evaluation that raised the alarm."""
     tags: list[str] = field(default_factory=list)
     """TensorBoard tags that show it."""
+    stop: Stop = "whole"
+    """When it may stop a run: by itself, only where all that is generated became worse too, or never."""
+    patience: int = 0
+    """Number of further evaluations that it must last before it may stop a run."""
+    is_critical: bool = False
+    """Whether it lasted and matters so much that it stops a run with ``action="stop"``."""
+    data: str = ""
+    """What changed in the training data at that time, in a sentence; empty where they are not monitored."""
 
     @property
     def message(self) -> str:
-        """The alarm as a sentence for people."""
+        """The alarm as sentences for people."""
+        return f"{self._change} {self.data}".rstrip()
+
+    @property
+    def _change(self) -> str:
         at = f"epoch {self.epoch}, step {self.step}"
         if self.rule:
             return f"{self.rule}, detected at {at}."
@@ -90,3 +104,13 @@ def listed(items: Sequence[str], most: int = 6) -> str:
         'a, b and 1 more'
     """
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def counted(number: int, thing: str) -> str:
+    """Returns a number of things for people.
+
+    Example:
+        >>> counted(1, "evaluation"), counted(1200, "evaluation")
+        ('1 evaluation', '1,200 evaluations')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-Role = Literal["component", "aggregate", "standalone", "record"]
+Role = Literal["component", "aggregate", "standalone", "rule", "record"]
+
+Stop = Literal["alone", "whole", "never"]
+"""When an alarm of a series may stop a run: by itself, only where all that is generated became worse too, or never."""
 
 KEPT_WHOLE = 64
 """The newest values of a series are all kept; of older ones every second is dropped when there are too many."""
@@ -24,8 +27,8 @@ class Series:
     name: str
     """Unique within its monitor, such as ``"bottom right"``, ``"class 3"``, ``"dimension 2"`` or ``"image"``."""
     role: Role = "component"
-    """A drop of the aggregate is divided among the components, a standalone series stands for itself, and a record is
-    shown in panels but never judged."""
+    """A drop of the aggregate is divided among the components, a standalone series stands for itself, a rule says by a
+    severity of 0 or inf whether something is wrong in itself, and a record is shown in panels but never judged."""
     quantity: str = ""
     """What is measured, as in "<quantity> of <label> fell from"."""
     unit: str = ""
@@ -39,10 +42,15 @@ class Series:
     """Fluctuations of the severity below this are never news."""
     min_delta: float = 0.0
     """Lasting rises of the severity up to this are no news."""
+    stop: Stop = "whole"
     patience: int = 0
     """Number of further evaluations that an alarm must last before it may stop a run."""
+    is_quality: bool = False
+    """Whether it measures the quality of all that is generated, by which it is decided whether the whole became worse."""
     confirm: int = 1
     """Number of evaluations in a row in which the severity must be inf before a rule raises an alarm."""
+    progress: float = 0.0
+    """No rule raises an alarm while the value moves by more than this, up or, where negative, down: the model is learning."""
 
     def numbered(self, index: int, name: str = "") -> Series:
         """Returns the series of one of several regions, classes or dimensions.
@@ -67,6 +75,13 @@ class Observation(NamedTuple):
     """Replaces the series' label at this evaluation."""
     message: str = ""
     """What an alarm says where a rule decided; ``{evaluations}`` stands for how many in a row."""
+    is_bad: bool = False
+    """Whether the value is bad in itself, whatever it was before."""
+
+    @property
+    def title(self) -> str:
+        """What an alarm calls it."""
+        return self.label or self.series.label or self.series.name
 
 
 class Evaluation(NamedTuple):

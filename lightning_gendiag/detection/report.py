@@ -6,52 +6,74 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_gendiag.detection.alarm import Alarm, listed
+from lightning_gendiag.detection.alarm import Alarm, counted, listed
 
 FILE = "gendiag_report.json"
 """Name of the file in the logger's folder."""
 
+LEAST_EVALUATIONS = 6
+"""What is bad before as many evaluations is no judgement of a model that has only begun to learn."""
+
 
 def report(
-    alarms: Sequence[Alarm], evaluations: Mapping[str, int], needed: Mapping[str, int], checkpoint: str | None = None
+    alarms: Sequence[Alarm],
+    evaluations: Mapping[str, int],
+    needed: Mapping[str, int],
+    checkpoint: str | None = None,
+    bad: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the state of a run as plain Python that JSON takes.
+
+    The state is the first of these that holds:
+
+    - ``"unhealthy"``: something is bad in itself, or an alarm is open that a rule raised or that matters enough to stop
+      a run.
+    - ``"getting worse"``: another alarm is open.
+    - ``"not judged"``: there were too few evaluations for any alarm.
+    - ``"healthy"``.
 
     Args:
         alarms: All alarms of the run.
         evaluations: Number of evaluations of each monitor.
         needed: Number of evaluations of each monitor with which an alarm is possible.
         checkpoint: Path of the newest checkpoint from before the first alarm that has not recovered.
+        bad: What is bad in itself at the newest evaluation, in clauses.
 
     Returns:
-        ``state`` (``"healthy"``, ``"unhealthy"`` or ``"not judged"``), ``summary`` (one paragraph), ``alarms`` (a list of
-        dictionaries with the fields of :class:`Alarm` and its ``message``), ``evaluations`` (by monitor) and
-        ``last_good_checkpoint`` (a path or None).
+        ``state``, ``summary`` (one paragraph), ``alarms`` (a list of dictionaries with the fields of :class:`Alarm` and its
+        ``message``), ``bad`` (a list of clauses), ``evaluations`` (by monitor) and ``last_good_checkpoint`` (a path or
+        None).
     """
     open_alarms = [alarm for alarm in alarms if alarm.recovered is None]
     judged = [name for name, count in evaluations.items() if count >= needed[name]]
-    if open_alarms:
-        state, summary = "unhealthy", _details(open_alarms, checkpoint)
+    most = max(evaluations.values(), default=0)
+    is_bad = bool(bad) and most >= LEAST_EVALUATIONS
+    now = f" Bad at the newest evaluation: {listed(list(bad))}." if bad else ""
+    if open_alarms or is_bad:
+        matters = is_bad or any(alarm.is_critical or alarm.rule for alarm in open_alarms)
+        state = "unhealthy" if matters else "getting worse"
+        summary = _details(open_alarms, checkpoint) + now
     elif not judged and not alarms:
         state = "not judged"
-        most, least = max(evaluations.values(), default=0), min(needed.values(), default=0)
+        least = min(needed.values(), default=0)
         summary = (
-            f"Not judged: there were {most} evaluations, and no alarm is possible before the {least}th. "
-            "To evaluate more often, pass max_overhead=None or every_n_train_steps."
+            f"there {'was' if most == 1 else 'were'} {counted(most, 'evaluation')}, and an alarm needs {least}. "
+            f"To evaluate more often, pass max_overhead=None or every_n_train_steps.{now}"
             if evaluations
-            else "Not judged: there was no evaluation."
+            else "there was no evaluation."
         )
     else:
         state = "healthy"
         summary = (
-            f"Healthy: every series that changed is back at its level. {' '.join(alarm.message for alarm in alarms)}"
+            f"every series that changed is back at its level. {' '.join(alarm.message for alarm in alarms)}"
             if alarms
-            else f"Healthy: no series of {listed(judged)} left its level in {max(evaluations.values())} evaluations."
+            else f"no series of {listed(judged)} left its level in {counted(most, 'evaluation')}, and none is bad in itself."
         )
     return {
         "state": state,
-        "summary": summary,
+        "summary": f"{state.capitalize()}: {summary.strip()}",
         "alarms": [{**asdict(alarm), "message": alarm.message} for alarm in alarms],
+        "bad": list(bad),
         "evaluations": dict(evaluations),
         "last_good_checkpoint": checkpoint,
     }

@@ -9,8 +9,24 @@ from statistics import median
 from typing import Any
 
 from lightning_gendiag.detection.alarm import Alarm, listed
+from lightning_gendiag.detection.contributions import explaining
 from lightning_gendiag.detection.detector import LARGEST_DEVIATION, Detection, Detector, evaluations_needed
-from lightning_gendiag.detection.history import Evaluation, History, Observation
+from lightning_gendiag.detection.history import Entry, Evaluation, History, Observation
+
+BEFORE, SINCE = 8, 3
+"""Largest numbers of evaluations before and since a change whose medians say whether the whole became worse."""
+
+MOVING = 24
+"""Number of the newest evaluations over which a value must move to show that a model is learning."""
+
+LEAST_BEFORE = 3
+"""With fewer evaluations before a change, nothing is said about the whole."""
+
+DATA = "training_data"
+"""Name of the monitor whose alarms are about the training data."""
+
+EXPLAINED = 0.9
+"""Of components that fall together, the fewest are named that account for this share of the drop."""
 
 MERGED = 3
 """More components than these that fall at the same evaluation are reported as one alarm."""
@@ -24,24 +40,29 @@ class Judge:
 
     Components that fall together are merged into one alarm; where three quarters of them fall, the aggregate is named.
 
+    Whether something changed and whether it matters are two questions: an alarm answers the first, and :meth:`stopping`
+    the second.
+
     Args:
         false_alarm_rate: Probability of a false alarm at one evaluation of one monitor, over all its series.
         warmup: Number of evaluations to learn from before the first judgement.
+        patience: Number of further evaluations that an alarm must last to stop a run; by default each series' own.
 
     Attributes:
         alarms: All alarms in the order in which they were raised.
         evaluations: Number of the newest evaluation of each monitor.
     """
 
-    def __init__(self, false_alarm_rate: float, warmup: int) -> None:
+    def __init__(self, false_alarm_rate: float, warmup: int, patience: int | None = None) -> None:
         # refuses wrong arguments now and not at the first evaluation
         Detector(false_alarm_rate, warmup=warmup)
-        self.false_alarm_rate, self.warmup = false_alarm_rate, warmup
+        self.false_alarm_rate, self.warmup, self.patience = false_alarm_rate, warmup, patience
         self.alarms: list[Alarm] = []
         self.evaluations: dict[str, int] = {}
         self._detectors: dict[str, dict[str, Detector]] = {}
         self._states: dict[str, dict[str, Any]] = {}
         self._deviations: dict[str, dict[str, float]] = {}
+        self._latest: dict[str, list[Observation]] = {}
 
     def update(
         self, monitor: str, evaluation: Evaluation, history: History, contributions: Contributions = lambda *_: {}
@@ -58,11 +79,11 @@ class Judge:
             New alarms, those first that account for most of the drop; they are also added to ``alarms``.
         """
         self.evaluations[monitor] = evaluation.number
+        self._latest[monitor] = evaluation.observations
         judged = {o.series.name: o for o in evaluation.observations if o.series.role != "record"}
+        count = sum(o.series.role != "rule" for o in judged.values())
         detections = {
-            name: self._detector(monitor, observation, len(judged)).update(
-                evaluation.number, _confirmed(observation, history.in_a_row(monitor, name))
-            )
+            name: self._detection(monitor, evaluation.number, observation, count, history)
             for name, observation in judged.items()
         }
         for alarm in self.open_alarms(monitor):
@@ -75,6 +96,57 @@ class Judge:
         raised.sort(key=lambda alarm: -alarm.contributions.get(alarm.names[0], 1.0))
         self.alarms += raised
         return raised
+
+    def stopping(self, history: History) -> list[Alarm]:
+        """Returns the alarms that stop the run now, each once; to be called after all monitors' evaluations of a step.
+
+        An alarm stops a run if it has lasted for its patience and, unless it may stop a run by itself, if what measures
+        the quality of the whole is worse than before the change.
+        """
+        moved = self.data_moved()
+        critical = []
+        for alarm in self.open_alarms():
+            alarm.data = moved if alarm.diagnostic != DATA else ""
+            lasted = self.evaluations.get(alarm.diagnostic, 0) - alarm.number
+            if not alarm.is_critical and lasted >= self.patience_of(alarm) and self._matters(alarm, history):
+                alarm.is_critical = True
+                critical.append(alarm)
+        return critical
+
+    def patience_of(self, alarm: Alarm) -> int:
+        """Returns the number of further evaluations that an alarm must last to stop the run."""
+        return alarm.patience if self.patience is None else self.patience
+
+    def _matters(self, alarm: Alarm, history: History) -> bool:
+        """Whether an alarm may stop a run by itself, or the whole became worse."""
+        if alarm.stop != "whole":
+            return alarm.stop == "alone"
+        wholes = [
+            (monitor, o.series) for monitor, latest in self._latest.items() for o in latest if o.series.is_quality
+        ] or [
+            (alarm.diagnostic, o.series)
+            for o in self._latest.get(alarm.diagnostic, [])
+            if o.series.role == "aggregate"
+        ]  # fmt: skip
+        return any(
+            _is_worse(history.entries(monitor, series.name), alarm.since, series.min_std) for monitor, series in wholes
+        )
+
+    def data_moved(self) -> str:
+        """Returns in a sentence whether the training data changed; empty where they are not monitored."""
+        if DATA not in self.evaluations:
+            return ""
+        moved = [alarm.rule or f"{alarm.label} {alarm.event}" for alarm in self.open_alarms(DATA)]
+        return f"The training data changed as well: {listed(moved)}." if moved else "The training data did not change."
+
+    def bad_now(self) -> list[str]:
+        """Returns what is bad in itself at the newest evaluations, whatever it was before, the worst first."""
+        return [
+            f"{o.series.quantity} of {o.title} is {o.value:.3f}"
+            for latest in self._latest.values()
+            for o in sorted(latest, key=lambda o: -o.severity)
+            if o.is_bad
+        ]
 
     def open_alarms(self, monitor: str | None = None) -> list[Alarm]:
         """Returns the alarms, of one monitor or of all, that have not recovered."""
@@ -99,11 +171,27 @@ class Judge:
         """Forgets what was learned of one monitor, or everything."""
         if monitor is None:
             self.alarms.clear()
-        for held in (self._detectors, self._states, self._deviations, self.evaluations):
+        for held in (self._detectors, self._states, self._deviations, self._latest, self.evaluations):
             if monitor is None:
                 held.clear()
             else:
                 held.pop(monitor, None)
+
+    def _detection(
+        self, monitor: str, number: int, observation: Observation, count: int, history: History
+    ) -> Detection:
+        """The state of a series' detector after an observation."""
+        detector = self._detector(monitor, observation, count)
+        severity, series = observation.severity, observation.series
+        if severity == math.inf:
+            in_a_row = history.in_a_row(monitor, series.name)
+            entries = history.entries(monitor, series.name)[-in_a_row:]
+            if in_a_row < series.confirm or (not detector.active and _moves(entries, series.progress)):
+                severity = 0.0
+            elif not detector.values:
+                # what is wrong from the beginning needs no level to compare with
+                detector.update(number - 1, 0.0)
+        return detector.update(number, severity)
 
     def _detector(self, monitor: str, observation: Observation, count: int) -> Detector:
         series, held = observation.series, self._detectors.setdefault(monitor, {})
@@ -136,11 +224,25 @@ class Judge:
         self._states = {monitor: dict(held) for monitor, held in state["detectors"].items()}
 
 
-def _confirmed(observation: Observation, in_a_row: int) -> float:
-    """Returns the severity, with inf only where it has lasted as long as the series demands."""
-    if observation.severity == math.inf and in_a_row < observation.series.confirm:
-        return 0.0
-    return observation.severity
+def _moves(entries: list[Entry], progress: float) -> bool:
+    """Whether values move by more than ``progress`` from the first third of the newest ones to the last third."""
+    values = [entry.value for entry in entries[-MOVING:]]
+    third = len(values) // 3
+    if progress == 0 or third == 0:
+        return False
+    return (median(values[-third:]) - median(values[:third])) / progress > 1
+
+
+def _is_worse(entries: list[Entry], since: int, min_std: float) -> bool:
+    """Whether the median severity since a step exceeds that from before by more than the fluctuation from before."""
+    before = [entry.severity for entry in entries if entry.step < since and math.isfinite(entry.severity)][-BEFORE:]
+    after = [entry.severity for entry in entries if entry.step >= since][-SINCE:]
+    if len(before) < LEAST_BEFORE or not after:
+        return False
+    level = median(before)
+    # the standard deviation of normal values by their median distance from the median, whatever a few of them are
+    fluctuation = 1.4826 * median(abs(value - level) for value in before)
+    return not all(map(math.isfinite, after)) or median(after) > level + max(min_std, fluctuation)
 
 
 @dataclass
@@ -161,10 +263,11 @@ class _Grouping:
         detections = self.detections
         components = [name for name, o in self.judged.items() if o.series.role == "component"]
         aggregate = next((name for name, o in self.judged.items() if o.series.role == "aggregate"), None)
-        standalone = [n for n, o in self.judged.items() if o.series.role == "standalone" and detections[n].opened]
+        alone = [n for n, o in self.judged.items() if o.series.role == "standalone" and detections[n].opened]
+        alone += self._rules()
         opened = [name for name in components if detections[name].opened]
-        alarms = [self._alarm([name], name) for name in standalone if name not in self.known]
-        if aggregate in self.known or any(math.isinf(detections[name].score) for name in standalone):
+        alarms = [self._alarm([name], name) for name in alone if name not in self.known]
+        if aggregate in self.known or any(math.isinf(detections[name].score) for name in alone):
             # what the components show then is a consequence
             return alarms
         # a fault of the whole may show in one component an evaluation before it does in the others
@@ -173,14 +276,25 @@ class _Grouping:
             by = aggregate if detections[aggregate].active else max(opened, key=lambda name: detections[name].score)
             return [*alarms, self._alarm([aggregate, *fallen], by)]
         new = [name for name in opened if name not in self.known]
-        if len(new) > MERGED:
+        if len(new) > 1:
             new.sort(key=lambda name: -detections[name].score)
+            needed = explaining(self._alarm(new, new[0]).contributions, EXPLAINED)
+            new = [name for name in new if name in needed] or new
+        if len(new) > MERGED:
             alarms.append(self._alarm(new, new[0]))
         else:
             alarms += [self._alarm([name], name) for name in new]
         if aggregate is not None and detections[aggregate].opened and not opened:
             alarms += self._alarm_of_aggregate(aggregate)
         return alarms
+
+    def _rules(self) -> list[str]:
+        """Names of the rules that newly hold; one explains others, except those that may stop a run by themselves."""
+        rules = {name: o.series for name, o in self.judged.items() if o.series.role == "rule"}
+        holding = [n for n, series in rules.items() if self.detections[n].active and series.stop == "alone"]
+        if not any(name in self.known for name in rules):
+            holding += [name for name in rules if self.detections[name].active and name not in holding][:1]
+        return holding
 
     def _alarm_of_aggregate(self, aggregate: str) -> list[Alarm]:
         """The aggregate may show a drop before a component's own fluctuation lets it: then that component is named."""
@@ -195,6 +309,9 @@ class _Grouping:
         """An alarm about series, raised by the detector of one of them."""
         detection, first = self.detections[by], self.judged[names[0]]
         since = self.evaluation.number if detection.since is None else detection.since
+        in_a_row = self.history.in_a_row(self.monitor, names[0])
+        if first.series.role == "rule":
+            since = self.evaluation.number - max(0, in_a_row - 1)
         before = {name: self._level(name, since) for name in self.judged}
         after = {name: observation.value for name, observation in self.judged.items()}
         components = [
@@ -206,13 +323,12 @@ class _Grouping:
         # an aggregate stands for its components
         called = about[:1] if first.series.role == "aggregate" else about
         decided_by_rule = first.severity == math.inf and first.message
-        in_a_row = self.history.in_a_row(self.monitor, names[0])
         steps = {entry.number: entry.step for entry in self.history.entries(self.monitor, by)}
         return Alarm(
             step=self.evaluation.step,
             epoch=self.evaluation.epoch,
             diagnostic=self.monitor,
-            label=listed([o.label or o.series.label or o.series.name for o in called]),
+            label=listed([o.title for o in called]),
             before=before[names[0]],
             after=after[names[0]],
             score=detection.score,
@@ -228,6 +344,8 @@ class _Grouping:
             indices=[o.series.index for o in about if o.series.index is not None],
             rule=first.message.replace("{evaluations}", str(in_a_row)) if decided_by_rule else "",
             number=self.evaluation.number,
+            stop=first.series.stop,
+            patience=first.series.patience,
         )
 
     def _level(self, name: str, since: int) -> float:

@@ -22,7 +22,7 @@ BLOCK = 4096
 """Number of outputs that are held in float64 at a time."""
 
 MAX_OUTPUTS = 4096
-"""Largest number of outputs for which the backward passes are run one by one, where nothing faster works."""
+"""Largest number of outputs for which backward passes are run one by one without being asked for."""
 
 FORWARD_FAILS = (NotImplementedError, RuntimeError)
 """Errors that torch raises where an operation has no forward-mode derivative."""
@@ -41,10 +41,10 @@ def decoder_gram(
     """Computes ``J'J`` of a decoder at each latent, where ``J = dx/dz`` (X x L), exactly and without storing J for the batch.
 
     Forward mode pushes all latent directions of a few samples through the decoder at a time. Reverse mode is for decoders
-    with operations that have no forward derivative; it sums ``J'J`` over blocks of outputs and takes about X / L times as
-    long. Where an operation is none of those that ``torch.func`` transforms, such as an ``autograd.Function`` without
-    ``setup_context``, it runs one backward pass for each of up to 4,096 outputs. Samples must not influence each other, so
-    the decoder must be in evaluation mode. Both modes work under ``no_grad`` and in inference mode.
+    with operations that have no forward derivative, such as the custom operations of StyleGAN2: it differentiates a
+    backward pass, once for each direction. Where an operation cannot be differentiated twice, it runs one backward pass for
+    each output, of which there may be 4,096 unless the mode is ``"reverse"``. Samples must not influence each other, so the
+    decoder must be in evaluation mode. Both modes work under ``no_grad`` and in inference mode.
 
     Args:
         decode: map from latents (n, L) to data (n, ...), which returns a tensor, a distribution with a ``mean``, or a tuple
@@ -55,7 +55,7 @@ def decoder_gram(
         data_scale: standard deviation by which the data were divided, (...) or a number, by which the rows of J are
             multiplied.
         mode: ``"forward"``, ``"reverse"``, or ``"auto"`` for forward mode where it works.
-        max_bytes: approximate bound on the working memory of the tangents; more is faster on a GPU.
+        max_bytes: approximate bound on the working memory beside one sample's; more is faster on a GPU.
 
     Returns:
         (N, L, L) matrices in float64, or (N, l, l) for given dimensions.
@@ -85,26 +85,64 @@ def decoder_gram(
         return torch.zeros(0, len(wanted), len(wanted), dtype=torch.float64, device=z.device)
     row_scale = torch.as_tensor(data_scale, dtype=torch.float64, device=z.device)
     column_scale = torch.as_tensor(latent_scale, dtype=torch.float64, device=z.device).expand(z.shape[1])[wanted]
+    return _gram(decode, z, wanted, row_scale, column_scale, mode, max_bytes)
+
+
+def check_derivative(decode: Decode, z: Tensor, *, mode: Literal["auto", "forward", "reverse"] = "auto") -> None:
+    """Checks that :func:`decoder_gram` finds a derivative, by one product of the Jacobian with a vector for each way.
+
+    Args:
+        decode: see :func:`decoder_gram`.
+        z: (N, L) latents, of which the first is used.
+        mode: see :func:`decoder_gram`.
+
+    Raises:
+        RuntimeError: if no derivative can be computed, or it would take a backward pass for each of too many outputs.
+    """
+    one = torch.ones(1, dtype=torch.float64, device=z.device)
+    _gram(decode, z[:1], torch.zeros(1, dtype=torch.long, device=z.device), one[0], one, mode, 1, outputs=1)
+
+
+def _gram(
+    decode: Decode,
+    z: Tensor,
+    wanted: Tensor,
+    row_scale: Tensor,
+    columns: Tensor,
+    mode: str,
+    max_bytes: int,
+    outputs: int | None = None,
+) -> Tensor:
+    """Computes the Gram matrices in the first way that works; where it is by output, of the first ``outputs`` alone."""
     with torch.no_grad(), plain_attention():
         rows = row_scale.expand(tensor_of(decode(z[:1]), 1).shape[1:]).flatten()
         if mode != "reverse":
             try:
-                return _forward(decode, z, wanted, rows, column_scale, max_bytes)
+                return _forward(decode, z, wanted, rows, columns, max_bytes)
             except FORWARD_FAILS as error:
                 if mode == "forward" or isinstance(error, torch.OutOfMemoryError):
                     raise RuntimeError(_explained(decode, z, error)) from error
-        try:
-            return _reverse(decode, z, wanted, rows, column_scale, max_bytes)
-        except FORWARD_FAILS as failure:
+    # inside a decoder a backward pass holds several times the memory of the output
+    count = max(1, max_bytes // (WIDENING * len(rows) * z.element_size()))
+    grams = []
+    with plain_attention(), torch.inference_mode(False), torch.enable_grad():
+        for some in torch.split(z, count):
+            at = some.detach().clone().requires_grad_()
             try:
-                if isinstance(failure, torch.OutOfMemoryError) or len(rows) > MAX_OUTPUTS:
-                    raise failure
-                return _by_output(decode, z, wanted, rows, column_scale)
+                out = _flat(decode, at)
+                try:
+                    grams.append(_by_direction(out, at, wanted, rows, columns))
+                except FORWARD_FAILS as failure:
+                    if isinstance(failure, torch.OutOfMemoryError) or (mode == "auto" and len(rows) > MAX_OUTPUTS):
+                        raise
+                    grams.append(_by_output(out, at, wanted, rows[:outputs], columns))
             except FORWARD_FAILS as error:
                 raise RuntimeError(
-                    f"decode must be differentiable, got {type(error).__name__}: {error} To fix this, remove "
-                    "torch.no_grad and detach from the decoder, or use operations that torch.func.vjp supports."
+                    f"decode must be differentiable, twice where it has more than {MAX_OUTPUTS:,} outputs and no "
+                    f"forward-mode derivative, got {type(error).__name__}: {error} To fix this, remove torch.no_grad and "
+                    "detach from the decoder, or use operations that torch.func.jvp supports."
                 ) from error
+    return torch.cat(grams)
 
 
 def _flat(decode: Decode, latents: Tensor) -> Tensor:
@@ -137,33 +175,41 @@ def _forward(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: T
     return grams
 
 
-def _reverse(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor, max_bytes: int) -> Tensor:
-    """Computes the Gram matrices in reverse mode, sample by sample."""
-    size = len(rows)
-    count = max(1, min(size, max_bytes // (16 * size * z.element_size())))
-    grams = []
-    for one in z:
-        pull = torch.func.vjp(partial(_flat, decode), one[None])[1]
-        gram = torch.zeros(len(wanted), len(wanted), dtype=torch.float64, device=z.device)
-        for start in range(0, size, count):
-            scale = rows[start : start + count, None]  # (B, 1)
-            outputs = torch.zeros(len(scale), 1, size, dtype=z.dtype, device=z.device)
-            outputs[:, 0, start:].fill_diagonal_(1)
-            part = torch.func.vmap(lambda v, pull=pull: pull(v)[0])(outputs)[:, 0, wanted] * scale * columns  # (B, l)
-            gram += part.T @ part
-        grams.append(gram)
-    return torch.stack(grams)
+def _by_direction(out: Tensor, at: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Computes the Gram matrices with one backward pass through a backward pass for each direction.
+
+    ``J'w`` is linear in w, so that its derivative with respect to w is J.
+
+    Raises:
+        RuntimeError: If the decoder has no second derivative, or a backward pass of its own hides a part of it.
+    """
+    with torch.no_grad():
+        # at other weights than zeros, so that a backward pass that is not linear is noticed
+        weights = torch.ones_like(out)
+    weights.requires_grad_()
+    slope = torch.autograd.grad(out, at, weights, create_graph=True)[0]  # (n, L)
+    jacobian = torch.empty(len(at), len(wanted), out.shape[1], dtype=at.dtype, device=at.device)
+    for place, dim in enumerate(wanted.tolist()):
+        jacobian[:, place] = torch.autograd.grad(slope[:, dim].sum(), weights, retain_graph=True)[0]
+    first = jacobian[:, 0]
+    plain = torch.autograd.grad(out, at, first, retain_graph=True)[0][:, wanted]  # J'J of one column
+    if not torch.allclose(
+        plain, (jacobian @ first[:, :, None])[:, :, 0], rtol=1e-3, atol=1e-3 * float(plain.abs().max())
+    ):
+        raise RuntimeError("a backward pass of the decoder's own cannot be differentiated.")
+    return _products(jacobian, rows, columns)
 
 
-def _by_output(decode: Decode, z: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Computes the Gram matrices with one backward pass of all samples for each output."""
-    with torch.inference_mode(False), torch.enable_grad():
-        grams = torch.zeros(len(z), len(wanted), len(wanted), dtype=torch.float64, device=z.device)
-        at = z.detach().clone().requires_grad_()
-        for output, scale in zip(_flat(decode, at).unbind(1), rows, strict=True):
-            slope = torch.autograd.grad(output.sum(), at, retain_graph=True)[0]
-            part = slope[:, wanted].double() * (scale * columns)  # (N, l)
-            grams += part[:, :, None] * part[:, None]
+def _by_output(out: Tensor, at: Tensor, wanted: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Computes the Gram matrices with one backward pass for each output that has a scale in ``rows``."""
+    grams = torch.zeros(len(at), len(wanted), len(wanted), dtype=torch.float64, device=at.device)
+    for output, scale in enumerate(rows):
+        with torch.no_grad():
+            unit = torch.zeros_like(out)
+            unit[:, output] = 1
+        slope = torch.autograd.grad(out, at, unit, retain_graph=True)[0]
+        part = slope[:, wanted].double() * (scale * columns)  # (N, l)
+        grams += part[:, :, None] * part[:, None]
     return grams
 
 

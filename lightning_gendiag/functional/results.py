@@ -7,6 +7,9 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+MAX_CLASS_TAGS = 20
+"""Largest number of classes for which each class has scalars; more would flood the loggers with tags."""
+
 
 class Result(Protocol):
     """The result of a metric: a named tuple of tensors that also gives the scalars to log."""

@@ -37,6 +37,16 @@ def representation(value: Any, **instead: Any) -> str:
     return f"{type(value).__name__}({', '.join(given)})"
 
 
+def without_full_stop(text: str) -> str:
+    """Returns a sentence without the full stop at its end; an ellipsis stays.
+
+    Example:
+        >>> without_full_stop("It failed."), without_full_stop("pass labels=lambda batch: ...")
+        ('It failed', 'pass labels=lambda batch: ...')
+    """
+    return text if text.endswith("..") else text.removesuffix(".")
+
+
 def _same(a: Any, b: Any) -> bool:
     try:
         return a is b or (type(a) is type(b) and bool(a == b))

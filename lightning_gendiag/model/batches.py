@@ -51,6 +51,8 @@ class Labels(NamedTuple):
     """(N,) int64, 0 or above"""
     reason: str
     """Empty where there are labels."""
+    one_hot: int = 0
+    """K, where they were given as one-hot rows (N, K)."""
 
 
 def images_of(batch: Any) -> Tensor | None:
@@ -136,7 +138,7 @@ def judge_labels(found: Any, rows: int | None = None) -> Labels:
     if labels.ndim == 2 and labels.shape[1] != 1:
         if not (((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()):
             return _no_labels(f"{name} are attributes, not classes")
-        return Labels(labels.argmax(1), "")
+        return Labels(labels.argmax(1), "", labels.shape[1])
     if (labels < 0).any():
         return _no_labels(f"{name} have negative values, which are no classes")
     return Labels(labels if labels.ndim == 1 else labels[:, 0], "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ POSITIONS = 1 << 22
 
 PIXELS = 4096
 """Images with at most this many values are compared by their pixels, larger ones by features."""
+
+LEARNED = 2048
+"""Largest number of images that a classifier learns from; more take seconds."""
+
+RIDGES = (1e-3, 1e-2, 1e-1)
+"""Ridges of the kernel regression that are tried."""
+
+FOLDS = 10
+"""Number of parts of the reference that are left out in turn."""
 
 SKLEARN_MISSING = "{who} needs scikit-learn: pip install 'lightning_gendiag[latent]'"
 
@@ -61,7 +71,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("first", first / (25 * channels) ** 0.5)
         self.register_buffer("second", second / (25 * 32) ** 0.5)
         self.to(images.device)
-        responses = torch.cat([self._responses(chunk) for chunk in pieces(images, together(images))]).double()
+        responses = in_chunks(self.responses, images).double()
         centre = responses.mean(0)
         self.num_features = min(num_features, len(images) - 1)
         variance, directions = torch.linalg.eigh((responses - centre).T.cov())
@@ -71,9 +81,9 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("centre", centre.float())
         self.register_buffer("components", (directions / deviation).float())
 
-    def _responses(self, images: Tensor) -> Tensor:
-        """Returns the pooled responses (N, 1024) of the filters of the second layer."""
-        x = (images - self.mean) / self.scale
+    def responses(self, images: Tensor) -> Tensor:
+        """Returns the pooled responses (N, 1024) of the filters to images (N, C, H, W), at least 0, in float32."""
+        x = (as_images(images).float() - self.mean) / self.scale
         x = F.relu(F.conv2d(x, self.first, stride=2, padding=2))
         x = F.relu(F.conv2d(x, self.second, stride=2, padding=2))
         return F.adaptive_avg_pool2d(x, 4).flatten(1)
@@ -81,7 +91,106 @@ class FeatureExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Returns the features (N, num_features) of images (N, C, H, W), in float32."""
         with exact_matmul():
-            return (self._responses(as_images(images).float()) - self.centre) @ self.components
+            return (self.responses(images) - self.centre) @ self.components
+
+
+class KernelClassifier:
+    """Classifies images by kernel ridge regression on the reference, without training.
+
+    The kernel is a mean of Gaussian kernels, by default of two: of pixels averaged to at most 16x16, and of the responses of
+    the filters of a :class:`FeatureExtractor`, which is narrower, so that filters decide only where there are similar real
+    images. The ridge is the one with the smallest error on images that are left out.
+
+    Accuracy on held-out images with 1,024 real ones (140 faces), beside three nearest neighbours by pixels: MNIST 0.93 and
+    0.89, digits 0.99 and 0.98, faces 0.97 and 0.93, textures 0.83 and 0.51, patches of photographs 0.94 and 0.77. It takes
+    about a second to fit and 0.1 s for 512 images on one core; ``benchmarks/classifier.py`` measures it.
+
+    Args:
+        images: The reference (N, C, H, W), of which up to 2,048 are learned from.
+        labels: The labels (N,) of the reference, integers from 0.
+        spaces: Pairs of a callable from images (n, C, H, W) to what is compared (n, D), and the width of its kernel: the
+            variance as a fraction of the median squared distance of two images.
+
+    Attributes:
+        held_out: The labels (N,) that it assigns to each image of the reference when it has learned from nine tenths of the
+            others only.
+
+    Example:
+        >>> images = torch.tensor([-1.0, 1.0]).repeat(8)[:, None, None, None].expand(16, 1, 4, 4)
+        >>> classifier = KernelClassifier(images, torch.arange(16) % 2, [(averaged_pixels, 0.3)])
+        >>> classifier(images[:4])
+        tensor([0, 1, 0, 1])
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, spaces: Sequence[tuple[Callable[[Tensor], Tensor], float]]
+    ) -> None:
+        labels = labels.cpu().long()
+        self.spaces = [space for space, _ in spaces]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        learned, rest = order[:LEARNED], order[LEARNED:]
+        self._rows = self._compared(images[learned])
+        squares = [torch.cdist(rows, rows).square() for rows in self._rows]
+        off = ~torch.eye(len(learned), dtype=torch.bool)
+        self._variances = [
+            max(float(square[off].median()) * width, 1e-12) for square, (_, width) in zip(squares, spaces, strict=True)
+        ]
+        targets = F.one_hot(labels[learned]).double()
+        values, vectors = torch.linalg.eigh(self._kernel(squares))
+        projected, least = vectors.T @ targets, math.inf
+        for ridge in RIDGES:
+            inverse = 1 / (values.clamp(min=0) + ridge)
+            weights = vectors @ (inverse[:, None] * projected)
+            # the error on each image of a regression without it, in closed form (Allen's PRESS)
+            error = float((weights / (vectors.square() @ inverse)[:, None]).square().sum())
+            if error < least:
+                least, self._weights, best = error, weights, inverse
+        self.held_out = torch.empty_like(labels)
+        self.held_out[learned] = _without_folds(targets, self._weights, (vectors * best) @ vectors.T)
+        if len(rest):
+            self.held_out[rest] = self(images[rest]).cpu()
+
+    def _compared(self, images: Tensor) -> list[Tensor]:
+        """Returns what is compared of images (n, C, H, W), (n, D) in float64 on the CPU for each space."""
+        with exact_matmul():
+            return [in_chunks(space, images).cpu().double() for space in self.spaces]
+
+    def _kernel(self, squares: list[Tensor]) -> Tensor:
+        parts = [torch.exp(square / (-2 * v)) for square, v in zip(squares, self._variances, strict=True)]
+        return torch.stack(parts).mean(0)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Returns the labels (N,) of images (N, C, H, W), which must be finite."""
+        rows = self._compared(images)
+        squares = [torch.cdist(some, held).square() for some, held in zip(rows, self._rows, strict=True)]
+        scores: Tensor = self._kernel(squares) @ self._weights
+        return scores.argmax(1).to(images.device)
+
+
+def _without_folds(targets: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    """Returns the class (N,) that a kernel regression assigns to each row when it is fitted without the row's fold.
+
+    Each fold has its part of every class. If single rows were left out, the class of each would be rarer among the others,
+    and a classifier that only guesses would seem to be always wrong.
+
+    Args:
+        targets: (N, K), 1 where a row is of a class.
+        weights: (N, K) of the regression on all rows.
+        inverse: (N, N) inverse of the kernel matrix with its ridge.
+    """
+    held_out = torch.empty(len(targets), dtype=torch.long)
+    order = targets.argmax(1).argsort(stable=True)
+    for first in range(FOLDS):
+        fold = order[first::FOLDS]
+        errors = torch.linalg.solve(inverse[fold[:, None], fold], weights[fold])
+        held_out[fold] = (targets[fold] - errors).argmax(1)
+    return held_out
+
+
+def averaged_pixels(images: Tensor) -> Tensor:
+    """Returns the pixels (N, D) of images (N, C, H, W), averaged to at most 16x16."""
+    images = as_images(images).float()
+    return F.adaptive_avg_pool2d(images, (min(16, images.shape[2]), min(16, images.shape[3]))).flatten(1)
 
 
 class NeighbourClassifier:
@@ -92,11 +201,6 @@ class NeighbourClassifier:
         labels: The labels (N,) of the reference, integers.
         features: A callable from images (n, C, H, W) to the features (n, D) that are compared; by default, pixels are.
         neighbours: The number of neighbours.
-        accuracy: Whether to measure the accuracy.
-
-    Attributes:
-        accuracy: The accuracy on held-out reference images, by five-fold cross-validation; nan if there are fewer than
-            10 images or it was not measured.
 
     Raises:
         ModuleNotFoundError: If scikit-learn is not installed.
@@ -108,24 +212,14 @@ class NeighbourClassifier:
         labels: Tensor,
         features: Callable[[Tensor], Tensor] | None = None,
         neighbours: int = 3,
-        accuracy: bool = True,
     ) -> None:
         try:
-            from sklearn.model_selection import cross_val_predict
             from sklearn.neighbors import KNeighborsClassifier
         except ImportError as error:
             raise ModuleNotFoundError(SKLEARN_MISSING.format(who="a nearest-neighbour classifier")) from error
         self.features = features
         x, y = self._rows(images), labels.cpu().numpy()
-        # each fold of the cross-validation trains on four fifths of the images
-        self.model = KNeighborsClassifier(max(1, min(neighbours, len(x) * 4 // 5)), algorithm="brute")
-        self.accuracy = float("nan")
-        if accuracy and len(x) >= 10:
-            from sklearn.model_selection import KFold
-
-            folds = KFold(5, shuffle=True, random_state=0)
-            self.accuracy = float((cross_val_predict(self.model, x, y, cv=folds) == y).mean())
-        self.model.fit(x, y)
+        self.model = KNeighborsClassifier(min(neighbours, len(x)), algorithm="brute").fit(x, y)
 
     def _rows(self, images: Tensor) -> Any:
         """Returns the rows (N, D) of a NumPy array that are compared."""

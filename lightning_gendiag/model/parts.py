@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
+from lightning_gendiag.functional.text import without_full_stop
 from lightning_gendiag.model.adapters import RECOGNISERS
 from lightning_gendiag.model.adapters.base import Context, Need, Way
 from lightning_gendiag.model.adapters.own import (
@@ -32,7 +35,7 @@ from lightning_gendiag.model.adapters.own import (
 from lightning_gendiag.model.batches import Images, known
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, scaled_like
-from lightning_gendiag.model.posterior import posterior_in
+from lightning_gendiag.model.posterior import FEWEST_POSITIVE, posterior_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -102,7 +105,7 @@ class ModelParts:
         self._barred: dict[Need, dict[str, str]] = {}
         self._of: nn.Module | None = None
         self._latent: tuple[int, ...] | None = None
-        self._has_posterior = False
+        self._has_posterior = self._sampler_fails = False
 
     @property
     def module(self) -> LightningModule:
@@ -114,7 +117,9 @@ class ModelParts:
         """What is known of the data now."""
         example, adapter = self.real.example, self.adapter
         shape = None if example is None else tuple(example.shape[1:])
-        return Context(self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional)
+        return Context(
+            self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot
+        )
 
     # ---- choosing ----
 
@@ -188,10 +193,18 @@ class ModelParts:
             self._chosen[need] = name, shape
             return ways[0]
         failures = self.failed[need] = {}
+        if need == "sample":
+            self._sampler_fails = False
         for way in ways:
-            failure = self._barred.get(need, {}).get(way.name) or self._failure(way)
+            failure = self._barred.get(need, {}).get(way.name, "")
+            # on another process
+            self._sampler_fails |= way.is_sampler and bool(failure)
+            failure = failure or self._failure(way)
             if not failure:
                 self._chosen[need] = way.name, shape
+                if way.is_sampler:
+                    # called in another way, it works
+                    self._sampler_fails = False
                 return way
             failures[way.name] = failure
         self._missing[need] = self._message(need, list(failures.values())), shape
@@ -207,18 +220,20 @@ class ModelParts:
                 getattr(self, f"_try_{way.need}")(way)
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            return f"{way.name} fails ({reason.rstrip('.')})"
+            return f"{way.name} fails ({without_full_stop(reason)})"
         return ""
 
     def _already_fits(self, way: Way, shape: tuple[int, ...] | None) -> bool:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
         if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
             return False
-        return not way.assumes_prior or self.adapter.sample is not None or self.has_prior
+        return not way.assumes_prior or self.adapter.sample is not None or self._takes_noise(way)
 
     def _found(self, need: Need) -> Iterator[Way]:
         for recogniser in RECOGNISERS:
-            yield from (way for way in recogniser(self.module, self.context) if way.need == need)
+            for way in recogniser(self.module, self.context):
+                if way.need == need:
+                    yield from _with_one_hot(way, self.context.one_hot)
         if need == "reconstruct" and self.has("encode") and self.has("decode"):
             name = f"{self.way('decode').name} of {self.way('encode').name}"
             yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
@@ -268,7 +283,8 @@ class ModelParts:
         if need == "decode":
             return [] if self.adapter.decode is None else [Way(need, name, target)]
         plain = Way(need, f"{name}(n)", target, takes_labels=self.adapter.conditional)
-        return list(sampler_ways(target, name, *parts, self.context)) or [plain]
+        ways = list(sampler_ways(target, name, *parts, self.context)) or [plain]
+        return [form for way in ways for form in _with_one_hot(way, self.context.one_hot)]
 
     # ---- trying ----
 
@@ -283,8 +299,18 @@ class ModelParts:
         return x.to(self.context.device, torch.float64 if double else torch.float32)
 
     def _try_sample(self, way: Way) -> None:
-        if way.assumes_prior and self.adapter.sample is None and not self.has_prior:
+        if way.assumes_prior and self.adapter.sample is None and not self._takes_noise(way):
             raise ValueError("nothing shows that normal noise is the prior of its latents")
+        try:
+            self._sample_two(way)
+        except NotImplementedError:
+            # of a base class
+            raise
+        except Exception:
+            self._sampler_fails |= way.is_sampler
+            raise
+
+    def _sample_two(self, way: Way) -> None:
         labels = (self.sample_labels(2),) if way.takes_labels else ()
         output, shape = way.call(2, *labels), self.context.shape
         # rows may fill the shape of the images, which the first batch shows
@@ -335,9 +361,29 @@ class ModelParts:
 
     @property
     def has_prior(self) -> bool:
-        """Whether normal noise is the prior of the latents: a posterior is pulled towards it, and a flow maps it to data."""
+        """Whether normal noise is the prior of the latents: a posterior is pulled towards it, and a flow maps it to data.
+
+        It is not known to be where a sampler of the module fails, since that may draw from another prior. It is assumed to
+        be before the first batch.
+        """
+        if self._example is None:
+            return True
+        way = self.way("decode") if self.has("decode") else None
+        if not self._takes_noise(way):
+            return False
+        self.has("sample")
+        return self._takes_noise(way)
+
+    def _takes_noise(self, way: Way | None) -> bool:
+        """Whether normal noise is the prior of what a way decodes, by the samplers that have been tried so far."""
         example = self._example
-        if self.adapter.latent_dim is not None or example is None or not self.has("encode"):
+        if self.adapter.latent_dim is not None:
+            return True
+        encodes = example is not None and self.has("encode")
+        # a generator alone takes noise in any case
+        if self._sampler_fails and (encodes or way is None or not way.is_generator):
+            return False
+        if example is None or not encodes:
             return True
         if self._has_posterior:
             return self._latent is not None and math.prod(self._latent[1:]) == 1
@@ -353,11 +399,11 @@ class ModelParts:
         if getattr(self.adapter, need) is not None:
             reason = failures[0] if failures else "the length of the latents that it takes is not known"
             fix = self._fix(need) if failures else "ModelAdapter(latent_dim=...)"
-            return f"{need} must be what {DOES[need]}, but {reason.rstrip('.')}. To fix this, pass {fix}."
+            return f"{need} must be what {DOES[need]}, but {without_full_stop(reason)}. To fix this, pass {fix}."
         failures += self._unsuitable(need) if len(failures) < MOST_REASONS else []
         tried = "; ".join(failures[:MOST_REASONS]) or f"{own} has none of {', '.join(NAMES[need])}"
         return (
-            f"{need} must be known, but {tried.rstrip('.')}. "
+            f"{need} must be known, but {without_full_stop(tried)}. "
             f"To fix this, define {own}.{need}({ARGUMENTS[need]}), or pass {FIXES[need]}."
         )
 
@@ -476,6 +522,17 @@ class ModelParts:
         return as_images(middle_slices(images))
 
 
+def _with_one_hot(way: Way, classes: int) -> Iterator[Way]:
+    """Yields a way and, where it takes labels and those of the batches are one-hot, the same with such labels."""
+    yield way
+    if way.need == "sample" and way.takes_labels and classes:
+        yield replace(way, name=f"{way.name} as one-hot rows", call=partial(_sampled_by_rows, way.call, classes))
+
+
+def _sampled_by_rows(sampler: Callable[..., Any], classes: int, n: int, labels: Tensor) -> Any:
+    return sampler(n, functional.one_hot(labels, classes))
+
+
 def _mean_in(output: Any) -> Tensor | None:
     """The latents in what an encoder returned: the mean of a posterior, or the first of several tensors."""
     while isinstance(output, (tuple, list)) and output:
@@ -494,6 +551,8 @@ def _is_posterior(output: Any, latents: Tensor) -> bool:
     try:
         posterior_in(output, len(latents), mean_dim=latents.shape[1])
     except ValueError as error:
-        # two of the usual forms of a spread fit
-        return "spread=" in str(error)
+        # two of the usual forms of a spread fit; where all means are positive, too, these are rather the parameters of
+        # a gamma, a beta or a Dirichlet distribution
+        all_positive = latents.numel() >= FEWEST_POSITIVE and bool((latents > 0).all())
+        return "spread=" in str(error) and not all_positive
     return True

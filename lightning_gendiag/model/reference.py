@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.amounts import NUM_REFERENCE
+from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images, Labels, Rows, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 
@@ -49,9 +50,14 @@ class Reference:
         self.most = adapter.num_reference or NUM_REFERENCE
         self.images: Images | None = None
         self._seen: Tensor | None = None
+        self._range_of: Tensor | None = None
+        self._range = (math.nan, math.nan)
         self.unlabelled = ""
         """Why the batches seen so far hold no labels; empty where all of them do."""
+        self.one_hot = 0
+        """Number of columns of one-hot labels in the batches; 0 where labels are given otherwise, or there are none."""
         self._rows = Rows()
+        self._reader = BatchReader(self._found, adapter.images is not None or adapter.labels is not None)
         self._looked = self._epoch_seen = False
         self._unconfirmed = False
 
@@ -72,8 +78,10 @@ class Reference:
         seen = self.images.images if self.images is not None else self._seen
         if seen is None:
             return None
-        least, most = as_data(seen).aminmax()
-        return float(least), float(most)
+        if self._range_of is not seen:
+            least, most = as_data(seen).aminmax()
+            self._range_of, self._range = seen, (float(least), float(most))
+        return self._range
 
     # ---- from training batches ----
 
@@ -84,18 +92,36 @@ class Reference:
             with suppress(Exception):
                 self.found_in(batch)
 
-    def collect(self, batch: Any) -> None:
-        """Keeps images of a training batch until this process has its share.
+    def collect(self, batch: Any) -> Images | None:
+        """Keeps images of a training batch until this process has its share, and returns all that it then finds.
+
+        Returns:
+            What is found in the batch; None where no more is looked for.
 
         Raises:
             ValueError: If no images are found in the batch.
         """
         if self.images is not None and not self._unconfirmed:
-            return
+            return None
         room = self.share - self._held
-        if room > 0:
-            part = self._part(batch, room)
-            self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu())
+        if room <= 0:
+            return None
+        found = self._found(batch)
+        part = _finite_part(found, room)
+        self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu())
+        self._reader.learn(batch, found)
+        return found
+
+    def read_batch(self, batch: Any) -> Images | None:
+        """Returns the data and the labels of a training batch, at little cost where it is structured as those before.
+
+        Returns:
+            None where a callable of the user's finds them, and has lately taken more than its share of the time.
+
+        Raises:
+            ValueError: If no data are found in the batch.
+        """
+        return self._reader(batch)
 
     @property
     def _held(self) -> int:
@@ -107,24 +133,24 @@ class Reference:
             images = self.adapter.find_data(batch)
             labels = self.adapter.find_labels(batch, images)
         self.unlabelled = self.unlabelled or labels.reason
+        self.one_hot = labels.one_hot
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
 
     def _part(self, batch: Any, room: int) -> Images:
         """The first finite images of a batch."""
-        images, (labels, _) = self.found_in(batch)
+        return _finite_part(self._found(batch), room)
+
+    def _found(self, batch: Any) -> Images:
+        """The images and labels of a batch."""
+        images, labels = self.found_in(batch)
         if images is None:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images or other data (N, ...), got {shape_of(batch)}. "
                 "To fix this, pass ModelAdapter(images=lambda batch: ...)."
             )
-        images = images.detach()[:room]
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            images = as_data(images, "the batch's images")
-        labels = None if labels is None else labels.detach()[:room]
-        finite = images.flatten(1).isfinite().all(1)
-        return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
+        return Images(images, labels.labels)
 
     def end_epoch(self) -> None:
         """Notes that an epoch passed: what was collected by now is all that there is."""
@@ -142,15 +168,29 @@ class Reference:
         full = self._epoch_seen or self._held >= self.share or self._half_over
         if not self.trainer.strategy.reduce_boolean_decision(full, all=True):
             return False
+        self._check_sizes()
         # collectives of an accelerator want its tensors
         rows = self._rows.to(self.device)
         images, labels = rows.compute()
         self._rows = Rows()
         if len(images) < 4:
+            # more may come in the next epoch
+            self._rows.images = [part.cpu() for part in rows.images]
+            self._rows.labels = [part.cpu() for part in rows.labels]
             raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
         known = len(labels) == len(images)
         self.images = Images(images[: self.most].cpu(), labels[: self.most].cpu() if known else None)
         return True
+
+    def _check_sizes(self) -> None:
+        """Raises ValueError where the images that were collected have several shapes on any process."""
+        shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in self._rows.images))
+        if not self.trainer.strategy.reduce_boolean_decision(len(shapes) < 2, all=True):
+            got = " and ".join(map(str, shapes[:2])) if len(shapes) > 1 else "several on another process"
+            raise ValueError(
+                f"the real images must have one shape, got {got}. To fix this, resize them with "
+                "ModelAdapter(images=lambda batch: ...), or pass ModelAdapter(reference=...)."
+            )
 
     @property
     def _half_over(self) -> bool:
@@ -239,13 +279,20 @@ class Reference:
 
     # ---- use ----
 
-    def local(self) -> Images:
-        """Returns this process's rows; together the processes have each row once."""
+    def local(self, rows: slice = slice(None)) -> Images:
+        """Returns this process's part of some rows; together the processes have each of these once.
+
+        Args:
+            rows: Rows of the images of all processes; by default all of them.
+
+        Raises:
+            RuntimeError: If the images are not complete yet.
+        """
         if self.images is None:
             raise RuntimeError("the reference is not complete yet.")
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        own = slice(self.trainer.global_rank, None, self.trainer.world_size)
         images, labels = self.images
-        return Images(images[rank::world], None if labels is None else labels[rank::world])
+        return Images(images[rows][own], None if labels is None else labels[rows][own])
 
     def classes(self) -> Tensor:
         """Returns the labels (N,) of all images, which are of two classes or more.
@@ -261,7 +308,7 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the images that were collected; those that were given are read again instead."""
-        state: dict[str, Any] = {"epoch_seen": self._epoch_seen}
+        state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot}
         if self.adapter.reference is None and self.images is not None:
             state |= {"images": self.images.images, "labels": self.images.labels}
         elif self._held and self.trainer.world_size == 1:
@@ -274,13 +321,23 @@ class Reference:
         """Takes over the images of a checkpoint, which are compared with the batches to come."""
         if self.adapter.reference is not None:
             return
-        self._epoch_seen = state["epoch_seen"]
+        self._epoch_seen, self.one_hot = state["epoch_seen"], state["one_hot"]
         if "images" in state:
             self.images = Images(state["images"], state["labels"])
             self.doubt()
         elif "rows" in state:
             self._rows = Rows()
             self._rows.update(state["rows"], state["row_labels"])
+
+
+def _finite_part(found: Images, room: int) -> Images:
+    """Copies of the first finite images, and of their labels."""
+    images = found.images.detach()[:room]
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        images = as_data(images, "the batch's images")
+    labels = None if found.labels is None else found.labels.detach()[:room]
+    finite = images.flatten(1).isfinite().all(1)
+    return Images(images[finite].clone(), None if labels is None else labels[finite].clone())
 
 
 def _differs(a: Tensor, b: Tensor) -> bool:

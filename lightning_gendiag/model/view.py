@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -61,10 +61,25 @@ PRIOR_CHUNK = 16
 """Number of latents of the prior that are drawn with one seed."""
 
 
+COMPARED, RECONSTRUCTED = slice(0, None, 2), slice(1, None, 2)
+"""Rows of the reference that reconstructions are compared with, and those that are reconstructed."""
+
+
 def check_source(images: str) -> None:
     """Raises ValueError for an argument that is no :data:`Source`."""
     if images not in ("auto", "samples", "reconstructions"):
         raise ValueError(f"images must be 'auto', 'samples' or 'reconstructions', got {images!r}.")
+
+
+class Piece(NamedTuple):
+    """Some real images as the model takes them."""
+
+    given: Tensor
+    """(size, ...); one of another process where no row is left for this one."""
+    size: int
+    """Number of images, 0 where no row is left."""
+    labels: Tensor | None
+    """(size,) on the module's device."""
 
 
 class Encoded(NamedTuple):
@@ -105,7 +120,6 @@ class ModelView:
         self._has_prior: bool | None = None
         self._is_agreed = False
         self._extractor: FeatureExtractor | None = None
-        self._range: tuple[float, float] | None = None
         self._warned_range, self._within = False, 0
 
     # ---- what there is ----
@@ -209,14 +223,17 @@ class ModelView:
 
     # ---- the life of a view ----
 
-    def attach(self) -> None:
+    def attach(self, whole: bool = True) -> None:
         """Reads a reference that was given.
 
+        Args:
+            whole: Whether every process must have the whole module.
+
         Raises:
-            ValueError: If it holds no images, or the module is sharded over processes.
+            ValueError: If it holds no images, or the module is sharded over processes and must be whole.
         """
         # a way that fails on one process would let the others wait, and to restore what FSDP2 has gathered ends training
-        sharded_by = compat.sharded_by(self.trainer, self.subject.trained)
+        sharded_by = compat.sharded_by(self.trainer, self.subject.trained) if whole else None
         if sharded_by is not None:
             raise ValueError(
                 f"the module must be whole on every process to be evaluated, got one that is sharded by {sharded_by}. "
@@ -246,7 +263,7 @@ class ModelView:
         """Forgets what was derived from a reference that is gone."""
         self.region_maps.clear()
         self.amounts.clear()
-        self._extractor = self._range = self._samples = self._reconstructions = self._encoded = self._has_prior = None
+        self._extractor = self._samples = self._reconstructions = self._encoded = self._has_prior = None
         self._is_agreed = False
 
     def _average(self) -> nn.Module | None:
@@ -369,33 +386,45 @@ class ModelView:
 
         Images are not compared with their own reconstructions, which would be more alike than two independent samples.
         """
-        return self.as_images(self.local_reference() if self.source(wanted) == "samples" else self._local_half(0), rows)
-
-    def _local_half(self, first: int) -> Images:
-        """This process's rows of every second image of the reference."""
-        images, labels = (None if part is None else part[first::2] for part in self.reference)
-        own = slice(self.rank, None, self.world_size)
-        assert images is not None
-        return Images(images[own], None if labels is None else labels[own])
+        own = self.real.local(slice(None) if self.source(wanted) == "samples" else COMPARED)
+        return self.as_images(own, rows)
 
     def reconstructions(self) -> Images:
         """Returns reconstructions of this process's rows of every second image of the reference, computed once."""
         if self._reconstructions is None:
-            way, size = self.parts.way("reconstruct"), self.adapter.chunk_size
-            made = []
+            way, made = self.parts.way("reconstruct"), []
             with self.isolated(exact=True):
-                every = self._every("reconstruct", len(self.reference.images) // 2)
-                images, labels = (None if part is None else part[::every] for part in self._local_half(1))
-                assert images is not None
-                most = math.ceil(math.ceil(len(self.reference.images) / 2 / self.world_size) / every)
+                pieces = self._real_pieces("reconstruct", RECONSTRUCTED)
                 seed_all(self.adapter.seed, self.device, self.module, self.adapter)
-                # every process calls the model equally often, as for samples
-                for start in range(0, most, size):
-                    some = images[start : start + size]
-                    given = self.as_input(as_data(some if len(some) else self.reference.images[:1]))
-                    made.append(self.parts.reconstructed(way.call(given), given)[: len(some)])
-            self._reconstructions = Images(torch.cat(made), None if labels is None else labels.to(self.device))
+                for given, size, labels in pieces:
+                    images = self.parts.reconstructed(way.call(given), given)[:size]
+                    made.append(Images(images, labels))
+            self._reconstructions = _joined(made)
         return self._reconstructions
+
+    def _real_pieces(self, need: Literal["encode", "reconstruct"], rows: slice) -> Iterator[Piece]:
+        """Returns this process's real images out of some rows, in pieces as the model takes them; inside :meth:`isolated`.
+
+        Every process gets equally many pieces, since it may communicate in each call, as for samples.
+
+        Args:
+            need: The way that they are for, whose time says how many there are.
+            rows: Rows of the reference.
+        """
+        total = len(range(len(self.reference.images))[rows])
+        every = self._every(need, total)
+        images, labels = (None if part is None else part[::every] for part in self.real.local(rows))
+        assert images is not None
+        most = max(1, math.ceil(math.ceil(total / self.world_size) / every))
+        # pieces of about one size, so that the last does not have a single image
+        size = math.ceil(most / math.ceil(most / self.adapter.chunk_size))
+
+        def piece(start: int) -> Piece:
+            some = images[start : start + size]
+            given = self.as_input(as_data(some if len(some) else self.reference.images[:1]))
+            return Piece(given, len(some), None if labels is None else labels[start : start + size].to(self.device))
+
+        return map(piece, range(0, most, size))
 
     def samples(self) -> Images:
         """Returns this process's samples of this evaluation, drawn once and shared by all monitors."""
@@ -411,8 +440,7 @@ class ModelView:
                     # of a batch of one, layers that normalize over the batch have no statistics
                     chunk = self._chunk(index, max(n, 2))
                     drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
-            labels = [chunk.labels for chunk in drawn if chunk.labels is not None]
-            self._samples = Images(torch.cat([chunk.images for chunk in drawn]), torch.cat(labels) if labels else None)
+            self._samples = _joined(drawn)
             self._check_range(self._samples.images)
         return self._samples
 
@@ -441,7 +469,7 @@ class ModelView:
         if self.adapter.num_reference is not None or images <= LEAST_ROWS:
             return 1
         if need not in self.amounts:
-            piece = self.as_input(as_images(self.reference.images[:TIMED]))
+            piece = self.as_input(as_data(self.reference.images[:TIMED]))
             seconds = self.seconds_of(lambda: self.parts.way(need).call(piece)) / len(piece)
             number = fitting(seconds / self.world_size, ROWS_SECONDS, LEAST_ROWS, images)
             self.amounts[need] = every = images // number
@@ -473,15 +501,13 @@ class ModelView:
 
     def _check_range(self, generated: Tensor) -> None:
         """Warns once where generated and real images seem to have different ranges of values."""
-        if self._warned_range or not self.has_reference or not self.has_images or not len(generated):
+        real = self.real.range
+        if self._warned_range or real is None or not self.has_reference or not self.has_images:
             return
-        if self._range is None:
-            bounds = as_data(self.reference.images).aminmax()
-            self._range = float(bounds.min), float(bounds.max)
         finite = generated[generated.isfinite()]
         if not len(finite):
             return
-        (low, high), (least, most) = self._range, (float(finite.min()), float(finite.max()))
+        (low, high), (least, most) = real, (float(finite.min()), float(finite.max()))
         slack, bounded = (high - low) / 4, least >= -1 and most <= 1
         reason = ""
         if high > low and (
@@ -522,7 +548,7 @@ class ModelView:
     def agree_on_prior(self) -> None:
         """Lets all processes agree on whether there is a prior; every process must call it at the same time."""
         if self.world_size > 1 and not self._is_agreed:
-            self._has_prior = bool(self.trainer.strategy.reduce_boolean_decision(self.has_prior, all=True))
+            self._has_prior = self.agreed(self.has_prior)
             self._is_agreed = True
 
     def prior_latents(self, n: int, all_ranks: bool = False) -> Iterator[Tensor]:
@@ -547,13 +573,21 @@ class ModelView:
 
     def _real_latents(self, start: int, count: int) -> Tensor:
         """Latents (count, L) of real images from a position of the seeded order on."""
-        self.say("Latents of real images are decoded, since nothing shows that normal noise is their prior.")
+        # what does not decode is the first reason
+        self.parts.way("decode")
+        if not self.parts.has("encode"):
+            raise ValueError(
+                f"the prior of the latents must be known, but {self.parts.failed_sampler}. "
+                "To fix this, pass ModelAdapter(latent_dim=...) if it is N(0, 1), or ModelAdapter(encode=...)."
+            )
         data = self.real.example if self.real.images is None else self.real.images.images
         assert data is not None
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.adapter.seed))
         rows = order[torch.arange(start, start + count) % len(order)]
         with self.isolated(exact=True):
-            return self.as_input(self.latents_of(self.as_input(as_data(data[rows]))))
+            latents = self.as_input(self.latents_of(self.as_input(as_data(data[rows]))))
+        self.say("Latents of real images are decoded, since nothing shows that normal noise is their prior.")
+        return latents
 
     def as_input(self, x: Tensor) -> Tensor:
         """Returns images or latents as the module takes them in ``isolated(exact=True)``: on its device, float64 if it is."""
@@ -576,18 +610,9 @@ class ModelView:
         if self._encoded is None:
             encoded = []
             with self.isolated(exact=True):
-                every = self._every("encode", len(self.reference.images))
-                images, labels = (None if part is None else part[::every] for part in self.local_reference())
-                assert images is not None
-                most = math.ceil(math.ceil(len(self.reference.images) / self.world_size) / every)
-                # chunks of about one size, so that the last does not have a single image
-                size = math.ceil(most / math.ceil(most / self.adapter.chunk_size))
-                # every process calls the model equally often, as for samples
-                for start in range(0, most, size):
-                    chunk = images[start : start + size]
-                    output = self.encode(self.as_input(as_data(chunk if len(chunk) else self.reference.images[:1])))
-                    own = None if labels is None else labels[start : start + size].to(self.device)
-                    encoded += [Encoded(output, len(chunk), own)] if len(chunk) else []
+                for given, size, labels in self._real_pieces("encode", slice(None)):
+                    output = self.encode(given)
+                    encoded += [Encoded(output, size, labels)] if size else []
             self._encoded = encoded
         return self._encoded
 
@@ -653,13 +678,22 @@ class ModelView:
         extract = self.feature_extractor if found is None else found
         return lambda images: in_chunks(extract, images.to(self.device))
 
-    def moves_with_model(self, given: nn.Module | Callable[..., Any] | None) -> bool:
-        """Returns whether what a network gives may change as the model trains: a callable, or a part of the model."""
+    def moves_with_model(self, given: str | nn.Module | Callable[..., Any] | None) -> bool:
+        """Returns whether what a network gives may change as the model trains: a callable, a name or a part of the model."""
         if isinstance(given, nn.Module):
             return any(part is given for part in self.subject.trained.modules())
         return given is not None
 
     # ---- processes ----
+
+    def weights_sum(self) -> float:
+        """Returns the sum of all weights that are trained, by which it shows whether training changed them."""
+        sums = [p.detach().sum(dtype=torch.float64) for p in self.subject.trained.parameters() if p.requires_grad]
+        return float(torch.stack(sums).sum()) if sums else 0.0
+
+    def agreed(self, holds: bool) -> bool:
+        """Returns whether something holds on all processes; every process must call it at the same time."""
+        return bool(self.trainer.strategy.reduce_boolean_decision(holds, all=True))
 
     def broadcast(self, make: Callable[[], T]) -> T:
         """Returns what ``make()`` returns on rank 0, on every rank; its exception too."""
@@ -674,3 +708,9 @@ class ModelView:
             raise ValueError(failure)
         result: T = value
         return result
+
+
+def _joined(parts: Sequence[Images]) -> Images:
+    """Returns the images of all parts, and their labels where the parts have any."""
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Images(torch.cat([part.images for part in parts]), torch.cat(labels) if labels else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_gendiag.functional.arrays import as_images, exact_matmul
 from lightning_gendiag.functional.distances import adjusted_rand_index, squared_distances
+from lightning_gendiag.regions.balanced import balanced_clusters
 from lightning_gendiag.regions.pixel_cka import (
     _batch_cka,
     _batches,
@@ -38,6 +40,7 @@ def find_regions(
     num_regions: int | None = 5,
     gamma: float | None = None,
     *,
+    method: Literal["balanced", "paper"] = "balanced",
     batch_size: int = 100,
     linkage: str = "average",
     max_pixels: int = MAX_PIXELS,
@@ -46,19 +49,26 @@ def find_regions(
 ) -> RegionMap:
     """Finds regions of pixels that depend on each other and little on the rest.
 
-    The rows of :func:`pixel_cka` are clustered by their Euclidean distances, and the tree is cut at ``num_regions``. Regions
-    are numbered by size, the largest first. Where an image has more than ``max_pixels`` positions, square cells of pixels
-    are clustered instead: a cell is a longer vector under the same kernel. Each pixel of a cell at a border is then
-    assigned to the region, out of those that meet there, whose alignment with all regions is most like its own.
+    With ``method="balanced"``, areas that never vary, such as a black margin, are a region of their own, the last one, which
+    is named "background". The other pixels are divided into connected regions of at least ``1 / (4 R)`` of them each, whose
+    pixels are aligned, by :func:`pixel_cka`, and near each other. With ``method="paper"`` the rows of the alignments are
+    clustered by their Euclidean distances, and the tree is cut at ``num_regions``; regions may then be scattered or single
+    pixels. Regions are numbered by size, the largest first.
+
+    Where an image has more than ``max_pixels`` positions, square cells of pixels are clustered instead: a cell is a longer
+    vector under the same kernel. Each pixel of a cell at a border is then assigned to the region, out of those that meet
+    there, whose alignment with all regions is most like its own.
 
     Source: arXiv 2409.01314, section 3. The authors use average linkage, 5 regions for CelebA, 5 or 6 for ChestMNIST.
 
     Args:
         images: (N, C, H, W), at least two; maps from 400 images or more are steadier.
-        num_regions: R. None lets the data decide: the tree is cut at half of its largest merging distance.
+        num_regions: R, including the background. None lets the data decide: the tree is cut at half of its largest merging
+            distance.
         gamma: bandwidth, see :func:`pixel_cka`.
+        method: ``"balanced"``, or ``"paper"`` for the authors' clustering.
         batch_size: number of images in a batch, see :func:`pixel_cka`.
-        linkage: any method of ``scipy.cluster.hierarchy.linkage``.
+        linkage: any method of ``scipy.cluster.hierarchy.linkage``, for ``method="paper"``.
         max_pixels: largest number of positions or cells that are clustered.
         max_bytes: bound on the working memory of the alignment, in addition to its (P, P) result.
         progress: whether to show a progress bar where the work takes more than a few seconds.
@@ -67,7 +77,8 @@ def find_regions(
         The map, with ``dependence`` and, from two halves of the batches, ``stability``.
 
     Raises:
-        ValueError: if there are fewer than two images, an image is not finite, or there are fewer positions than regions.
+        ValueError: if there are fewer than two images, an image is not finite, there are fewer positions than regions, or
+            there is no such method.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -76,6 +87,8 @@ def find_regions(
         >>> print(find_regions(common + 0.3 * torch.randn(200, 1, 8, 8, generator=generator), 2))
         2 regions of 8x8: left 50%, right 50%; dependence 0.01; stability 1.00
     """
+    if method not in ("balanced", "paper"):
+        raise ValueError(f"method must be 'balanced' or 'paper', got {method!r}. To fix this, leave it out.")
     images = as_images(images)
     height, width = images.shape[-2:]
     cell = _cell_size(height, width, max_pixels)
@@ -98,15 +111,25 @@ def find_regions(
     whole = sums[0] + sums[1] if len(batches) > 1 else add(batches[0], gamma, max_bytes, _no_alignments(batches))
     whole = _mirror(whole / len(batches))
 
-    labels = _clusters(whole, num_regions, linkage).view(images.shape[-2:])
+    def clusters(cka: Tensor) -> tuple[Tensor, int | None]:
+        if method == "paper":
+            return _clusters(cka, num_regions, linkage), None
+        high, wide = images.shape[-2:]
+        found, background = balanced_clusters(cka.double().cpu().numpy(), high, wide, num_regions)
+        return torch.from_numpy(found), background
+
+    labels, background = clusters(whole)
+    labels = labels.view(images.shape[-2:])
     stability = math.nan
     if halves:
         found = (_mirror(total / len(half)) for total, half in zip(sums, halves, strict=True))
-        stability = adjusted_rand_index(*(_clusters(cka, num_regions, linkage) for cka in found))
+        stability = adjusted_rand_index(*(clusters(cka)[0] for cka in found))
     alignment, dependence = _alignment(whole, labels.flatten())
     if cell > 1:
         labels = _refined(labels, batches[:REFINING], cell, gamma, max_bytes)[:height, :width]
-    return RegionMap(labels.contiguous(), alignment=alignment, dependence=dependence, stability=stability)
+    return RegionMap(
+        labels.contiguous(), alignment=alignment, dependence=dependence, stability=stability, background=background
+    )
 
 
 def check_num_regions(num_regions: int, height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:

@@ -27,6 +27,8 @@ class RegionMap:
         dependence: mean CKA over all pairs of pixels in different regions, 0 (independent) to 1; nan where unknown.
         stability: adjusted Rand index of the maps found on two halves of the images, 1 where they are the same;
             nan where unknown.
+        background: number of the region in which real images never vary, None where there is no such region. It is named
+            "background" by default.
 
     Raises:
         ValueError: if labels are not (H, W) integers, leave a number out, or do not match the other arguments.
@@ -41,6 +43,7 @@ class RegionMap:
     alignment: Tensor | None = None
     dependence: float = math.nan
     stability: float = math.nan
+    background: int | None = None
     num_regions: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +60,7 @@ class RegionMap:
                 f"labels must use every number 0..R-1, got the numbers {present[:12]}. "
                 "To fix this, renumber them: labels.unique(return_inverse=True)[1]."
             )
-        names = tuple(self.names) or _names(labels, len(present))
+        names = tuple(self.names) or _names(labels, len(present), self.background)
         if len(set(names)) != len(names) or {"image", "samples"} & set(names):
             raise ValueError(
                 f"names must be unique and none of 'image' and 'samples', got {', '.join(names)}. "
@@ -67,6 +70,11 @@ class RegionMap:
             raise ValueError(
                 f"names must hold one name for each of the {len(present)} regions, got {len(names)}. "
                 "To fix this, leave names out, or pass one name per region."
+            )
+        if self.background is not None and self.background not in present:
+            raise ValueError(
+                f"background must be the number of a region, 0 to {len(present) - 1}, or None, got {self.background}. "
+                "To fix this, leave background out."
             )
         alignment = torch.full((len(present), len(present)), math.nan) if self.alignment is None else self.alignment
         if tuple(alignment.shape) != (len(present), len(present)):
@@ -117,6 +125,7 @@ class RegionMap:
             "alignment": self.alignment,
             "dependence": self.dependence,
             "stability": self.stability,
+            "background": self.background,
         }
 
     @classmethod
@@ -164,7 +173,7 @@ class RegionMap:
         return f"{self.num_regions} regions of {self.height}x{self.width}: {parts}{''.join(known)}"
 
 
-def _names(labels: Tensor, num_regions: int) -> tuple[str, ...]:
+def _names(labels: Tensor, num_regions: int, background: int | None) -> tuple[str, ...]:
     """Returns a name for the position of each region, numbered where several would have the same."""
     height, width = labels.shape
     frame = torch.cat([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
@@ -179,6 +188,8 @@ def _names(labels: Tensor, num_regions: int) -> tuple[str, ...]:
         if name == "centre" and num_regions > 1 and (frame == region).double().mean() > 0.5:
             inner = mask[height // 4 : height - height // 4, width // 4 : width - width // 4]
             name = "most of the image" if inner.double().mean() > 0.3 else "border"
+        if region == background:
+            name = "background"
         count = sum(known == name or known.startswith(f"{name} (") for known in names)
         names.append(f"{name} ({count + 1})" if count else name)
     return tuple(names)

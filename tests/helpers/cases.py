@@ -45,7 +45,12 @@ ARGUMENTS = {
         },
     ),
     "generation_balance": Arguments(
-        {"num_classes": 3}, {"num_classes": {"num_classes": 4}, "confidence": {"confidence": 0.9}}
+        {"num_classes": 3},
+        {
+            "num_classes": {"num_classes": 4},
+            "confusion": {"confusion": torch.eye(3)},
+            "confidence": {"confidence": 0.9},
+        },
     ),
     "k_star": Arguments(
         {"max_rows": 50},
@@ -74,6 +79,10 @@ ARGUMENTS = {
         {"latent_dim": {"latent_dim": 6}, "threshold": {"threshold": 0.5}, "channels": {"channels": 1}},
     ),
     "regional_primitives": Arguments({"num_regions": 3}, {"num_regions": {"num_regions": 4}}),
+    "training_data": Arguments(
+        {"shape": (2, 8, 8)},
+        {"shape": {"shape": (3, 8, 8)}, "rows": {"rows": 8}, "confidence": {"confidence": 0.99}},
+    ),
 }
 
 
@@ -89,4 +98,8 @@ def all_cases() -> dict[str, Case]:
     known = cases()
     cms = known["cosine_mean_similarity"]
     found = Case(lambda: type(cms.make())(num_regions=3), cms.updates, cms.tolerance)
-    return known | {"cosine_mean_similarity, regions found": found}
+    balance, confusion = known["generation_balance"], torch.tensor([[40, 3, 2], [1, 50, 4], [6, 0, 30]])
+    corrected = Case(
+        lambda: type(balance.make())(num_classes=3, confusion=confusion), balance.updates, balance.tolerance
+    )
+    return known | {"cosine_mean_similarity, regions found": found, "generation_balance, corrected": corrected}

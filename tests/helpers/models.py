@@ -87,7 +87,7 @@ class SmallVAE(LightningModule):
         )  # fmt: skip
 
     def noise(self, *shape: int) -> Tensor:
-        return torch.randn(*shape)
+        return torch.randn(*shape, device=self.device)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.encoder_net(images).chunk(2, 1)

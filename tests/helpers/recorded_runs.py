@@ -129,7 +129,8 @@ class RecordedCosines(RecordedRun):
         """Returns the cosines, and the comparison of real with real images that was recorded once."""
         values, mean, std = (torch.tensor(part) for part in (row, self.data["null_mean"], self.data["null_std"]))
         classes = torch.empty(0, len(row))
-        return CosineMeanSimilarityResult(values[-1], values[:-1], mean, std, classes, torch.tensor(0.0))
+        none, as_real = torch.tensor(0.0), torch.tensor(1.0)
+        return CosineMeanSimilarityResult(values[-1], values[:-1], mean, std, classes, none, as_real, none, none)
 
     def is_right(self, fault: str, alarm: Alarm) -> bool:
         """Returns whether an alarm names the region, or the image."""

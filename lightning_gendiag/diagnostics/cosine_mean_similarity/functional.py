@@ -10,20 +10,26 @@ from torch import Tensor
 
 from lightning_gendiag.functional.arrays import as_images, exact_matmul, in_classes, pieces
 from lightning_gendiag.functional.distances import squared_distances
-from lightning_gendiag.functional.results import loggable
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS, loggable
 from lightning_gendiag.regions.pixel_cka import median_bandwidth
 from lightning_gendiag.regions.region_map import RegionMap
 
 Bandwidth = Literal["region", "image"] | float
-
-MAX_CLASS_TAGS = 20
-"""Largest number of classes for which each class has a scalar."""
 
 BLOCK = 2048
 """Rows and columns of a kernel matrix that are held at a time."""
 
 PIECE = 64
 """Images that are converted at a time."""
+
+NUMBERS = 1 << 22
+"""Numbers of which a variance is computed at a time."""
+
+VALUES = 1 << 16
+"""Number of real values that stand for all of them where ranges are compared."""
+
+SLACK = 0.05
+"""Real values are out of reach of the generated ones beyond this share of their own range."""
 
 
 @loggable
@@ -47,6 +53,12 @@ class CosineMeanSimilarityResult(NamedTuple):
     """(K, R + 1) cosines within each class, for the regions and last for the image; (0, R + 1) without classes."""
     invalid: Tensor
     """() fraction of the generated images that contain nan or inf and are left out, 0 to 1."""
+    spread: Tensor
+    """() variance of the generated images, summed over their values, relative to that of the real ones."""
+    unreached: Tensor
+    """() fraction of the real values that lie outside the range of the generated ones by more than 5 % of their own."""
+    unchanged: Tensor
+    """() whether the generated images are those of the evaluation before, 0 or 1; nan where that is not known."""
 
     @property
     def product(self) -> Tensor:
@@ -78,6 +90,8 @@ class CosineMeanSimilarityResult(NamedTuple):
             "median": self.regions.median(),
             "best": self.regions.max(),
             "invalid": self.invalid,
+            "spread": self.spread,
+            "unreached": self.unreached,
         }
         values |= {f"region_{r}": value for r, value in enumerate(self.regions)}
         if not self.null_std.isnan().any():
@@ -86,7 +100,6 @@ class CosineMeanSimilarityResult(NamedTuple):
             whole = self.classes[:, -1]
             known = whole[~whole.isnan()]
             values["worst_class"] = known.min() if len(known) else whole[0]
-            # many classes would flood the loggers with tags
             values |= {f"class_{k}": value for k, value in enumerate(whole) if len(whole) <= MAX_CLASS_TAGS}
         return values
 
@@ -111,7 +124,8 @@ class _Scale(NamedTuple):
 def _scale(real: Tensor, regions: RegionMap, bandwidth: Bandwidth) -> tuple[_Scale, list[Tensor]]:
     """Returns the scale with bandwidths from the real images, and the real images scaled by it.
 
-    A region that never varies gets the bandwidth of the image, and an image that never varies gets 1 / D.
+    The background and any other region that never varies get the bandwidth of the image, and an image that never varies
+    gets 1 / D.
     """
     channels = real.shape[1]
     labels = regions.labels.to(real.device).flatten().repeat(channels)
@@ -128,6 +142,9 @@ def _scale(real: Tensor, regions: RegionMap, bandwidth: Bandwidth) -> tuple[_Sca
         gammas = [centre.new_tensor(float(bandwidth))] * len(sizes)
     else:
         gammas = [median_bandwidth(part) for part in rows] if bandwidth == "region" else [centre.new_tensor(math.inf)]
+        if bandwidth == "region" and regions.background is not None:
+            # it varies in a few images at most, whose differences are no scale
+            gammas[regions.background] = centre.new_tensor(math.inf)
         if any(gamma.isinf() for gamma in gammas):
             image = median_bandwidth(torch.cat(rows, 1))
             image = image if image.isfinite() else torch.full_like(image, 1 / len(order))
@@ -200,6 +217,8 @@ class RealSide(NamedTuple):
     null_mean: Tensor  # (R + 1,) mean cosine of halves
     null_std: Tensor  # (R + 1,) standard deviation of the same
     unbiased: bool  # whether the norms leave out the similarity of an image with itself
+    variance: Tensor  # () summed over the values of an image
+    values: Tensor  # (V,) a seeded selection of the values of all images, sorted
 
 
 def real_side(
@@ -237,14 +256,39 @@ def real_side(
         applied = _kernels_times(rows, rows, torch.cat([weights, a], 1))
     classes = weights.shape[1]
     sums = (applied[..., :classes] * weights).sum(1)
+    chosen = torch.randint(real.numel(), (min(VALUES, real.numel()),), generator=generator).to(real.device)
+    values = as_images(real.flatten()[chosen].view(1, 1, 1, -1)).float().flatten().sort().values
+    variance = total_variance(real)
     if null_splits < 2 or half < 2:
         nan = torch.full_like(sums[:, 0], math.nan)
-        return RealSide(scale, rows, weights, sums, nan, nan, unbiased)
+        return RealSide(scale, rows, weights, sums, nan, nan, unbiased, variance, values)
     # of halves a and b = 1 - a: a'Kb = a'K1 - a'Ka and b'Kb = 1'K1 - 2 a'K1 + a'Ka
     aa, a1, whole = (applied[..., classes:] * a).sum(1), (applied[..., :1] * a).sum(1), sums[:, :1]
     m, n = (torch.full((1,), float(size)).to(sums) for size in (half, len(real) - half))
     null = _cosine(a1 - aa, aa, whole - 2 * a1 + aa, m, n, unbiased)
-    return RealSide(scale, rows, weights, sums, null.mean(1), null.std(1), unbiased)
+    std = null.std(1)
+    if regions.background is not None:
+        # real images hardly differ there, so anything else would be thousands of deviations away
+        std[regions.background] = std[regions.background].maximum(std[-1])
+    return RealSide(scale, rows, weights, sums, null.mean(1), std, unbiased, variance, values)
+
+
+def total_variance(images: Tensor) -> Tensor:
+    """Returns the variance of images (N, C, H, W) over the images, summed over their values, of shape ()."""
+    rows = max(1, NUMBERS // max(1, images[:, :, :1].numel()))
+    # slices of rows bound the memory
+    parts = [
+        as_images(part).float().var(0, correction=0).sum(dtype=torch.float64) for part in torch.split(images, rows, 2)
+    ]
+    return torch.stack(parts).sum()
+
+
+def unreached_by(values: Tensor, images: Tensor) -> Tensor:
+    """Returns the fraction () of sorted values (V,) that lie outside the range of images by more than ``SLACK``."""
+    bounds = torch.stack([torch.stack(as_images(piece).float().aminmax()) for piece in pieces(images, PIECE)])
+    slack = SLACK * (values[-1] - values[0])
+    low, high = bounds[:, 0].min() - slack, bounds[:, 1].max() + slack
+    return ((values < low) | (values > high)).float().mean()
 
 
 def compare(generated: Tensor, labels: Tensor | None, real: RealSide, invalid: Tensor) -> CosineMeanSimilarityResult:
@@ -277,6 +321,9 @@ def compare(generated: Tensor, labels: Tensor | None, real: RealSide, invalid: T
         null_std=(real.null_std * ratio).clamp(min=1e-6).to(values),
         classes=values[:, 1:].T,
         invalid=invalid,
+        spread=(total_variance(generated) / real.variance).to(values),
+        unreached=unreached_by(real.values, generated).to(values),
+        unchanged=torch.full_like(invalid, math.nan),
     )
 
 

@@ -87,6 +87,10 @@ class CosineMeanSimilarity(Diagnostic):
         "worst_class": more_is_better("Lowest cosine of the whole image within a class.", optional=True),
         "class_{c}": more_is_better("Cosine of the whole image within the class, for up to 20 classes.", optional=True),
         "invalid": less_is_better("Fraction of the generated images that contain nan or inf and are left out."),
+        "spread": ScalarInfo(
+            "Variance of the generated images relative to that of the real ones, about 1 where they vary as much."
+        ),
+        "unreached": less_is_better("Fraction of the real values that lie outside the range of the generated ones."),
     }
     real: list[Tensor]
     generated: list[Tensor]
@@ -138,7 +142,8 @@ class CosineMeanSimilarity(Diagnostic):
             self.add_state(state, default=[], dist_reduce_fx="cat")
         self.add_sums(invalid=(2,))
         self.add_configuration(
-            regions=None if self.region_map is None else self.region_map.labels, num_regions=num_regions,
+            regions=None if self.region_map is None else self.region_map.labels,
+            background=None if self.region_map is None else self.region_map.background, num_regions=num_regions,
             bandwidth=bandwidth, unbiased=unbiased, num_classes=self.num_classes, null_splits=null_splits,
             reset_real_features=reset_real_features, seed=seed,
         )  # fmt: skip
@@ -251,7 +256,8 @@ class CosineMeanSimilarity(Diagnostic):
     def _undefined(self) -> CosineMeanSimilarityResult:
         nan = torch.full((self.num_regions + 1,), math.nan, device=self.device)
         invalid = (self.invalid[0] / self.invalid[1].clamp(min=1)).float()
-        return CosineMeanSimilarityResult(nan[0], nan[:-1], nan, nan, nan.expand(self.num_classes, -1), invalid)
+        classes = nan.expand(self.num_classes, -1)
+        return CosineMeanSimilarityResult(nan[0], nan[:-1], nan, nan, classes, invalid, nan[0], nan[0], nan[0])
 
     def reset(self) -> None:
         """Drops the generated images, and the real ones and what was found in them unless ``reset_real_features=False``."""

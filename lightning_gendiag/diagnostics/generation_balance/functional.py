@@ -1,4 +1,4 @@
-"""Shares of classes with their confidence intervals."""
+"""Shares of classes, corrected for the errors of a classifier, with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_gendiag.functional.results import loggable
+from lightning_gendiag.functional.intervals import binomial_interval, normal_quantile
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS, loggable
 
 FACTOR = 2.0
 """A class is dropped where its share is surely smaller than the real one by this factor, and dominates where larger."""
@@ -19,8 +20,15 @@ CONFIDENCE = 0.999
 COVERED = 0.1
 """A class counts as covered where its share is at least this fraction of the real one."""
 
-MAX_CLASS_TAGS = 20
-"""Largest number of classes for which each class has scalars."""
+
+LEAST_SINGULAR = 1e-4
+"""Smaller singular values of the error rates stand for classes that cannot be told apart."""
+
+MAX_STEPS = 1000
+"""Largest number of steps of the iteration that corrects shares."""
+
+NO_SHARE = 1e-6
+"""Smaller corrected shares count as 0, which the iteration approaches and does not reach."""
 
 
 @loggable
@@ -30,11 +38,17 @@ class GenerationBalanceResult(NamedTuple):
     real_count: Tensor
     """(K,) number of real images of each class."""
     generated_count: Tensor
-    """(K,) number of generated images of each class."""
+    """(K,) number of generated images that the classifier assigns to each class."""
+    generated_share: Tensor
+    """(K,) shares of the classes among generated images, corrected for the errors of the classifier, adding to one."""
     real_interval: Tensor
     """(K, 2) exact binomial confidence bounds of the real shares."""
     interval: Tensor
-    """(K, 2) exact binomial confidence bounds of the generated shares."""
+    """(K, 2) confidence bounds of the corrected shares; they include the errors of the classifier."""
+    classifier_error: Tensor
+    """(K,) standard error that the classifier alone adds to the share of each class among as many images as its errors
+    were measured on, with classes as frequent as among real images; 0 where its errors were not measured, and inf for a
+    class to which it assigns images of other classes no less often than its own."""
     fid: Tensor
     """(K,) Fréchet distance of real and generated features within the class; nan with fewer than two of either."""
     invalid: Tensor
@@ -48,35 +62,53 @@ class GenerationBalanceResult(NamedTuple):
         return self.real_count / self.real_count.sum()
 
     @property
-    def generated_share(self) -> Tensor:
-        """(K,) shares of the classes among generated images, adding to one."""
+    def assigned_share(self) -> Tensor:
+        """(K,) shares of the generated images that the classifier assigns to each class, without correction."""
         return self.generated_count / self.generated_count.sum()
 
     @property
+    def undetermined(self) -> Tensor:
+        """(K,) booleans, true where the classifier is too often wrong to tell a class from half of it."""
+        return self.classifier_error * FACTOR > self.real_share
+
+    @property
     def imbalance(self) -> Tensor:
-        """() total variation distance of the shares, 0 to 1: the fraction of images that would have to change class."""
-        return (self.generated_share - self.real_share).abs().sum() / 2
+        """() total variation distance of the shares, 0 to 1: the fraction of images that would have to change class.
+
+        Classes that the classifier cannot determine count together as one; nan where it can determine none.
+        """
+        change, unknown = self.generated_share - self.real_share, self.undetermined
+        distance = (change[~unknown].abs().sum() + change[unknown].sum().abs()) / 2
+        return torch.full_like(distance, math.nan) if unknown.all() else distance
 
     @property
     def divergence(self) -> Tensor:
-        """() KL(generated | real) of the shares in nats; inf where a class is generated that has no real images."""
-        g, r = self.generated_share, self.real_share
-        return torch.where(g > 0, g * (g / r).log(), g).sum()
+        """() KL(generated | real) of the shares in nats; inf where a class is generated that has no real images.
+
+        Classes that the classifier cannot determine count together as one; nan where it can determine none.
+        """
+        unknown = self.undetermined
+        g, r = (torch.cat([s[~unknown], s[unknown].sum()[None]]) for s in (self.generated_share, self.real_share))
+        divergence = torch.where(g > 0, g * (g / r).log(), g).sum()
+        return torch.full_like(divergence, math.nan) if unknown.all() else divergence
 
     @property
     def dropped(self) -> Tensor:
         """(K,) booleans, true where the class is surely less than half as frequent as among real images."""
-        return self.interval[:, 1] * FACTOR < self.real_interval[:, 0]
+        return (self.interval[:, 1] * FACTOR < self.real_interval[:, 0]) & ~self.undetermined
 
     @property
     def dominating(self) -> Tensor:
         """(K,) booleans, true where the class is surely more than twice as frequent as among real images."""
-        return self.interval[:, 0] > self.real_interval[:, 1] * FACTOR
+        return (self.interval[:, 0] > self.real_interval[:, 1] * FACTOR) & ~self.undetermined
 
     @property
     def coverage(self) -> Tensor:
-        """() fraction of the real classes that are generated with at least a tenth of their real share."""
-        occurs = self.real_count > 0
+        """() fraction of the real classes that are generated with at least a tenth of their real share.
+
+        Classes that the classifier cannot determine are left out.
+        """
+        occurs = (self.real_count > 0) & ~self.undetermined
         return (self.generated_share[occurs] >= COVERED * self.real_share[occurs]).double().mean()
 
     def scalars(self) -> dict[str, Tensor]:
@@ -88,6 +120,7 @@ class GenerationBalanceResult(NamedTuple):
             "divergence": self.divergence,
             "dropped": self.dropped.sum().double(),
             "dominating": self.dominating.sum().double(),
+            "undetermined": (self.undetermined & (self.real_count > 0)).sum().double(),
             "coverage": self.coverage,
             "fid_mean": known.mean() if len(known) else nan,
             "fid_worst": known.max() if len(known) else nan,
@@ -102,26 +135,146 @@ class GenerationBalanceResult(NamedTuple):
         return values
 
 
-def binomial_interval(counts: Tensor, tail: float) -> Tensor:
-    """Computes exact binomial confidence bounds of shares.
+def error_rates(confusion: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns how often each class is assigned to each class, and the number of images from which this is known.
 
-    Source: Clopper and Pearson, 1934.
+    One image is added to each class, which is assigned correctly as often as images of all classes are, so that a class
+    with few or no images has no rate of exactly 0 or 1.
 
     Args:
-        counts: (K,) number of items of each class.
-        tail: probability with which each bound is wrong, at most.
+        confusion: (K, K) number of real images by their true class (rows) and the class they were assigned to (columns).
+
+    Returns:
+        (K, K) rates, of which each row adds to one, and (K,) numbers of images, both in float64.
+
+    Example:
+        >>> error_rates(torch.tensor([[9.0, 1.0], [0.0, 10.0]]))[0]
+        tensor([[0.9048, 0.0952],
+                [0.0043, 0.9957]], dtype=torch.float64)
+    """
+    counts = confusion.double()
+    number, k = counts.sum(1) + 1, len(counts)
+    accuracy = (counts.trace() + 1) / (counts.sum() + 1)
+    typical = torch.full_like(counts, float(1 - accuracy) / max(k - 1, 1)).fill_diagonal_(float(accuracy))
+    return (counts + typical) / number[:, None], number
+
+
+def corrected_shares(assigned: Tensor, rates: Tensor, start: Tensor | None = None) -> Tensor:
+    """Computes the most likely shares of the true classes, given the shares that a classifier assigned.
+
+    The assigned shares are expected to be q = C^T p. Of all shares p of at least 0 that add to one, those are returned that
+    maximise the likelihood of the assigned ones, by expectation maximisation. Where classes cannot be told apart, their
+    shares stay in proportion as at the start.
+
+    Source: Saerens, Latinne and Decaestecker, *Adjusting the outputs of a classifier to new a priori probabilities*, 2002,
+    for a classifier that returns classes.
+
+    Args:
+        assigned: (K,) shares or counts of the classes that the classifier assigned.
+        rates: (K, K) probability C with which a class (rows) is assigned to each class (columns).
+        start: (K,) shares to start from; by default all equal.
+
+    Returns:
+        (K,) shares in float64; nan where nothing was assigned.
+
+    Example:
+        >>> rates = torch.tensor([[0.8, 0.2], [0.1, 0.9]])
+        >>> corrected_shares(torch.tensor([0.45, 0.55]), rates)
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    q, c = assigned.double(), rates.double()
+    q = q / q.sum()
+    p = torch.full_like(q, 1 / len(q)) if start is None else (start.double() + 1e-6) / (start.double() + 1e-6).sum()
+    for _ in range(MAX_STEPS):
+        after = p * (c @ (q / (c.T @ p).clamp(min=1e-300)))
+        change, p = float((after - p).abs().sum()), after
+        if not change > 1e-10:
+            break
+    p = torch.where(p < NO_SHARE, 0.0, p)
+    return p / p.sum()
+
+
+def share_variance(shares: Tensor, rates: Tensor, number: Tensor, samples: float) -> Tensor:
+    """Computes the variance of corrected shares by the delta method.
+
+    With A the inverse of C^T, it is the diagonal of A (V(q) / samples + sum_i p_i^2 V(C_i) / n_i) A^T, where V(q) is
+    diag(q) - q q^T: the first term is the sampling of the generated images, the second one that of the real images from
+    which the rates are known.
+
+    Args:
+        shares: (K,) shares p of the true classes.
+        rates: (K, K) rates C, see :func:`error_rates`.
+        number: (K,) number of images n_i from which each row of C is known.
+        samples: number of generated images.
+
+    Returns:
+        (K,) variances in float64; very large where C has no inverse.
+    """
+    p, c = shares.double(), rates.double()
+
+    def spread(q: Tensor) -> Tensor:
+        return q.diag() - q[:, None] * q
+
+    weight = p.square() / number
+    rows = (weight[:, None] * c).sum(0).diag() - (c * weight[:, None]).T @ c
+    u, s, vh = torch.linalg.svd(c.T)
+    inverse: Tensor = vh.T @ (u / s.clamp(min=LEAST_SINGULAR)).T
+    variance: Tensor = ((inverse @ (spread(c.T @ p) / samples + rows)) * inverse).sum(1)
+    return variance.clamp(min=0)
+
+
+def classifier_variance(shares: Tensor, rates: Tensor, number: Tensor, samples: float) -> Tensor:
+    """Returns what the errors of a classifier add to the binomial variance of shares: (K,), at least 0."""
+    p = shares.double()
+    return (share_variance(p, rates, number, samples) - p * (1 - p) / samples).clamp(min=0)
+
+
+def share_error(shares: Tensor, confusion: Tensor) -> Tensor:
+    """Computes the standard error that a classifier adds to shares among as many images as its errors were measured on.
+
+    Args:
+        shares: (K,) shares of the true classes.
+        confusion: (K, K), see :func:`error_rates`.
+
+    Returns:
+        (K,) standard errors in float64; inf for a class to which images of other classes are assigned no less often than its
+        own. Cross-validation of a classifier that has learned nothing can be wrong more often than by chance, which would
+        otherwise count as knowledge.
+    """
+    rates, number = error_rates(confusion)
+    error = classifier_variance(shares, rates, number, max(float(confusion.sum()), 1.0)).sqrt()
+    own = rates.diag()
+    others = (rates.sum(0) - own) / (len(rates) - 1)
+    return torch.where(own > others, error, math.inf)
+
+
+def corrected_interval(counts: Tensor, shares: Tensor, confusion: Tensor, tail: float) -> Tensor:
+    """Computes confidence bounds of corrected shares.
+
+    The exact binomial interval of the sampled images and the normal one of the classifier's errors are independent, and
+    their distances from the share are added as squares. With a classifier without errors, it is the exact binomial one.
+
+    Source: Zou and Donner, *Construction of confidence limits about effect measures*, 2008.
+
+    Args:
+        counts: (K,) number of generated images that were assigned to each class.
+        shares: (K,) corrected shares.
+        confusion: (K, K), see :func:`error_rates`.
+        tail: probability with which each bound is wrong.
 
     Returns:
         (K, 2) lower and upper bounds in float64.
-
-    Example:
-        >>> binomial_interval(torch.tensor([0.0, 100.0]), 0.025)[0]
-        tensor([0.0000, 0.0362], dtype=torch.float64)
     """
-    from scipy.stats import beta
-
-    k = counts.double().cpu()
-    n = k.sum()
-    low = torch.from_numpy(beta.ppf(tail, k, n - k + 1)).nan_to_num(0.0)
-    high = torch.from_numpy(beta.isf(tail, k + 1, n - k)).nan_to_num(1.0)
-    return torch.stack([low, high], 1).to(counts.device)
+    n, z = float(counts.sum()), normal_quantile(tail)
+    if n == 0:
+        return torch.stack([torch.zeros_like(shares), torch.ones_like(shares)], 1)
+    exact = binomial_interval(shares * n, tail)
+    # counts of errors are skewed: z^2 / 4 more of them, by class, make their standard error that of Wilson's bounds
+    rates, number = error_rates(confusion.double() + z**2 / 4 / len(shares))
+    # a share of 0 has errors too: those of the classes that are mistaken for it
+    smoothed = (shares * n + z**2 / len(shares)) / (n + z**2)
+    added = z * classifier_variance(smoothed, rates, number, n).sqrt()
+    low = shares - ((shares - exact[:, 0]).square() + added.square()).sqrt()
+    high = shares + ((exact[:, 1] - shares).square() + added.square()).sqrt()
+    unknown = share_error(shares, confusion).isinf()
+    return torch.stack([low.clamp(min=0).masked_fill(unknown, 0), high.clamp(max=1).masked_fill(unknown, 1)], 1)

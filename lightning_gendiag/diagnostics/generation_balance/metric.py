@@ -11,9 +11,13 @@ from torch import Tensor
 from lightning_gendiag.diagnostics.generation_balance.functional import (
     CONFIDENCE,
     GenerationBalanceResult,
-    binomial_interval,
+    corrected_interval,
+    corrected_shares,
+    error_rates,
+    share_error,
 )
 from lightning_gendiag.functional.distances import frechet_distance
+from lightning_gendiag.functional.intervals import binomial_interval
 from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
 
@@ -25,6 +29,9 @@ class GenerationBalance(Diagnostic):
 
     Args:
         num_classes: K.
+        confusion: (K, K) number of real images by their true class (rows) and the class that the classifier assigned
+            (columns), from images that it was not trained on. Shares of generated images are corrected by it; by default
+            the classifier is taken to make no errors.
         confidence: probability that no class is wrongly called dropped or dominating, over all classes together.
 
     Raises:
@@ -49,6 +56,9 @@ class GenerationBalance(Diagnostic):
         "dominating": less_is_better(
             "Number of classes that are surely more than twice as frequent as among real images."
         ),
+        "undetermined": less_is_better(
+            "Number of classes whose share the classifier cannot determine, since it is too often wrong."
+        ),
         "coverage": more_is_better(
             "Fraction of the real classes that are generated with at least a tenth of their real share."
         ),
@@ -57,8 +67,12 @@ class GenerationBalance(Diagnostic):
         "invalid": less_is_better(
             "Fraction of the generated images whose features contain nan or inf and that are left out."
         ),
-        "accuracy": more_is_better("Accuracy of the classifier on real images.", optional=True),
-        "class_{c}": ScalarInfo("Fraction of the generated images that are of the class, for up to 20 classes."),
+        "accuracy": more_is_better(
+            "Accuracy of the classifier on real images that it was not trained on.", optional=True
+        ),
+        "class_{c}": ScalarInfo(
+            "Fraction of generated images of the class, corrected for the classifier's errors, for up to 20 classes."
+        ),
         "fid_class_{c}": less_is_better(
             "Fréchet distance of real and generated features within the class, for up to 20 classes.", optional=True
         ),
@@ -69,7 +83,9 @@ class GenerationBalance(Diagnostic):
     products: Tensor
     left_out: Tensor
 
-    def __init__(self, num_classes: int, *, confidence: float = CONFIDENCE, **kwargs: Any) -> None:
+    def __init__(
+        self, num_classes: int, *, confusion: Tensor | None = None, confidence: float = CONFIDENCE, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if num_classes < 2:
             raise ValueError(
@@ -79,11 +95,19 @@ class GenerationBalance(Diagnostic):
             raise ValueError(
                 f"confidence must be in (0.5, 1), got {confidence}. To fix this, pass a number such as 0.999."
             )
-        self.num_classes, self.confidence = num_classes, confidence
+        if confusion is not None:
+            confusion = confusion.detach().double().cpu()
+            shape = (num_classes, num_classes)
+            if confusion.shape != shape or not (confusion.isfinite() & (confusion >= 0)).all():
+                raise ValueError(
+                    f"confusion must be {shape} counts of at least 0, got {tuple(confusion.shape)}. "
+                    "To fix this, count real images by their true class (rows) and the class assigned (columns)."
+                )
+        self.num_classes, self.confidence, self.confusion = num_classes, confidence, confusion
         # the first axis is generated, real; the length of the features is not known yet, and sums grow to it from 1
         pair = (2, num_classes)
         self.add_sums(counts=pair, featured=pair, sums=(*pair, 1), products=(*pair, 1, 1), left_out=(2,))
-        self.add_configuration(num_classes=num_classes, confidence=confidence)
+        self.add_configuration(num_classes=num_classes, confidence=confidence, confusion=confusion)
 
     def update(self, labels: Tensor, real: bool, features: Tensor | None = None) -> None:
         """Adds images by their classes.
@@ -146,12 +170,25 @@ class GenerationBalance(Diagnostic):
                 mean[0, enough], covariance[0, enough], mean[1, enough], covariance[1, enough]
             ).clamp(min=0)
         seen = self.counts[0].sum() + self.left_out[0]
+        generated, real = self.counts
+        share, interval = generated / generated.sum(), binomial_interval(generated, tail)
+        error, accuracy = torch.zeros_like(share), torch.full_like(seen, math.nan)
+        if self.confusion is not None:
+            confusion = self.confusion.to(generated.device)
+            true = real / real.sum() if float(real.sum()) else torch.full_like(real, 1 / self.num_classes)
+            if float(generated.sum()):
+                share = corrected_shares(share, error_rates(confusion)[0], true)
+                interval = corrected_interval(generated, share, confusion, tail)
+            error = share_error(true, confusion)
+            accuracy = confusion.trace() / confusion.sum()
         return GenerationBalanceResult(
-            real_count=self.counts[1],
-            generated_count=self.counts[0],
-            real_interval=binomial_interval(self.counts[1], tail),
-            interval=binomial_interval(self.counts[0], tail),
+            real_count=real,
+            generated_count=generated,
+            generated_share=share,
+            real_interval=binomial_interval(real, tail),
+            interval=interval,
+            classifier_error=error,
             fid=fid,
             invalid=self.left_out[0] / seen if float(seen) else torch.zeros_like(seen),
-            accuracy=torch.full_like(seen, math.nan),
+            accuracy=accuracy,
         )

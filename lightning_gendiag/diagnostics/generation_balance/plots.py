@@ -43,23 +43,44 @@ def panel(result: GenerationBalanceResult, images: Tensor | None, occasion: canv
     ]
     if images is not None:
         tiles.append(canvas.Tile("generated, one row per class", pictures.contact_sheet(images)))
+    unclear = unknown(result)
     rows = [
         *(canvas.Row(canvas.ALARM, change, strong=True) for change in changes),
-        canvas.Row(canvas.INK, f"{float(result.imbalance):.0%} of the images would have to change class"),
+        *([canvas.Row(canvas.INK, unclear)] if unclear else []),
+        *(
+            []
+            if result.undetermined.all()
+            else [canvas.Row(canvas.INK, f"{float(result.imbalance):.0%} of the images would have to change class")]
+        ),
         canvas.Row(canvas.INK, f"accuracy of the classifier on real images: {float(result.accuracy):.1%}"),
     ]
-    title = "; ".join(changes) or "no class is clearly dropped or dominating"
+    calm = "cannot tell the classes apart" if result.undetermined.all() else "no class is clearly dropped or dominating"
+    title = "; ".join(changes) or calm
     return canvas.panel(f"{title[0].upper()}{title[1:]} (step {occasion.step})", tiles, rows, occasion.note)
 
 
 def table(result: GenerationBalanceResult) -> str:
-    """Returns the share and the FID of each class as markdown."""
-    lines = ["| class | real | generated | at least | at most | FID | |", "|---|---|---|---|---|---|---|"]
-    columns = (result.real_share, result.generated_share, result.interval, result.fid)
-    for c, (real, share, (low, high), fid) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
+    """Returns the shares and the FID of each class as markdown."""
+    lines = [
+        "| class | real | assigned | corrected | at least | at most | FID | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    columns = (result.real_share, result.assigned_share, result.generated_share, result.interval, result.fid)
+    for c, (real, raw, share, (low, high), fid) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
         change = "dropped" if result.dropped[c] else "dominates" if result.dominating[c] else ""
-        lines.append(f"| {c} | {real:.1%} | {share:.1%} | {low:.1%} | {high:.1%} | {fid:.2f} | {change} |")
+        change = "cannot tell" if result.undetermined[c] else change
+        lines.append(f"| {c} | {real:.1%} | {raw:.1%} | {share:.1%} | {low:.1%} | {high:.1%} | {fid:.2f} | {change} |")
     return "\n".join(lines)
+
+
+def unknown(result: GenerationBalanceResult) -> str:
+    """Returns which classes the classifier cannot determine, as a sentence without its subject; empty if there are none."""
+    classes = (result.undetermined & (result.real_count > 0)).nonzero()[:, 0].tolist()
+    if not classes:
+        return ""
+    which = "any class" if result.undetermined.all() else f"class {listed([str(c) for c in classes], 12)}"
+    right = f"the classifier is right for {float(result.accuracy):.0%} of the real images"
+    return f"cannot tell the share of {which}: {right} and confuses too many classes"
 
 
 def sheet(images: Tensor, classes: Tensor, num_classes: int) -> Tensor:

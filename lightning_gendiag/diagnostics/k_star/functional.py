@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_gendiag.functional.arrays import exact_matmul
 from lightning_gendiag.functional.distances import squared_distances
-from lightning_gendiag.functional.results import loggable
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS, loggable
 
 Distance = Literal["euclidean", "cosine"]
 
@@ -23,9 +23,6 @@ PAIRS = 1 << 20
 
 FRACTURED, CLUSTERED = 0.5, -0.5
 """Skewness above and below which a class counts as fractured and clustered, as in the papers."""
-
-MAX_CLASS_TAGS = 20
-"""Largest number of classes for which each class has a scalar."""
 
 
 @loggable

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.k_star import plots
-from lightning_gendiag.diagnostics.k_star.functional import MAX_CLASS_TAGS, Distance, KStarResult
+from lightning_gendiag.diagnostics.k_star.functional import Distance, KStarResult
 from lightning_gendiag.diagnostics.k_star.metric import KStar
 from lightning_gendiag.functional.arrays import as_data, pooled
+from lightning_gendiag.functional.results import MAX_CLASS_TAGS
 from lightning_gendiag.model.batches import known
 
 if TYPE_CHECKING:

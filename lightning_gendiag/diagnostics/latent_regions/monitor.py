@@ -49,7 +49,7 @@ TIMED = 16
 LEAST_PROBABILITY = 1e-6
 """Probability of a class that a classifier rules out, for the inception score."""
 
-SPREAD = Series("latents", "standalone", "standard deviation of the latents")
+SPREAD = Series("latents", "rule", "standard deviation of the latents", stop="alone")
 
 
 class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
@@ -135,7 +135,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         extract = view.resolve_features(self.features)
         with view.isolated(exact=True):
             if self.classifier is None and labels is not None:
-                self._neighbours = NeighbourClassifier(images, labels, space_for(images, extract), accuracy=False)
+                self._neighbours = NeighbourClassifier(images, labels, space_for(images, extract))
             features = [extract(some) for some in pieces(images, CHUNK)]
         self._reference = _moments(torch.cat(features))
 

@@ -123,7 +123,7 @@ def _class_map(latents: Tensor, labels: Tensor, plane: _Plane) -> Tensor:
     places = torch.linspace(-plane.reach, plane.reach, PLANE, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(places, places.flip(0), indexing="xy"), -1).flatten(0, 1)
     known = labels >= 0
-    neighbours = NeighbourClassifier(latents[known][:, :, None, None].float(), labels[known], accuracy=False)
+    neighbours = NeighbourClassifier(latents[known][:, :, None, None].float(), labels[known])
     classes = neighbours((plane.centre + grid @ plane.axes.T).float()[:, :, None, None])
     colours = torch.tensor([canvas.region_colour(int(c)) for c in classes], dtype=torch.uint8)
     return pictures.enlarged(colours.view(PLANE, PLANE, 3))

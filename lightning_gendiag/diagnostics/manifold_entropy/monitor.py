@@ -16,7 +16,7 @@ from lightning_gendiag.diagnostics.manifold_entropy import plots
 from lightning_gendiag.diagnostics.manifold_entropy.functional import MAX_DIMENSION_TAGS, ManifoldEntropyResult
 from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntropy
 from lightning_gendiag.functional.arrays import middle_slices, tensor_of
-from lightning_gendiag.functional.jacobian import active_dims, decoder_gram
+from lightning_gendiag.functional.jacobian import active_dims, check_derivative, decoder_gram
 from lightning_gendiag.model.amounts import fitting
 
 if TYPE_CHECKING:
@@ -31,13 +31,16 @@ NUM_LATENTS, MAX_DIMS = 32, 128
 """Numbers of latents and of dimensions where neither the user nor their cost says otherwise."""
 
 LEAST_LATENTS, LEAST_DIMS = 8, 16
-"""Smallest numbers of them, however slow the decoder is."""
+"""Smallest numbers of them, unless even these take longer than ``MOST_SECONDS``: then there are fewer latents, at least 2."""
 
 SECONDS = 1.2
 """Approximate limit of the time for the Gram matrices of an evaluation, by which these numbers are chosen."""
 
+MOST_SECONDS = 20.0
+"""Approximate limit of the time where the smallest numbers do not fit ``SECONDS``."""
+
 TRAVERSED = 6
-"""Number of latent directions that the panel traverses, each at seven places."""
+"""Number of latent directions that the panel traverses, each at seven places; of a very slow decoder one."""
 
 MIN_STD = 0.2
 """A fifth more or less movement of the data is a usual fluctuation."""
@@ -63,7 +66,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     Args:
         num_latents: Number of draws of the prior per evaluation, over all processes, or of latents of real images where
             nothing shows that N(0, 1) is their prior. They are the same at every evaluation, so few are enough; by default
-            32, or fewer where they would take longer than about a second, at least 8.
+            32, or fewer where they would take longer than about a second: at least 8, or 2 where 8 would take longer than
+            about 20 seconds.
         log_volume: A flow's own ``log |det J|``: the name of a method of the module, or a callable ``(module, z)`` from
             (N, L) to (N,). By default it follows from the Gram matrix.
         max_dims: Largest number of dimensions that are monitored; by default 128, or fewer where 8 latents would take too
@@ -124,7 +128,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """Takes the derivative of the decoder at one latent, and finds ``log_volume``."""
         z = next(view.prior_latents(2, all_ranks=True))
         with view.isolated(exact=True):
-            decoder_gram(view.decode, z[:1], dims=torch.zeros(1, dtype=torch.long), mode=self.mode)
+            check_derivative(view.decode, z, mode=self.mode)
         view.resolve_named(self.log_volume, "log_volume")
 
     def build_metric(self, view: ModelView) -> ManifoldEntropy:
@@ -135,7 +139,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
                 self._choose(view, z)
             if not len(self._order):
                 pilot = ManifoldEntropy(len(self.dims))
-                pilot.update(self._grams(view, z[: max(2, min(8, self._latents // 4))]).cpu())
+                pilot.update(self._grams(view, z[: max(1, min(8, self._latents // 4))]).cpu())
                 self._order = pilot.compute().order
         return ManifoldEntropy(len(self.dims), order=self._order)
 
@@ -147,11 +151,11 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """Chooses the numbers of latents and of dimensions by the time of one latent's Gram matrix, and the dimensions."""
         length, max_dims = z.shape[1], self.max_dims or MAX_DIMS
         if self.num_latents is None or self.max_dims is None:
-            self.dims = torch.arange(min(length, LEAST_DIMS))
-            seconds = view.seconds_of(lambda: self._grams(view, z[:1])) / len(self.dims) / view.world_size
             wanted = min(length, max_dims)
+            seconds = self._seconds_of_a_direction(view, z) / view.world_size
             if self.num_latents is None:
-                self._chosen_latents = fitting(seconds * wanted, SECONDS, LEAST_LATENTS, NUM_LATENTS)
+                least = fitting(seconds * min(LEAST_DIMS, wanted), MOST_SECONDS, 2, LEAST_LATENTS)
+                self._chosen_latents = fitting(seconds * wanted, SECONDS, least, NUM_LATENTS)
             if self.max_dims is None:
                 max_dims = fitting(seconds * self._latents, SECONDS, min(LEAST_DIMS, wanted), wanted)
             if self._latents < (self.num_latents or NUM_LATENTS) or max_dims < wanted:
@@ -165,6 +169,17 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         if length > max_dims:
             few = max(2, self._latents // 2)
             self.dims = active_dims(view.decode, z[:few], max_dims, probes=min(16, few), seed=view.adapter.seed).cpu()
+
+    def _seconds_of_a_direction(self, view: ModelView, z: Tensor) -> float:
+        """Returns the seconds that one latent and one dimension take, at most."""
+        self.dims = torch.zeros(1, dtype=torch.long)
+        seconds = view.seconds_of(lambda: self._grams(view, z[:1]))
+        few = min(z.shape[1], LEAST_DIMS)
+        if seconds * few > SECONDS:
+            return seconds
+        # several at a time take less each
+        self.dims = torch.arange(few)
+        return view.seconds_of(lambda: self._grams(view, z[:1])) / few
 
     def _grams(self, view: ModelView, z: Tensor) -> Tensor:
         return decoder_gram(
@@ -185,7 +200,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
 
     def _traverse(self, view: ModelView) -> Tensor | None:
         """(d, 7, C, H, W): images from the latents' mean along the strongest directions; None where data are no images."""
-        strongest = self.dims[self._order[:TRAVERSED]]
+        is_slow = self.num_latents is None and self._latents < LEAST_LATENTS
+        strongest = self.dims[self._order[: 1 if is_slow else TRAVERSED]]
         mean, std = torch.zeros(view.latent_dim), torch.ones(view.latent_dim)
         if not view.has_prior:
             some = next(view.prior_latents(16, all_ranks=True)).cpu()

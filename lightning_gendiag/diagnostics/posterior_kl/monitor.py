@@ -44,8 +44,8 @@ MIN_STD = 0.25
 """A quarter more or less of the little that a dimension carries is a usual fluctuation."""
 
 DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD)
-TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD)
-UNUSED = Series("all of the latent", "standalone", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD)
+TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD, stop="alone")
+UNUSED = Series("all of the latent", "rule", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD, stop="alone")
 """Of the rule that some dimension must be active."""
 
 Spread = Literal["auto", "log_variance", "variance", "log_std", "std"]

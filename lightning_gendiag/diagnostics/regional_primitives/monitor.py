@@ -80,7 +80,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
             features have about a quarter of the image's height.
         regions: (H, W) labels (negative ones are left out), a :class:`RegionMap` or the path of a saved map; ``"grid"``
             for 3 x 3 cells; by default found in the reference.
-        num_regions: Number of regions to find.
+        num_regions: Number of regions to find, including a background that never varies, which is left out.
         max_regions: Largest number of regions; of more, those are kept that change most from the baseline, with a warning.
         num_images: Number of latents per evaluation, over all processes.
         penalty: See :func:`minimal_features`.
@@ -336,7 +336,11 @@ def _regions_in(given: RegionMap | Tensor | str | None) -> tuple[Tensor, list[st
         # a RegionMap covers all of an image; here a part may be left out
         return given.long().cpu(), [f"region {r}" for r in range(check_regions(given))]
     found = RegionMap.of(given)
-    return found.labels, list(found.names)
+    kept = [r for r in range(found.num_regions) if r != found.background]
+    number = torch.full((found.num_regions,), -1)
+    # where real images never vary there is nothing to draw
+    number[kept] = torch.arange(len(kept))
+    return number[found.labels], [found.names[r] for r in kept]
 
 
 def _found_layer(view: ModelView, z: Tensor) -> str:

@@ -33,6 +33,10 @@ class Way:
     """Name of the class that encodes."""
     assumes_prior: bool = False
     """Whether a sampler decodes normal noise, which makes sense only where that is the prior of the latents."""
+    is_generator: bool = False
+    """Whether the name of a decoder, or of what a sampler decodes with, says that it takes noise, as a GAN's generator."""
+    is_sampler: bool = False
+    """Whether its parameters show that it samples. Where it fails, it is not known which prior it draws from."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Context:
     """Length of the latents that the user stated."""
     conditional: bool = False
     """Whether the user says that the sampler takes labels."""
+    one_hot: int = 0
+    """Number of columns of the batches' one-hot labels; 0 where labels are given otherwise, or there are none."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]

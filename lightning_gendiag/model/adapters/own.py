@@ -47,6 +47,9 @@ CONDITIONS = re.compile(r"(c|cond|condition(s|ing)?|context|prompts?|.*_(cond|co
 NOISE = re.compile(r"(z|zs|noise|latents?|code|eps|x_?t|z_?samples?)", re.IGNORECASE)
 """Names of parameters of a sampler, by what they take."""
 
+LABEL_KEYWORDS = ("labels", "y")
+"""Names under which samplers that take any keywords are given labels, where they do not work without."""
+
 AVERAGED = re.compile(r"(^|_)(ema|average|averaged|shadow)(_|$)")
 """Names of averaged copies, which come last: their weights are those of the copy, unless raw ones are asked for."""
 
@@ -141,8 +144,11 @@ def sampler_ways(
         return
     given: dict[str, str] = {}
     named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    states_number = False
     for parameter in named:
         role = _role(parameter, context)
+        # a batch may be one of data
+        states_number |= role in ("n", "shape") and parameter.name.lower() not in ("b", "batch")
         if role is None and parameter.default is parameter.empty:
             if given or any(COUNTS.fullmatch(p.name) for p in named):
                 return
@@ -158,20 +164,31 @@ def sampler_ways(
         return
     by_position = {p.name for p in named if p.kind is p.POSITIONAL_ONLY}
 
-    def call(shape: tuple[int, ...], n: int, *labels: Tensor) -> Any:
+    def call(shape: tuple[int, ...], n: int, *labels: Tensor, keyword: str = "") -> Any:
         values = {"n": n, "shape": (n, *shape), "device": context.device, "none": None}
         values |= {"labels": labels[0] if labels else None}
         values |= {"noise": normal(module, n, (length or 0,))} if "noise" in given.values() else {}
         first = [values[role] for parameter, role in given.items() if parameter in by_position]
-        return target(*first, **{p: values[role] for p, role in given.items() if p not in by_position})
+        others = {p: values[role] for p, role in given.items() if p not in by_position}
+        return target(*first, **others, **({keyword: values["labels"]} if keyword else {}))
 
     shown = ", ".join("None" if role == "none" else "n" if role == "n" else role for role in given.values())
     takes_labels, shape = "labels" in given.values(), context.shape or ()
-    yield Way("sample", f"{name}({shown})", partial(call, shape), takes_labels=takes_labels)
+    plain = Way("sample", f"{name}({shown})", partial(call, shape), takes_labels=takes_labels, is_sampler=states_number)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and not takes_labels
+    with_labels = [
+        replace(
+            plain, name=f"{name}({shown}, {key}=labels)", call=partial(call, shape, keyword=key), takes_labels=True
+        )
+        for key in LABEL_KEYWORDS
+        if takes_any
+    ]  # fmt: skip
+    # it may ignore labels, which then say nothing about its images
+    yield from (*with_labels, plain) if context.conditional else (plain, *with_labels)
     if "shape" in given.values() and context.latent not in (None, shape):
         # multiscale flows fold positions into channels
         text = f"{name}({shown.replace('shape', f'shape of latents {context.latent}')})"
-        yield Way("sample", text, partial(call, context.latent), takes_labels=takes_labels)
+        yield replace(plain, name=text, call=partial(call, context.latent))
 
 
 def _role(parameter: inspect.Parameter, context: Context) -> str | None:
@@ -248,7 +265,9 @@ def decoder_ways(
             continue
         text = f"{name}{f' of latents {shape}' if len(shape) > 1 else ''}"
         decode = partial(_with_class_0, target) if labels else target
-        yield Way("decode", f"{text}{' with class 0' if labels else ''}", decode, latent=shape)
+        yield Way(
+            "decode", f"{text}{' with class 0' if labels else ''}", decode, latent=shape, is_generator=is_generator
+        )
         if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (len(shape) > 1 and shape[1:] != (1, 1)):
             # a map of latents has no prior that is worth sampling
             continue
@@ -256,6 +275,7 @@ def decoder_ways(
         yield Way(
             "sample", f"{name} from {noise}{' and labels' if labels else ''}", partial(_sampled, target, module, shape),
             takes_labels=labels, latent=shape, assumes_prior=not is_generator or name == "self.forward",
+            is_generator=is_generator,
         )  # fmt: skip
 
 

@@ -1,0 +1,240 @@
+"""What an alarm means for a run: what may stop it, what is wrong in itself, and what the report says."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from example_models.data import digits
+from lightning_gendiag import (
+    Alarm,
+    CollapseStopping,
+    CollapseWarning,
+    CosineMeanSimilarity,
+    CosineMeanSimilarityMonitor,
+    Evaluation,
+    ModelAdapter,
+    Observation,
+    Series,
+)
+from lightning_gendiag.detection.history import History
+from lightning_gendiag.detection.report import report
+from lightning_gendiag.detection.rules import Judge
+from tests.helpers.alarms import alarm
+from tests.helpers.faults import QUADRANTS, run_with_fault
+from tests.helpers.models import ScriptedGenerator
+from tests.helpers.running import batches, trainer
+
+QUALITY = Series("image", "aggregate", "similarity", is_quality=True)
+CLASS = Series("class 3", "component", "share", event="was dropped")
+
+
+def calm(n: int, phase: int = 0) -> list[float]:
+    """Returns values that fluctuate about 0."""
+    return [((i * 7 + phase * 3) % 11 - 5) / 10 for i in range(n)]
+
+
+def judged(
+    quality: list[float], classes: list[float], series: Series = CLASS, **options: Any
+) -> tuple[list[int], Judge]:
+    """Returns at which evaluations a run is stopped, given the severities of its image and of a class, and the judge."""
+    judge, history, stops = Judge(3e-4, 6, **options), History(), []
+    for i, values in enumerate(zip(quality, classes, strict=True)):
+        for monitor, of, value in zip(("cms", "generation_balance"), (QUALITY, series), values, strict=True):
+            evaluation = Evaluation(i + 1, i, i, [Observation(of, -value, value)])
+            history.append(monitor, evaluation)
+            judge.update(monitor, evaluation, history)
+        stops += [i] * bool(judge.stopping(history))
+    return stops, judge
+
+
+# ---- what may stop a run ----
+
+FALLEN = [*calm(20, 1), *[9.0] * 20]
+
+
+def test_a_class_does_not_stop_a_run_whose_images_become_better() -> None:
+    stops, judge = judged([-0.2 * i + value for i, value in enumerate(calm(40))], FALLEN)
+    assert stops == []
+    assert [(alarm.label, alarm.is_critical) for alarm in judge.alarms] == [("class 3", False)]
+
+
+def test_a_class_stops_a_run_whose_images_become_worse_with_it() -> None:
+    stops, judge = judged([*calm(20), *[5.0] * 20], FALLEN)
+    assert stops == [21]
+    assert [alarm.is_critical for alarm in judge.alarms if alarm.label == "class 3"] == [True]
+
+
+def test_an_open_alarm_stops_the_run_when_the_whole_becomes_worse_later() -> None:
+    stops, _ = judged([*calm(30), *[5.0] * 10], FALLEN)
+    # of the three newest evaluations, or of all since the change, the median counts
+    assert stops[0] in (30, 31, 32)
+
+
+def test_an_alarm_that_may_stop_a_run_alone_needs_no_whole() -> None:
+    stops, _ = judged(calm(40), FALLEN, Series("latent", "component", stop="alone"))
+    assert stops == [21]
+
+
+def test_an_alarm_that_may_never_stop_a_run_only_reports() -> None:
+    stops, judge = judged([*calm(40)], FALLEN, Series("class 3", "component", stop="never"))
+    assert stops == []
+    assert len(judge.alarms) == 1
+
+
+def test_an_alarm_must_last_for_its_patience() -> None:
+    worse = [*calm(20), *[5.0] * 20]
+    patient = Series("class 3", "component", patience=8)
+    quiet = Series("image", "aggregate")
+    assert judged(worse, FALLEN, patient)[0][-1] == 21 + 8
+    assert 21 + 2 in judged(worse, FALLEN, patient, patience=2)[0]
+    back = [*calm(20, 1), *[9.0] * 4, *calm(16, 1)]
+    assert judged(worse, back, patient)[0] == judged(worse, calm(40, 1), quiet)[0]
+
+
+def test_without_images_the_monitor_s_own_aggregate_decides() -> None:
+    judge, history = Judge(3e-4, 6), History()
+    stops = []
+    for i, value in enumerate(FALLEN):
+        observations = [
+            Observation(Series("dimension 0", "component"), -value, value),
+            *(Observation(Series(f"dimension {d}", "component"), 0.0, calm(40, d)[i]) for d in range(1, 5)),
+            Observation(Series("all", "aggregate"), 0.0, calm(40, 6)[i] + 3 * (i >= 30)),
+        ]
+        evaluation = Evaluation(i + 1, i, i, observations)
+        history.append("manifold_entropy", evaluation)
+        judge.update("manifold_entropy", evaluation, history)
+        stops += [i] * bool(judge.stopping(history))
+    assert stops[0] in (30, 31, 32)
+
+
+def test_every_alarm_says_whether_the_training_data_changed() -> None:
+    for moves in (False, True):
+        judge, history = Judge(3e-4, 6), History()
+        for i, value in enumerate(FALLEN):
+            data = Series("class 7", "rule", "share of training images", stop="never")
+            wrong = moves and i >= 20
+            both = {
+                "training_data": Observation(data, 0.0, math.inf if wrong else 0.0, message="class 7 is gone"),
+                "generation_balance": Observation(CLASS, -value, value),
+            }
+            for monitor, observation in both.items():
+                evaluation = Evaluation(i + 1, i, i, [observation])
+                history.append(monitor, evaluation)
+                judge.update(monitor, evaluation, history)
+            judge.stopping(history)
+        message = next(alarm for alarm in judge.alarms if alarm.label == "class 3").message
+        expected = (
+            "The training data changed as well: class 7 is gone." if moves else "The training data did not change."
+        )
+        assert message.endswith(expected)
+
+
+# ---- what is wrong in itself ----
+
+
+class Learning(ScriptedGenerator):
+    """Has weights that change, though its samples do not depend on them."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.weight.sum()
+
+
+def noise(images: Tensor, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(epoch)
+    return torch.rand(images.shape, generator=generator) * 2 - 1
+
+
+def alike(images: Tensor, epoch: int) -> Tensor:
+    return images.mean(0, keepdim=True) + 0.01 * torch.randn_like(images)
+
+
+def narrow(images: Tensor, epoch: int) -> Tensor:
+    return images * 0.4
+
+
+def still(images: Tensor, epoch: int) -> Tensor:
+    return digits(16)[0][: len(images)]
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "words"),
+    [
+        (noise, "similarity of samples", "not similar to real images anywhere"),
+        (alike, "spread of samples", "all samples are alike"),
+        (narrow, "range of samples", "does not reach that of real images"),
+        (still, "change of samples", "samples do not change"),
+    ],
+)
+def test_what_is_wrong_from_the_beginning_is_found_and_stops_nothing(script: Any, name: str, words: str) -> None:
+    monitor = CosineMeanSimilarityMonitor(QUADRANTS, adapter=ModelAdapter(reference=digits(16)[0], num_samples=200))
+    stopping = CollapseStopping()
+    own = trainer(monitor, stopping, max_epochs=12)
+    with pytest.warns(CollapseWarning, match=words):
+        own.fit(Learning(script), batches(16, 32))
+    assert own.current_epoch == 12
+    assert [alarm.names for alarm in stopping.alarms] == [[name]]
+    state = stopping.report()
+    assert state["state"] == "unhealthy"
+    assert words in state["summary"]
+
+
+def test_a_healthy_run_breaks_no_rule() -> None:
+    _, stopping = run_with_fault(None, epochs=16)
+    assert stopping.alarms == []
+    assert stopping.report()["state"] == "healthy"
+    assert stopping.report()["bad"] == []
+
+
+def test_noise_is_not_called_healthy_before_any_rule_has_held_for_long() -> None:
+    _, stopping = run_with_fault(noise, epochs=7)
+    assert stopping.alarms == []
+    state = stopping.report()
+    assert state["state"] == "unhealthy"
+    assert "cosine mean similarity of top left is 0." in state["summary"]
+    _, stopping = run_with_fault(noise, epochs=3)
+    state = stopping.report()
+    assert state["state"] == "not judged"
+    assert "Bad at the newest evaluation" in state["summary"]
+
+
+def test_the_spread_is_a_ratio_of_variances_and_what_is_unreached_a_share_of_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.rand(400, 2, 4, 4, generator=generator, dtype=torch.float64)
+    metric = CosineMeanSimilarity(torch.zeros(4, 4, dtype=torch.long))
+    metric.update(real, real=True)
+    metric.update(real * 0.5 + 0.1, real=False)
+    result = metric.compute()
+    assert float(result.spread) == pytest.approx(0.25, rel=1e-6)
+    # the generated values reach from 0.1 to 0.6, and a twentieth of the real range more on each side
+    expected = ((real < 0.05) | (real > 0.65)).double().mean()
+    assert float(result.unreached) == pytest.approx(float(expected), abs=0.01)
+    assert math.isnan(float(result.unchanged))
+
+
+# ---- the report ----
+
+
+@pytest.mark.parametrize(
+    ("alarms", "evaluations", "bad", "state"),
+    [
+        ([], 20, [], "healthy"),
+        ([alarm(recovered=9)], 20, [], "healthy"),
+        ([], 3, [], "not judged"),
+        ([], 3, ["x of y is 0.1"], "not judged"),
+        ([], 20, ["x of y is 0.1"], "unhealthy"),
+        ([alarm()], 20, [], "getting worse"),
+        ([alarm(is_critical=True)], 20, [], "unhealthy"),
+        ([alarm(rule="all samples are alike")], 20, [], "unhealthy"),
+        ([alarm(recovered=9, is_critical=True)], 20, [], "healthy"),
+    ],
+)
+def test_a_run_is_in_one_of_four_states(alarms: list[Alarm], evaluations: int, bad: list[str], state: str) -> None:
+    found = report(alarms, {"cms": evaluations}, {"cms": 15}, bad=bad)
+    assert found["state"] == state
+    assert found["summary"].startswith(f"{state.capitalize()}: ")
+    assert all(clause in found["summary"] for clause in bad)
