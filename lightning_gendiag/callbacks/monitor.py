@@ -239,7 +239,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
                 what = f"{'rows' if is_row else 'images'} have no more {'features' if is_row else 'positions'}"
                 view.say(f"Regions: {positions} in place of {num_regions}, since the {what}.")
                 num_regions = positions
-            state = view.broadcast(lambda: find_regions(images, num_regions, max_pixels=MAX_CELLS).state_dict())
+            state = view.broadcast(
+                lambda: find_regions(images, num_regions, connected=not is_row, max_pixels=MAX_CELLS).state_dict()
+            )
             names = {"names": features_in(state["labels"][0])} if is_row else {}
             view.region_maps[key] = RegionMap.from_state_dict(state | names)
         return view.region_maps[key]
