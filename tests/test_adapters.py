@@ -312,6 +312,18 @@ def test_a_stated_length_of_the_latents_states_their_prior() -> None:
     assert view_of(Auto(), latent_dim=3).source() == "samples"
 
 
+@pytest.mark.parametrize(("length", "states_prior"), [(3, False), (None, False), (12, True)])
+def test_a_stated_length_states_the_prior_of_latents_of_that_length(length: int | None, states_prior: bool) -> None:
+    class Spatial(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Conv2d(1, 3, 4, 4), nn.ConvTranspose2d(3, 1, 4, 4)
+
+    view = view_of(Spatial(), latent_dim=length)
+    assert view.latent_dim == 12
+    assert view.has_prior is view.parts.has("sample") is states_prior
+
+
 def test_images_of_another_size_are_not_taken() -> None:
     class Small(LightningModule):
         latent_dim = 3

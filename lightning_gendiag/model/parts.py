@@ -377,7 +377,7 @@ class ModelParts:
     def _takes_noise(self, way: Way | None) -> bool:
         """Whether normal noise is the prior of what a way decodes, by the samplers that have been tried so far."""
         example = self._example
-        if self.adapter.latent_dim is not None:
+        if self._states_prior(way):
             return True
         encodes = example is not None and self.has("encode")
         # a generator alone takes noise in any case
@@ -393,6 +393,11 @@ class ModelParts:
             again = self.decode(self.as_input(self.latents_of(example)))
             return float((again - example).norm()) < LARGEST_ERROR * float(example.norm())
         return False
+
+    def _states_prior(self, way: Way | None) -> bool:
+        """Whether the user states the length of the noise, and a way decodes latents of that length."""
+        length, shape = self.adapter.latent_dim, None if way is None else self._latent_shape(way)
+        return length is not None and (shape is None or math.prod(shape) == length)
 
     def _message(self, need: Need, failures: list[str]) -> str:
         own = type(self.module).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -254,7 +255,7 @@ def decoder_ways(
             return
     length = latent_length(part, target, context) or latent_length(module, None, context)
     shapes: list[tuple[int, ...]] = []
-    if context.latent is not None and (length is None or context.latent[0] == length):
+    if context.latent is not None and length in (None, context.latent[0], math.prod(context.latent)):
         shapes.append(context.latent)
     if length is not None:
         shapes += [shape for shape in ((length,), (length, 1, 1)) if shape not in shapes]
@@ -268,8 +269,9 @@ def decoder_ways(
         yield Way(
             "decode", f"{text}{' with class 0' if labels else ''}", decode, latent=shape, is_generator=is_generator
         )
-        if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (len(shape) > 1 and shape[1:] != (1, 1)):
-            # a map of latents has no prior that is worth sampling
+        is_map, is_stated = len(shape) > 1 and shape[1:] != (1, 1), math.prod(shape) == context.latent_dim
+        if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (is_map and not is_stated):
+            # a map of latents has no prior that is worth sampling, unless the user states one
             continue
         noise = f"normal noise (n, {', '.join(map(str, shape))})"
         yield Way(
