@@ -149,6 +149,51 @@ def test_a_generator_of_noise_a_class_and_a_code_draws_all_three(one_hot: bool) 
     assert abs(float(code.std()) - 3**-0.5) < 0.01
 
 
+class Coupled(LightningModule):
+    """A generator of two domains, as in CoGAN."""
+
+    latent_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 64), nn.Linear(4, 64)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(z).view(-1, 1, 8, 8), self.second(z).view(-1, 1, 8, 8)
+
+
+PAIR, OTHERS = (IMAGES, LABELS), (-IMAGES, LABELS)
+
+
+@pytest.mark.parametrize("batch", [(PAIR, OTHERS), {"a": IMAGES, "b": -IMAGES}, [PAIR, OTHERS]])
+def test_of_a_generator_of_as_many_images_as_a_batch_holds_the_first_is_compared(batch: Any) -> None:
+    view, other = (attached(Coupled(), ModelAdapter(num_samples=8), ()) for _ in range(2))
+    view.real.collect(batch)
+    assert view.real.ready(epoch_over=True)
+    assert torch.equal(view.reference.images, IMAGES)
+    name = "the first of 2 outputs of self.forward from normal noise (n, 4)"
+    assert name_of(view, "sample") == name
+    assert name_of(view, "decode") == "the first of 2 outputs of self.forward"
+    with view.isolated():
+        torch.manual_seed(0)
+        made = view.parts.way("sample").call(8)
+        torch.manual_seed(0)
+        assert torch.equal(made, view.module(torch.randn(8, 4))[0])
+    other.real.load_state_dict(view.real.state_dict())
+    assert name_of(other, "sample") == name
+
+
+@pytest.mark.parametrize(
+    "batch", [PAIR, (PAIR, OTHERS, OTHERS), {"a": IMAGES, "image": -IMAGES}, (IMAGES, -IMAGES[:, :, :4])]
+)
+def test_of_a_generator_of_several_images_none_is_compared_where_it_is_not_clear_which(batch: Any) -> None:
+    view = attached(Coupled(), ModelAdapter(num_samples=8), ())
+    view.real.collect(batch)
+    assert view.real.ready(epoch_over=True)
+    with pytest.raises(ValueError, match=r"one batch of data, got 2 of \(2, 1, 8, 8\)"):
+        view.find("sample")
+
+
 @pytest.mark.parametrize("sizes", [{"latent_dim": 62, "n_classes": 10}, {"n_classes": 10, "code_dim": 2}])
 def test_a_generator_of_codes_is_left_alone_where_a_size_is_not_stated(sizes: dict[str, int]) -> None:
     assert not view_of(OfCodes(True, **sizes)).parts.has("sample")
