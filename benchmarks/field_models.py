@@ -1276,3 +1276,54 @@ def averaged_generator() -> Case:
 
     module = Decoder()
     return Case(module, batches(pair, *grey()), lambda n: module.ema_generator(torch.randn(n, 8)))
+
+
+@of("torch")
+def coupled_generators() -> Case:
+    class Coupled(nn.Module):
+        """Two domains that share their first layers, as in CoGAN (https://arxiv.org/abs/1606.07536)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Sequential(nn.Linear(16, 64), nn.ReLU())
+            self.heads = nn.ModuleList(
+                nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Unflatten(1, (1, 16, 16))) for _ in range(2)
+            )
+
+        def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.shared(z)
+            return self.heads[0](features), self.heads[1](features)
+
+    class CoGAN(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"latent_dim": 16})
+            self.automatic_optimization = False
+            self.generator = Coupled()
+            self.discriminators = nn.ModuleList(
+                nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.LeakyReLU(), nn.Linear(64, 1)) for _ in range(2)
+            )
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.Adam(part.parameters(), 1e-3) for part in (self.generator, self.discriminators)]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            of_generator, of_discriminators = self.optimizers()
+            real = [images for images, _ in batch]
+            fake = self.generator(torch.randn(len(real[0]), 16))
+
+            def judged(images: Any, sign: int) -> Tensor:
+                pairs = zip(self.discriminators, images, strict=True)
+                return sum(F.softplus(sign * judge(x)).mean() for judge, x in pairs)
+
+            loss = judged(real, -1) + judged([x.detach() for x in fake], 1)
+            of_discriminators.zero_grad()
+            self.manual_backward(loss)
+            of_discriminators.step()
+            of_generator.zero_grad()
+            self.manual_backward(judged(fake, -1))
+            of_generator.step()
+
+    module, (images, labels) = CoGAN(), grey()
+    loader = batches(lambda x, y, negative: ((x, y), (negative, y)), images, labels, -images)
+    return Case(module, loader, lambda n: module.generator(torch.randn(n, 16))[0])
