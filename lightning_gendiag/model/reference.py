@@ -19,7 +19,7 @@ from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.amounts import NUM_REFERENCE
 from lightning_gendiag.model.batch_reader import BatchReader
-from lightning_gendiag.model.batches import Images, Labels, Rows, known, shape_of
+from lightning_gendiag.model.batches import Images, Labels, Rows, count_of_images, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 
 COMPARED = 512
@@ -56,6 +56,8 @@ class Reference:
         """Why the batches seen so far hold no labels; empty where all of them do."""
         self.one_hot = 0
         """Number of columns of one-hot labels in the batches; 0 where labels are given otherwise, or there are none."""
+        self.count = 0
+        """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
         self._rows = Rows()
         self._reader = BatchReader(self._found, adapter.images is not None or adapter.labels is not None)
         self._looked = self._epoch_seen = False
@@ -134,6 +136,7 @@ class Reference:
             labels = self.adapter.find_labels(batch, images)
         self.unlabelled = self.unlabelled or labels.reason
         self.one_hot = labels.one_hot
+        self.count = count_of_images(batch) if self.adapter.images is None else 0
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
@@ -308,7 +311,7 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the images that were collected; those that were given are read again instead."""
-        state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot}
+        state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot, "count": self.count}
         if self.adapter.reference is None and self.images is not None:
             state |= {"images": self.images.images, "labels": self.images.labels}
         elif self._held and self.trainer.world_size == 1:
@@ -321,7 +324,7 @@ class Reference:
         """Takes over the images of a checkpoint, which are compared with the batches to come."""
         if self.adapter.reference is not None:
             return
-        self._epoch_seen, self.one_hot = state["epoch_seen"], state["one_hot"]
+        self._epoch_seen, self.one_hot, self.count = state["epoch_seen"], state["one_hot"], state["count"]
         if "images" in state:
             self.images = Images(state["images"], state["labels"])
             self.doubt()

@@ -54,6 +54,8 @@ class Context:
     """Whether the user says that the sampler takes labels."""
     one_hot: int = 0
     """Number of columns of the batches' one-hot labels; 0 where labels are given otherwise, or there are none."""
+    count: int = 0
+    """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]
