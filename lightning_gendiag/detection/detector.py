@@ -26,9 +26,13 @@ LARGEST_CORRELATION = 0.85
 FORGETTING, RECENT_STD = 8.0, 1.04
 """The fluctuation is at least the recent one, with weights that fall by the factor e in so many values; and a margin."""
 
-CALIBRATION = (0.5, 0.75, 9.0)
+CALIBRATION = (0.38, 1.05, 9.0)
 """The threshold is multiplied by a + b * correlation + c / number of values, which holds the rate where the correlation
 must be estimated; ``python -m benchmarks.detector --calibrate`` shows what other constants give."""
+
+KNOWN, UNKNOWN = 0.5, 3.0
+"""Where the series fluctuates by no more than ``min_std``, which was measured on many runs, this part of the threshold holds
+for its own fluctuation, since what is known beforehand decides; and all of it from this many times ``min_std`` on."""
 
 LEAST_RISES = (4.2, 2.4, 1.25)
 """Least mean of the lower half of 2, 3 and at least 4 values after a rise, in standard deviations, at the rate 3e-4. A
@@ -38,7 +42,7 @@ FIRST_BLOCK, BLOCK, DIFFERENT = 12, 6, 3.0
 """Older values are left out, in blocks, from the first whose median lies so many standard deviations from the mean of the
 newer ones: at the start of a run a series may have been far from where it has settled."""
 
-IMPROVING = 4.0
+IMPROVING = 2.5
 """A fall of a series by so many standard errors is a trend."""
 
 LIMIT_FACTOR, LIMIT_MARGIN = 4.0, 1.0
@@ -213,7 +217,7 @@ class Detector:
         """Returns the rise from the past to these values, or None where one of the conditions does not hold."""
         length = len(values)
         heights = [value - past.expected(ahead) for ahead, value in enumerate(values)]
-        if min(heights[-2:]) < past.unit or min(values[-2:]) < past.worse:
+        if min(heights[-2:]) < past.unit:
             return None
         # against the level of a longer past, with the standard deviation of the series itself
         rises = [(value - past.mean_expected(ahead)) / past.std for ahead, value in enumerate(values)]
@@ -224,7 +228,7 @@ class Detector:
         limited = [min(rise, limit) for rise in rises]
         # the variance of a median is pi / 2 times that of a mean
         error = math.sqrt(1 / length + math.pi / 2 / min(past.total, _Past.RECENT))
-        smallest = max(self.min_std, 1e-12)
+        smallest = past.unit if self.min_delta else max(self.min_std, 1e-12)
         mattering = [height - self.min_delta for height in heights]
         of_min_std = fmean(min(beyond / smallest, LARGEST_DEVIATION) for beyond in mattering) / error
         freedom = min(past.total + length - 2, 31)
@@ -232,6 +236,7 @@ class Detector:
         statistic, score = math.inf, _normal_deviation(fmean(mattering) / smallest / error, freedom)
         for correlation in past.correlations:
             calibration = CALIBRATION[0] + CALIBRATION[1] * correlation + CALIBRATION[2] / past.count
+            calibration *= past.strictness
             statistic = min(statistic, self._calibrated(past.step(limited, correlation), past.count - 2, calibration))
             score = min(score, self._calibrated(past.step(rises, correlation), past.count - 2, calibration))
         alarming = min(statistic, floor) > self.threshold
@@ -308,7 +313,7 @@ class _Past:
     def __init__(self, values: list[float], baseline: int, min_std: float) -> None:
         self.total = len(values)
         recent = values[-self.RECENT :]
-        values, self.worse = _alike(values)
+        values = _alike(values)
         self.count = n = len(values)
         self.newest = values[-1]
         base = values[-baseline:]
@@ -317,9 +322,6 @@ class _Past:
         # the mean of the middle half hardly depends on outliers, and its variance is 1.2 times that of a mean
         quarter = len(base) // 4
         self.mean = fmean(sorted(base)[quarter : len(base) - quarter])
-        # a series that has been rising all along, and still is, is expected to go on
-        slope, recent_slope = _slope(recent), _slope(recent[-max(4, len(recent) // 2) :])
-        self.slope = slope if slope > 0 and recent_slope > slope / 10 else 0.0
         residuals, trend = _detrended(values)
         squares = math.fsum(r * r for r in residuals)
         correlation = math.fsum(a * b for a, b in pairwise(residuals)) / squares if squares > 0 else 0.0
@@ -334,11 +336,15 @@ class _Past:
         lately = math.fsum(w * r * r for w, r in zip(weights, residuals, strict=True)) / math.fsum(weights)
         self.std = max(math.sqrt(squares / max(n - 2, 1) / left), RECENT_STD * math.sqrt(lately), 1e-12)
         self.unit = max(self.std, min_std)
+        self.strictness = min(1.0, max(KNOWN, self.std / (UNKNOWN * max(min_std, 1e-12))))
         # where the series improves, an old mean is no level, and neither is a line that may bend
         error = self.std * math.sqrt(12 / n**3 * (1 + self.correlations[0]) / (1 - self.correlations[0]))
         self.variance_factor = 1.2
         if trend < -IMPROVING * error:
             self.mean, self.variance_factor, self.size = self.level, math.pi / 2, self.recent_size
+        # a series that has been rising all along, and still is, is expected to go on
+        slope, newest = min(_slope(recent), _slope(values)), _slope(recent[-max(4, len(recent) // 2) :])
+        self.slope = slope if slope > 0 and newest > slope / 10 else 0.0
 
     def expected(self, ahead: int) -> float:
         """Returns the value that is expected so many values after the next."""
@@ -357,7 +363,9 @@ class _Past:
         step = (innovations[0] + rest * math.fsum(innovations[1:])) / information
         # an error of the mean moves all innovations
         weight = (rest + (len(rises) - 1) * rest**2) / information
-        error = (1 - correlation**2) / information + weight**2 * self.variance_factor * _variance_of_mean(self.size, correlation)
+        error = (1 - correlation**2) / information + weight**2 * self.variance_factor * _variance_of_mean(
+            self.size, correlation
+        )
         return step / math.sqrt(error)
 
 
@@ -421,17 +429,17 @@ def _variance_of_mean(count: int, correlation: float) -> float:
     return ((1 + correlation) / rest - 2 * correlation * (1 - correlation**count) / (count * rest**2)) / count
 
 
-def _alike(values: list[float]) -> tuple[list[float], float]:
-    """Returns the newest values, back to where the series was at another level, at least 12, and that level."""
+def _alike(values: list[float]) -> list[float]:
+    """Returns the newest values, back to where the series was at another level or fell steeply, at least 12."""
     start = len(values) - FIRST_BLOCK
     while start > 0:
-        newer, older = values[start:], median(values[max(0, start - BLOCK) : start])
+        newer, older = values[start:], values[max(0, start - BLOCK) : start]
         mean = fmean(newer)
         std = math.sqrt(math.fsum((value - mean) ** 2 for value in newer) / (len(newer) - 1))
-        if abs(older - mean) > DIFFERENT * std:
-            return newer, older
+        if abs(median(older) - mean) > DIFFERENT * std:
+            break
         start -= BLOCK
-    return values, -math.inf
+    return values[max(0, start) :]
 
 
 def _detrended(values: list[float]) -> tuple[list[float], float]:
