@@ -301,6 +301,22 @@ def test_the_log_says_why_a_sampler_of_the_module_is_not_used(caplog: pytest.Log
     )
 
 
+def test_a_distribution_of_latents_is_no_sampler_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    class Joint(Coder):
+        """As PyTorch-VAE's model of continuous and discrete latents, which never uses the distribution that it holds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sampling_dist = torch.distributions.OneHotCategorical(torch.ones(10, 1) / 10)
+
+        def sample(self, num_samples: int, current_device: Any) -> Tensor:
+            return self.decode(torch.randn(num_samples, 3))
+
+    with caplog.at_level("INFO"):
+        view_of(Wrapper(part=Joint())).source()
+    assert "Samples: self.model.sample(n, device). To choose another, pass sample=...." in caplog.text
+
+
 def test_noise_does_not_take_the_place_of_a_sampler_that_fails() -> None:
     # it may draw from another prior
     view = view_of(Broken())
