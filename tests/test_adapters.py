@@ -473,6 +473,52 @@ def test_a_message_keeps_the_dots_of_the_line_that_it_shows() -> None:
         view.find("sample")
 
 
+class Mute(LightningModule):
+    """Has no part that is found."""
+
+
+def wrong(*given: Any) -> Tensor:
+    return torch.zeros(3, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("need", "options", "advised"),
+    [
+        ("sample", {}, "take (module, n) and return images (n, 1, 8, 8)."),
+        ("sample", {"conditional": True}, "take (module, n, labels) and return images (n, 1, 8, 8)."),
+        ("encode", {}, "take (module, images) and return latents (n, L)."),
+        (
+            "decode",
+            {"encode": lambda module, images: images.flatten(1)},
+            "take (module, z) and return images (n, 1, 8, 8).",
+        ),
+        ("reconstruct", {}, "take (module, images) and return images (n, 1, 8, 8)."),
+    ],
+)
+def test_what_was_given_is_not_suggested_again(need: Need, options: dict[str, Any], advised: str) -> None:
+    view = view_of(Mute(), **{need: wrong}, **options)
+    with pytest.raises(ValueError, match=f"^{need} must be ") as raised:
+        view.find(need)
+    assert str(raised.value).endswith(f"To fix this, let the callable in ModelAdapter({need}=...) {advised}")
+
+
+def test_a_sampler_that_fails_later_is_not_suggested_again_either() -> None:
+    view = view_of(Mute(), sample=lambda module, n: noise(n) if n == 2 else wrong())
+    with pytest.raises(ValueError, match=r"must make 8 images.*let the callable in ModelAdapter\(sample=\.\.\.\) take"):
+        view.samples()
+
+
+def test_callables_that_read_batches_are_not_suggested_again() -> None:
+    adapter = ModelAdapter(images=lambda batch: None, labels=lambda batch: torch.rand(64, 5))
+    reference = attached(Mute(), adapter, ()).real
+    with pytest.raises(
+        ValueError, match=r"To fix this, let the callable in ModelAdapter\(images=\.\.\.\) take \(batch\)"
+    ):
+        reference.collect((IMAGES, LABELS))
+    reason = adapter.find_labels((IMAGES, LABELS), IMAGES).reason
+    assert reason.endswith("; let the callable in ModelAdapter(labels=...) take (batch) and return class numbers (N,)")
+
+
 def test_a_sampler_that_works_without_labels_is_given_none() -> None:
     class Free(LightningModule):
         def sample(self, n: int, **kwargs: Any) -> Tensor:

@@ -370,7 +370,7 @@ def _check_batch(
     with suppress(*(() if monitor.needs_reference or monitor.needs_labels else (Exception,))):
         data, unlabelled = found_in(view.real)
     if monitor.needs_reference and data is None:
-        raise ValueError("the batches hold no images or other floating-point data; pass images=lambda batch: ...")
+        raise ValueError(f"the batches hold no images or other floating-point data; {view.adapter.images_advice}")
     if monitor.needs_images and data is not None and data.ndim not in (4, 5):
         raise ValueError(
             f"it needs images (N, C, H, W) or volumes (N, C, D, H, W), and the data are {tuple(data.shape)}"

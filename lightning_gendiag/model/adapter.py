@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gendiag.functional.text import representation
-from lightning_gendiag.model.batches import Labels, data_of, judge_labels, read_labels
+from lightning_gendiag.model.batches import LABELS_ADVICE, Labels, data_of, judge_labels, read_labels
 
 
 class ModelAdapter:
@@ -98,7 +98,27 @@ class ModelAdapter:
         """Returns the labels (N,) of the images of a batch, or the reason why there are none."""
         if self.labels is None:
             return read_labels(batch, images)
-        return judge_labels(self.labels(batch), None if images is None else len(images))
+        found = judge_labels(self.labels(batch), None if images is None else len(images))
+        advice = self.advice("labels", "batch", "class numbers (N,)")
+        return found._replace(reason=found.reason.replace(LABELS_ADVICE, advice))
+
+    def advice(self, argument: str, takes: str, returns: str) -> str:
+        """Returns what a message advises: to pass a callable, or, where one was given, what it must take and return.
+
+        Args:
+            argument: Name of the argument.
+            takes: Names of what the callable takes.
+            returns: What it must return.
+        """
+        given = getattr(self, argument)
+        if callable(given) and not isinstance(given, nn.Module):
+            return f"let the callable in ModelAdapter({argument}=...) take ({takes}) and return {returns}"
+        return f"pass ModelAdapter({argument}=lambda {takes}: ...)"
+
+    @property
+    def images_advice(self) -> str:
+        """What a message advises where batches hold no images, or images of another shape than is needed."""
+        return self.advice("images", "batch", "images (N, C, H, W) or other data (N, ...)")
 
     def __repr__(self) -> str:
         return representation(self)

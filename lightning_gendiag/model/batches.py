@@ -28,6 +28,9 @@ LABEL_NAMES = (
 )  # fmt: skip
 """Names of labels in batches, in order of preference and in lower case."""
 
+LABELS_ADVICE = "pass labels=lambda batch: ..."
+"""What a reason for missing labels advises."""
+
 CHANNELS = (1, 3, 4)
 """Numbers of channels by which the axis of the channels is recognized."""
 
@@ -156,7 +159,7 @@ def known(labels: Tensor | None, reason: str = "") -> Tensor:
 
 
 def _no_labels(reason: str) -> Labels:
-    return Labels(None, f"{reason}; pass labels=lambda batch: ...")
+    return Labels(None, f"{reason}; {LABELS_ADVICE}")
 
 
 class Rows(Diagnostic):

@@ -398,8 +398,8 @@ class ModelParts:
         own = type(self.module).__name__
         if getattr(self.adapter, need) is not None:
             reason = failures[0] if failures else "the length of the latents that it takes is not known"
-            fix = self._fix(need) if failures else "ModelAdapter(latent_dim=...)"
-            return f"{need} must be what {DOES[need]}, but {without_full_stop(reason)}. To fix this, pass {fix}."
+            fix = self._fix(need) if failures else "pass ModelAdapter(latent_dim=...)"
+            return f"{need} must be what {DOES[need]}, but {without_full_stop(reason)}. To fix this, {fix}."
         failures += self._unsuitable(need) if len(failures) < MOST_REASONS else []
         tried = "; ".join(failures[:MOST_REASONS]) or f"{own} has none of {', '.join(NAMES[need])}"
         return (
@@ -413,11 +413,19 @@ class ModelParts:
         return [f"self.{name} takes {signature_of(target)}" for name, target in found if target is not None]
 
     def _fix(self, need: Need) -> str:
-        """A line that was run in place of one that the user gave and that does not work."""
+        """A line that was run in place of one that the user gave and that does not work, or what that must do."""
         barred = self._barred.get(need, {})
         working = (way for way in self._found(need) if way.name not in barred and not self._failure(way))
         way = next(working, None)
-        return FIXES[need] if way is None else f"{need}=None, with which {way.name} is used"
+        return self.advice(need) if way is None else f"pass {need}=None, with which {way.name} is used"
+
+    def advice(self, need: Need) -> str:
+        """Returns what a message advises where a way fails and none is known that works."""
+        shape = self.context.shape or ("C", "H", "W")
+        returns = f"{'images' if len(shape) == 3 else 'data'} (n, {', '.join(map(str, shape))})"
+        labels = ", labels" * (need == "sample" and self.adapter.conditional)
+        takes = f"module, {ARGUMENTS[need]}{labels}"
+        return self.adapter.advice(need, takes, "latents (n, L)" if need == "encode" else returns)
 
     # ---- calling ----
 
@@ -517,7 +525,7 @@ class ModelParts:
         if images.ndim not in (4, 5):
             raise ValueError(
                 f"decode must return ({len(z)}, C, H, W) images, got {tuple(images.shape)}. "
-                f"To fix this, pass {FIXES['decode']}."
+                f"To fix this, {self.advice('decode')}."
             )
         return as_images(middle_slices(images))
 

@@ -148,7 +148,7 @@ class Reference:
         if images is None:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images or other data (N, ...), got {shape_of(batch)}. "
-                "To fix this, pass ModelAdapter(images=lambda batch: ...)."
+                f"To fix this, {self.adapter.images_advice}."
             )
         return Images(images, labels.labels)
 
@@ -188,8 +188,8 @@ class Reference:
         if not self.trainer.strategy.reduce_boolean_decision(len(shapes) < 2, all=True):
             got = " and ".join(map(str, shapes[:2])) if len(shapes) > 1 else "several on another process"
             raise ValueError(
-                f"the real images must have one shape, got {got}. To fix this, resize them with "
-                "ModelAdapter(images=lambda batch: ...), or pass ModelAdapter(reference=...)."
+                f"the real images must have one shape, got {got}. To fix this, resize them in "
+                "ModelAdapter(images=...), or pass ModelAdapter(reference=...)."
             )
 
     @property

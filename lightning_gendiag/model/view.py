@@ -30,7 +30,7 @@ from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, in_chunks
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
-from lightning_gendiag.model.parts import FIXES, ModelParts
+from lightning_gendiag.model.parts import ModelParts
 from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.regions.region_map import RegionMap
@@ -182,7 +182,7 @@ class ModelView:
         if data.images.ndim not in (4, 5):
             raise InapplicableError(
                 f"the data must be images (N, C, H, W) or volumes (N, C, D, H, W), got {tuple(data.images.shape)}. "
-                "To fix this, pass ModelAdapter(images=lambda batch: ...)."
+                f"To fix this, {self.adapter.images_advice}."
             )
         if data.images.ndim == 5:
             self.say("Volumes: the middle slice along D is the image of a volume (C, D, H, W) in regions and pictures.")
@@ -482,7 +482,7 @@ class ModelView:
         except Exception as error:
             raise ValueError(
                 f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
-                f"To fix this, pass {FIXES['sample']}."
+                f"To fix this, {self.parts.advice('sample')}."
             ) from error
 
     def _check_range(self, generated: Tensor) -> None:
