@@ -35,7 +35,7 @@ from lightning_gendiag.model.adapters.own import (
 from lightning_gendiag.model.batches import Images, known
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, scaled_like
-from lightning_gendiag.model.posterior import FEWEST_POSITIVE, posterior_in
+from lightning_gendiag.model.posterior import all_positive, posterior_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -561,6 +561,5 @@ def _is_posterior(output: Any, latents: Tensor) -> bool:
     except ValueError as error:
         # two of the usual forms of a spread fit; where all means are positive, too, these are rather the parameters of
         # a gamma, a beta or a Dirichlet distribution
-        all_positive = latents.numel() >= FEWEST_POSITIVE and bool((latents > 0).all())
-        return "spread=" in str(error) and not all_positive
+        return "spread=" in str(error) and not all_positive(latents)
     return True
