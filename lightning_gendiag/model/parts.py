@@ -118,8 +118,9 @@ class ModelParts:
         example, adapter = self.real.example, self.adapter
         shape = None if example is None else tuple(example.shape[1:])
         return Context(
-            self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot
-        )
+            self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot,
+            None if self.real.conditions is None else self.real.conditions[0],
+        )  # fmt: skip
 
     # ---- choosing ----
 
@@ -315,7 +316,8 @@ class ModelParts:
         output, shape = way.call(2, *labels), self.context.shape
         # rows may fill the shape of the images, which the first batch shows
         rows = shape is None and data_in(output, 2, None).ndim == 2
-        self.tried = None if rows else Images(self.images_in(output, 2), labels[0] if labels else None)
+        classes = labels[0] if labels and not self.has_conditions else None
+        self.tried = None if rows else Images(self.images_in(output, 2), classes)
 
     def _try_encode(self, way: Way) -> None:
         example = self._example
@@ -429,8 +431,20 @@ class ModelParts:
 
     # ---- calling ----
 
+    @property
+    def has_conditions(self) -> bool:
+        """Whether samplers that take labels get rows that are no classes."""
+        has_classes = self.real.images is not None and self.real.images.labels is not None
+        return self.real.conditions is not None and not has_classes
+
     def sample_labels(self, n: int) -> Tensor:
-        """Returns n labels sampled from the reference, or zeros while there is no reference."""
+        """Returns n labels sampled from the reference, or zeros while there is no reference.
+
+        Where real images have rows (K,) of other numbers in place of a class, such as attributes, these are sampled.
+        """
+        if self.has_conditions and self.real.conditions is not None:
+            rows = self.real.conditions
+            return rows[torch.randint(len(rows), (n,))].to(self.module.device)
         if self.real.images is None:
             if self.real.unlabelled:
                 raise ValueError(self.real.unlabelled)

@@ -478,7 +478,7 @@ class ModelView:
         labels = self.parts.sample_labels(n) if way.takes_labels else None
         try:
             output = way.call(n) if labels is None else way.call(n, labels)
-            return Images(self.parts.images_in(output, n), labels)
+            return Images(self.parts.images_in(output, n), None if self.parts.has_conditions else labels)
         except Exception as error:
             raise ValueError(
                 f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
