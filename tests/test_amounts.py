@@ -20,6 +20,7 @@ from example_models.gan import GAN
 from example_models.vae import VAE
 from lightning_gendiag import (
     CosineMeanSimilarityMonitor,
+    DiagnosticWarning,
     GenerativeDiagnostics,
     LatentRegionsMonitor,
     ManifoldEntropyMonitor,
@@ -122,7 +123,16 @@ class Slow(SmallVAE):
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(
     ("seconds", "given", "expected"),
-    [(0.0, None, 1024), (1 / 256, None, 512), (1 / 64, None, 128), (1.0, None, 64), (1.0, 70, 70)],
+    [
+        (0.0, None, 1024),
+        (1 / 256, None, 512),
+        (1 / 64, None, 128),
+        (1 / 8, None, 64),
+        (0.25, None, 40),
+        (1.0, None, 16),
+        (1.0, 70, 70),
+        (9.0, 12, 12),
+    ],
 )
 def test_a_slow_sampler_draws_as_many_samples_as_fit_and_this_is_logged_once(
     caplog: pytest.LogCaptureFixture, seconds: float, given: int | None, expected: int
@@ -138,9 +148,44 @@ def test_a_slow_sampler_draws_as_many_samples_as_fit_and_this_is_logged_once(
     assert len(logged) == (given is None and expected < 1024)
 
 
+class Autoregressive(Slow):
+    """Takes a time of its own for each sample, one pixel after the other, and none to encode."""
+
+    encode = SmallVAE.encode
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_fewest_samples_are_drawn_once() -> None:
+    view = attached(Autoregressive(1.0), ModelAdapter())
+    started = CLOCK.now
+    samples = view.samples().images
+    assert CLOCK.now - started == 16
+    # those that were timed are those of every evaluation
+    view.expire()
+    torch.testing.assert_close(view.samples().images, samples, rtol=0, atol=0)
+    assert CLOCK.now - started == 32
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_sampler_that_takes_longer_than_a_minute_is_left_out_unless_a_number_is_given() -> None:
+    message = r"at most 60 s for 16 images, but two took 8 s. To evaluate samples all the same, pass num_samples=16"
+    diagnostics = GenerativeDiagnostics(max_overhead=None, log_images=False)
+    started = CLOCK.now
+    with pytest.warns(DiagnosticWarning, match=message):
+        trainer(diagnostics, max_epochs=2).fit(Autoregressive(4.0), batches())
+    # the two by which the sampler was found
+    assert CLOCK.now - started == 8
+    assert "cms" not in diagnostics.attached
+    assert "manifold_entropy" in diagnostics.attached
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=ModelAdapter(num_samples=16), on_error="raise")
+    trainer(monitor, max_epochs=1).fit(Autoregressive(4.0), batches())
+    assert monitor.evaluations == 1
+
+
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(
-    ("seconds", "given", "expected"), [(0.0, None, 1024), (0.003, None, 512), (1.0, None, 128), (1.0, 200, 200)]
+    ("seconds", "given", "expected"),
+    [(0.0, None, 1024), (0.003, None, 512), (1 / 16, None, 128), (1.0, None, 64), (1.0, 200, 200)],
 )
 def test_a_slow_encoder_gets_evenly_spaced_images_and_all_of_a_number_that_was_given(
     seconds: float, given: int | None, expected: int

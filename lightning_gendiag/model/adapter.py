@@ -28,7 +28,7 @@ class ModelAdapter:
         encode: What makes latents: a name, a callable ``(module, images)``, or None to find it.
         decode: What decodes latents: a name, a callable ``(module, latents)``, or None to find it.
         num_samples: Number of images at an evaluation, over all processes; by default 1,024, or fewer where they would take
-            longer than some seconds, at least 64.
+            longer than some seconds, at least 16. A sampler that takes longer than a minute for 16 is left out.
         seed: Seed of the samples; the same at every evaluation, so that curves change with the model only.
         weights: ``"raw"``, ``"ema"``, or ``"auto"`` for averaged weights once there are any: those of Lightning's
             ``WeightAveraging``, else those that the module keeps inside itself, such as ``module.ema`` or
@@ -38,7 +38,7 @@ class ModelAdapter:
             pair of images and labels, a dataset or a dataloader. Where there are no images, rows (N, F), series
             (N, C, T) or volumes (N, C, D, H, W) take their place here and below.
         num_reference: Number of real images that are kept, over all processes; by default 1,024, of which a slow encoder
-            gets a part, at least 128.
+            gets a part, at least 64.
         latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
         conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
         images: Callable from a batch to its images; by default see :func:`data_of`.

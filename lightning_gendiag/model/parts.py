@@ -32,6 +32,7 @@ from lightning_gendiag.model.adapters.own import (
     sampler_ways,
     signature_of,
 )
+from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, known
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, scaled_like
@@ -97,6 +98,8 @@ class ModelParts:
         self.adapter, self.subject, self.real, self.isolated = adapter, subject, real, isolated
         self.tried: Images | None = None
         """The two samples by which the sampler was chosen; None where they are not known to be images yet."""
+        self.seconds_of_two = 0.0
+        """Seconds that these took."""
         self._chosen: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
         self._missing: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
         self._ways: dict[Need, Way] = {}
@@ -313,7 +316,8 @@ class ModelParts:
 
     def _sample_two(self, way: Way) -> None:
         labels = (self.sample_labels(2),) if way.takes_labels else ()
-        output, shape = way.call(2, *labels), self.context.shape
+        shape = self.context.shape
+        output, self.seconds_of_two = timed(partial(way.call, 2, *labels), self.context.device)
         # rows may fill the shape of the images, which the first batch shows
         rows = shape is None and data_in(output, 2, None).ndim == 2
         classes = labels[0] if labels and not self.has_conditions else None

@@ -16,8 +16,12 @@ from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.amounts import (
+    FEWEST_ROWS,
+    FEWEST_SAMPLES,
     LEAST_ROWS,
     LEAST_SAMPLES,
+    LONGEST,
+    MOST_SECONDS,
     NUM_SAMPLES,
     ROWS_SECONDS,
     SAMPLE_SECONDS,
@@ -111,6 +115,7 @@ class ModelView:
         self._lacks_average = False
         self._said_weights = self._warned_weights = False
         self._samples: Images | None = None
+        self._timed_samples: Images | None = None
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
         self._said: set[str] = set()
@@ -424,26 +429,49 @@ class ModelView:
                 for index in range(self.rank, math.ceil(chunks / world) * world, world):
                     n = min(size, total - index * size)
                     # of a batch of one, layers that normalize over the batch have no statistics
-                    chunk = self._chunk(index, max(n, 2))
+                    chunk = self._timed_samples or self._chunk(index, max(n, 2))
+                    self._timed_samples = None
                     drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
             self._samples = _joined(drawn)
             self._check_range(self._samples.images)
         return self._samples
 
     def _num_samples(self) -> int:
-        """Number of samples over all processes: the user's, or as many as fit the time limit; inside :meth:`isolated`."""
+        """Number of samples over all processes: the user's, or as many as fit the time limit; inside :meth:`isolated`.
+
+        Raises:
+            InapplicableError: If even the fewest take too long.
+        """
         if self.adapter.num_samples is not None:
             return self.adapter.num_samples
         if "samples" not in self.amounts:
-            seconds = self.seconds_of(lambda: self._chunk(0, TIMED)) / TIMED
-            number = fitting(seconds / self.world_size, SAMPLE_SECONDS, LEAST_SAMPLES, NUM_SAMPLES)
+            self._refuse_slow_sampler()
+            drawn: list[Images] = []
+            seconds = self.seconds_of(lambda: drawn.append(self._chunk(0, TIMED))) / TIMED
+            # so few are of one chunk, which one process draws
+            least = fitting(seconds, MOST_SECONDS, FEWEST_SAMPLES, LEAST_SAMPLES)
+            number = fitting(seconds / self.world_size, SAMPLE_SECONDS, least, NUM_SAMPLES)
             self.amounts["samples"] = number
+            if number == TIMED and self.world_size == 1:
+                # a slow sampler need not draw them again
+                self._timed_samples = drawn[0]
             if number < NUM_SAMPLES:
                 rank_zero_info(
                     f"Samples: {number:,} at each evaluation instead of {NUM_SAMPLES:,}, since one takes {seconds:.2g} s. "
                     "To choose another number, pass num_samples=...."
                 )
         return self.amounts["samples"]
+
+    def _refuse_slow_sampler(self) -> None:
+        """Raises InapplicableError where the time of two samples shows that the fewest take too long."""
+        two = self.broadcast(lambda: self.parts.seconds_of_two)
+        # what waits for steps of an accelerator takes about as long for a few samples as for two
+        least = two * FEWEST_SAMPLES / 2 if self.device.type == "cpu" else two
+        if least > LONGEST:
+            raise InapplicableError(
+                f"sampling must take at most {LONGEST:.0f} s for {FEWEST_SAMPLES} images, but two took {two:.2g} s. "
+                f"To evaluate samples all the same, pass num_samples={FEWEST_SAMPLES}, or a faster sampler as sample=...."
+            )
 
     def _every(self, need: Literal["encode", "reconstruct"], images: int) -> int:
         """Of which number of a rank's real images one is encoded or reconstructed; inside :meth:`isolated`.
@@ -457,7 +485,8 @@ class ModelView:
         if need not in self.amounts:
             piece = self.as_input(as_data(self.reference.images[:TIMED]))
             seconds = self.seconds_of(lambda: self.parts.way(need).call(piece)) / len(piece)
-            number = fitting(seconds / self.world_size, ROWS_SECONDS, LEAST_ROWS, images)
+            least = fitting(seconds / self.world_size, MOST_SECONDS, FEWEST_ROWS, LEAST_ROWS)
+            number = fitting(seconds / self.world_size, ROWS_SECONDS, least, images)
             self.amounts[need] = every = images // number
             if every > 1:
                 rank_zero_info(
