@@ -122,6 +122,7 @@ class ModelView:
         self._has_prior: bool | None = None
         self._is_agreed = False
         self._extractor: FeatureExtractor | None = None
+        self._reference_features: dict[nn.Module, Tensor] = {}
         self._warned_range, self._within = False, 0
 
     # ---- what there is ----
@@ -255,6 +256,7 @@ class ModelView:
         """Forgets what was derived from a reference that is gone."""
         self.region_maps.clear()
         self.amounts.clear()
+        self._reference_features.clear()
         self._extractor = self._samples = self._reconstructions = self._encoded = self._has_prior = None
         self._is_agreed = False
 
@@ -379,6 +381,12 @@ class ModelView:
         Images are not compared with their own reconstructions, which would be more alike than two independent samples.
         """
         return self._as_images(self.real.local(slice(None) if self.source(wanted) == "samples" else COMPARED))
+
+    def compared_rows(self, wanted: Source) -> slice:
+        """Returns the rows of the reference of all processes that :meth:`compared_with` returns."""
+        rows = slice(None) if self.source(wanted) == "samples" else COMPARED
+        own = range(len(self.reference.images))[rows][self.rank :: self.world_size]
+        return slice(own.start, own.stop, own.step)
 
     def reconstructions(self) -> Images:
         """Returns reconstructions of this process's rows of every second image of the reference, computed once."""
@@ -692,6 +700,23 @@ class ModelView:
         found = self.resolve_extractor(given)
         extract = self.feature_extractor if found is None else found
         return lambda images: in_chunks(extract, images.to(self.device))
+
+    def features_of_reference(self, given: nn.Module | Callable[..., Any] | None, rows: slice = slice(None)) -> Tensor:
+        """Returns features (n, F) of some rows of the reference on the module's device; inside :meth:`isolated`.
+
+        They are computed once for all monitors where they do not change with the model.
+
+        Args:
+            given: What :meth:`resolve_features` takes.
+            rows: Rows of the reference of all processes.
+        """
+        if given is None:
+            return self.feature_extractor.of_reference(rows)
+        if not isinstance(given, nn.Module) or self.moves_with_model(given):
+            return self.resolve_features(given)(as_images(self.reference_images.images[rows]))
+        if given not in self._reference_features:
+            self._reference_features[given] = self.resolve_features(given)(self.reference_images.images).cpu()
+        return self._reference_features[given][rows].to(self.device)
 
     def moves_with_model(self, given: str | nn.Module | Callable[..., Any] | None) -> bool:
         """Returns whether what a network gives may change as the model trains: a callable, a name or a part of the model."""
