@@ -30,7 +30,7 @@ from lightning_gendiag import (
 )
 from lightning_gendiag.callbacks.schedule import stream_period
 from lightning_gendiag.model import amounts
-from lightning_gendiag.model.amounts import fitting, seconds_of
+from lightning_gendiag.model.amounts import fitting, reference_size, seconds_of
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.models import SmallVAE, TinyGAN
 from tests.helpers.running import attached, batches, trainer
@@ -198,6 +198,28 @@ def test_a_slow_encoder_gets_evenly_spaced_images_and_all_of_a_number_that_was_g
     every = len(view.reference.images) // expected
     with view.isolated(exact=True):
         torch.testing.assert_close(latents, view.latents_of(view.reference.images[::every]))
+
+
+def test_fewer_large_images_are_kept_unless_the_user_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [reference_size(3 * size**2) for size in (64, 128, 256, 1024)] == [1024, 1024, 341, 256]
+    # as if images of 64 numbers were large
+    monkeypatch.setattr(amounts, "REFERENCE_NUMBERS", 64 * 20)
+    monkeypatch.setattr(amounts, "LEAST_REFERENCE", 10)
+    images, labels = (rows[:48] for rows in digits(8))
+    data = torch.utils.data.TensorDataset(images, labels)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        collected = attached(SmallVAE(), ModelAdapter())
+        for start in range(0, 48, 16):
+            collected.real.collect((images[start : start + 16], labels[start : start + 16]))
+        # once there are enough, no more batches are waited for
+        assert collected.real.ready(epoch_over=False)
+    assert "Real images: 20 of 1x8x8 are kept instead of 1,024, since they are large." in caplog.text
+    given = [attached(SmallVAE(), ModelAdapter(reference=one)) for one in ((images, labels), data)]
+    assert [len(view.reference.images) for view in (collected, *given)] == [20, 20, 20]
+    assert torch.equal(collected.reference.labels, labels[:20])
+    assert len(attached(SmallVAE(), ModelAdapter(reference=data, num_reference=30)).reference.images) == 30
 
 
 @pytest.mark.usefixtures("clock")

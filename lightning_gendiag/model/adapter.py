@@ -37,8 +37,8 @@ class ModelAdapter:
         reference: Real images: None takes them from the training batches as they pass by; or a tensor (N, C, H, W), a
             pair of images and labels, a dataset or a dataloader. Where there are no images, rows (N, F), series
             (N, C, T) or volumes (N, C, D, H, W) take their place here and below.
-        num_reference: Number of real images that are kept, over all processes; by default 1,024, of which a slow encoder
-            gets a part, at least 64.
+        num_reference: Number of real images that are kept, over all processes; by default 1,024, or as many as hold 67
+            million numbers (341 of 3x256x256), at least 256. A slow encoder gets a part of these, at least 64.
         latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
         conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
         images: Callable from a batch to its images; by default see :func:`data_of`.

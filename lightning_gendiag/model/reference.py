@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
-from lightning_gendiag.model.amounts import NUM_REFERENCE
+from lightning_gendiag.model.amounts import NUM_REFERENCE, reference_size
 from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images, Labels, Rows, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
@@ -47,7 +48,6 @@ class Reference:
 
     def __init__(self, adapter: ModelAdapter, trainer: Trainer, device: torch.device) -> None:
         self.adapter, self.trainer, self.device = adapter, trainer, device
-        self.most = adapter.num_reference or NUM_REFERENCE
         self.images: Images | None = None
         self._seen: Tensor | None = None
         self._range_of: Tensor | None = None
@@ -63,6 +63,12 @@ class Reference:
         self._reader = BatchReader(self._found, adapter.images is not None or adapter.labels is not None)
         self._looked = self._epoch_seen = False
         self._unconfirmed = False
+
+    @property
+    def most(self) -> int:
+        """Largest number of images: the user's, or by default fewer large ones than small ones."""
+        seen = self.images.images if self.images is not None else self._seen
+        return self.adapter.num_reference or (NUM_REFERENCE if seen is None else reference_size(seen[0].numel()))
 
     @property
     def share(self) -> int:
@@ -148,9 +154,10 @@ class Reference:
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
 
-    def _part(self, batch: Any, room: int) -> tuple[Images, Tensor | None]:
-        """The first finite images of a batch, and its first conditions."""
+    def _part(self, batch: Any, held: int = 0) -> tuple[Images, Tensor | None]:
+        """The first finite images of a batch for which there is room beside those held, and its first conditions."""
         found, conditions = self._found_with_conditions(batch)
+        room = self.most - held
         return _finite_part(found, room), None if conditions is None else conditions[:room].cpu()
 
     def _found(self, batch: Any) -> Images:
@@ -194,9 +201,25 @@ class Reference:
             self._rows.conditions = [part.cpu() for part in rows.conditions]
             raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
         known = len(labels) == len(images)
-        self.images = Images(images[: self.most].cpu(), labels[: self.most].cpu() if known else None)
-        self.conditions = conditions[: self.most].cpu() if len(conditions) else None
+        # of the pooled images, since the first batch of another process may be another
+        most = self.adapter.num_reference or reference_size(images[0].numel())
+        self.images = Images(images[:most].cpu(), labels[:most].cpu() if known else None)
+        self.conditions = conditions[:most].cpu() if len(conditions) else None
+        self._say_size()
         return True
+
+    def _say_size(self) -> None:
+        """Logs where fewer images are kept since they are large."""
+        if (
+            self.images is not None
+            and len(self.images.images) == self.most < NUM_REFERENCE
+            and not self.adapter.num_reference
+        ):
+            size = "x".join(map(str, self.images.images.shape[1:]))
+            rank_zero_info(
+                f"Real images: {self.most:,} of {size} are kept instead of {NUM_REFERENCE:,}, since they are large. To choose "
+                "another number, pass num_reference=...."
+            )
 
     def _check_sizes(self) -> None:
         """Raises ValueError where the images that were collected have several shapes on any process."""
@@ -254,7 +277,7 @@ class Reference:
             ValueError: If it holds no images.
         """
         if isinstance(given, Tensor) or (isinstance(given, (tuple, list)) and isinstance(given[0], Tensor)):
-            parts = [self._part(given, self.most)]
+            parts = [self._part(given)]
         elif isinstance(given, (DataLoader, Dataset)):
             # the loader may be the one that trains: its generators, and those of the data, must not move
             data = given.dataset if isinstance(given, DataLoader) else given
@@ -274,14 +297,15 @@ class Reference:
         self.images = Images(images, torch.cat(labels) if len(labels) == len(parts) else None)
         conditions = [rows for _, rows in parts if rows is not None]
         self.conditions = torch.cat(conditions) if conditions else None
+        self._say_size()
 
     def _parts(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[tuple[Images, Tensor | None]]:
-        room = self.most
+        held = 0
         for batch in self._batches(given):
-            part = self._part(batch, room)
+            part = self._part(batch, held)
             yield part
-            room -= len(part[0].images)
-            if room <= 0:
+            held += len(part[0].images)
+            if held >= self.most:
                 return
 
     def _batches(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[Any]:
