@@ -6,8 +6,9 @@ What is true of a model is written by hand from the package's documentation, and
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,14 @@ from example_models import data
 
 COUNT = 512
 TIMES = 100
+SHORT, LONG = 5, 20
+"""Times as many epochs: for most, and for what is sampled alike with some mistakes while it is hardly trained."""
+
+DRAWS = 16
+"""Number of draws whose mean and standard deviation say what a similarity should be."""
+
+STAGE_STEPS = 300
+"""Number of steps of a first stage."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,12 @@ class Case:
     numbers: dict[str, Callable[[], tuple[float, float]]] = field(default_factory=dict)
     """Scalars such as ``"posterior_kl/total"``: value and largest error."""
     has_images: bool = True
+    longer: int = 1
+    """Times as many epochs, for a network whose samplers agree with each other only once it is trained."""
+    averaged: tuple[str, Callable[[], Iterable[Tensor]]] | None = None
+    """Name of the network that must have averaged weights in evaluations, and these, where distributions hardly differ."""
+    wrong: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Samplers as ``sample`` with a mistake each, by which the comparison of distributions is calibrated."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,25 @@ def moons() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows).float(), torch.from_numpy(labels)
 
 
+def similarity_to_moons(sample: Callable[[int], Tensor]) -> tuple[float, float]:
+    """Returns the cosine mean similarity of rows (n, 2) and the moons, and four standard deviations of that of 1,024 rows.
+
+    The kernel is a product over both numbers, each with the median of its squared distances as its bandwidth.
+    """
+    real = moons()[0].double()
+    scales = (real.T[:, :, None] - real.T[:, None]).square().flatten(1).median(1).values.sqrt()
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        kernel = (-torch.cdist(a / scales, b / scales).square()).exp()
+        return kernel.mean() if a is not b else (kernel.sum() - len(a)) / (len(a) * (len(a) - 1))
+
+    def similarity(made: Tensor) -> Tensor:
+        return mean(made, real) / (mean(made, made) * mean(real, real)).sqrt()
+
+    values = torch.stack([similarity(sample(1024).double()) for _ in range(DRAWS)])
+    return float(values.mean()), 4 * float(values.std())
+
+
 def pair(x: Tensor, y: Tensor) -> Any:
     """An item of an image data set."""
     return x, y
@@ -138,12 +172,122 @@ def unit(images: Tensor) -> Tensor:
     return (images + 1) / 2
 
 
+def learned(
+    make: Callable[[], Any], images: Tensor, reconstruct: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+) -> Any:
+    """Returns a frozen first stage, trained as those are that latent diffusion works on; an untrained one shows nothing.
+
+    Args:
+        make: Makes the stage.
+        images: Images (N, C, H, W).
+        reconstruct: ``(stage, images)`` to reconstructions and KL divergences (n,).
+    """
+    # random numbers afterwards are the same, however often it is trained
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        stage = make()
+        optimizer = torch.optim.Adam(stage.parameters(), 2e-3)
+        for _ in range(STAGE_STEPS):
+            x = images[torch.randint(len(images), (64,))]
+            output, kl = reconstruct(stage, x)
+            loss = F.mse_loss(output, x) + 1e-3 * kl.mean() / x[0].numel()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return stage.requires_grad_(False)
+
+
 class Adam(LightningModule):
     """A module that is trained by Adam."""
 
     def configure_optimizers(self) -> Any:
         """Returns the optimizer."""
         return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), 1e-3)
+
+
+# ---- what is wrong ----
+
+Network = Callable[..., Tensor]
+"""``(x, t)`` or ``(x, t, labels)``, to what a network predicts."""
+
+
+def by_hand(
+    network: Network, alphas: Tensor, shape: tuple[int, ...], steps: int = TIMES, kind: str = "noise",
+    clip: bool = False, noise: float = 1.0, eta: float = 0.0, classes: bool = True,
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Returns a sampler by DDIM with evenly spaced times.
+
+    Args:
+        network: The network.
+        alphas: The cumulative products of the forward process.
+        shape: Of one sample.
+        steps: Number of steps.
+        kind: What the network's output is taken for: ``"noise"`` or ``"velocity"``.
+        clip: Whether predicted samples are clipped to -1..1.
+        noise: Standard deviation of all noise.
+        eta: 1 for as much noise in each step as DDPM adds, 0 for none.
+        classes: Whether labels are passed on; else all are 0.
+    """
+    times = torch.linspace(len(alphas) - 1, 0, steps).round().long().tolist()
+
+    def sample(n: int, *labels: Tensor) -> Tensor:
+        given = labels if classes else tuple(torch.zeros_like(y) for y in labels)
+        x = noise * torch.randn(n, *shape)
+        for now, after in pairwise([*times, None]):
+            a, b = alphas[now], torch.ones(()) if after is None else alphas[after]
+            output = network(x, torch.full((n,), now), *given)
+            clean = (
+                (x - (1 - a).sqrt() * output) / a.sqrt() if kind == "noise" else a.sqrt() * x - (1 - a).sqrt() * output
+            )
+            clean = clean.clamp(-1, 1) if clip else clean
+            added = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
+            direction = (x - a.sqrt() * clean) / (1 - a).sqrt()
+            x = b.sqrt() * clean + (1 - b - added**2).clamp(min=0).sqrt() * direction
+            x = x + noise * added * torch.randn_like(x)
+        return x
+
+    return sample
+
+
+def wrong_diffusions(
+    network: Network, alphas: Tensor, shape: tuple[int, ...], kind: str = "noise", clip: bool = False,
+    eta: float = 1.0, decode: Callable[[Tensor], Tensor] | None = None, classes: bool = False,
+) -> dict[str, Callable[..., Tensor]]:  # fmt: skip
+    """Returns samplers of a diffusion model with a mistake each, followed by a decoder; ``eta`` as it is right."""
+    right: dict[str, Any] = {"kind": kind, "clip": clip, "eta": eta}
+    mistakes: dict[str, dict[str, Any]] = {
+        "5 steps": {"steps": 5},
+        "a tenth of the noise": {"noise": 0.1},
+        "the other prediction": {"kind": "velocity" if kind == "noise" else "noise"},
+        "no noise in steps" if eta else "noise in steps": {"eta": 1 - eta},
+    }
+    mistakes |= {"class 0 only": {"classes": False}} if classes else {}
+    samplers = {name: by_hand(network, alphas, shape, **(right | wrong)) for name, wrong in mistakes.items()}
+    return {name: then(sampler, decode) for name, sampler in samplers.items()}
+
+
+def then(sample: Callable[..., Tensor], decode: Callable[[Tensor], Tensor] | None) -> Callable[..., Tensor]:
+    """Returns a sampler followed by a decoder."""
+    return sample if decode is None else lambda *given: decode(sample(*given))
+
+
+def wrong_flows(network: Network, shape: tuple[int, ...], classes: bool = False) -> dict[str, Callable[..., Tensor]]:
+    """Returns samplers of a vector field ``(t, x)`` or ``(t, x, labels)`` with a mistake each."""
+
+    def flow(steps: int, noise: float = 1.0, backwards: bool = False, zeros: bool = False) -> Callable[..., Tensor]:
+        def sample(n: int, *labels: Tensor) -> Tensor:
+            given = tuple(torch.zeros_like(y) for y in labels) if zeros else labels
+            x = noise * torch.randn(n, *shape)
+            for step in range(steps):
+                t = torch.full((n,), (1 - step / steps) if backwards else step / steps)
+                x = x + network(t, x, *given) / steps
+            return x
+
+        return sample
+
+    return {
+        "5 steps": flow(5), "a tenth of the noise": flow(100, 0.1), "time backwards": flow(100, backwards=True),
+    } | ({"class 0 only": flow(100, zeros=True)} if classes else {})  # fmt: skip
 
 
 # ---- diffusers ----
@@ -171,6 +315,13 @@ def pipeline_images(pipeline: Any, n: int) -> Tensor:
     return torch.from_numpy(images).movedim(-1, 1) * 2 - 1
 
 
+def scaled(kind: str = "DDPMScheduler") -> Any:
+    """Returns a schedule that does not clip, as for latents; a cosine schedule needs clipping."""
+    import diffusers
+
+    return getattr(diffusers, kind)(TIMES, beta_start=1e-3, beta_end=0.2, clip_sample=False)
+
+
 def noised_loss(network: Any, scheduler: Any, x: Tensor, *given: Any) -> Tensor:
     """Returns the loss of a network that predicts noise."""
     noise, t = torch.randn_like(x), torch.randint(0, TIMES, (len(x),))
@@ -185,7 +336,7 @@ def unet_ddpm() -> Case:
     class Diffusion(Adam):
         def __init__(self) -> None:
             super().__init__()
-            self.unet, self.noise_scheduler = unet2d(), cosine()
+            self.unet, self.noise_scheduler = unet2d(1, 8), cosine()
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return noised_loss(self.unet, self.noise_scheduler, batch["images"])
@@ -195,7 +346,18 @@ def unet_ddpm() -> Case:
     def sample(n: int) -> Tensor:
         return pipeline_images(DDPMPipeline(module.unet, cosine()), n)
 
-    return Case(module, batches(named, *grey()), sample, same=False)
+    wrong = wrong_diffusions(of_diffusers(module.unet), cosine().alphas_cumprod, (1, 8, 8), clip=True)
+    return Case(module, batches(named, *grey(8)), sample, same=False, longer=SHORT, wrong=wrong)
+
+
+def of_diffusers(network: Any) -> Network:
+    """Returns what a network of diffusers predicts, as a function of tensors."""
+
+    def predict(x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
+        output: Tensor = network(x, t, *labels).sample
+        return output
+
+    return predict
 
 
 @of("diffusers")
@@ -203,7 +365,7 @@ def unet_ddim_velocity_of_classes() -> Case:
     class Diffusion(Adam):
         def __init__(self) -> None:
             super().__init__()
-            self.model = unet2d(3, classes=10)
+            self.model = unet2d(3, 8, classes=10)
             self.scheduler = cosine("DDIMScheduler", prediction_type="v_prediction", clip_sample=False)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -215,13 +377,16 @@ def unet_ddim_velocity_of_classes() -> Case:
     module = Diffusion()
 
     def sample(n: int, labels: Tensor) -> Tensor:
-        x, scheduler = torch.randn(n, 3, 16, 16), copy.deepcopy(module.scheduler)
+        x, scheduler = torch.randn(n, 3, 8, 8), copy.deepcopy(module.scheduler)
         scheduler.set_timesteps(TIMES)
         for t in scheduler.timesteps:
             x = scheduler.step(module.model(x, t, class_labels=labels).sample, t, x).prev_sample
         return x
 
-    return Case(module, batches(pair, *colour()), sample, same=False)
+    wrong = wrong_diffusions(
+        of_diffusers(module.model), module.scheduler.alphas_cumprod, (3, 8, 8), "velocity", eta=0.0, classes=True
+    )
+    return Case(module, batches(pair, *colour(8)), sample, same=False, longer=SHORT, wrong=wrong)
 
 
 @of("diffusers")
@@ -232,7 +397,7 @@ def unet_with_ema_model() -> Case:
     class Diffusion(Adam):
         def __init__(self) -> None:
             super().__init__()
-            self.unet, self.noise_scheduler = unet2d(), cosine()
+            self.unet, self.noise_scheduler = unet2d(1, 8), cosine()
             self.ema_unet = EMAModel(self.unet.parameters(), decay=0.9)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -248,7 +413,11 @@ def unet_with_ema_model() -> Case:
         module.ema_unet.copy_to(unet.parameters())
         return pipeline_images(DDPMPipeline(unet, cosine()), n)
 
-    return Case(module, batches(named, *grey()), sample, same=False)
+    wrong = {"raw weights": lambda n: pipeline_images(DDPMPipeline(module.unet, cosine()), n)}
+    return Case(
+        module, batches(named, *grey(8)), sample, same=False,
+        longer=SHORT, wrong=wrong, averaged=("unet", lambda: module.ema_unet.shadow_params),
+    )  # fmt: skip
 
 
 def kl_stage(channels: int = 3) -> Any:
@@ -279,6 +448,15 @@ def autoencoder_kl() -> Case:
     return Case(module, loader, reconstruct=lambda x: module.vae(x).sample)
 
 
+@cache
+def learned_kl_stage() -> Any:
+    def both(stage: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = stage.encode(x).latent_dist
+        return stage.decode(posterior.sample()).sample, posterior.kl()
+
+    return learned(kl_stage, colour(32)[0], both)
+
+
 @of("diffusers")
 def vq_model() -> Case:
     from diffusers import VQModel
@@ -304,8 +482,7 @@ def latent_diffusion() -> Case:
     class Latent(Adam):
         def __init__(self) -> None:
             super().__init__()
-            self.vae, self.unet, self.noise_scheduler = kl_stage(), unet2d(4, 8), cosine(clip_sample=False)
-            self.vae.requires_grad_(False)
+            self.vae, self.unet, self.noise_scheduler = copy.deepcopy(learned_kl_stage()), unet2d(4, 8), scaled()
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             z = self.vae.encode(batch["images"]).latent_dist.sample() * self.vae.config.scaling_factor
@@ -313,14 +490,19 @@ def latent_diffusion() -> Case:
 
     module = Latent()
 
-    def sample(n: int) -> Tensor:
-        z, scheduler = torch.randn(n, 4, 8, 8), cosine(clip_sample=False)
+    def latents(n: int) -> Tensor:
+        z, scheduler = torch.randn(n, 4, 8, 8), scaled()
         scheduler.set_timesteps(TIMES)
         for t in scheduler.timesteps:
             z = scheduler.step(module.unet(z, t).sample, t, z).prev_sample
+        return z
+
+    def decode(z: Tensor) -> Tensor:
         return module.vae.decode(z / module.vae.config.scaling_factor).sample
 
-    return Case(module, batches(named, *colour(32)), sample, same=False)
+    wrong = wrong_diffusions(of_diffusers(module.unet), scaled().alphas_cumprod, (4, 8, 8), decode=decode)
+    wrong["without the scale"] = then(latents, lambda z: module.vae.decode(z).sample)
+    return Case(module, batches(named, *colour(32)), then(latents, decode), same=False, longer=LONG, wrong=wrong)
 
 
 # ---- MONAI ----
@@ -367,9 +549,10 @@ def monai_diffusion() -> Case:
 
     def sample(n: int) -> Tensor:
         module.scheduler.set_timesteps(TIMES)
-        return module.inferer.sample(torch.randn(n, 1, 16, 16), module.unet, module.scheduler, verbose=False)
+        return module.inferer.sample(torch.randn(n, 1, 8, 8), module.unet, module.scheduler, verbose=False)
 
-    return Case(module, monai_images(), sample, same=False)
+    wrong = wrong_diffusions(module.unet, module.scheduler.alphas_cumprod, (1, 8, 8), clip=True)
+    return Case(module, monai_images(8), sample, same=False, longer=SHORT, wrong=wrong)
 
 
 def monai_stage() -> Any:
@@ -379,6 +562,15 @@ def monai_stage() -> Any:
         2, 1, 1, num_res_blocks=1, channels=(8, 16), attention_levels=(False, False), norm_num_groups=4,
         with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
     )  # fmt: skip
+
+
+@cache
+def learned_monai_stage() -> Any:
+    def both(stage: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        output, mean, std = stage(x)
+        return output, 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).sum((1, 2, 3))
+
+    return learned(monai_stage, unit(grey(16)[0]), both)
 
 
 @of("monai")
@@ -405,8 +597,8 @@ def monai_latent_diffusion() -> Case:
     class Latent(Adam):
         def __init__(self) -> None:
             super().__init__()
-            self.autoencoder, self.unet = monai_stage().requires_grad_(False), monai_unet(3)
-            self.scheduler = DDPMScheduler(TIMES, schedule="cosine", clip_sample=False)
+            self.autoencoder, self.unet = copy.deepcopy(learned_monai_stage()), monai_unet(3)
+            self.scheduler = DDPMScheduler(TIMES, beta_start=1e-3, beta_end=0.2, clip_sample=False)
             self.inferer = LatentDiffusionInferer(self.scheduler, scale_factor=0.7)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -421,7 +613,15 @@ def monai_latent_diffusion() -> Case:
         module.scheduler.set_timesteps(TIMES)
         return module.inferer.sample(noise, module.autoencoder, module.unet, module.scheduler, verbose=False)
 
-    return Case(module, monai_images(), sample, same=False)
+    def decode(z: Tensor) -> Tensor:
+        return module.autoencoder.decode_stage_2_outputs(z / module.inferer.scale_factor)
+
+    alphas = module.scheduler.alphas_cumprod
+    wrong = wrong_diffusions(module.unet, alphas, (3, 8, 8), decode=decode)
+    wrong["without the scale"] = then(
+        by_hand(module.unet, alphas, (3, 8, 8)), module.autoencoder.decode_stage_2_outputs
+    )
+    return Case(module, monai_images(), sample, same=False, longer=LONG, wrong=wrong)
 
 
 @of("monai")
@@ -472,7 +672,14 @@ def gaussian_diffusion(**options: Any) -> Any:
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
     unet = Unet(16, dim_mults=(1, 2), channels=1, flash_attn=False, full_attn=(False, False), attn_heads=1)
-    return GaussianDiffusion(unet, image_size=16, timesteps=TIMES, **options)
+    return GaussianDiffusion(unet, image_size=8, timesteps=TIMES, **options)
+
+
+def wrong_gaussians(model: Any, network: Network, classes: bool = False) -> dict[str, Callable[..., Tensor]]:
+    """Returns samplers of a model of denoising-diffusion-pytorch with a mistake each."""
+    kind = {"pred_noise": "noise", "pred_v": "velocity"}[model.objective]
+    alphas = model.alphas_cumprod
+    return wrong_diffusions(network, alphas, (1, 8, 8), kind, clip=True, decode=unit, classes=classes)
 
 
 @of("denoising-diffusion-pytorch")
@@ -486,11 +693,14 @@ def gaussian() -> Case:
             return self.model(batch)
 
     module = Diffusion()
-    return Case(module, batches(alone, *_units()), lambda n: module.model.sample(batch_size=n), same=False)
+    return Case(
+        module, batches(alone, *_units(8)), lambda n: module.model.sample(batch_size=n), same=False,
+        longer=SHORT, wrong=wrong_gaussians(module.model, module.model.model),
+    )  # fmt: skip
 
 
-def _units() -> tuple[Tensor, Tensor]:
-    images, labels = grey()
+def _units(size: int = 16) -> tuple[Tensor, Tensor]:
+    images, labels = grey(size)
     return unit(images), labels
 
 
@@ -514,7 +724,11 @@ def gaussian_with_ema() -> Case:
             self.ema.update()
 
     module = Diffusion()
-    return Case(module, batches(pair, *_units()), lambda n: module.ema.ema_model.sample(batch_size=n), same=False)
+    return Case(
+        module, batches(pair, *_units(8)), lambda n: module.ema.ema_model.sample(batch_size=n), same=False,
+        longer=SHORT, wrong={"raw weights": lambda n: module.diffusion.sample(batch_size=n)},
+        averaged=("diffusion", lambda: module.ema.ema_model.parameters()),
+    )  # fmt: skip
 
 
 @of("denoising-diffusion-pytorch")
@@ -525,14 +739,22 @@ def guided_by_classes() -> Case:
         def __init__(self) -> None:
             super().__init__()
             unet = Unet(16, 10, dim_mults=(1, 2), channels=1, attn_dim_head=8, attn_heads=1)
-            self.diffusion = GaussianDiffusion(unet, image_size=16, timesteps=TIMES)
+            # with guidance and clipping, the package's DDIM differs from its DDPM with 99 steps as much as with 20
+            self.diffusion = GaussianDiffusion(unet, image_size=8, timesteps=TIMES, sampling_timesteps=TIMES // 2)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x, y = batch
             return self.diffusion(x, classes=y)
 
     module = Diffusion()
-    return Case(module, batches(pair, *_units()), lambda n, labels: module.diffusion.sample(labels), same=False)
+
+    def guided(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return module.diffusion.model.forward_with_cond_scale(x, t, labels, cond_scale=6.0, rescaled_phi=0.7)[0]
+
+    return Case(
+        module, batches(pair, *_units(8)), lambda n, labels: module.diffusion.sample(labels), same=False,
+        longer=SHORT, wrong=wrong_gaussians(module.diffusion, guided, classes=True),
+    )  # fmt: skip
 
 
 @of("ema-pytorch")
@@ -598,7 +820,7 @@ def flow_matching() -> Case:
     class Matching(Adam):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.FM = field_of((1, 16, 16)), ConditionalFlowMatcher(sigma=0.0)
+            self.net, self.FM = field_of((1, 8, 8)), ConditionalFlowMatcher(sigma=0.0)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x1 = batch[0]
@@ -606,7 +828,10 @@ def flow_matching() -> Case:
             return F.mse_loss(self.net(t, xt), ut)
 
     module = Matching()
-    return Case(module, batches(pair, *grey()), lambda n: flowed(module.net, n, 1, 16, 16), same=False)
+    return Case(
+        module, batches(pair, *grey(8)), lambda n: flowed(module.net, n, 1, 8, 8), same=False,
+        longer=LONG, wrong=wrong_flows(module.net, (1, 8, 8)),
+    )  # fmt: skip
 
 
 @of("torchcfm")
@@ -616,7 +841,7 @@ def flow_matching_of_classes() -> Case:
     class Matching(Adam):
         def __init__(self) -> None:
             super().__init__()
-            self.vf = field_of((3, 16, 16), class_cond=True, num_classes=10)
+            self.vf = field_of((3, 8, 8), class_cond=True, num_classes=10)
             self.matcher = TargetConditionalFlowMatcher(sigma=0.0)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -627,9 +852,10 @@ def flow_matching_of_classes() -> Case:
     module = Matching()
 
     def sample(n: int, labels: Tensor) -> Tensor:
-        return flowed(lambda t, x: module.vf(t, x, labels), n, 3, 16, 16)
+        return flowed(lambda t, x: module.vf(t, x, labels), n, 3, 8, 8)
 
-    return Case(module, batches(pair, *colour()), sample, same=False)
+    wrong = wrong_flows(module.vf, (3, 8, 8), classes=True)
+    return Case(module, batches(pair, *colour(8)), sample, same=False, longer=LONG, wrong=wrong)
 
 
 @of("torchcfm")
@@ -649,10 +875,14 @@ def flow_matching_of_rows() -> Case:
 
     module = Matching()
 
-    def sample(n: int) -> Tensor:
-        return flowed(lambda t, x: module.net(torch.cat([x, t[:, None]], 1)), n, 2)
+    def network(t: Tensor, x: Tensor) -> Tensor:
+        return module.net(torch.cat([x, t[:, None]], 1))
 
-    return Case(module, batches(pair, *moons()), sample, same=False, has_images=False)
+    return Case(
+        module, batches(pair, *moons()), lambda n: flowed(network, n, 2), same=False, has_images=False,
+        longer=LONG, wrong=wrong_flows(network, (2,)),
+        numbers={"cms/image": lambda: similarity_to_moons(lambda n: flowed(network, n, 2))},
+    )  # fmt: skip
 
 
 # ---- pythae ----
@@ -713,13 +943,13 @@ def pythae_autoencoder() -> Case:
 @of("pythae")
 def pythae_vamp() -> Case:
     from pythae.models import VAMP, VAMPConfig
-    from pythae.samplers import VAMPSampler
+    from pythae.samplers import NormalSampler, VAMPSampler
 
     module, loader = of_pythae(VAMPConfig((1, 16, 16), 8), VAMP, _units()[0])
     model: Any = module.model
     return Case(
         module, loader, lambda n: VAMPSampler(model).sample(n), lambda x: model.reconstruct(x),
-        same=False,
+        same=False, longer=SHORT, wrong={"normal noise": lambda n: NormalSampler(model).sample(n)},
     )  # fmt: skip
 
 
@@ -976,7 +1206,10 @@ def mixture_of_rows() -> Case:
             return -self().log_prob(batch[0]).mean()
 
     module = Mixture()
-    return Case(module, batches(pair, *moons()), lambda n: module().sample((n,)), has_images=False)
+    return Case(
+        module, batches(pair, *moons()), lambda n: module().sample((n,)), has_images=False, longer=LONG,
+        numbers={"cms/image": lambda: similarity_to_moons(lambda n: module().sample((n,)))},
+    )  # fmt: skip
 
 
 @of("torch")
@@ -1043,3 +1276,54 @@ def averaged_generator() -> Case:
 
     module = Decoder()
     return Case(module, batches(pair, *grey()), lambda n: module.ema_generator(torch.randn(n, 8)))
+
+
+@of("torch")
+def coupled_generators() -> Case:
+    class Coupled(nn.Module):
+        """Two domains that share their first layers, as in CoGAN (https://arxiv.org/abs/1606.07536)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Sequential(nn.Linear(16, 64), nn.ReLU())
+            self.heads = nn.ModuleList(
+                nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Unflatten(1, (1, 16, 16))) for _ in range(2)
+            )
+
+        def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.shared(z)
+            return self.heads[0](features), self.heads[1](features)
+
+    class CoGAN(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"latent_dim": 16})
+            self.automatic_optimization = False
+            self.generator = Coupled()
+            self.discriminators = nn.ModuleList(
+                nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.LeakyReLU(), nn.Linear(64, 1)) for _ in range(2)
+            )
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.Adam(part.parameters(), 1e-3) for part in (self.generator, self.discriminators)]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            of_generator, of_discriminators = self.optimizers()
+            real = [images for images, _ in batch]
+            fake = self.generator(torch.randn(len(real[0]), 16))
+
+            def judged(images: Any, sign: int) -> Tensor:
+                pairs = zip(self.discriminators, images, strict=True)
+                return sum(F.softplus(sign * judge(x)).mean() for judge, x in pairs)
+
+            loss = judged(real, -1) + judged([x.detach() for x in fake], 1)
+            of_discriminators.zero_grad()
+            self.manual_backward(loss)
+            of_discriminators.step()
+            of_generator.zero_grad()
+            self.manual_backward(judged(fake, -1))
+            of_generator.step()
+
+    module, (images, labels) = CoGAN(), grey()
+    loader = batches(lambda x, y, negative: ((x, y), (negative, y)), images, labels, -images)
+    return Case(module, loader, lambda n: module.generator(torch.randn(n, 16))[0])

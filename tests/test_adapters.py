@@ -93,6 +93,112 @@ def test_a_sampler_is_called_by_the_names_of_its_parameters(kind: str) -> None:
     assert (view.samples().labels is not None) == (kind == "labels")
 
 
+class Squeezing(LightningModule):
+    """A multiscale flow, as in Lightning's tutorial: its latents have four times the channels and half the size."""
+
+    def encode(self, images: Tensor) -> Any:
+        return nn.functional.pixel_unshuffle(2 * images, 2), torch.zeros(len(images))
+
+    def sample(self, img_shape: tuple[int, ...], z_init: Tensor | None = None) -> Tensor:
+        z = torch.randn(img_shape) if z_init is None else z_init
+        return nn.functional.pixel_shuffle(z, 2) / 2
+
+
+def test_a_multiscale_flow_is_given_the_shape_of_its_latents() -> None:
+    view = view_of(Squeezing())
+    assert name_of(view, "sample") == "self.sample(shape of latents (4, 4, 4))"
+    assert view.samples().images.shape == (8, 1, 8, 8)
+
+
+class OfCodes(LightningModule):
+    """A generator as in InfoGAN, which notes what it is given."""
+
+    def __init__(self, one_hot: bool, **sizes: int) -> None:
+        super().__init__()
+        self.one_hot, self.layer = one_hot, nn.Linear(1, 64)
+        self.given: tuple[Tensor, ...] = ()
+        for name, size in sizes.items():
+            setattr(self, name, size)
+
+    def generator(self, noise: Tensor, labels: Tensor, code: Tensor) -> Tensor:
+        if labels.is_floating_point() != self.one_hot:
+            raise TypeError("wrong labels")
+        self.given = noise, labels, code
+        return self.layer(code[:, :1]).view(-1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_a_generator_of_noise_a_class_and_a_code_draws_all_three(one_hot: bool) -> None:
+    module = OfCodes(one_hot, latent_dim=62, n_classes=10, code_dim=2)
+    view = view_of(module, num_samples=4000)
+    words = "one-hot classes" if one_hot else "classes"
+    assert name_of(view, "sample") == f"self.generator from normal noise (n, 62), {words} of 10 and codes (n, 2)"
+    way = view.parts.way("sample")
+    assert not way.takes_labels
+    torch.manual_seed(0)
+    way.call(4000)
+    noise, labels, code = view.module.given
+    assert noise.shape == (4000, 62)
+    assert abs(float(noise.std()) - 1) < 0.01
+    classes = labels.argmax(1) if one_hot else labels
+    assert (classes.bincount(minlength=10) / 4000 - 0.1).abs().max() < 0.02
+    assert code.shape == (4000, 2)
+    assert float(code.min()) >= -1
+    assert float(code.max()) <= 1
+    # of an even distribution from -1 to 1
+    assert abs(float(code.std()) - 3**-0.5) < 0.01
+
+
+class Coupled(LightningModule):
+    """A generator of two domains, as in CoGAN."""
+
+    latent_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 64), nn.Linear(4, 64)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(z).view(-1, 1, 8, 8), self.second(z).view(-1, 1, 8, 8)
+
+
+PAIR, OTHERS = (IMAGES, LABELS), (-IMAGES, LABELS)
+
+
+@pytest.mark.parametrize("batch", [(PAIR, OTHERS), {"a": IMAGES, "b": -IMAGES}, [PAIR, OTHERS]])
+def test_of_a_generator_of_as_many_images_as_a_batch_holds_the_first_is_compared(batch: Any) -> None:
+    view, other = (attached(Coupled(), ModelAdapter(num_samples=8), ()) for _ in range(2))
+    view.real.collect(batch)
+    assert view.real.ready(epoch_over=True)
+    assert torch.equal(view.reference.images, IMAGES)
+    name = "the first of 2 outputs of self.forward from normal noise (n, 4)"
+    assert name_of(view, "sample") == name
+    assert name_of(view, "decode") == "the first of 2 outputs of self.forward"
+    with view.isolated():
+        torch.manual_seed(0)
+        made = view.parts.way("sample").call(8)
+        torch.manual_seed(0)
+        assert torch.equal(made, view.module(torch.randn(8, 4))[0])
+    other.real.load_state_dict(view.real.state_dict())
+    assert name_of(other, "sample") == name
+
+
+@pytest.mark.parametrize(
+    "batch", [PAIR, (PAIR, OTHERS, OTHERS), {"a": IMAGES, "image": -IMAGES}, (IMAGES, -IMAGES[:, :, :4])]
+)
+def test_of_a_generator_of_several_images_none_is_compared_where_it_is_not_clear_which(batch: Any) -> None:
+    view = attached(Coupled(), ModelAdapter(num_samples=8), ())
+    view.real.collect(batch)
+    assert view.real.ready(epoch_over=True)
+    with pytest.raises(ValueError, match=r"one batch of data, got 2 of \(2, 1, 8, 8\)"):
+        view.find("sample")
+
+
+@pytest.mark.parametrize("sizes", [{"latent_dim": 62, "n_classes": 10}, {"n_classes": 10, "code_dim": 2}])
+def test_a_generator_of_codes_is_left_alone_where_a_size_is_not_stated(sizes: dict[str, int]) -> None:
+    assert not view_of(OfCodes(True, **sizes)).parts.has("sample")
+
+
 def test_noise_of_a_sampler_has_the_length_that_a_configuration_states() -> None:
     class Model(LightningModule):
         def __init__(self) -> None:
@@ -249,6 +355,18 @@ def test_a_flow_that_inverts_itself_has_a_normal_prior() -> None:
 
 def test_a_stated_length_of_the_latents_states_their_prior() -> None:
     assert view_of(Auto(), latent_dim=3).source() == "samples"
+
+
+@pytest.mark.parametrize(("length", "states_prior"), [(3, False), (None, False), (12, True)])
+def test_a_stated_length_states_the_prior_of_latents_of_that_length(length: int | None, states_prior: bool) -> None:
+    class Spatial(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.Conv2d(1, 3, 4, 4), nn.ConvTranspose2d(3, 1, 4, 4)
+
+    view = view_of(Spatial(), latent_dim=length)
+    assert view.latent_dim == 12
+    assert view.has_prior is view.parts.has("sample") is states_prior
 
 
 def test_images_of_another_size_are_not_taken() -> None:

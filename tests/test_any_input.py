@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gendiag import (
     CosineMeanSimilarityMonitor,
     DiagnosticWarning,
+    GenerationBalanceMonitor,
     GenerativeDiagnostics,
     KStarMonitor,
     LatentRegionsMonitor,
@@ -145,16 +146,51 @@ def test_what_needs_images_is_attached_to_images_and_volumes_alone(shape: tuple[
     run(LinearVAE(shape), diagnostics, shape)
     assert {"k_star", "manifold_entropy", "posterior_kl", "latent_regions"} <= set(diagnostics.attached)
     for name in ("cms", "generation_balance"):
-        assert (name in diagnostics.attached) == (len(shape) > 2)
-        reason = f"it needs images (N, C, H, W) or volumes (N, C, D, H, W), and the data are {(16, *shape)}"
+        takes_rows = name == "cms"
+        assert (name in diagnostics.attached) == (len(shape) > 2 or (takes_rows and len(shape) == 1))
+        rows = ", or rows (N, F) of at most 1,024 features" * takes_rows
+        reason = f"it needs images (N, C, H, W) or volumes (N, C, D, H, W){rows}, and the data are {(16, *shape)}"
         assert diagnostics.left_out.get(name, reason) == reason
 
 
-def test_a_monitor_of_images_alone_is_switched_off_by_rows() -> None:
-    monitor = CosineMeanSimilarityMonitor(adapter=ModelAdapter(sample=lambda module, n: torch.zeros(n, 6)))
-    with pytest.warns(DiagnosticWarning, match=r"the data must be images \(N, C, H, W\) or volumes .* got \(64, 6\)"):
-        run(LinearVAE((6,)), monitor, (6,), epochs=2)
+@pytest.mark.parametrize(("kind", "shape"), [(GenerationBalanceMonitor, (6,)), (CosineMeanSimilarityMonitor, (1025,))])
+def test_a_monitor_of_images_alone_is_switched_off_by_rows(kind: Any, shape: tuple[int, ...]) -> None:
+    monitor = kind(adapter=ModelAdapter(sample=lambda module, n: torch.zeros(n, *shape)))
+    with pytest.warns(DiagnosticWarning, match=r"the data must be images \(N, C, H, W\) or volumes .* got \(64, \d+\)"):
+        run(LinearVAE(shape), monitor, shape, epochs=2)
     assert not monitor.enabled
+
+
+def test_rows_are_compared_by_groups_of_features_as_images_of_one_row_of_pixels() -> None:
+    real, other = data((6,))[0], torch.randn(64, 6, generator=torch.Generator().manual_seed(2))
+    regions = torch.tensor([[0, 1, 1, 1, 0, 0]])
+    adapter = ModelAdapter(sample=lambda module, n: other[:n], num_samples=64, chunk_size=64)
+    scalars = run(Still(), CosineMeanSimilarityMonitor(regions, adapter=adapter, on_error="raise"), (6,))
+    expected = cosine_mean_similarity(other[:, None, None], real[:, None, None], regions)
+    assert scalars["cms/image"] == pytest.approx(float(expected.image), rel=1e-5)
+    assert scalars["cms/worst"] == pytest.approx(float(expected.regions.min()), rel=1e-5)
+
+
+def test_features_of_rows_that_depend_on_each_other_are_found_and_named() -> None:
+    rows = torch.randn(128, 2, generator=torch.Generator().manual_seed(3))[:, [0, 1, 0, 0, 1, 1]]
+    monitor = CosineMeanSimilarityMonitor(
+        num_regions=2,
+        adapter=ModelAdapter(sample=lambda module, n: rows[:n], reference=rows, num_samples=128),
+        on_error="raise",
+    )
+    run(Still(), monitor, (6,))
+    assert monitor.region_map is not None
+    assert set(monitor.region_map.names) == {"features 0, 2, 3", "features 1, 4, 5"}
+
+
+def test_a_feature_of_rows_that_does_not_vary_is_named_beside_the_row() -> None:
+    rows = torch.randn(128, 2, generator=torch.Generator().manual_seed(3))
+    stuck = ModelAdapter(sample=lambda module, n: rows[:n] * torch.tensor([1.0, 0.0]), reference=rows, num_samples=128)
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=stuck, on_error="raise")
+    run(Still(), monitor, (2,))
+    series = {o.series.name: o for o in monitor.observations(monitor.metric.compute())}
+    assert series["feature 1"].severity > series["feature 0"].severity + 1
+    assert series["image"].series.label == "the row"
 
 
 def test_of_volumes_the_middle_slices_are_compared() -> None:

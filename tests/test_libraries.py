@@ -93,7 +93,10 @@ MonaiUNet = stand_in("DiffusionModelUNet", "monai.networks.nets.diffusion_model_
 MonaiDDPM = stand_in("DDPMScheduler", "monai.networks.schedulers.ddpm", Scheduler)
 OlderUNet = stand_in("DiffusionModelUNet", "generative.networks.nets", Denoiser)
 OlderDDPM = stand_in("DDPMScheduler", "generative.networks.schedulers", Scheduler)
-OURS = "20 steps of DPM-Solver++ with the betas of"
+DDIM = stand_in("DDIMScheduler", "diffusers.schedulers", Scheduler)
+Multistep = stand_in("DPMSolverMultistepScheduler", "diffusers.schedulers", Scheduler)
+WITHOUT_NOISE = "20 steps of DPM-Solver++ with the betas of"
+OURS = "20 steps of SDE-DPM-Solver++ with the betas of"
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,35 @@ def test_a_network_beside_a_scheduler_samples(module: nn.Module, name: str) -> N
     sample = way(module, "sample")
     assert (sample.name, sample.takes_labels) == (name, False)
     torch.testing.assert_close(sample.call(2), torch.full((2, *IMAGES), 0.5), atol=1e-3, rtol=0)
+
+
+class Halfway(Denoiser):
+    """Predicts half of the noise that an image of zeros would have, so that samples show the noise of the steps."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Any:
+        return SimpleNamespace(sample=sample / 2)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name"),
+    [
+        (DDPM(), OURS),
+        (Multistep(algorithm_type="sde-dpmsolver++"), OURS),
+        (Multistep(algorithm_type="dpmsolver++"), WITHOUT_NOISE),
+        (DDIM(), WITHOUT_NOISE),
+    ],
+)
+def test_steps_add_noise_where_those_of_the_scheduler_do(scheduler: Any, name: str) -> None:
+    module = Wrapped(unet=stand_in("UNet2DModel", "diffusers.models.unets", Halfway)(), scheduler=scheduler)
+    sample = way(module, "sample")
+    assert sample.name == f"{name} self.scheduler over self.unet"
+    torch.manual_seed(0)
+    start = torch.randn(2, *IMAGES)
+    torch.manual_seed(0)
+    samples = sample.call(2)
+    # without noise in its steps, a network that scales its input scales the start
+    ratio = samples / start
+    assert bool((ratio.std() < 1e-3 * ratio.mean().abs()).item()) == (name == WITHOUT_NOISE)
 
 
 def test_a_scheduler_is_left_as_it_was() -> None:
@@ -296,11 +328,18 @@ class Gaussian(nn.Module):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.sampling_timesteps, self.is_ddim_sampling = steps, False
+        self.sampling_timesteps, self.is_ddim_sampling, self.ddim_sampling_eta = steps, False, 0.0
 
     def sample(self, batch_size: int = 16) -> Tensor:
         print("100 %", file=sys.stderr)
-        return torch.full((batch_size, *IMAGES), float(self.sampling_timesteps + 1000 * self.is_ddim_sampling))
+        value = self.sampling_timesteps + 1000 * self.is_ddim_sampling + 100 * self.ddim_sampling_eta
+        return torch.full((batch_size, *IMAGES), float(value))
+
+
+class ByDDIM(Gaussian):
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self.is_ddim_sampling = True
 
 
 class OfClasses(Gaussian):
@@ -320,7 +359,9 @@ class Elucidated(nn.Module):
 @pytest.mark.parametrize(
     ("model", "kind", "name", "value"),
     [
-        (Gaussian, (1000,), "self.model.sample with 20 steps", 1020.0),
+        # those of DDPM with as much noise, and those of DDIM as they are
+        (Gaussian, (1000,), "self.model.sample with 20 steps", 1120.0),
+        (ByDDIM, (250,), "self.model.sample with 20 steps", 1020.0),
         (Gaussian, (10,), "self.model.sample", 10.0),
         (Elucidated, (), "self.model.sample with 20 steps", 20.0),
     ],
@@ -604,6 +645,159 @@ def test_flows_of_classes_take_labels() -> None:
     assert sample.call(2, torch.tensor([7, 8]))[:, 0].tolist() == [7, 8]
 
 
+class Conditional(nn.Module):
+    """Makes a distribution of four numbers for a context, whose samples are the place of the context's largest entry.
+
+    Its first layer takes two numbers of the data as well, as a coupling does, so that it does not state the length alone.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.hyper = nn.Linear(length + 2, 1)
+
+    def forward(self, c: Tensor | None = None) -> Any:
+        def transform(x: Tensor) -> Tensor:
+            half = x[:, :2]
+            return self.hyper(half if c is None else torch.cat([half, c.expand(len(x), -1)], 1))
+
+        def sample() -> Tensor:
+            assert c is not None
+            transform(torch.zeros(len(c), 4))
+            return c.argmax(1)[:, None].expand(-1, 4).float()
+
+        return SimpleNamespace(sample=sample, transform=transform, event_shape=(4,))
+
+
+class ConditionalMixture(Conditional):
+    """Calls its layer when it makes a distribution, which has no transform."""
+
+    def forward(self, c: Tensor | None = None) -> Any:
+        made = super().forward(c)
+        made.transform(torch.zeros(1 if c is None else len(c), 4))
+        return SimpleNamespace(sample=made.sample)
+
+
+ZUKO_OF_CLASSES = stand_in("MAF", "zuko.flows", Conditional, stand_in("Flow", "zuko.lazy", object))
+ZUKO_MIXTURE = stand_in("GMM", "zuko.mixtures", ConditionalMixture, stand_in("LazyDistribution", "zuko.lazy", object))
+
+
+@pytest.mark.parametrize("kind", [ZUKO_OF_CLASSES, ZUKO_MIXTURE], ids=["flow", "mixture"])
+def test_a_distribution_of_a_context_takes_labels_in_the_length_that_its_layers_state(kind: Any) -> None:
+    module = Wrapped(flow=kind(3)).eval()
+    state = torch.get_rng_state()
+    assert named(module, (4,)) == [("sample", "self.flow(one_hot(y, 3)).sample()")]
+    assert torch.equal(torch.get_rng_state(), state)
+    sample = way(module, "sample", (4,))
+    assert sample.takes_labels
+    assert sample.call(3, torch.tensor([2, 0, 1]))[:, 0].tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match="it takes 3 classes, got a label 3"):
+        sample.call(1, torch.tensor([3]))
+
+
+def test_an_embedding_of_the_length_of_the_context_comes_before_one_hot_labels() -> None:
+    module = Wrapped(flow=ZUKO_OF_CLASSES(3), other=nn.Embedding(5, 4), classes=nn.Embedding(5, 3))
+    assert [name for _, name in named(module, (4,))] == [
+        "self.flow(self.classes(y)).sample()",
+        "self.flow(one_hot(y, 3)).sample()",
+    ]
+    with torch.no_grad():
+        module.classes.weight.copy_(torch.eye(3)[torch.tensor([0, 1, 2, 1, 0])])
+    assert way(module, "sample", (4,)).call(2, torch.tensor([3, 4]))[:, 0].tolist() == [1, 0]
+
+
+def test_a_context_of_one_number_is_not_taken_for_classes() -> None:
+    assert named(Wrapped(flow=ZUKO_OF_CLASSES(1)), (4,)) == []
+
+
+class Doubling(nn.Module):
+    """An invertible network of FrEIA that doubles (n, 2, 2) data, and adds the class where it has a condition."""
+
+    def __init__(self, outputs: list[tuple[int, ...]], classes: int | None = None, inputs: int = 1) -> None:
+        super().__init__()
+        self.dims_in, self.global_out_shapes = [(2, 2)] * inputs, outputs
+        self.dims_c = [] if classes is None else [(classes,)]
+
+    def forward(self, x: Any, c: Any = None, rev: bool = False) -> tuple[Any, Tensor]:
+        shift = torch.zeros(1) if c is None else c[0].argmax(1).float()
+        assert (c is None) == (not self.dims_c)
+        if rev:
+            parts = x if isinstance(x, (tuple, list)) else [x]
+            assert [tuple(part.shape[1:]) for part in parts] == self.global_out_shapes
+            data = torch.cat([part.flatten(1) for part in parts], 1).view(-1, 2, 2)
+            return data / 2 + shift[:, None, None], torch.zeros(len(data))
+        assert x.shape[1:] == (2, 2)
+        split = (2 * x).flatten(1).split([torch.Size(shape).numel() for shape in self.global_out_shapes], 1)
+        outputs = tuple(part.view(-1, *shape) for part, shape in zip(split, self.global_out_shapes, strict=True))
+        return outputs if len(outputs) > 1 else outputs[0], torch.zeros(len(x))
+
+
+GRAPH = stand_in("GraphINN", "FrEIA.framework.graph_inn", Doubling)
+REVERSIBLE = stand_in("ReversibleGraphNet", "FrEIA.framework.reversible_graph_net", GRAPH)
+
+
+class Block(nn.Module):
+    def __init__(self, classes: int | None) -> None:
+        super().__init__()
+        self.dims_c = [] if classes is None else [(classes,)]
+
+
+class Sequence(Doubling):
+    """States shapes between its blocks, and conditions by them."""
+
+    def __init__(self, classes: int | None = None) -> None:
+        super().__init__([(4,)], classes)
+        self.shapes, self.conditions = [(2, 2), (2, 2), (4,)], [None, None if classes is None else 0]
+        self.module_list = nn.ModuleList([Block(None), Block(classes)])
+        self.outputs = self.global_out_shapes
+
+    def __getattr__(self, name: str) -> Any:
+        return self.outputs if name == "global_out_shapes" else super().__getattr__(name)
+
+
+SEQUENCE = stand_in("SequenceINN", "FrEIA.framework.sequence_inn", Sequence)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [GRAPH([(4,)]), REVERSIBLE([(2, 2)]), GRAPH([(1,), (3, 1)]), SEQUENCE()],
+    ids=["graph", "older graph", "two outputs", "sequence"],
+)
+@pytest.mark.parametrize("shape", [(4,), (2, 2), (1, 2, 2)])
+def test_an_invertible_network_samples_encodes_and_decodes(network: nn.Module, shape: tuple[int, ...]) -> None:
+    module, x = Wrapped(inn=network), torch.randn(3, *shape)
+    assert named(module, shape) == [
+        ("sample", "self.inn(z, rev=True) from normal noise (n, 4)"),
+        ("encode", "self.inn(x)"),
+        ("decode", "self.inn(z, rev=True)"),
+    ]
+    z = way(module, "encode", shape).call(x)
+    assert torch.equal(z, 2 * x.flatten(1))
+    assert torch.equal(way(module, "decode", shape).call(z).flatten(1), x.flatten(1))
+    torch.manual_seed(0)
+    samples = way(module, "sample", shape).call(3)
+    torch.manual_seed(0)
+    assert torch.equal(samples.flatten(1), torch.randn(3, 4) / 2)
+
+
+@pytest.mark.parametrize("network", [GRAPH([(4,)], 3), SEQUENCE(3)], ids=["graph", "sequence"])
+def test_the_condition_of_an_invertible_network_is_taken_for_one_hot_labels(network: nn.Module) -> None:
+    module = Wrapped(inn=network)
+    name = "self.inn(z, c=[one_hot(y, 3)], rev=True) from normal noise (n, 4)"
+    assert named(module, (4,)) == [("sample", name)]
+    sample, labels = way(module, "sample", (4,)), torch.tensor([2, 0, 1])
+    assert sample.takes_labels
+    torch.manual_seed(0)
+    samples = sample.call(3, labels)
+    torch.manual_seed(0)
+    assert torch.equal(samples.flatten(1), torch.randn(3, 4) / 2 + labels[:, None])
+
+
+def test_invertible_networks_of_several_inputs_or_of_conditions_that_are_no_classes_are_left_alone() -> None:
+    images = GRAPH([(4,)], 3)
+    images.dims_c = [(3, 8, 8)]
+    assert named(Wrapped(pair=GRAPH([(4,)], inputs=2), images=images), (4,)) == []
+
+
 class Mixture(nn.Module):
     """Returns a mixture of two normal distributions around -3 and 3."""
 
@@ -671,7 +865,7 @@ def test_an_unknown_module_is_left_alone_and_none_of_its_properties_runs() -> No
 
 
 def test_no_library_is_imported() -> None:
-    packages = ("diffusers", "monai", "generative", "pythae", "normflows", "nflows", "torchcfm")
+    packages = ("diffusers", "monai", "generative", "pythae", "normflows", "nflows", "zuko", "FrEIA", "torchcfm")
     before = set(sys.modules)
     ways(Wrapped(unet=UNet(), noise_scheduler=DDPM(), flow=NFLOW()))
     assert not {name.partition(".")[0] for name in set(sys.modules) - before} & set(packages)

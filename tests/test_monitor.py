@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from contextlib import nullcontext
@@ -253,7 +254,7 @@ class TestFailures:
             trainer(monitor, max_epochs=3).fit(TinyGAN(), batches())
         assert monitor.evaluations == 3
 
-    def test_batches_without_images_raise_a_warning_and_not_an_error(self) -> None:
+    def test_batches_without_images_raise_a_warning_and_not_an_error(self, caplog: pytest.LogCaptureFixture) -> None:
         class OfDicts(TinyGAN):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 return super().training_step(batch["picture"], batch_idx)
@@ -261,8 +262,17 @@ class TestFailures:
         loader = torch.utils.data.DataLoader(
             [{"picture": image.flatten()} for image in digits(8)[0][:64]], batch_size=16
         )
-        with pytest.warns(DiagnosticWarning, match=r"the data must be images .* got \(\d+, 64\). To fix this"):
+        series = torch.utils.data.DataLoader(
+            [{"picture": image.flatten(1)} for image in digits(8)[0][:64]], batch_size=16
+        )
+        with pytest.warns(DiagnosticWarning, match=r"the data must be images .* got \(\d+, 1, 64\). To fix this"):
+            trainer(make_monitor(), max_epochs=2).fit(OfDicts(), series)
+        # flattened images are rows
+        with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
             trainer(make_monitor(), max_epochs=2).fit(OfDicts(), loader)
+        assert (
+            "Rows of 64 features are compared by groups of features. If they are flattened images, pass" in caplog.text
+        )
         adapter = ModelAdapter(images=lambda batch: batch["picture"].unflatten(1, (1, 8, 8)), num_samples=50)
         monitor = make_monitor(adapter=adapter)
         trainer(monitor).fit(OfDicts(), loader)

@@ -305,6 +305,38 @@ def test_a_block_that_depends_on_nothing_else_is_a_region_of_its_own() -> None:
     assert max(found.overlap(r, truth) for r in range(5)) > 0.95
 
 
+def scattered(count: int = 24, groups: int = 3) -> tuple[Tensor, Tensor]:
+    """Returns rows (N, 1, 1, count) whose features depend on each other in groups of equal size, and the groups (count,)."""
+    group = torch.arange(count)[torch.randperm(count, generator=torch.Generator().manual_seed(0))] % groups
+    common = torch.randn(400, groups, generator=torch.Generator().manual_seed(1))[:, group]
+    noise = torch.randn(400, count, generator=torch.Generator().manual_seed(2))
+    return (common + 0.3 * noise)[:, None, None], group
+
+
+@pytest.mark.parametrize("num_regions", [3, None])
+def test_features_in_any_order_are_grouped_by_what_they_depend_on(num_regions: int | None) -> None:
+    rows, group = scattered()
+    found = find_regions(rows, num_regions, connected=False).labels.flatten()
+    assert adjusted_rand_index(found, group) == 1
+
+
+def test_features_that_never_vary_are_the_background_wherever_they_are() -> None:
+    rows, group = scattered()
+    rows[..., 1::4] = 2
+    region_map = find_regions(rows, 4, connected=False)
+    assert region_map.background == 3
+    assert torch.equal(region_map.labels.flatten() == 3, torch.arange(24) % 4 == 1)
+    varies = region_map.labels.flatten() != 3
+    assert adjusted_rand_index(region_map.labels.flatten()[varies], group[varies]) == 1
+
+
+def test_groups_are_the_same_in_another_order() -> None:
+    rows, _ = scattered()
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(5))
+    one, other = (find_regions(x, 5, connected=False).labels.flatten() for x in (rows, rows[..., order]))
+    assert adjusted_rand_index(one[order], other) == 1
+
+
 def test_the_clustering_of_the_paper_has_a_name() -> None:
     images = digits(16)[0][:300]
     # the authors' steps: Euclidean distances of rows, average linkage, maxclust

@@ -61,11 +61,48 @@ def test_the_second_order_keeps_the_spread_as_the_documentation_states(std: floa
         assert float(samples.std()) / std == pytest.approx(expected, abs=0.01)
 
 
-def test_ddim_converges_with_the_number_of_steps() -> None:
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
+def test_ddim_converges_with_the_number_of_steps(order: Any, stochastic: bool) -> None:
     torch.manual_seed(2)
-    for order in (1, 2):
-        samples = ddim(Network(ALPHAS, 2.0, 0.5), ALPHAS, (SAMPLES, 1), 1000, order=order)  # type: ignore[arg-type]
-        assert float(samples.std()) == pytest.approx(0.5, abs=0.006)
+    samples = ddim(Network(ALPHAS, 2.0, 0.5), ALPHAS, (SAMPLES, 1), 1000, order=order, stochastic=stochastic)
+    assert float(samples.mean()) == pytest.approx(2.0, abs=0.02)
+    assert float(samples.std()) == pytest.approx(0.5, abs=0.006)
+
+
+@pytest.mark.parametrize(("std", "spread"), [(0.1, 1.09), (0.5, 1.08), (1.0, 1.04)])
+def test_steps_that_add_noise_keep_the_spread_as_the_documentation_states(std: float, spread: float) -> None:
+    torch.manual_seed(1)
+    samples = ddim(Network(ALPHAS, 0.0, std), ALPHAS, (SAMPLES, 1), stochastic=True)
+    assert float(samples.std()) / std == pytest.approx(spread, abs=0.01)
+
+
+def ddpm(network: Network) -> Tensor:
+    """Samples by DDPM with all steps, a slow reference: the mean and the variance of the posterior q(x_s | x_t, x_0)."""
+    x = torch.randn(SAMPLES // 5, 1)
+    for t in range(999, -1, -1):
+        a, b, beta = float(ALPHAS[t]), float(ALPHAS[t - 1]) if t else 1.0, float(BETAS[t])
+        clean = (x - math.sqrt(1 - a) * network(x, torch.full((len(x),), t))) / math.sqrt(a)
+        x = math.sqrt(b) * beta / (1 - a) * clean + math.sqrt(1 - beta) * (1 - b) / (1 - a) * x
+        x = x + math.sqrt(beta * (1 - b) / (1 - a)) * torch.randn_like(x)
+    return x
+
+
+class Mistaken(Network):
+    """Predicts too little noise at the times at which sampling begins, as a network does that is not well trained."""
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().__call__(x, t) * (0.9 if int(t[0]) > 700 else 1.0)
+
+
+def test_steps_that_add_noise_forget_a_mistake_of_the_network_as_ddpm_does() -> None:
+    torch.manual_seed(6)
+    network = Mistaken(ALPHAS, 0.0, 0.5)
+    true = float(ddpm(network).std())
+    samples = {noisy: ddim(network, ALPHAS, (SAMPLES, 1), stochastic=noisy) for noisy in (False, True)}
+    # within the 8 % that 20 steps cost without a mistake
+    assert float(samples[True].std()) == pytest.approx(true, rel=0.09)
+    assert float(samples[False].std()) > 1.2 * true
 
 
 @pytest.mark.parametrize("schedule", [BETAS, ALPHAS, COSINE, BETAS[:10], torch.tensor([0.5]), torch.full((5,), 0.1)])

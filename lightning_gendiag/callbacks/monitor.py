@@ -21,7 +21,7 @@ from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.reference import InapplicableError
 from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions
-from lightning_gendiag.regions.region_map import RegionMap
+from lightning_gendiag.regions.region_map import RegionMap, features_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -98,6 +98,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     """Whether it needs real images or other data."""
     needs_images: ClassVar[bool] = False
     """Whether these must be images, or volumes, of which the middle slices are images."""
+    takes_rows: ClassVar[bool] = False
+    """Whether rows (N, F) may take the place of images, as images (N, 1, 1, F)."""
     needs_labels: bool = False
     """Whether it needs labels in the batches."""
     watches_batches: ClassVar[bool] = False
@@ -228,15 +230,20 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Returns the regions of the reference's first images, found once for all monitors and all ranks."""
         key = num_regions, num_images
         if key not in view.region_maps:
-            data = view.reference_images.images
+            is_row = self.takes_rows and view.reference.images.ndim == 2
+            data = view.as_images(view.reference, self.takes_rows).images
             most = max(LEAST_MAP_IMAGES, MAP_NUMBERS // data[0].numel())
             images = as_images(data[: min(num_images, most)]).to(view.device)
             positions = images[0, 0].numel()
             if num_regions is not None and num_regions > positions:
-                view.say(f"Regions: {positions} in place of {num_regions}, since the images have no more positions.")
+                what = f"{'rows' if is_row else 'images'} have no more {'features' if is_row else 'positions'}"
+                view.say(f"Regions: {positions} in place of {num_regions}, since the {what}.")
                 num_regions = positions
-            state = view.broadcast(lambda: find_regions(images, num_regions, max_pixels=MAX_CELLS).state_dict())
-            view.region_maps[key] = RegionMap.from_state_dict(state)
+            state = view.broadcast(
+                lambda: find_regions(images, num_regions, connected=not is_row, max_pixels=MAX_CELLS).state_dict()
+            )
+            names = {"names": features_in(state["labels"][0])} if is_row else {}
+            view.region_maps[key] = RegionMap.from_state_dict(state | names)
         return view.region_maps[key]
 
     def known_scalars(self) -> list[str]:

@@ -119,6 +119,21 @@ def read_labels(batch: Any, images: Tensor | None = None) -> Labels:
     return judge_labels(None)
 
 
+def count_of_images(batch: Any) -> int:
+    """Returns the number of batches of images of one shape, of which :func:`images_of` takes the first; 0 where it does not.
+
+    A pair of domains, for example, has two.
+    """
+    tensors = list(_walk(batch))
+    images = _find_images(tensors)
+    if images is None:
+        return 0
+    alike = [found for found in tensors if found.tensor.shape == images.tensor.shape]
+    # the places of a tensor's containers and its own, the outermost first
+    first = min(alike, key=lambda found: [position for _, position in reversed(found.around)])
+    return len(alike) if first is images else 0
+
+
 def judge_labels(found: Any, rows: int | None = None) -> Labels:
     """Returns class labels as int64, or the reason why what was found is none.
 

@@ -61,7 +61,7 @@ def data_in(output: Any, n: int, shape: tuple[int, ...] | None) -> Tensor:
         if fitted is None:
             found.append(tuple(tensor.shape))
             continue
-        if (alike := _alike(output)) > 1 and _fitted(output[0], n, shape) is not None:
+        if (alike := number_alike(output)) > 1 and _fitted(output[0], n, shape) is not None:
             raise ValueError(f"sample must return one batch of data, got {alike} of {tuple(output[0].shape)}.")
         return fitted
     expected = ", ".join(map(str, (n, *(("...",) if shape is None else shape))))
@@ -148,6 +148,12 @@ def moment_of(distribution: Distribution, name: str) -> Tensor | None:
     return None
 
 
+def number_alike(output: Any) -> int:
+    """Returns the number of tensors of a plain tuple or list that holds nothing but tensors of one shape, else 0."""
+    plain = type(output) in (tuple, list) and all(isinstance(part, Tensor) for part in output)
+    return len(output) if plain and len({part.shape for part in output}) == 1 else 0
+
+
 def _tensors(output: Any, n: int, depth: int = 0) -> Iterator[Tensor]:
     """Yields what may be the data, best first."""
     if isinstance(output, Tensor):
@@ -208,9 +214,3 @@ def _fitted(data: Tensor, n: int, shape: tuple[int, ...] | None) -> Tensor | Non
     if got == (math.prod(shape),):
         return data.reshape(n, *shape)
     return None
-
-
-def _alike(output: Any) -> int:
-    """Returns the number of tensors of a plain tuple or list that holds nothing but tensors of one shape, else 0."""
-    plain = type(output) in (tuple, list) and all(isinstance(part, Tensor) for part in output)
-    return len(output) if plain and len({part.shape for part in output}) == 1 else 0

@@ -35,7 +35,7 @@ from lightning_gendiag.model.adapters.own import (
 from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, known
 from lightning_gendiag.model.generators import seed_all
-from lightning_gendiag.model.outputs import data_in, fields_of, scaled_like
+from lightning_gendiag.model.outputs import data_in, fields_of, number_alike, scaled_like
 from lightning_gendiag.model.posterior import all_positive, posterior_in
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class ModelParts:
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot,
             None if self.real.conditions is None else self.real.conditions[0],
+            self.real.count,
         )  # fmt: skip
 
     # ---- choosing ----
@@ -237,7 +238,7 @@ class ModelParts:
         for recogniser in RECOGNISERS:
             for way in recogniser(self.module, self.context):
                 if way.need == need:
-                    yield from _with_one_hot(way, self.context.one_hot)
+                    yield from _forms(way, self.context)
         if need == "reconstruct" and self.has("encode") and self.has("decode"):
             name = f"{self.way('decode').name} of {self.way('encode').name}"
             yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
@@ -288,7 +289,7 @@ class ModelParts:
             return [] if self.adapter.decode is None else [Way(need, name, target)]
         plain = Way(need, f"{name}(n)", target, takes_labels=self.adapter.conditional)
         ways = list(sampler_ways(target, name, *parts, self.context)) or [plain]
-        return [form for way in ways for form in _with_one_hot(way, self.context.one_hot)]
+        return [form for way in ways for form in _forms(way, self.context)]
 
     # ---- trying ----
 
@@ -383,7 +384,7 @@ class ModelParts:
     def _takes_noise(self, way: Way | None) -> bool:
         """Whether normal noise is the prior of what a way decodes, by the samplers that have been tried so far."""
         example = self._example
-        if self.adapter.latent_dim is not None:
+        if self._states_prior(way):
             return True
         encodes = example is not None and self.has("encode")
         # a generator alone takes noise in any case
@@ -399,6 +400,11 @@ class ModelParts:
             again = self.decode(self.as_input(self.latents_of(example)))
             return float((again - example).norm()) < LARGEST_ERROR * float(example.norm())
         return False
+
+    def _states_prior(self, way: Way | None) -> bool:
+        """Whether the user states the length of the noise, and a way decodes latents of that length."""
+        length, shape = self.adapter.latent_dim, None if way is None else self._latent_shape(way)
+        return length is not None and (shape is None or math.prod(shape) == length)
 
     def _message(self, need: Need, failures: list[str]) -> str:
         own = type(self.module).__name__
@@ -548,11 +554,28 @@ class ModelParts:
         return as_images(middle_slices(images))
 
 
-def _with_one_hot(way: Way, classes: int) -> Iterator[Way]:
-    """Yields a way and, where it takes labels and those of the batches are one-hot, the same with such labels."""
-    yield way
-    if way.need == "sample" and way.takes_labels and classes:
-        yield replace(way, name=f"{way.name} as one-hot rows", call=partial(_sampled_by_rows, way.call, classes))
+def _forms(way: Way, context: Context) -> Iterator[Way]:
+    """Yields the forms of a way that the batches suggest.
+
+    These are with one-hot labels, where the batches have such, and the first of as many outputs as there are images in a batch,
+    as of generators of several domains (https://arxiv.org/abs/1606.07536).
+    """
+    ways = [way]
+    if way.need == "sample" and way.takes_labels and context.one_hot:
+        call = partial(_sampled_by_rows, way.call, context.one_hot)
+        ways.append(replace(way, name=f"{way.name} as one-hot rows", call=call))
+    for form in ways:
+        yield form
+        if way.need in ("sample", "decode") and context.count > 1:
+            first = partial(_first_of, form.call, context.count)
+            yield replace(form, name=f"the first of {context.count} outputs of {form.name}", call=first)
+
+
+def _first_of(call: Callable[..., Any], count: int, *given: Any) -> Any:
+    output = call(*given)
+    if number_alike(output) != count:
+        raise ValueError(f"it must return {count} batches of data, as many as a training batch holds")
+    return output[0]
 
 
 def _sampled_by_rows(sampler: Callable[..., Any], classes: int, n: int, labels: Tensor) -> Any:

@@ -20,7 +20,7 @@ from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.amounts import NUM_REFERENCE, reference_size
 from lightning_gendiag.model.batch_reader import BatchReader
-from lightning_gendiag.model.batches import Images, Labels, Rows, known, shape_of
+from lightning_gendiag.model.batches import Images, Labels, Rows, count_of_images, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 
 COMPARED = 512
@@ -59,6 +59,8 @@ class Reference:
         self.conditions: Tensor | None = None
         """(M, K) rows that stand for labels in the batches and are no classes, such as attributes; None where there are
         none. Before the images are complete, they are those of the first batch."""
+        self.count = 0
+        """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
         self._rows = Rows()
         self._reader = BatchReader(self._found, adapter.images is not None or adapter.labels is not None)
         self._looked = self._epoch_seen = False
@@ -150,6 +152,7 @@ class Reference:
         self.one_hot = labels.one_hot
         if self.conditions is None and labels.conditions is not None:
             self.conditions = labels.conditions.detach()[:SEEN].cpu().clone()
+        self.count = count_of_images(batch) if self.adapter.images is None else 0
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
@@ -350,7 +353,7 @@ class Reference:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the images that were collected; those that were given are read again instead."""
-        state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot}
+        state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot, "count": self.count}
         if self.adapter.reference is None and self.images is not None:
             state |= {"images": self.images.images, "labels": self.images.labels, "conditions": self.conditions}
         elif self._held and self.trainer.world_size == 1:
@@ -364,7 +367,7 @@ class Reference:
         """Takes over the images of a checkpoint, which are compared with the batches to come."""
         if self.adapter.reference is not None:
             return
-        self._epoch_seen, self.one_hot = state["epoch_seen"], state["one_hot"]
+        self._epoch_seen, self.one_hot, self.count = state["epoch_seen"], state["one_hot"], state["count"]
         if "images" in state:
             self.images, self.conditions = Images(state["images"], state["labels"]), state["conditions"]
             self.doubt()

@@ -58,6 +58,9 @@ EIGHT_BITS = 13.0
 WITHIN = 3
 """Number of evaluations in which generated images stay within -1 to 1, and real ones do not, before a warning."""
 
+LONGEST_ROW = 1024
+"""Largest number of features of rows that are compared feature by feature; of more, neighbours have nothing in common."""
+
 PRIOR_CHUNK = 16
 """Number of latents of the prior that are drawn with one seed."""
 
@@ -181,10 +184,20 @@ class ModelView:
             RuntimeError: If they are not complete yet.
             InapplicableError: If the data are neither.
         """
-        return self._as_images(self.reference)
+        return self.as_images(self.reference)
 
-    def _as_images(self, data: Images) -> Images:
-        """Images, or the middle slices of volumes."""
+    def as_images(self, data: Images, rows: bool = False) -> Images:
+        """Returns images, or the middle slices of volumes; of rows (N, F), images (N, 1, 1, F) where ``rows`` are taken.
+
+        Raises:
+            InapplicableError: If the data are anything else.
+        """
+        if rows and data.images.ndim == 2 and data.images.shape[1] <= LONGEST_ROW:
+            self.say(
+                f"Rows of {data.images.shape[1]} features are compared by groups of features. If they are flattened images, "
+                "pass ModelAdapter(images=lambda batch: ...)."
+            )
+            return Images(data.images[:, None, None], data.labels)
         if data.images.ndim not in (4, 5):
             raise InapplicableError(
                 f"the data must be images (N, C, H, W) or volumes (N, C, D, H, W), got {tuple(data.images.shape)}. "
@@ -371,16 +384,17 @@ class ModelView:
         self.find("sample")
         return "samples"
 
-    def compared(self, wanted: Source) -> Images:
-        """Returns this process's generated images of this evaluation: samples, or reconstructions; of volumes, slices."""
-        return self._as_images(self.samples() if self.source(wanted) == "samples" else self.reconstructions())
+    def compared(self, wanted: Source, rows: bool = False) -> Images:
+        """Returns this process's generated images of this evaluation: samples or reconstructions, as :meth:`as_images`."""
+        return self.as_images(self.samples() if self.source(wanted) == "samples" else self.reconstructions(), rows)
 
-    def compared_with(self, wanted: Source) -> Images:
+    def compared_with(self, wanted: Source, rows: bool = False) -> Images:
         """Returns this process's real images that they are compared with.
 
         Images are not compared with their own reconstructions, which would be more alike than two independent samples.
         """
-        return self._as_images(self.real.local(slice(None) if self.source(wanted) == "samples" else COMPARED))
+        own = self.real.local(slice(None) if self.source(wanted) == "samples" else COMPARED)
+        return self.as_images(own, rows)
 
     def compared_rows(self, wanted: Source) -> slice:
         """Returns the rows of the reference of all processes that :meth:`compared_with` returns."""

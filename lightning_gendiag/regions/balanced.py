@@ -31,7 +31,9 @@ Matrix = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def balanced_clusters(cka: Matrix, height: int, width: int, num_regions: int | None) -> tuple[Integers, int | None]:
+def balanced_clusters(
+    cka: Matrix, height: int, width: int, num_regions: int | None, connected: bool = True
+) -> tuple[Integers, int | None]:
     """Divides the positions of an image into regions.
 
     Args:
@@ -40,16 +42,19 @@ def balanced_clusters(cka: Matrix, height: int, width: int, num_regions: int | N
         width: W.
         num_regions: R, 1 to P, of which one may be the background. None cuts the tree at half of its largest merging
             distance.
+        connected: Whether places count and regions are connected; else all positions are neighbours of each other.
 
     Returns:
         Labels (P,), the largest region first and the background last, and the number of the background or None.
     """
-    background = _background(cka.diagonal() == 0, height, width, num_regions)
+    background = _background(cka.diagonal() == 0, height, width, num_regions, connected)
     inside = np.flatnonzero(~background)
-    edges = _edges(~background.reshape(height, width))
-    places = np.stack(np.divmod(inside, width), 1) / max(height, width)
-    places -= places.mean(0)
-    kernel = cka[np.ix_(inside, inside)] + POSITION * places @ places.T
+    kernel, edges = cka[np.ix_(inside, inside)], None
+    if connected:
+        edges = _edges(~background.reshape(height, width))
+        places = np.stack(np.divmod(inside, width), 1) / max(height, width)
+        places -= places.mean(0)
+        kernel = kernel + POSITION * places @ places.T
     count = None if num_regions is None else num_regions - bool(background.any())
     found = _moved(kernel, edges, *_divided(kernel, edges, count))
     sizes = np.bincount(found)
@@ -59,9 +64,12 @@ def balanced_clusters(cka: Matrix, height: int, width: int, num_regions: int | N
     return labels, len(sizes) if background.any() else None
 
 
-def _background(constant: NDArray[np.bool_], height: int, width: int, num_regions: int | None) -> NDArray[np.bool_]:
+def _background(
+    constant: NDArray[np.bool_], height: int, width: int, num_regions: int | None, connected: bool
+) -> NDArray[np.bool_]:
     """Returns which positions (P,) are background: constant areas that are large or reach the edge of the image.
 
+    Where regions need not be connected, all constant positions are one area.
     There is none where these are too few for a region, or where too few other positions are left.
     """
     from scipy import ndimage
@@ -72,7 +80,7 @@ def _background(constant: NDArray[np.bool_], height: int, width: int, num_region
     kept = np.bincount(areas.ravel()) >= least
     kept[at_edge] = True
     kept[0] = False
-    found: NDArray[np.bool_] = kept[areas].ravel()
+    found: NDArray[np.bool_] = kept[areas].ravel() if connected else constant.copy()
     others = len(constant) - int(found.sum())
     if num_regions == 1 or found.sum() < least or others < max(1, (num_regions or 2) - 1):
         return none
@@ -108,11 +116,13 @@ def _edges(inside: NDArray[np.bool_]) -> Integers:
     return np.concatenate(pairs)
 
 
-def _tree(kernel: Matrix, edges: Integers) -> list[tuple[int, int, float]]:
-    """Merges neighbouring clusters by Ward's method, and returns the two nodes and the cost of each merge.
+def _tree(kernel: Matrix, edges: Integers | None) -> list[tuple[int, int, float]]:
+    """Merges neighbouring clusters, or any without edges, by Ward's method; returns the nodes and the cost of each merge.
 
     Nodes 0..P-1 are the positions, and node P + i is the i-th merge.
     """
+    if edges is None:
+        return _tree_of_all(kernel)
     sums, count = kernel.copy(), len(kernel)
     size, node, version = [1] * count, list(range(count)), [0] * count
     near: list[set[int]] = [set() for _ in range(count)]
@@ -148,7 +158,19 @@ def _tree(kernel: Matrix, edges: Integers) -> list[tuple[int, int, float]]:
     return tree
 
 
-def _divided(kernel: Matrix, edges: Integers, num_regions: int | None) -> tuple[Integers, float]:
+def _tree_of_all(kernel: Matrix) -> list[tuple[int, int, float]]:
+    """Returns the same where all positions are neighbours of each other, for which there is a faster algorithm."""
+    from scipy.cluster import hierarchy
+
+    if len(kernel) == 1:
+        return []
+    norms, (rows, columns) = kernel.diagonal(), np.triu_indices(len(kernel), 1)
+    distances = np.sqrt((norms[rows] + norms[columns] - 2 * kernel[rows, columns]).clip(min=0))
+    # its height is the square root of twice the cost
+    return [(int(a), int(b), height**2 / 2) for a, b, height, _ in hierarchy.linkage(distances, "ward").tolist()]
+
+
+def _divided(kernel: Matrix, edges: Integers | None, num_regions: int | None) -> tuple[Integers, float]:
     """Cuts the tree into regions, and returns their labels (P,) and the least size that all of them have."""
     count = len(kernel)
     tree = _tree(kernel, edges)
@@ -201,8 +223,10 @@ def _distances(kernel: Matrix, labels: Integers) -> Matrix:
     return distances
 
 
-def _joined(labels: Integers, edges: Integers, distances: Matrix) -> Integers:
+def _joined(labels: Integers, edges: Integers | None, distances: Matrix) -> Integers:
     """Adds positions without a region (-1) to the nearest of the regions that meet there, until all have one."""
+    if edges is None:
+        return np.where(labels < 0, distances.argmin(1), labels).astype(np.int64)
     labels = labels.copy()
     while (labels < 0).any():
         meets = np.zeros(distances.shape, dtype=bool)
@@ -214,23 +238,29 @@ def _joined(labels: Integers, edges: Integers, distances: Matrix) -> Integers:
     return labels
 
 
-def _moved(kernel: Matrix, edges: Integers, labels: Integers, least: float) -> Integers:
+def _moved(kernel: Matrix, edges: Integers | None, labels: Integers, least: float) -> Integers:
     """Moves positions to the nearest region, as k-means does, while regions stay connected and large enough."""
-    from scipy.sparse import csgraph, csr_matrix
-
     for _ in range(MOVES):
         distances = _distances(kernel, labels)
         moved = distances.argmin(1).astype(np.int64)
-        same = edges[moved[edges[:, 0]] == moved[edges[:, 1]]]
-        graph: Any = csr_matrix((np.ones(len(same)), same.T), shape=kernel.shape)
-        _, parts = csgraph.connected_components(graph, directed=False)
-        # only the largest part of each region stays, and the others join what they touch
-        order = np.bincount(parts)[parts].argsort(kind="stable")
-        largest = np.full(distances.shape[1], -1)
-        largest[moved[order]] = parts[order]
-        moved = _joined(np.where(parts == largest[moved], moved, -1), edges, distances)
+        if edges is not None:
+            moved = _joined(np.where(_in_largest_part(moved, edges), moved, -1), edges, distances)
         counts = np.bincount(moved, minlength=distances.shape[1])
         if counts.min() < least or (moved == labels).all():
             break
         labels = moved
     return labels
+
+
+def _in_largest_part(labels: Integers, edges: Integers) -> NDArray[np.bool_]:
+    """Returns which positions (P,) are in the largest connected part of their region."""
+    from scipy.sparse import csgraph, csr_matrix
+
+    same = edges[labels[edges[:, 0]] == labels[edges[:, 1]]]
+    graph: Any = csr_matrix((np.ones(len(same)), same.T), shape=(len(labels), len(labels)))
+    _, parts = csgraph.connected_components(graph, directed=False)
+    order = np.bincount(parts)[parts].argsort(kind="stable")
+    largest = np.full(int(labels.max()) + 1, -1)
+    largest[labels[order]] = parts[order]
+    found: NDArray[np.bool_] = parts == largest[labels]
+    return found

@@ -41,6 +41,7 @@ def find_regions(
     gamma: float | None = None,
     *,
     method: Literal["balanced", "paper"] = "balanced",
+    connected: bool = True,
     batch_size: int = 100,
     linkage: str = "average",
     max_pixels: int = MAX_PIXELS,
@@ -67,6 +68,8 @@ def find_regions(
             distance.
         gamma: bandwidth, see :func:`pixel_cka`.
         method: ``"balanced"``, or ``"paper"`` for the authors' clustering.
+        connected: whether regions are connected and their pixels near each other, for ``method="balanced"``; False for rows
+            of features in any order.
         batch_size: number of images in a batch, see :func:`pixel_cka`.
         linkage: any method of ``scipy.cluster.hierarchy.linkage``, for ``method="paper"``.
         max_pixels: largest number of positions or cells that are clustered.
@@ -115,7 +118,7 @@ def find_regions(
         if method == "paper":
             return _clusters(cka, num_regions, linkage), None
         high, wide = images.shape[-2:]
-        found, background = balanced_clusters(cka.double().cpu().numpy(), high, wide, num_regions)
+        found, background = balanced_clusters(cka.double().cpu().numpy(), high, wide, num_regions, connected)
         return torch.from_numpy(found), background
 
     labels, background = clusters(whole)

@@ -193,3 +193,23 @@ def _names(labels: Tensor, num_regions: int, background: int | None) -> tuple[st
         count = sum(known == name or known.startswith(f"{name} (") for known in names)
         names.append(f"{name} ({count + 1})" if count else name)
     return tuple(names)
+
+
+def features_in(labels: Tensor) -> list[str]:
+    """Returns a name for each region of rows, which are numbered features (F,).
+
+    Example:
+        >>> features_in(torch.tensor([0, 1, 1, 1, 2, 0, 2, 0]))
+        ['features 0, 5, 7', 'features 1 to 3', 'features 4, 6']
+    """
+    names = []
+    for region in range(int(labels.max()) + 1):
+        numbers = (labels == region).nonzero()[:, 0].tolist()
+        if len(numbers) == 1:
+            names.append(f"feature {numbers[0]}")
+        elif len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+            names.append(f"features {numbers[0]} to {numbers[-1]}")
+        else:
+            more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
+            names.append(f"features {', '.join(map(str, numbers[:4]))}{more}")
+    return names

@@ -93,6 +93,8 @@ noise reaches 0.2 to 0.4 on digits."""
 class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimilarityResult]):
     """Monitors :class:`CosineMeanSimilarity` of a model's samples or reconstructions, region by region.
 
+    Rows (N, F) of at most 1,024 features are compared as images of one row of pixels, whose regions are groups of features.
+
     TensorBoard shows a curve for each region, one chart with all of them and one with the worst, median and best (Custom
     Scalars), the region map, and a panel with the mean real and the mean generated image and each region's distance from
     real images, in standard deviations of real images compared with real ones.
@@ -118,13 +120,14 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
 
     name = "cms"
     metric_class = CosineMeanSimilarity
-    needs_images = True
+    needs_images = takes_rows = True
     region_map: RegionMap | None
     """The regions; None before they are found."""
     _real: plots.RealImages
     _generated: Tensor
     _map_logged = False
     _quantity = QUANTITY
+    _whole = ""
     _before: tuple[float, float] | None = None
     """Sums of the weights and of the generated images at the last evaluation."""
     _is_unchanged = False
@@ -168,7 +171,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             )
         sampled = None if reconstructs else view.parts.tried
         if self.region_map is not None:
-            real = view.reference_images if view.has_reference else None
+            real = view.as_images(view.reference, rows=True) if view.has_reference else None
             for images, name in ((sampled, "generated"), (real, "the reference")):
                 if images is not None and images.images.ndim == 4:
                     check_shape(images.images, name, self.region_map, None)
@@ -177,7 +180,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         """Finds the regions, equal on all processes, and adds the reference."""
         if self.region_map is None:
             self.region_map = self.find_regions(view, self.num_regions, self.map_images)
-        images, labels = as_images(view.reference_images.images), view.reference.labels
+        images, labels = as_images(view.as_images(view.reference, rows=True).images), view.reference.labels
+        self._whole = "the row" if view.reference.images.ndim == 2 else ""
         low, high = images.amin(0), images.amax(0)
         self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()))
         varies = (high > low).any(0)
@@ -198,7 +202,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             reset_real_features=False,
         ).to(view.device)  # fmt: skip
         self._quantity = f"{QUANTITY}{' of reconstructions' * (view.source(self.images) == 'reconstructions')}"
-        own, classes_of_own = view.compared_with(self.images)
+        own, classes_of_own = view.compared_with(self.images, rows=True)
         metric.update(
             own.to(view.device), real=True, labels=None if classes_of_own is None else classes_of_own.to(view.device)
         )
@@ -206,7 +210,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
 
     def update(self, view: ModelView) -> None:
         """Adds this rank's samples or reconstructions."""
-        images, labels = view.compared(self.images)
+        images, labels = view.compared(self.images, rows=True)
         self.metric.update(images, real=False, labels=labels)
         finite = images[images.flatten(1).isfinite().all(1)]
         self._generated = finite.mean(0) if len(finite) else images.new_zeros(images.shape[1:])
@@ -231,7 +235,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         unchanged, unreached = float(result.unchanged), float(result.unreached)
         regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
         background = self._regions.background
-        region, whole = (replace(series, quantity=self._quantity) for series in (REGION, IMAGE))
+        region = replace(REGION, quantity=self._quantity)
+        whole = replace(IMAGE, quantity=self._quantity, label=self._whole)
         # a border that never varies is similar from the beginning
         best = max([x for r, x in enumerate(result.regions.tolist()) if r != background] or [image])
         return [

@@ -56,6 +56,8 @@ class Context:
     """Number of columns of the batches' one-hot labels; 0 where labels are given otherwise, or there are none."""
     condition: Tensor | None = None
     """(K,) row that stands for the label of a real image and is no class, such as its attributes; None for classes."""
+    count: int = 0
+    """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import math
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ FIRST_STAGES = r"Autoencoder\w+|AsymmetricAutoencoder\w+|VQModel|VQVAE"
 PREDICTIONS: dict[str, samplers.Prediction] = {"epsilon": "noise", "sample": "sample", "v_prediction": "velocity"}
 
 FLOWS = ("normflows", "nflows", "zuko")
-"""Packages of normalizing flows."""
+"""Packages of normalizing flows whose types are named alike."""
 
 LABELS = ("y", "label", "labels", "cls", "classes", "class_labels", "target", "targets")
 """Names of parameters that take class labels."""
@@ -186,7 +187,8 @@ def diffusion_networks(module: nn.Module, context: Context) -> Iterator[Way]:
     parts = parts_of(module)
     stages = of_kind(module, DIFFUSION, FIRST_STAGES)
     for scheduler in of_kind(module, DIFFUSION, r"\w*Scheduler"):
-        steps = f"{STEPS} steps of {'DPM-Solver++ with the betas of ' * is_discrete(scheduler.value)}{scheduler.name}"
+        solver = f"{'SDE-' * is_stochastic(scheduler.value)}DPM-Solver++ with the betas of "
+        steps = f"{STEPS} steps of {solver * is_discrete(scheduler.value)}{scheduler.name}"
         for network in networks(module, DIFFUSION):
             labels = label_name(network.value) is not None
             name = f"{steps} over {network.name}"
@@ -211,6 +213,15 @@ def is_discrete(scheduler: Any) -> bool:
     return has_betas and is_kind(scheduler, DIFFUSION, kinds) and prediction_of(scheduler) in PREDICTIONS
 
 
+def is_stochastic(scheduler: Any) -> bool:
+    """Returns whether a scheduler adds noise in each step, so that :func:`samplers.ddim` must do so too.
+
+    Of a network of 120 training steps, 20 steps with noise give the distribution of DDPM with 100, up to chance. Those
+    without noise do not, and neither does the package's own DDIM with 100 steps (``benchmarks/field.py --calibrate``).
+    """
+    return is_kind(scheduler, DIFFUSION, r"DDPM\w*") or str(setting(scheduler, "algorithm_type", "")).startswith("sde")
+
+
 def prediction_of(scheduler: Any) -> str:
     """Returns what a scheduler takes a network's output for, such as ``"epsilon"``."""
     kind = setting(scheduler, "prediction_type", "epsilon")
@@ -225,6 +236,7 @@ def scheduled(
         return samplers.ddim(
             lambda x, t: predicted(network, (x, t), x, labels), scheduler.alphas_cumprod, (n, *shape), STEPS,
             PREDICTIONS[prediction_of(scheduler)], clip=clipping(scheduler), device=device,
+            stochastic=is_stochastic(scheduler),
         )  # fmt: skip
     # its steps leave a state in the scheduler
     scheduler = copy.deepcopy(scheduler)
@@ -386,7 +398,10 @@ def fewer_steps(model: Any) -> dict[str, Any]:
     """Returns the attributes with which a model samples in a few steps; none where it does already."""
     for name in ("sampling_timesteps", "num_sample_steps"):
         if getattr(model, name, 0) > STEPS:
-            return {name: STEPS} | ({"is_ddim_sampling": True} if hasattr(model, "is_ddim_sampling") else {})
+            # DDIM in place of DDPM adds as much noise
+            as_ddpm = {"is_ddim_sampling": True, "ddim_sampling_eta": 1.0}
+            is_ddpm = getattr(model, "is_ddim_sampling", True) is False
+            return {name: STEPS} | {key: value for key, value in as_ddpm.items() if is_ddpm and hasattr(model, key)}
     return {}
 
 
@@ -526,11 +541,17 @@ def applied(layers: Layers, x: Tensor) -> Any:
 
 
 def flows(module: nn.Module, context: Context) -> Iterator[Way]:
-    """Yields samples, latents and data of the flows of normflows, nflows and zuko."""
+    """Yields samples, latents and data of the flows of normflows, nflows, zuko and FrEIA."""
     for name, flow, _ in parts_of(module):
         if is_kind(flow, FLOWS, r"\w*Flow|LazyDistribution") and not OF_NOISE.search(name.rpartition(".")[2]):
-            package = next(package for package in FLOWS if is_kind(flow, (package,), r"\w+"))
-            yield from {"normflows": of_normflows, "nflows": of_nflows, "zuko": of_zuko}[package](name, flow)
+            if is_kind(flow, ("normflows",), r"\w+"):
+                yield from of_normflows(name, flow)
+            elif is_kind(flow, ("nflows",), r"\w+"):
+                yield from of_nflows(name, flow)
+            else:
+                yield from of_zuko(module, name, flow)
+        elif is_kind(flow, ("FrEIA",), "SequenceINN|GraphINN"):
+            yield from of_freia(name, flow)
 
 
 def of_normflows(name: str, flow: Any) -> Iterator[Way]:
@@ -548,12 +569,108 @@ def of_nflows(name: str, flow: Any) -> Iterator[Way]:
     yield from both(f"{name}.transform_to_noise", flow.transform_to_noise)
 
 
-def of_zuko(name: str, flow: Any) -> Iterator[Way]:
+def of_zuko(module: nn.Module, name: str, flow: Any) -> Iterator[Way]:
     """Yields the parts of a flow of zuko, or of another distribution that it makes at each call."""
+    length = context_length(flow)
+    if length:
+        yield from of_classes(module, name, flow, length)
+        return
     yield Way("sample", f"{name}().sample((n,))", partial(drawn, flow))
     if is_kind(flow, FLOWS, "Flow"):
         yield from both(f"{name}().transform", partial(transformed, flow))
         yield Way("decode", f"{name}().transform.inv", partial(inverted, flow))
+
+
+def of_classes(module: nn.Module, name: str, flow: Any, length: int) -> Iterator[Way]:
+    """Yields samplers of a distribution of zuko that is made for a context, which stands for labels."""
+    for embedding in (part for part in parts_of(module) if isinstance(part.value, nn.Embedding)):
+        if embedding.value.embedding_dim == length:
+            text = f"{name}({embedding.name}(y)).sample()"
+            yield Way("sample", text, partial(drawn_for, flow, embedding.value), takes_labels=True)
+    if length > 1:
+        text = f"{name}(one_hot(y, {length})).sample()"
+        yield Way("sample", text, partial(drawn_for, flow, partial(one_hot, length)), takes_labels=True)
+
+
+def context_length(flow: Any) -> int:
+    """Returns the length of the context that a distribution of zuko is made for, which its layers state; 0 for none.
+
+    Only one length fits the first layer, which takes the context and perhaps data, so that the lengths are tried on zeros.
+    """
+    widths = [width for layer in flow.modules() if isinstance(width := getattr(layer, "in_features", None), int)]
+    weights = next(iter(flow.parameters()), torch.zeros(()))
+    for length in range(max(widths, default=0) + 1):
+        with suppress(Exception), torch.no_grad():
+            made = flow(weights.new_zeros(1, length)) if length else flow()
+            if hasattr(made, "transform"):
+                made.transform(weights.new_zeros(1, *made.event_shape))
+            return length
+    return 0
+
+
+def one_hot(length: int, labels: Tensor) -> Tensor:
+    """Returns labels (n,) as one-hot rows (n, length).
+
+    Raises:
+        ValueError: If there are more classes than that.
+    """
+    if int(labels.max()) >= length:
+        raise ValueError(f"it takes {length} classes, got a label {int(labels.max())}")
+    return nn.functional.one_hot(labels, length)
+
+
+def drawn_for(flow: Any, embed: Callable[[Tensor], Tensor], n: int, labels: Tensor) -> Any:
+    """Returns a sample for each label, of the distributions that a module makes."""
+    weights = next(iter(flow.parameters()))
+    return flow(embed(labels).to(weights)).sample()
+
+
+def of_freia(name: str, network: Any) -> Iterator[Way]:
+    """Yields the parts of an invertible network of FrEIA with one input and at most one condition, of labels."""
+    # a sequence lists the shapes between its blocks, and a graph those of its ends
+    between = getattr(network, "shapes", [])
+    inputs, outputs = network.dims_in, getattr(network, "global_out_shapes", between[-1:])
+    conditions = list(getattr(network, "dims_c", ())) or [
+        block.dims_c[0]
+        for block, index in zip(getattr(network, "module_list", ()), getattr(network, "conditions", ()), strict=False)
+        if index is not None
+    ]
+    if len(inputs) != 1 or len({tuple(shape) for shape in conditions}) > 1:
+        return
+    sizes = [tuple(shape) for shape in outputs]
+    length = sum(map(math.prod, sizes))
+    if conditions:
+        classes = conditions[0][0]
+        if len(conditions[0]) == 1 and classes > 1:
+            text = f"{name}(z, c=[one_hot(y, {classes})], rev=True) from normal noise (n, {length})"
+            call = partial(freia_sampled, network, sizes, classes)
+            yield Way("sample", text, call, takes_labels=True)
+        return
+    text = f"{name}(z, rev=True) from normal noise (n, {length})"
+    yield Way("sample", text, partial(freia_sampled, network, sizes, None))
+    yield Way("encode", f"{name}(x)", partial(freia_encoded, network, tuple(inputs[0])))
+    yield Way("decode", f"{name}(z, rev=True)", partial(freia_decoded, network, sizes, {}), latent=(length,))
+
+
+def freia_encoded(network: Any, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    """Returns the latents (n, L) of data, those of several outputs one after the other."""
+    outputs = network(x.reshape(len(x), *shape))[0]
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return torch.cat([z.flatten(1) for z in outputs], dim=1)
+
+
+def freia_decoded(network: Any, sizes: list[tuple[int, ...]], condition: dict[str, Any], z: Tensor) -> Any:
+    """Returns the data of latents (n, L), which are divided among outputs of the stated shapes."""
+    pieces = torch.split(z, [math.prod(size) for size in sizes], dim=1)
+    parts = [piece.reshape(len(z), *size) for piece, size in zip(pieces, sizes, strict=True)]
+    return network(parts[0] if len(parts) == 1 else parts, rev=True, **condition)[0]
+
+
+def freia_sampled(network: Any, sizes: list[tuple[int, ...]], classes: int | None, n: int, *labels: Tensor) -> Any:
+    """Returns the data of normal noise, given one-hot labels where there is a number of classes."""
+    z = normal(network, n, (sum(map(math.prod, sizes)),))
+    condition = {} if classes is None else {"c": [one_hot(classes, labels[0]).to(z)]}
+    return freia_decoded(network, sizes, condition, z)
 
 
 def both(name: str, encode: Callable[[Tensor], Any]) -> Iterator[Way]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -27,6 +28,11 @@ LATENT_NAMES = (
 )  # fmt: skip
 """Attributes of a module, of its ``hparams`` or ``config``, or of its decoder that hold the length of the noise."""
 
+CODE_SIZES = ("code_dim", "code_size", "n_codes", "num_codes")
+NOISE_SIZES = tuple(name for name in LATENT_NAMES if name not in CODE_SIZES)
+CLASS_SIZES = ("n_classes", "num_classes", "n_class", "num_class")
+"""The same for the three latents of a generator that takes noise, a class and a code."""
+
 CONFIGS = ("hparams", "config", "model_config", "cfg", "args", "opt")
 
 SAMPLED_BY_TYPE = ("pythae",)
@@ -37,6 +43,7 @@ COUNTS = re.compile(
 )
 SHAPES = re.compile(r"(shape|(img|image|sample|data|x|output|batch)_?shape|(img|image)_?size)")
 LABELS = re.compile(r"(y|labels?|cls|class(es)?|class_?(labels?|ids?)|targets?|attrs?|attributes?)")
+CODES = re.compile(r"codes?|(latent|cont|continuous)_?codes?|c_?(cont|continuous)\w*", re.IGNORECASE)
 CONDITIONS = re.compile(r"(c|cond|condition(s|ing)?|context|prompts?|.*_(cond|conditioning|context))")
 NOISE = re.compile(r"(z|zs|noise|latents?|code|eps|x_?t|z_?samples?)", re.IGNORECASE)
 """Names of parameters of a sampler, by what they take."""
@@ -158,8 +165,8 @@ def sampler_ways(
         return
     by_position = {p.name for p in named if p.kind is p.POSITIONAL_ONLY}
 
-    def call(n: int, *labels: Tensor, keyword: str = "") -> Any:
-        values = {"n": n, "shape": (n, *(context.shape or ())), "device": context.device, "none": None}
+    def call(shape: tuple[int, ...], n: int, *labels: Tensor, keyword: str = "") -> Any:
+        values = {"n": n, "shape": (n, *shape), "device": context.device, "none": None}
         values |= {"labels": labels[0] if labels else None}
         values |= {"noise": normal(module, n, (length or 0,))} if "noise" in given.values() else {}
         first = [values[role] for parameter, role in given.items() if parameter in by_position]
@@ -167,16 +174,22 @@ def sampler_ways(
         return target(*first, **others, **({keyword: values["labels"]} if keyword else {}))
 
     shown = ", ".join("None" if role == "none" else "n" if role == "n" else role for role in given.values())
-    takes_labels = "labels" in given.values()
-    plain = Way("sample", f"{name}({shown})", call, takes_labels=takes_labels, is_sampler=states_number)
+    takes_labels, shape = "labels" in given.values(), context.shape or ()
+    plain = Way("sample", f"{name}({shown})", partial(call, shape), takes_labels=takes_labels, is_sampler=states_number)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and not takes_labels
     with_labels = [
-        replace(plain, name=f"{name}({shown}, {key}=labels)", call=partial(call, keyword=key), takes_labels=True)
+        replace(
+            plain, name=f"{name}({shown}, {key}=labels)", call=partial(call, shape, keyword=key), takes_labels=True
+        )
         for key in LABEL_KEYWORDS
         if takes_any
-    ]
+    ]  # fmt: skip
     # it may ignore labels, which then say nothing about its images
     yield from (*with_labels, plain) if context.conditional else (plain, *with_labels)
+    if "shape" in given.values() and context.latent not in (None, shape):
+        # multiscale flows fold positions into channels
+        text = f"{name}({shown.replace('shape', f'shape of latents {context.latent}')})"
+        yield replace(plain, name=text, call=partial(call, context.latent))
 
 
 def _role(parameter: inspect.Parameter, context: Context) -> str | None:
@@ -234,6 +247,7 @@ def decoder_ways(
 ) -> Iterator[Way]:
     """Yields how a decoder or generator decodes latents, and how it samples from normal noise; ``given`` by the user."""
     signature = signature_of(target)
+    yield from _of_codes(target, name, module, part)
     labels = signature is not None and not accepts(target, 1) and accepts(target, 2)
     if signature is not None and not accepts(target, 1):
         second = list(signature.parameters.values())[1] if len(signature.parameters) > 1 else None
@@ -241,7 +255,7 @@ def decoder_ways(
             return
     length = latent_length(part, target, context) or latent_length(module, None, context)
     shapes: list[tuple[int, ...]] = []
-    if context.latent is not None and (length is None or context.latent[0] == length):
+    if context.latent is not None and length in (None, context.latent[0], math.prod(context.latent)):
         shapes.append(context.latent)
     if length is not None:
         shapes += [shape for shape in ((length,), (length, 1, 1)) if shape not in shapes]
@@ -254,8 +268,9 @@ def decoder_ways(
         decode = partial(_with_one_label, target, context.condition) if labels else target
         label = f" with {'class 0' if context.condition is None else 'the attributes of one image'}" if labels else ""
         yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator)
-        if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (len(shape) > 1 and shape[1:] != (1, 1)):
-            # a map of latents has no prior that is worth sampling
+        is_map, is_stated = len(shape) > 1 and shape[1:] != (1, 1), math.prod(shape) == context.latent_dim
+        if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (is_map and not is_stated):
+            # a map of latents has no prior that is worth sampling, unless the user states one
             continue
         noise = f"normal noise (n, {', '.join(map(str, shape))})"
         yield Way(
@@ -263,6 +278,34 @@ def decoder_ways(
             takes_labels=labels, latent=shape, assumes_prior=not is_generator or name == "self.forward",
             is_generator=is_generator,
         )  # fmt: skip
+
+
+def _of_codes(target: Callable[..., Any], name: str, module: nn.Module, part: nn.Module) -> Iterator[Way]:
+    """Yields how a generator of noise, a class and a continuous code samples, as in InfoGAN (https://arxiv.org/abs/1606.03657).
+
+    All three are latents: classes are drawn evenly, as one-hot rows or as integers, and codes evenly from -1 to 1.
+    """
+    signature = signature_of(target)
+    named = [] if signature is None else [p.name for p in signature.parameters.values() if p.default is p.empty]
+    if len(named) != 3 or not all(kind.fullmatch(p) for kind, p in zip((NOISE, LABELS, CODES), named, strict=True)):
+        return
+    sizes = [
+        next((size for owner in (part, module) if (size := stated_size(owner, target, names)) is not None), None)
+        for names in (NOISE_SIZES, CLASS_SIZES, CODE_SIZES)
+    ]
+    if None in sizes:
+        return
+    length, classes, codes = (size for size in sizes if size is not None)
+    for one_hot in (True, False):
+
+        def call(n: int, one_hot: bool = one_hot) -> Any:
+            z = normal(module, n, (length,))
+            labels = torch.randint(classes, (n,), device=z.device)
+            code = 2 * torch.rand(n, codes, device=z.device, dtype=z.dtype) - 1
+            return target(z, nn.functional.one_hot(labels, classes).to(z) if one_hot else labels, code)
+
+        drawn = f"normal noise (n, {length}), {'one-hot ' * one_hot}classes of {classes} and codes (n, {codes})"
+        yield Way("sample", f"{name} from {drawn}", call)
 
 
 def _takes_noise(target: Callable[..., Any]) -> bool:
@@ -295,21 +338,27 @@ def latent_length(part: nn.Module, target: Any, context: Context) -> int | None:
     """Returns the length of the latents that the user, an attribute or the first layer of a decoder states, or None."""
     if context.latent_dim is not None:
         return context.latent_dim
-    configs = [held(part, name) for name in CONFIGS]
-    # configurations of models are often nested once
-    nested = [held(config, name) for config in configs for name in ("model", "params", "init_args")]
-    parts = [held(part, name) for name in (*DECODE_NAMES, *GENERATOR_NAMES)]
-    for holder in (part, *configs, *nested, target, *parts):
-        for name in LATENT_NAMES if holder is not None else ():
-            length = _integer(held(holder, name))
-            if length is not None:
-                return length
-    if isinstance(target, nn.Module) and target is not part:
+    length = stated_size(part, target, LATENT_NAMES)
+    if length is None and isinstance(target, nn.Module) and target is not part:
         first = next(
             (layer for layer in target.modules() if "weight" in dict(layer.named_parameters(recurse=False))), None
         )
         width = getattr(first, "in_features", getattr(first, "in_channels", None))
         return width if isinstance(width, int) else None
+    return length
+
+
+def stated_size(part: nn.Module, target: Any, names: tuple[str, ...]) -> int | None:
+    """Returns the integer that a module, its configuration or its decoder holds under one of some names, or None."""
+    configs = [held(part, name) for name in CONFIGS]
+    # configurations of models are often nested once
+    nested = [held(config, name) for config in configs for name in ("model", "params", "init_args")]
+    parts = [held(part, name) for name in (*DECODE_NAMES, *GENERATOR_NAMES)]
+    for holder in (part, *configs, *nested, target, *parts):
+        for name in names if holder is not None else ():
+            size = _integer(held(holder, name))
+            if size is not None:
+                return size
     return None
 
 
