@@ -419,6 +419,22 @@ def test_the_log_says_why_a_sampler_of_the_module_is_not_used(caplog: pytest.Log
     )
 
 
+def test_a_distribution_of_latents_is_no_sampler_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    class Joint(Coder):
+        """As PyTorch-VAE's model of continuous and discrete latents, which never uses the distribution that it holds."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sampling_dist = torch.distributions.OneHotCategorical(torch.ones(10, 1) / 10)
+
+        def sample(self, num_samples: int, current_device: Any) -> Tensor:
+            return self.decode(torch.randn(num_samples, 3))
+
+    with caplog.at_level("INFO"):
+        view_of(Wrapper(part=Joint())).source()
+    assert "Samples: self.model.sample(n, device). To choose another, pass sample=...." in caplog.text
+
+
 def test_noise_does_not_take_the_place_of_a_sampler_that_fails() -> None:
     # it may draw from another prior
     view = view_of(Broken())
@@ -565,14 +581,123 @@ def test_a_sampler_of_any_keywords_gets_labels_as_the_batches_have_them(keyword:
     assert name_of(other, "sample") == name
 
 
+class OfAttributes(Coder):
+    """As PyTorch-VAE's conditional model, whose labels are the attributes of faces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_images = nn.Linear(3 + 40, 64)
+
+    def sample(self, num_samples: int, current_device: Any, **kwargs: Any) -> Tensor:
+        y = kwargs["labels"].float()
+        return self.decode(torch.cat([torch.randn(num_samples, 3), y], dim=1))
+
+
+class GeneratorOfAttributes(nn.Module):
+    latent_dim = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(43, 64)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        return self.linear(torch.cat([z, labels.to(z)], 1)).view(-1, 1, 8, 8)
+
+
+ATTRIBUTES = torch.rand(64, 40, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("rows", [2 * (ATTRIBUTES > 0.5).long() - 1, (ATTRIBUTES > 0.5).long(), ATTRIBUTES])
+@pytest.mark.parametrize(
+    ("name", "part", "way"),
+    [
+        ("model", OfAttributes, "self.model.sample(n, device, labels=labels)"),
+        ("generator", GeneratorOfAttributes, "self.generator from normal noise (n, 3) and labels"),
+    ],
+)
+def test_a_sampler_gets_rows_of_attributes_of_real_images(name: str, part: Any, way: str, rows: Tensor) -> None:
+    view = view_of(Wrapper(name, part()), reference=(IMAGES, rows))
+    assert name_of(view, "sample") == way
+    given = view.parts.sample_labels(50)
+    assert given.dtype == rows.dtype
+    assert all((rows == row).all(1).any() for row in given)
+    # they are no classes
+    assert view.samples().labels is None
+    if name == "generator":
+        assert name_of(view, "decode") == "self.generator with the attributes of one image"
+
+
+def test_attributes_are_collected_from_batches_and_kept_in_checkpoints() -> None:
+    rows = 2 * (ATTRIBUTES > 0.5).long() - 1
+    view, other, half = (
+        attached(Wrapper("model", OfAttributes()), ModelAdapter(num_reference=48), ()) for _ in range(3)
+    )
+    view.real.collect((IMAGES[:32], rows[:32]))
+    half.real.load_state_dict(view.real.state_dict())
+    for one in (view, half):
+        one.real.collect((IMAGES[32:], rows[32:]))
+        assert one.real.ready(epoch_over=True)
+    other.real.load_state_dict(view.real.state_dict())
+    for one in (view, half, other):
+        assert one.real.conditions is not None
+        assert torch.equal(one.real.conditions, rows[:48])
+        assert name_of(one, "sample") == "self.model.sample(n, device, labels=labels)"
+
+
 def test_a_message_keeps_the_dots_of_the_line_that_it_shows() -> None:
     class Conditional(LightningModule):
         def sample(self, n: int, y: Tensor) -> Tensor:
             return noise(n)
 
-    view = view_of(Conditional(), reference=(IMAGES, torch.rand(64, 5)))
+    view = view_of(Conditional(), reference=(IMAGES, torch.rand(64)))
     with pytest.raises(ValueError, match=r"not whole numbers; pass labels=lambda batch: \.\.\.\)"):
         view.find("sample")
+
+
+class Mute(LightningModule):
+    """Has no part that is found."""
+
+
+def wrong(*given: Any) -> Tensor:
+    return torch.zeros(3, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("need", "options", "advised"),
+    [
+        ("sample", {}, "take (module, n) and return images (n, 1, 8, 8)."),
+        ("sample", {"conditional": True}, "take (module, n, labels) and return images (n, 1, 8, 8)."),
+        ("encode", {}, "take (module, images) and return latents (n, L)."),
+        (
+            "decode",
+            {"encode": lambda module, images: images.flatten(1)},
+            "take (module, z) and return images (n, 1, 8, 8).",
+        ),
+        ("reconstruct", {}, "take (module, images) and return images (n, 1, 8, 8)."),
+    ],
+)
+def test_what_was_given_is_not_suggested_again(need: Need, options: dict[str, Any], advised: str) -> None:
+    view = view_of(Mute(), **{need: wrong}, **options)
+    with pytest.raises(ValueError, match=f"^{need} must be ") as raised:
+        view.find(need)
+    assert str(raised.value).endswith(f"To fix this, let the callable in ModelAdapter({need}=...) {advised}")
+
+
+def test_a_sampler_that_fails_later_is_not_suggested_again_either() -> None:
+    view = view_of(Mute(), sample=lambda module, n: noise(n) if n == 2 else wrong())
+    with pytest.raises(ValueError, match=r"must make 8 images.*let the callable in ModelAdapter\(sample=\.\.\.\) take"):
+        view.samples()
+
+
+def test_callables_that_read_batches_are_not_suggested_again() -> None:
+    adapter = ModelAdapter(images=lambda batch: None, labels=lambda batch: torch.rand(64, 5))
+    reference = attached(Mute(), adapter, ()).real
+    with pytest.raises(
+        ValueError, match=r"To fix this, let the callable in ModelAdapter\(images=\.\.\.\) take \(batch\)"
+    ):
+        reference.collect((IMAGES, LABELS))
+    reason = adapter.find_labels((IMAGES, LABELS), IMAGES).reason
+    assert reason.endswith("; let the callable in ModelAdapter(labels=...) take (batch) and return class numbers (N,)")
 
 
 def test_a_sampler_that_works_without_labels_is_given_none() -> None:

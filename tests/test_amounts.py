@@ -20,6 +20,7 @@ from example_models.gan import GAN
 from example_models.vae import VAE
 from lightning_gendiag import (
     CosineMeanSimilarityMonitor,
+    DiagnosticWarning,
     GenerativeDiagnostics,
     LatentRegionsMonitor,
     ManifoldEntropyMonitor,
@@ -29,7 +30,7 @@ from lightning_gendiag import (
 )
 from lightning_gendiag.callbacks.schedule import stream_period
 from lightning_gendiag.model import amounts
-from lightning_gendiag.model.amounts import fitting, seconds_of
+from lightning_gendiag.model.amounts import fitting, reference_size, seconds_of
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.models import SmallVAE, TinyGAN
 from tests.helpers.running import attached, batches, trainer
@@ -122,7 +123,16 @@ class Slow(SmallVAE):
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(
     ("seconds", "given", "expected"),
-    [(0.0, None, 1024), (1 / 256, None, 512), (1 / 64, None, 128), (1.0, None, 64), (1.0, 70, 70)],
+    [
+        (0.0, None, 1024),
+        (1 / 256, None, 512),
+        (1 / 64, None, 128),
+        (1 / 8, None, 64),
+        (0.25, None, 40),
+        (1.0, None, 16),
+        (1.0, 70, 70),
+        (9.0, 12, 12),
+    ],
 )
 def test_a_slow_sampler_draws_as_many_samples_as_fit_and_this_is_logged_once(
     caplog: pytest.LogCaptureFixture, seconds: float, given: int | None, expected: int
@@ -138,9 +148,44 @@ def test_a_slow_sampler_draws_as_many_samples_as_fit_and_this_is_logged_once(
     assert len(logged) == (given is None and expected < 1024)
 
 
+class Autoregressive(Slow):
+    """Takes a time of its own for each sample, one pixel after the other, and none to encode."""
+
+    encode = SmallVAE.encode
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_fewest_samples_are_drawn_once() -> None:
+    view = attached(Autoregressive(1.0), ModelAdapter())
+    started = CLOCK.now
+    samples = view.samples().images
+    assert CLOCK.now - started == 16
+    # those that were timed are those of every evaluation
+    view.expire()
+    torch.testing.assert_close(view.samples().images, samples, rtol=0, atol=0)
+    assert CLOCK.now - started == 32
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_sampler_that_takes_longer_than_a_minute_is_left_out_unless_a_number_is_given() -> None:
+    message = r"at most 60 s for 16 images, but two took 8 s. To evaluate samples all the same, pass num_samples=16"
+    diagnostics = GenerativeDiagnostics(max_overhead=None, log_images=False)
+    started = CLOCK.now
+    with pytest.warns(DiagnosticWarning, match=message):
+        trainer(diagnostics, max_epochs=2).fit(Autoregressive(4.0), batches())
+    # the two by which the sampler was found
+    assert CLOCK.now - started == 8
+    assert "cms" not in diagnostics.attached
+    assert "manifold_entropy" in diagnostics.attached
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=ModelAdapter(num_samples=16), on_error="raise")
+    trainer(monitor, max_epochs=1).fit(Autoregressive(4.0), batches())
+    assert monitor.evaluations == 1
+
+
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(
-    ("seconds", "given", "expected"), [(0.0, None, 1024), (0.003, None, 512), (1.0, None, 128), (1.0, 200, 200)]
+    ("seconds", "given", "expected"),
+    [(0.0, None, 1024), (0.003, None, 512), (1 / 16, None, 128), (1.0, None, 64), (1.0, 200, 200)],
 )
 def test_a_slow_encoder_gets_evenly_spaced_images_and_all_of_a_number_that_was_given(
     seconds: float, given: int | None, expected: int
@@ -153,6 +198,28 @@ def test_a_slow_encoder_gets_evenly_spaced_images_and_all_of_a_number_that_was_g
     every = len(view.reference.images) // expected
     with view.isolated(exact=True):
         torch.testing.assert_close(latents, view.latents_of(view.reference.images[::every]))
+
+
+def test_fewer_large_images_are_kept_unless_the_user_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [reference_size(3 * size**2) for size in (64, 128, 256, 1024)] == [1024, 1024, 341, 256]
+    # as if images of 64 numbers were large
+    monkeypatch.setattr(amounts, "REFERENCE_NUMBERS", 64 * 20)
+    monkeypatch.setattr(amounts, "LEAST_REFERENCE", 10)
+    images, labels = (rows[:48] for rows in digits(8))
+    data = torch.utils.data.TensorDataset(images, labels)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        collected = attached(SmallVAE(), ModelAdapter())
+        for start in range(0, 48, 16):
+            collected.real.collect((images[start : start + 16], labels[start : start + 16]))
+        # once there are enough, no more batches are waited for
+        assert collected.real.ready(epoch_over=False)
+    assert "Real images: 20 of 1x8x8 are kept instead of 1,024, since they are large." in caplog.text
+    given = [attached(SmallVAE(), ModelAdapter(reference=one)) for one in ((images, labels), data)]
+    assert [len(view.reference.images) for view in (collected, *given)] == [20, 20, 20]
+    assert torch.equal(collected.reference.labels, labels[:20])
+    assert len(attached(SmallVAE(), ModelAdapter(reference=data, num_reference=30)).reference.images) == 30
 
 
 @pytest.mark.usefixtures("clock")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gendiag import GenerationBalanceMonitor, GenerativeDiagnostics, KStarMonitor, ModelAdapter
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
-from lightning_gendiag.model.batches import data_of, images_of, judge_labels, labels_of, labels_reason, shape_of
+from lightning_gendiag.model.batches import data_of, images_of, labels_of, labels_reason, shape_of
 from tests.helpers.models import TinyGAN
 from tests.helpers.running import attached, trainer
 
@@ -272,9 +272,11 @@ def test_labels_of_the_user_are_judged_by_the_same_rules() -> None:
 
     assert torch.equal(read(F.one_hot(Y)).labels, Y)
     assert read(torch.ones(N, 40)).reason.startswith("the labels (5, 40) are attributes")
+    assert torch.equal(read(torch.ones(N, 40)).conditions, torch.ones(N, 40))
+    assert read(F.one_hot(Y)).conditions is None
     assert read(Y[:2]).reason.startswith("the labels (2,) go with other data than 5 rows")
     assert read({"y": Y}).reason.startswith("the labels {y: (5,)} are not numbers")
-    assert read(None) == judge_labels(None)
+    assert read(None).reason.startswith("the batches hold no labels; let the callable")
 
 
 def test_labels_are_those_of_the_images_that_the_user_chose() -> None:

@@ -19,6 +19,7 @@ from lightning_gendiag import (
     DiagnosticWarning,
     GenerationBalance,
     GenerationBalanceMonitor,
+    LatentRegionsMonitor,
     ModelAdapter,
 )
 from lightning_gendiag.diagnostics.generation_balance.functional import (
@@ -238,6 +239,52 @@ def test_the_neighbours_recognize_digits() -> None:
         assert classifier.probabilities(images[:5]).sum(1).tolist() == pytest.approx([1.0] * 5)
 
 
+class Counting(nn.Module):
+    """Features of a user's own network, and how many images went through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        return averaged_pixels(images)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_features_of_the_reference_are_computed_once_for_all_monitors(
+    given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Counting()
+    responses = FeatureExtractor.responses
+    if not given:
+        monkeypatch.setattr(
+            FeatureExtractor, "responses", lambda own, images: (network(images), responses(own, images))[1]
+        )
+    # so that the neighbours compare features too
+    monkeypatch.setattr("lightning_gendiag.model.features.PIXELS", 0)
+    options: Any = {"features": network if given else None, "on_error": "raise", "log_images": False}
+    options["adapter"] = ModelAdapter(reference=digits(32), num_reference=400, num_samples=20)
+    monitors = [
+        GenerationBalanceMonitor(**options),
+        LatentRegionsMonitor(components=1, num_points=10, **options),
+    ]
+    trainer(monitors[0], max_epochs=1).fit(VAE(3, width=2), batches(32))
+    # samples go through the filters for the classes and for the distances
+    assert network.images == 400 + 20 * 2
+    network.images = 0
+    trainer(*monitors, max_epochs=1).fit(VAE(3, width=2), batches(32))
+    without_points = network.images
+    # ten points of each of four kinds, which two networks compare, and those of the only component, which one compares
+    assert without_points <= 400 + 20 * 2 + 4 * 10 * 2 + 32
+
+
+def test_features_of_some_rows_of_the_reference_are_those_of_its_images() -> None:
+    images = digits(16)[0][:300]
+    network = FeatureExtractor(images)
+    torch.testing.assert_close(network.of_reference(slice(1, None, 2)), network(images[1::2]), rtol=1e-4, atol=1e-4)
+
+
 SPACES = [(averaged_pixels, 0.3)]
 
 
@@ -249,6 +296,9 @@ def test_the_classifier_recognizes_digits_and_knows_its_errors() -> None:
     classifier = KernelClassifier(images[:1000], labels[:1000], [*SPACES, (lambda some: filters(some).sqrt(), 0.1)])
     right = float((classifier(images[1000:]) == labels[1000:]).double().mean())
     assert right > 0.98
+    known = [None, filters(images[:1000]).sqrt()]
+    again = KernelClassifier(images[:1000], labels[:1000], [*SPACES, (lambda some: some, 0.1)], known)
+    assert torch.equal(again.held_out, classifier.held_out)
     assert float((classifier.held_out == labels[:1000]).double().mean()) == pytest.approx(right, abs=0.01)
 
 

@@ -13,7 +13,10 @@ from tests.helpers.cases import Case
 
 
 def by_sorting(latents: Tensor, labels: Tensor, cosine: bool = False) -> list[float]:
-    """Follows the definition: sorts each sample's neighbours, other classes first among ties, and finds the first other."""
+    """Follows the definition: sorts each sample's neighbours, other classes first among ties, and finds the first other.
+
+    The only sample of a class has none.
+    """
     values = []
     for p in range(len(latents)):
         a, b = latents[p].double(), latents.double()
@@ -23,7 +26,7 @@ def by_sorting(latents: Tensor, labels: Tensor, cosine: bool = False) -> list[fl
         own = labels == labels[p]
         order = sorted(range(len(latents)), key=lambda q: (q != p, distances[q], bool(own[q])))
         place = next((i for i, q in enumerate(order) if not own[q]), math.nan)
-        values.append(place / int(own.sum()))
+        values.append(place / int(own.sum()) if own.sum() > 1 else math.nan)
     return values
 
 
@@ -37,14 +40,15 @@ def data(n: int, d: int, classes: int, seed: int, dtype: torch.dtype = torch.flo
 def same(latents: Tensor, labels: Tensor, **options: object) -> None:
     result = k_star(latents, labels, **options)  # type: ignore[arg-type]
     expected = by_sorting(latents, labels, options.get("distance") == "cosine")
-    assert result.values.tolist() == expected
+    assert result.values.tolist() == pytest.approx(expected, abs=0, rel=0, nan_ok=True)
     for k, label in enumerate(result.classes.tolist()):
         own = [value for value, other in zip(expected, labels.tolist(), strict=True) if other == label]
-        assert float(result.mean[k]) == pytest.approx(sum(own) / len(own), abs=1e-12)
+        assert float(result.mean[k]) == pytest.approx(sum(own) / len(own), abs=1e-12, nan_ok=True)
         if len(set(own)) > 1:
             assert float(result.skewness[k]) == pytest.approx(float(stats.skew(own)), abs=1e-12)
             expected_std = float(torch.tensor(own, dtype=torch.float64).std(correction=0))
             assert float(result.std[k]) == pytest.approx(expected_std, abs=1e-12)
+    expected = [value for value in expected if not math.isnan(value)]
     if len(set(expected)) > 1:
         assert float(result.true_skewness) == pytest.approx(float(stats.skew(expected)), abs=1e-12)
 
@@ -160,6 +164,25 @@ class TestDegenerate:
         assert result.pattern == ["undefined"]
         assert result.nearest_rival.tolist() == [-1]
         assert result.scalars()["true_skewness"].isnan()
+
+    def test_a_class_of_one_sample_has_no_value(self) -> None:
+        latents, labels = data(41, 3, 3, 0)
+        labels[-1] = 9
+        result, others = k_star(latents, labels), k_star(latents[:-1], labels[:-1])
+        assert result.values[-1].isnan()
+        assert result.mean[-1].isnan()
+        assert result.pattern[-1] == "undefined"
+        assert result.single.tolist() == [False, False, False, True]
+        assert "class_9" not in result.scalars()
+        # it is a rival of the others all the same
+        assert result.rivals[:3, 3].sum() > 0
+        assert result.nearest_rival[-1] >= 0
+        assert {name for name in result.scalars() if name.startswith("class_")} == {"class_0", "class_1", "class_2"}
+        assert float(result.scalars()["mean"]) <= float(others.scalars()["mean"])
+        assert result.worst in (0, 1, 2)
+        alone = k_star(latents[:3], torch.arange(3))
+        assert alone.worst == -1
+        assert alone.scalars()["worst_class_mean"].isnan()
 
     def test_latents_with_nan_are_left_out_and_flagged(self) -> None:
         latents, labels = data(40, 3, 3, 0)

@@ -125,6 +125,25 @@ def test_the_table_the_histogram_and_the_panel_are_logged(tmp_path: Path) -> Non
     assert len(accumulator.Histograms("gendiag/k_star/values")) == 2
 
 
+def test_a_class_of_one_image_is_left_out_and_named(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    images, labels = digits(16)
+    kept = torch.cat([(labels != 3).nonzero()[:200, 0], (labels == 3).nonzero()[:1, 0]])
+    monitor, numbers = make_monitor(adapter=ModelAdapter(reference=(images[kept], labels[kept]))), Numbers()
+    own = trainer(monitor, numbers, logger=TensorBoardLogger(tmp_path), max_epochs=2)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        own.fit(Encoding(), batches(16, 32))
+    logged = [record.message for record in caplog.records if record.message.startswith("k*")]
+    assert logged == ["k* is not measured for 1 of 10 classes with a single real image: 3."]
+    assert "class 3" not in monitor.session.history.curves("k_star")
+    assert "gendiag/k_star/class_3" not in numbers.rows[0]
+    assert "gendiag/k_star/class_4" in numbers.rows[0]
+    adapter = ModelAdapter(reference=(images[:8], torch.arange(8)))
+    with pytest.warns(
+        DiagnosticWarning, match="labels must have a class of at least two images, got one image of each"
+    ):
+        trainer(make_monitor(adapter=adapter, on_error="warn"), max_epochs=1).fit(Encoding(), batches(16, 32))
+
+
 def test_invalid_features_and_missing_labels_are_reported() -> None:
     with pytest.raises(ValueError, match=r"features must be 'encode', .* got 'nowhere'. Its layers are generator.0"):
         trainer(make_monitor("nowhere")).fit(TinyGAN(), batches())

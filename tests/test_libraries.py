@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal, OneHotCategorical
 
 from lightning_gendiag.model.adapters.base import Context, Way
 from lightning_gendiag.model.adapters.libraries import LIBRARIES
@@ -829,6 +830,15 @@ def test_distributions_sample_but_a_prior_does_not(module: nn.Module, name: str)
     samples = way(module, "sample", (2,)).call(50)
     assert samples.shape == (50, 2)
     torch.testing.assert_close(samples.abs(), torch.full((50, 2), 3.0), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (64,), (1, 8, 8)])
+def test_a_distribution_of_other_shapes_than_the_data_is_no_sampler(shape: tuple[int, ...]) -> None:
+    # as the VAEs with categories of PyTorch-VAE hold one of their latents
+    latents = Wrapped(sampling_dist=OneHotCategorical(torch.ones(40, 1) / 40), eps=Normal(0.0, 1.0))
+    assert named(latents, shape) == []
+    rows = Normal(torch.zeros(64), 1.0)
+    assert named(Wrapped(density=rows), shape) == [("sample", "self.density.sample((n,))")] * (math.prod(shape) == 64)
 
 
 # ---- what is looked at ----

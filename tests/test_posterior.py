@@ -13,7 +13,7 @@ import torch.distributions as D
 from scipy.integrate import quad
 from torch import Tensor
 
-from lightning_gendiag.model.posterior import Posterior, kl_to_prior, posterior_in
+from lightning_gendiag.model.posterior import Posterior, is_of_real_numbers, kl_to_prior, posterior_in
 
 N, L = 4, 3
 GENERATOR = torch.Generator().manual_seed(0)
@@ -125,6 +125,33 @@ def test_positive_spreads_are_not_guessed(values: Tensor) -> None:
     for output in ((SAMPLE, MEAN, values), (FEATURES, MEAN, values)):
         with pytest.raises(ValueError, match="spread must be known"):
             posterior_in(output, N)
+
+
+@pytest.mark.parametrize("argument", ["encode", "posterior"])
+def test_two_positive_parameters_are_no_mean_and_spread(argument: str) -> None:
+    """Shape and rate of gamma distributions, as PyTorch-VAE's encoder returns them, have no spread= that fits."""
+    alpha, beta = torch.rand(N, 8).softmax(1), torch.rand(N, 8).softmax(1)
+    message = "both tensors of the pair are positive in each of 32 values.*distributions.Gamma.*prior"
+    with pytest.raises(ValueError, match=message) as caught:
+        posterior_in([alpha, beta], N, argument=argument)
+    assert ("pass PosteriorKLMonitor(posterior=...)" in str(caught.value)) == (argument == "encode")
+    # who knows that it is a Gaussian says so
+    torch.testing.assert_close(posterior_in([alpha, beta], N, "std").std, beta.double())
+
+
+def test_what_was_given_as_the_posterior_is_not_suggested_again() -> None:
+    with pytest.raises(
+        ValueError, match=r"posterior must return a pair .* got \(4, 3\). To fix this, let it return one"
+    ):
+        posterior_in(MEAN, N, argument="posterior")
+
+
+def test_distributions_of_all_real_numbers_are_told_from_others() -> None:
+    two = torch.ones(N, 2)
+    real = [D.Normal(two, 1.0), D.Independent(D.Laplace(two, 1.0), 1), D.MultivariateNormal(two, torch.eye(2))]
+    assert all(is_of_real_numbers(distribution) for distribution in real)
+    others = [D.Gamma(two, 1.0), D.Independent(D.Beta(two, two), 1), D.Dirichlet(two), D.OneHotCategorical(two)]
+    assert not any(is_of_real_numbers(distribution) for distribution in others)
 
 
 def test_variances_before_a_sample_are_not_taken_for_means() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributions as D
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.distributions import Independent, Normal, kl_divergence
 
 from example_models.vae import VAE
 from lightning_gendiag import (
@@ -42,7 +42,7 @@ CASE = Case(make=lambda: PosteriorKL(5, channels=5), updates=updates(), toleranc
 def test_the_divergence_equals_that_of_torch_distributions(generator: torch.Generator) -> None:
     mean = torch.randn(50, 4, generator=generator, dtype=torch.float64)
     log_variance = 2 * torch.randn(50, 4, generator=generator, dtype=torch.float64)
-    expected = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(torch.zeros(()).double(), 1.0))
+    expected = D.kl_divergence(D.Normal(mean, (log_variance / 2).exp()), D.Normal(torch.zeros(()).double(), 1.0))
     torch.testing.assert_close(posterior_kl(mean, log_variance), expected, rtol=1e-10, atol=1e-12)
     assert float(posterior_kl(torch.zeros(1), torch.full((1,), 1e-6))[0]) == pytest.approx(0.25e-12, rel=1e-3)
 
@@ -60,7 +60,7 @@ def test_results_are_means_over_all_rows() -> None:
     torch.testing.assert_close(result.aggregate_variance, covariance.diagonal())
     prior = torch.distributions.MultivariateNormal(torch.zeros(5).double(), torch.eye(5).double())
     aggregate = torch.distributions.MultivariateNormal(mean.mean(0), covariance)
-    torch.testing.assert_close(result.aggregate_kl, kl_divergence(aggregate, prior))
+    torch.testing.assert_close(result.aggregate_kl, D.kl_divergence(aggregate, prior))
     # a dimension whose mean is always zero carries no information
     assert result.active.tolist() == [False, True, True, True, True]
     assert float(result.active_units) == 4
@@ -136,9 +136,9 @@ class Posterior(ScriptedGenerator):
         for dim in self.off(self.current_epoch):
             mean[:, dim], std[:, dim] = 0, 1
         if self.kind == "normal":
-            return Normal(mean, std)
+            return D.Normal(mean, std)
         if self.kind == "independent":
-            return Independent(Normal(mean, std), 1)
+            return D.Independent(D.Normal(mean, std), 1)
         if self.kind == "three":
             return mean, mean, std
         second = {"pair": 2 * std.log(), "std": std, "variance": std**2, "log_std": std.log()}[self.kind]
@@ -167,6 +167,40 @@ def test_an_encoder_with_three_outputs_of_a_positive_spread_raises_a_warning_wit
     assert own.result is not None
     assert cut.result is not None
     torch.testing.assert_close(own.result.per_dimension, cut.result.per_dimension, rtol=1e-4, atol=1e-4)
+
+
+class GammaPosterior(ScriptedGenerator):
+    """As PyTorch-VAE's model of gamma distributions."""
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        pixels = images.flatten(1)
+        return [pixels[:, :16].softmax(1), pixels[:, 16:32].softmax(1)]
+
+
+class GammaPrior(GammaPosterior):
+    prior = D.Gamma(2.0, 1.0)
+
+
+def test_a_gamma_posterior_is_left_out_until_it_and_its_prior_are_stated() -> None:
+    def gamma(module: Any, images: Tensor) -> D.Distribution:
+        return D.Gamma(*module.encode(images))
+
+    for monitor, message in (
+        (PosteriorKLMonitor(), "the parameters of a gamma or beta distribution"),
+        (
+            PosteriorKLMonitor(gamma),
+            r"the posterior is a Gamma and N\(0, 1\) is not its prior.*as GammaPosterior.prior",
+        ),
+    ):
+        with pytest.warns(DiagnosticWarning, match=message):
+            trainer(monitor, max_epochs=1).fit(GammaPosterior(), batches(16))
+    own = PosteriorKLMonitor(gamma, on_error="raise")
+    trainer(own, max_epochs=1).fit(GammaPrior(), batches(16))
+    with torch.no_grad():
+        alpha, beta = GammaPosterior().encode(own.view.reference.images)
+    expected = D.kl_divergence(D.Gamma(alpha, beta), GammaPrior.prior).mean(0)
+    assert own.result is not None
+    torch.testing.assert_close(own.result.per_dimension, expected.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_module_without_an_encoder_raises_an_error_before_training() -> None:

@@ -371,7 +371,7 @@ def _check_batch(
     with suppress(*(() if monitor.needs_reference or monitor.needs_labels else (Exception,))):
         data, unlabelled = found_in(view.real)
     if monitor.needs_reference and data is None:
-        raise ValueError("the batches hold no images or other floating-point data; pass images=lambda batch: ...")
+        raise ValueError(f"the batches hold no images or other floating-point data; {view.adapter.images_advice}")
     is_row = monitor.takes_rows and data is not None and data.ndim == 2 and data.shape[1] <= LONGEST_ROW
     if monitor.needs_images and data is not None and data.ndim not in (4, 5) and not is_row:
         rows = f", or rows (N, F) of at most {LONGEST_ROW:,} features" if monitor.takes_rows else ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_gendiag.functional.text import representation
-from lightning_gendiag.model.batches import Labels, data_of, judge_labels, read_labels
+from lightning_gendiag.model.batches import LABELS_ADVICE, Labels, data_of, judge_labels, read_labels
 
 
 class ModelAdapter:
@@ -28,7 +28,7 @@ class ModelAdapter:
         encode: What makes latents: a name, a callable ``(module, images)``, or None to find it.
         decode: What decodes latents: a name, a callable ``(module, latents)``, or None to find it.
         num_samples: Number of images at an evaluation, over all processes; by default 1,024, or fewer where they would take
-            longer than some seconds, at least 64.
+            longer than some seconds, at least 16. A sampler that takes longer than a minute for 16 is left out.
         seed: Seed of the samples; the same at every evaluation, so that curves change with the model only.
         weights: ``"raw"``, ``"ema"``, or ``"auto"`` for averaged weights once there are any: those of Lightning's
             ``WeightAveraging``, else those that the module keeps inside itself, such as ``module.ema`` or
@@ -37,8 +37,8 @@ class ModelAdapter:
         reference: Real images: None takes them from the training batches as they pass by; or a tensor (N, C, H, W), a
             pair of images and labels, a dataset or a dataloader. Where there are no images, rows (N, F), series
             (N, C, T) or volumes (N, C, D, H, W) take their place here and below.
-        num_reference: Number of real images that are kept, over all processes; by default 1,024, of which a slow encoder
-            gets a part, at least 128.
+        num_reference: Number of real images that are kept, over all processes; by default 1,024, or as many as hold 67
+            million numbers (341 of 3x256x256), at least 256. A slow encoder gets a part of these, at least 64.
         latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
         conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
         images: Callable from a batch to its images; by default see :func:`data_of`.
@@ -98,7 +98,27 @@ class ModelAdapter:
         """Returns the labels (N,) of the images of a batch, or the reason why there are none."""
         if self.labels is None:
             return read_labels(batch, images)
-        return judge_labels(self.labels(batch), None if images is None else len(images))
+        found = judge_labels(self.labels(batch), None if images is None else len(images))
+        advice = self.advice("labels", "batch", "class numbers (N,)")
+        return found._replace(reason=found.reason.replace(LABELS_ADVICE, advice))
+
+    def advice(self, argument: str, takes: str, returns: str) -> str:
+        """Returns what a message advises: to pass a callable, or, where one was given, what it must take and return.
+
+        Args:
+            argument: Name of the argument.
+            takes: Names of what the callable takes.
+            returns: What it must return.
+        """
+        given = getattr(self, argument)
+        if callable(given) and not isinstance(given, nn.Module):
+            return f"let the callable in ModelAdapter({argument}=...) take ({takes}) and return {returns}"
+        return f"pass ModelAdapter({argument}=lambda {takes}: ...)"
+
+    @property
+    def images_advice(self) -> str:
+        """What a message advises where batches hold no images, or images of another shape than is needed."""
+        return self.advice("images", "batch", "images (N, C, H, W) or other data (N, ...)")
 
     def __repr__(self) -> str:
         return representation(self)

@@ -28,6 +28,9 @@ LABEL_NAMES = (
 )  # fmt: skip
 """Names of labels in batches, in order of preference and in lower case."""
 
+LABELS_ADVICE = "pass labels=lambda batch: ..."
+"""What a reason for missing labels advises."""
+
 CHANNELS = (1, 3, 4)
 """Numbers of channels by which the axis of the channels is recognized."""
 
@@ -53,6 +56,8 @@ class Labels(NamedTuple):
     """Empty where there are labels."""
     one_hot: int = 0
     """K, where they were given as one-hot rows (N, K)."""
+    conditions: Tensor | None = None
+    """(N, K) rows that are no classes, such as attributes, as a sampler may take them."""
 
 
 def images_of(batch: Any) -> Tensor | None:
@@ -135,6 +140,9 @@ def judge_labels(found: Any, rows: int | None = None) -> Labels:
     Args:
         found: (N,) or (N, 1) integers of at least 0, also as floats or Booleans, or one-hot rows (N, K).
         rows: Number of rows of the data, where known.
+
+    Returns:
+        The labels; rows (N, K) of other numbers are ``conditions``.
     """
     labels = _tensor(found)
     if labels is None:
@@ -146,13 +154,14 @@ def judge_labels(found: Any, rows: int | None = None) -> Labels:
         return _no_labels(f"{name} have {labels.ndim} axes")
     if rows is not None and len(labels) != rows:
         return _no_labels(f"{name} go with other data than {rows} rows")
+    conditions = labels if labels.ndim == 2 and labels.shape[1] > 1 and not labels.is_complex() else None
     if labels.is_complex() or (labels.is_floating_point() and not torch.equal(labels, labels.round())):
-        return _no_labels(f"{name} are not whole numbers")
+        return _no_labels(f"{name} are not whole numbers", conditions)
     if labels.dtype != torch.long:
         labels = labels.long()
     if labels.ndim == 2 and labels.shape[1] != 1:
         if not (((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()):
-            return _no_labels(f"{name} are attributes, not classes")
+            return _no_labels(f"{name} are attributes, not classes", conditions)
         return Labels(labels.argmax(1), "", labels.shape[1])
     if (labels < 0).any():
         return _no_labels(f"{name} have negative values, which are no classes")
@@ -170,30 +179,34 @@ def known(labels: Tensor | None, reason: str = "") -> Tensor:
     return labels
 
 
-def _no_labels(reason: str) -> Labels:
-    return Labels(None, f"{reason}; pass labels=lambda batch: ...")
+def _no_labels(reason: str, conditions: Tensor | None = None) -> Labels:
+    return Labels(None, f"{reason}; {LABELS_ADVICE}", conditions=conditions)
 
 
 class Rows(Diagnostic):
-    """Collects images and labels on every process; its synchronization pools them."""
+    """Collects images, and what is known of them, on every process; its synchronization pools them."""
 
     images: list[Tensor]
     labels: list[Tensor]
+    conditions: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("images", default=[], dist_reduce_fx="cat")
         self.add_state("labels", default=[], dist_reduce_fx="cat")
+        self.add_state("conditions", default=[], dist_reduce_fx="cat")
 
-    def update(self, images: Tensor, labels: Tensor | None) -> None:
-        """Adds images (n, C, H, W) and, where they are known, labels (n,)."""
+    def update(self, images: Tensor, labels: Tensor | None, conditions: Tensor | None = None) -> None:
+        """Adds images (n, C, H, W) and, where they are known, labels (n,) or rows (., K) that are no classes."""
         self.images.append(images)
         if labels is not None:
             self.labels.append(labels)
+        if conditions is not None:
+            self.conditions.append(conditions)
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns all images and all labels."""
-        return self.rows("images"), self.rows("labels")
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns all images, all labels and all conditions."""
+        return self.rows("images"), self.rows("labels"), self.rows("conditions")
 
 
 def shape_of(batch: Any) -> str:

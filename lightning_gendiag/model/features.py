@@ -45,6 +45,9 @@ class FeatureExtractor(nn.Module):
         num_features: Largest number of features; there are always fewer features than images.
         seed: The seed of the filters.
 
+    Attributes:
+        reference_responses: The responses (N, 1024) of the filters to the reference, on the CPU.
+
     Raises:
         ValueError: If there are fewer than 4 images.
     """
@@ -71,7 +74,8 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("first", first / (25 * channels) ** 0.5)
         self.register_buffer("second", second / (25 * 32) ** 0.5)
         self.to(images.device)
-        responses = in_chunks(self.responses, images).double()
+        self.reference_responses = in_chunks(self.responses, images).cpu()
+        responses = self.reference_responses.to(images.device, torch.float64)
         centre = responses.mean(0)
         self.num_features = min(num_features, len(images) - 1)
         variance, directions = torch.linalg.eigh((responses - centre).T.cov())
@@ -90,8 +94,15 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the features (N, num_features) of images (N, C, H, W), in float32."""
+        return self._projected(self.responses(images))
+
+    def of_reference(self, rows: slice = slice(None)) -> Tensor:
+        """Returns the features (n, num_features) of some images of the reference, which are not computed again."""
+        return self._projected(self.reference_responses[rows].to(self.centre))
+
+    def _projected(self, responses: Tensor) -> Tensor:
         with exact_matmul():
-            return (self.responses(images) - self.centre) @ self.components
+            return (responses - self.centre) @ self.components
 
 
 class KernelClassifier:
@@ -110,6 +121,7 @@ class KernelClassifier:
         labels: The labels (N,) of the reference, integers from 0.
         spaces: Pairs of a callable from images (n, C, H, W) to what is compared (n, D), and the width of its kernel: the
             variance as a fraction of the median squared distance of two images.
+        known: For each space what is compared of the reference (N, D) where it is known, else None.
 
     Attributes:
         held_out: The labels (N,) that it assigns to each image of the reference when it has learned from nine tenths of the
@@ -123,13 +135,17 @@ class KernelClassifier:
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, spaces: Sequence[tuple[Callable[[Tensor], Tensor], float]]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        spaces: Sequence[tuple[Callable[[Tensor], Tensor], float]],
+        known: Sequence[Tensor | None] = (),
     ) -> None:
         labels = labels.cpu().long()
         self.spaces = [space for space, _ in spaces]
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         learned, rest = order[:LEARNED], order[LEARNED:]
-        self._rows = self._compared(images[learned])
+        self._rows = self._compared(images[learned], [part if part is None else part[learned] for part in known])
         squares = [torch.cdist(rows, rows).square() for rows in self._rows]
         off = ~torch.eye(len(learned), dtype=torch.bool)
         self._variances = [
@@ -148,12 +164,14 @@ class KernelClassifier:
         self.held_out = torch.empty_like(labels)
         self.held_out[learned] = _without_folds(targets, self._weights, (vectors * best) @ vectors.T)
         if len(rest):
-            self.held_out[rest] = self(images[rest]).cpu()
+            others = self._compared(images[rest], [part if part is None else part[rest] for part in known])
+            self.held_out[rest] = self._classes(others)
 
-    def _compared(self, images: Tensor) -> list[Tensor]:
+    def _compared(self, images: Tensor, known: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Returns what is compared of images (n, C, H, W), (n, D) in float64 on the CPU for each space."""
         with exact_matmul():
-            return [in_chunks(space, images).cpu().double() for space in self.spaces]
+            parts = zip(self.spaces, known or [None] * len(self.spaces), strict=True)
+            return [(in_chunks(space, images) if part is None else part).cpu().double() for space, part in parts]
 
     def _kernel(self, squares: list[Tensor]) -> Tensor:
         parts = [torch.exp(square / (-2 * v)) for square, v in zip(squares, self._variances, strict=True)]
@@ -161,10 +179,13 @@ class KernelClassifier:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Returns the labels (N,) of images (N, C, H, W), which must be finite."""
-        rows = self._compared(images)
+        return self._classes(self._compared(images)).to(images.device)
+
+    def _classes(self, rows: list[Tensor]) -> Tensor:
+        """Returns the labels (N,) of what is compared of images."""
         squares = [torch.cdist(some, held).square() for some, held in zip(rows, self._rows, strict=True)]
         scores: Tensor = self._kernel(squares) @ self._weights
-        return scores.argmax(1).to(images.device)
+        return scores.argmax(1)
 
 
 def _without_folds(targets: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
@@ -201,6 +222,7 @@ class NeighbourClassifier:
         labels: The labels (N,) of the reference, integers.
         features: A callable from images (n, C, H, W) to the features (n, D) that are compared; by default, pixels are.
         neighbours: The number of neighbours.
+        known: The features (N, D) of the reference where they are known.
 
     Raises:
         ModuleNotFoundError: If scikit-learn is not installed.
@@ -212,13 +234,15 @@ class NeighbourClassifier:
         labels: Tensor,
         features: Callable[[Tensor], Tensor] | None = None,
         neighbours: int = 3,
+        known: Tensor | None = None,
     ) -> None:
         try:
             from sklearn.neighbors import KNeighborsClassifier
         except ImportError as error:
             raise ModuleNotFoundError(SKLEARN_MISSING.format(who="a nearest-neighbour classifier")) from error
         self.features = features
-        x, y = self._rows(images), labels.cpu().numpy()
+        x = self._rows(images) if features is None or known is None else known.cpu().numpy()
+        y = labels.cpu().numpy()
         self.model = KNeighborsClassifier(min(neighbours, len(x)), algorithm="brute").fit(x, y)
 
     def _rows(self, images: Tensor) -> Any:

@@ -32,10 +32,11 @@ from lightning_gendiag.model.adapters.own import (
     sampler_ways,
     signature_of,
 )
+from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, known
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, number_alike, scaled_like
-from lightning_gendiag.model.posterior import FEWEST_POSITIVE, posterior_in
+from lightning_gendiag.model.posterior import all_positive, posterior_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -97,6 +98,8 @@ class ModelParts:
         self.adapter, self.subject, self.real, self.isolated = adapter, subject, real, isolated
         self.tried: Images | None = None
         """The two samples by which the sampler was chosen; None where they are not known to be images yet."""
+        self.seconds_of_two = 0.0
+        """Seconds that these took."""
         self._chosen: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
         self._missing: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
         self._ways: dict[Need, Way] = {}
@@ -119,6 +122,7 @@ class ModelParts:
         shape = None if example is None else tuple(example.shape[1:])
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot,
+            None if self.real.conditions is None else self.real.conditions[0],
             self.real.count,
         )  # fmt: skip
 
@@ -313,10 +317,12 @@ class ModelParts:
 
     def _sample_two(self, way: Way) -> None:
         labels = (self.sample_labels(2),) if way.takes_labels else ()
-        output, shape = way.call(2, *labels), self.context.shape
+        shape = self.context.shape
+        output, self.seconds_of_two = timed(partial(way.call, 2, *labels), self.context.device)
         # rows may fill the shape of the images, which the first batch shows
         rows = shape is None and data_in(output, 2, None).ndim == 2
-        self.tried = None if rows else Images(self.images_in(output, 2), labels[0] if labels else None)
+        classes = labels[0] if labels and not self.has_conditions else None
+        self.tried = None if rows else Images(self.images_in(output, 2), classes)
 
     def _try_encode(self, way: Way) -> None:
         example = self._example
@@ -404,8 +410,8 @@ class ModelParts:
         own = type(self.module).__name__
         if getattr(self.adapter, need) is not None:
             reason = failures[0] if failures else "the length of the latents that it takes is not known"
-            fix = self._fix(need) if failures else "ModelAdapter(latent_dim=...)"
-            return f"{need} must be what {DOES[need]}, but {without_full_stop(reason)}. To fix this, pass {fix}."
+            fix = self._fix(need) if failures else "pass ModelAdapter(latent_dim=...)"
+            return f"{need} must be what {DOES[need]}, but {without_full_stop(reason)}. To fix this, {fix}."
         failures += self._unsuitable(need) if len(failures) < MOST_REASONS else []
         tried = "; ".join(failures[:MOST_REASONS]) or f"{own} has none of {', '.join(NAMES[need])}"
         return (
@@ -419,16 +425,36 @@ class ModelParts:
         return [f"self.{name} takes {signature_of(target)}" for name, target in found if target is not None]
 
     def _fix(self, need: Need) -> str:
-        """A line that was run in place of one that the user gave and that does not work."""
+        """A line that was run in place of one that the user gave and that does not work, or what that must do."""
         barred = self._barred.get(need, {})
         working = (way for way in self._found(need) if way.name not in barred and not self._failure(way))
         way = next(working, None)
-        return FIXES[need] if way is None else f"{need}=None, with which {way.name} is used"
+        return self.advice(need) if way is None else f"pass {need}=None, with which {way.name} is used"
+
+    def advice(self, need: Need) -> str:
+        """Returns what a message advises where a way fails and none is known that works."""
+        shape = self.context.shape or ("C", "H", "W")
+        returns = f"{'images' if len(shape) == 3 else 'data'} (n, {', '.join(map(str, shape))})"
+        labels = ", labels" * (need == "sample" and self.adapter.conditional)
+        takes = f"module, {ARGUMENTS[need]}{labels}"
+        return self.adapter.advice(need, takes, "latents (n, L)" if need == "encode" else returns)
 
     # ---- calling ----
 
+    @property
+    def has_conditions(self) -> bool:
+        """Whether samplers that take labels get rows that are no classes."""
+        has_classes = self.real.images is not None and self.real.images.labels is not None
+        return self.real.conditions is not None and not has_classes
+
     def sample_labels(self, n: int) -> Tensor:
-        """Returns n labels sampled from the reference, or zeros while there is no reference."""
+        """Returns n labels sampled from the reference, or zeros while there is no reference.
+
+        Where real images have rows (K,) of other numbers in place of a class, such as attributes, these are sampled.
+        """
+        if self.has_conditions and self.real.conditions is not None:
+            rows = self.real.conditions
+            return rows[torch.randint(len(rows), (n,))].to(self.module.device)
         if self.real.images is None:
             if self.real.unlabelled:
                 raise ValueError(self.real.unlabelled)
@@ -523,7 +549,7 @@ class ModelParts:
         if images.ndim not in (4, 5):
             raise ValueError(
                 f"decode must return ({len(z)}, C, H, W) images, got {tuple(images.shape)}. "
-                f"To fix this, pass {FIXES['decode']}."
+                f"To fix this, {self.advice('decode')}."
             )
         return as_images(middle_slices(images))
 
@@ -576,6 +602,5 @@ def _is_posterior(output: Any, latents: Tensor) -> bool:
     except ValueError as error:
         # two of the usual forms of a spread fit; where all means are positive, too, these are rather the parameters of
         # a gamma, a beta or a Dirichlet distribution
-        all_positive = latents.numel() >= FEWEST_POSITIVE and bool((latents > 0).all())
-        return "spread=" in str(error) and not all_positive
+        return "spread=" in str(error) and not all_positive(latents)
     return True

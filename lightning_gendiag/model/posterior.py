@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, LowRankMultivariateNormal, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import (
+    Distribution,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    constraints,
+    kl_divergence,
+)
 
 from lightning_gendiag.model.batches import shape_of
 from lightning_gendiag.model.outputs import MAX_DEPTH, fields_of, moment_of, peeled
@@ -69,7 +77,9 @@ class _Pair(NamedTuple):
     described: str
 
 
-def posterior_in(output: Any, n: int, spread: str = "auto", mean_dim: int | None = None, owner: str = "") -> Posterior:
+def posterior_in(
+    output: Any, n: int, spread: str = "auto", mean_dim: int | None = None, owner: str = "", argument: str = "encode"
+) -> Posterior:
     """Returns the posterior in what an encoder returned.
 
     It is a distribution, an object or a dictionary with usual names, or a mean beside a spread of the same shape, with
@@ -82,12 +92,14 @@ def posterior_in(output: Any, n: int, spread: str = "auto", mean_dim: int | None
         spread: ``"log_variance"``, ``"variance"``, ``"log_std"`` or ``"std"`` where it is known, else ``"auto"``.
         mean_dim: L where one tensor (n, 2L, ...) holds mean and spread one after the other.
         owner: Name of the encoder's class, by which MONAI's pairs of a mean and a standard deviation are known.
+        argument: What an error calls the encoder; ``"posterior"`` where the user gave it, which no error advises again.
 
     Returns:
         The posterior, in float64.
 
     Raises:
-        ValueError: If there is no posterior, or several, or two kinds of spread are possible.
+        ValueError: If there is no posterior, or several, or two kinds of spread are possible, or the two tensors of a pair
+            are positive throughout, as the parameters of a gamma or beta distribution are.
 
     Example:
         >>> posterior_in((torch.zeros(1, 2), torch.full((1, 2), -2.0)), 1).std
@@ -102,15 +114,19 @@ def posterior_in(output: Any, n: int, spread: str = "auto", mean_dim: int | None
     if len(found) != 1:
         got = f"{len(found)} posteriors" if found else shape_of(output)
         raise ValueError(
-            f"encode must return a pair of mean and log variance, or a distribution, of {n} inputs, got {got}. "
-            "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
+            f"{argument} must return a pair of mean and log variance, or a distribution, of {n} inputs, got {got}. "
+            + (
+                "To fix this, let it return one of them."
+                if argument == "posterior"
+                else "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
+            )
         )
     (posterior,) = found
     if isinstance(posterior, Distribution):
         return Posterior(posterior, f"a {type(peeled(posterior)).__name__}")
     kind = spread if spread != "auto" else posterior.kind
     if kind == "auto":
-        kind = "std" if STATES_STD.search(owner) else _kind_of(posterior.spread)
+        kind = "std" if STATES_STD.search(owner) else _kind_of(posterior.mean, posterior.spread, argument)
     std = _std(posterior.spread, kind).expand_as(posterior.mean)
     gaussian = Normal(posterior.mean.double(), std, validate_args=False)
     return Posterior(gaussian, f"{posterior.described} {kind.replace('_', ' ')}", kind)
@@ -156,6 +172,17 @@ def kl_to_prior(posterior: Posterior, prior: Distribution | None = None) -> Tens
             "To fix this, return distributions for whose pair torch.distributions.kl_divergence has a closed form."
         ) from error
     return divergence.double().reshape(len(divergence), -1)
+
+
+def is_of_real_numbers(distribution: Distribution) -> bool:
+    """Returns whether a distribution is one of all real numbers; others, such as gamma distributions, have other priors."""
+    support = None
+    # a distribution of someone's own may state none
+    with suppress(NotImplementedError):
+        support = peeled(distribution).support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is None or isinstance(support, type(constraints.real))
 
 
 def _gaussian(distance: Tensor, log_variance: Tensor) -> Tensor:
@@ -242,11 +269,28 @@ def _sample_is_last(first: Tensor, second: Tensor, third: Tensor, *, spread: str
     return repeated or (spread == "auto" and positive and second.numel() >= FEWEST_POSITIVE)
 
 
-def _kind_of(values: Tensor) -> str:
+def all_positive(values: Tensor) -> bool:
+    """Returns whether so many values are all above 0 that they are hardly means of Gaussians."""
+    return values.numel() >= FEWEST_POSITIVE and bool((values > 0).all())
+
+
+def _kind_of(mean: Tensor, values: Tensor, argument: str) -> str:
     """Returns ``"log_variance"`` where the values show that they are logarithms; raises a ValueError where they do not."""
     known = values[~values.isnan()]
     if not len(known) or bool((known < 0).any()) or not bool(known.any()):
         return "log_variance"
+    if all_positive(mean):
+        fix = (
+            f"let {argument} return"
+            if argument == "posterior"
+            else "pass PosteriorKLMonitor(posterior=...) with a callable for"
+        )
+        raise ValueError(
+            f"the posterior must be known, since both tensors of the pair are positive in each of {mean.numel()} values, as "
+            "the parameters of a gamma or beta distribution are, and a mean and a log variance are not. To fix this, "
+            f"{fix} the distribution itself, such as torch.distributions.Gamma(alpha, beta), and define its prior as the "
+            "module's attribute prior; or pass PosteriorKLMonitor(spread=...) if it is a Gaussian with positive means."
+        )
     raise ValueError(
         f"spread must be known, since each of {len(known)} values beside the mean is 0 or more, {float(known.min()):.3g} "
         f"to {float(known.max()):.3g}, which fits standard deviations and variances alike. To fix this, pass "

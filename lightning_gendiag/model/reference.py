@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
-from lightning_gendiag.model.amounts import NUM_REFERENCE
+from lightning_gendiag.model.amounts import NUM_REFERENCE, reference_size
 from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images, Labels, Rows, count_of_images, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
@@ -47,7 +48,6 @@ class Reference:
 
     def __init__(self, adapter: ModelAdapter, trainer: Trainer, device: torch.device) -> None:
         self.adapter, self.trainer, self.device = adapter, trainer, device
-        self.most = adapter.num_reference or NUM_REFERENCE
         self.images: Images | None = None
         self._seen: Tensor | None = None
         self._range_of: Tensor | None = None
@@ -56,12 +56,21 @@ class Reference:
         """Why the batches seen so far hold no labels; empty where all of them do."""
         self.one_hot = 0
         """Number of columns of one-hot labels in the batches; 0 where labels are given otherwise, or there are none."""
+        self.conditions: Tensor | None = None
+        """(M, K) rows that stand for labels in the batches and are no classes, such as attributes; None where there are
+        none. Before the images are complete, they are those of the first batch."""
         self.count = 0
         """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
         self._rows = Rows()
         self._reader = BatchReader(self._found, adapter.images is not None or adapter.labels is not None)
         self._looked = self._epoch_seen = False
         self._unconfirmed = False
+
+    @property
+    def most(self) -> int:
+        """Largest number of images: the user's, or by default fewer large ones than small ones."""
+        seen = self.images.images if self.images is not None else self._seen
+        return self.adapter.num_reference or (NUM_REFERENCE if seen is None else reference_size(seen[0].numel()))
 
     @property
     def share(self) -> int:
@@ -108,9 +117,14 @@ class Reference:
         room = self.share - self._held
         if room <= 0:
             return None
-        found = self._found(batch)
+        found, conditions = self._found_with_conditions(batch)
         part = _finite_part(found, room)
-        self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu())
+        # the first batch has shown their length
+        fits = (
+            conditions is not None and self.conditions is not None and conditions.shape[1:] == self.conditions.shape[1:]
+        )
+        kept = conditions[:room].cpu().clone() if conditions is not None and fits else None
+        self._rows.update(part.images.cpu(), None if part.labels is None else part.labels.cpu(), kept)
         self._reader.learn(batch, found)
         return found
 
@@ -136,24 +150,31 @@ class Reference:
             labels = self.adapter.find_labels(batch, images)
         self.unlabelled = self.unlabelled or labels.reason
         self.one_hot = labels.one_hot
+        if self.conditions is None and labels.conditions is not None:
+            self.conditions = labels.conditions.detach()[:SEEN].cpu().clone()
         self.count = count_of_images(batch) if self.adapter.images is None else 0
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
 
-    def _part(self, batch: Any, room: int) -> Images:
-        """The first finite images of a batch."""
-        return _finite_part(self._found(batch), room)
+    def _part(self, batch: Any, held: int = 0) -> tuple[Images, Tensor | None]:
+        """The first finite images of a batch for which there is room beside those held, and its first conditions."""
+        found, conditions = self._found_with_conditions(batch)
+        room = self.most - held
+        return _finite_part(found, room), None if conditions is None else conditions[:room].cpu()
 
     def _found(self, batch: Any) -> Images:
         """The images and labels of a batch."""
+        return self._found_with_conditions(batch)[0]
+
+    def _found_with_conditions(self, batch: Any) -> tuple[Images, Tensor | None]:
         images, labels = self.found_in(batch)
         if images is None:
             raise ValueError(
                 f"a batch must hold (N, C, H, W) images or other data (N, ...), got {shape_of(batch)}. "
-                "To fix this, pass ModelAdapter(images=lambda batch: ...)."
+                f"To fix this, {self.adapter.images_advice}."
             )
-        return Images(images, labels.labels)
+        return Images(images, labels.labels), None if labels.conditions is None else labels.conditions.detach()
 
     def end_epoch(self) -> None:
         """Notes that an epoch passed: what was collected by now is all that there is."""
@@ -174,16 +195,34 @@ class Reference:
         self._check_sizes()
         # collectives of an accelerator want its tensors
         rows = self._rows.to(self.device)
-        images, labels = rows.compute()
+        images, labels, conditions = rows.compute()
         self._rows = Rows()
         if len(images) < 4:
             # more may come in the next epoch
             self._rows.images = [part.cpu() for part in rows.images]
             self._rows.labels = [part.cpu() for part in rows.labels]
+            self._rows.conditions = [part.cpu() for part in rows.conditions]
             raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
         known = len(labels) == len(images)
-        self.images = Images(images[: self.most].cpu(), labels[: self.most].cpu() if known else None)
+        # of the pooled images, since the first batch of another process may be another
+        most = self.adapter.num_reference or reference_size(images[0].numel())
+        self.images = Images(images[:most].cpu(), labels[:most].cpu() if known else None)
+        self.conditions = conditions[:most].cpu() if len(conditions) else None
+        self._say_size()
         return True
+
+    def _say_size(self) -> None:
+        """Logs where fewer images are kept since they are large."""
+        if (
+            self.images is not None
+            and len(self.images.images) == self.most < NUM_REFERENCE
+            and not self.adapter.num_reference
+        ):
+            size = "x".join(map(str, self.images.images.shape[1:]))
+            rank_zero_info(
+                f"Real images: {self.most:,} of {size} are kept instead of {NUM_REFERENCE:,}, since they are large. To choose "
+                "another number, pass num_reference=...."
+            )
 
     def _check_sizes(self) -> None:
         """Raises ValueError where the images that were collected have several shapes on any process."""
@@ -191,8 +230,8 @@ class Reference:
         if not self.trainer.strategy.reduce_boolean_decision(len(shapes) < 2, all=True):
             got = " and ".join(map(str, shapes[:2])) if len(shapes) > 1 else "several on another process"
             raise ValueError(
-                f"the real images must have one shape, got {got}. To fix this, resize them with "
-                "ModelAdapter(images=lambda batch: ...), or pass ModelAdapter(reference=...)."
+                f"the real images must have one shape, got {got}. To fix this, resize them in "
+                "ModelAdapter(images=...), or pass ModelAdapter(reference=...)."
             )
 
     @property
@@ -227,7 +266,7 @@ class Reference:
         other = self.trainer.strategy.reduce_boolean_decision(_differs(self.images.images, new), all=False)
         self._unconfirmed = False
         if other:
-            self.images = self._seen = None
+            self.images = self._seen = self.conditions = None
         else:
             self._rows = Rows()
         return bool(other)
@@ -241,7 +280,7 @@ class Reference:
             ValueError: If it holds no images.
         """
         if isinstance(given, Tensor) or (isinstance(given, (tuple, list)) and isinstance(given[0], Tensor)):
-            parts = [self._part(given, self.most)]
+            parts = [self._part(given)]
         elif isinstance(given, (DataLoader, Dataset)):
             # the loader may be the one that trains: its generators, and those of the data, must not move
             data = given.dataset if isinstance(given, DataLoader) else given
@@ -254,19 +293,22 @@ class Reference:
                 "reference must be a tensor, a pair of images and labels, a dataset or a dataloader, got "
                 f"{type(given).__name__}."
             )
-        images = torch.cat([part.images for part in parts]).cpu() if parts else torch.empty(0)
+        images = torch.cat([part.images for part, _ in parts]).cpu() if parts else torch.empty(0)
         if len(images) < 4:
             raise ValueError(f"reference must hold at least 4 finite images, got {len(images)}.")
-        labels = [part.labels.cpu() for part in parts if part.labels is not None]
+        labels = [part.labels.cpu() for part, _ in parts if part.labels is not None]
         self.images = Images(images, torch.cat(labels) if len(labels) == len(parts) else None)
+        conditions = [rows for _, rows in parts if rows is not None]
+        self.conditions = torch.cat(conditions) if conditions else None
+        self._say_size()
 
-    def _parts(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[Images]:
-        room = self.most
+    def _parts(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[tuple[Images, Tensor | None]]:
+        held = 0
         for batch in self._batches(given):
-            part = self._part(batch, room)
+            part = self._part(batch, held)
             yield part
-            room -= len(part.images)
-            if room <= 0:
+            held += len(part[0].images)
+            if held >= self.most:
                 return
 
     def _batches(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[Any]:
@@ -313,11 +355,12 @@ class Reference:
         """Returns the images that were collected; those that were given are read again instead."""
         state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot, "count": self.count}
         if self.adapter.reference is None and self.images is not None:
-            state |= {"images": self.images.images, "labels": self.images.labels}
+            state |= {"images": self.images.images, "labels": self.images.labels, "conditions": self.conditions}
         elif self._held and self.trainer.world_size == 1:
             # with several processes each has rows of its own, and one of them writes the checkpoint
             state |= {"rows": torch.cat(self._rows.images)}
             state |= {"row_labels": torch.cat(self._rows.labels) if self._rows.labels else None}
+            state |= {"row_conditions": torch.cat(self._rows.conditions) if self._rows.conditions else None}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -326,11 +369,11 @@ class Reference:
             return
         self._epoch_seen, self.one_hot, self.count = state["epoch_seen"], state["one_hot"], state["count"]
         if "images" in state:
-            self.images = Images(state["images"], state["labels"])
+            self.images, self.conditions = Images(state["images"], state["labels"]), state["conditions"]
             self.doubt()
         elif "rows" in state:
             self._rows = Rows()
-            self._rows.update(state["rows"], state["row_labels"])
+            self._rows.update(state["rows"], state["row_labels"], state["row_conditions"])
 
 
 def _finite_part(found: Images, room: int) -> Images:

@@ -16,8 +16,12 @@ from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.amounts import (
+    FEWEST_ROWS,
+    FEWEST_SAMPLES,
     LEAST_ROWS,
     LEAST_SAMPLES,
+    LONGEST,
+    MOST_SECONDS,
     NUM_SAMPLES,
     ROWS_SECONDS,
     SAMPLE_SECONDS,
@@ -30,7 +34,7 @@ from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, in_chunks
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
-from lightning_gendiag.model.parts import FIXES, ModelParts
+from lightning_gendiag.model.parts import ModelParts
 from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.regions.region_map import RegionMap
@@ -114,12 +118,14 @@ class ModelView:
         self._lacks_average = False
         self._said_weights = self._warned_weights = False
         self._samples: Images | None = None
+        self._timed_samples: Images | None = None
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
         self._said: set[str] = set()
         self._has_prior: bool | None = None
         self._is_agreed = False
         self._extractor: FeatureExtractor | None = None
+        self._reference_features: dict[nn.Module, Tensor] = {}
         self._warned_range, self._within = False, 0
 
     # ---- what there is ----
@@ -195,7 +201,7 @@ class ModelView:
         if data.images.ndim not in (4, 5):
             raise InapplicableError(
                 f"the data must be images (N, C, H, W) or volumes (N, C, D, H, W), got {tuple(data.images.shape)}. "
-                "To fix this, pass ModelAdapter(images=lambda batch: ...)."
+                f"To fix this, {self.adapter.images_advice}."
             )
         if data.images.ndim == 5:
             self.say("Volumes: the middle slice along D is the image of a volume (C, D, H, W) in regions and pictures.")
@@ -263,6 +269,7 @@ class ModelView:
         """Forgets what was derived from a reference that is gone."""
         self.region_maps.clear()
         self.amounts.clear()
+        self._reference_features.clear()
         self._extractor = self._samples = self._reconstructions = self._encoded = self._has_prior = None
         self._is_agreed = False
 
@@ -389,6 +396,12 @@ class ModelView:
         own = self.real.local(slice(None) if self.source(wanted) == "samples" else COMPARED)
         return self.as_images(own, rows)
 
+    def compared_rows(self, wanted: Source) -> slice:
+        """Returns the rows of the reference of all processes that :meth:`compared_with` returns."""
+        rows = slice(None) if self.source(wanted) == "samples" else COMPARED
+        own = range(len(self.reference.images))[rows][self.rank :: self.world_size]
+        return slice(own.start, own.stop, own.step)
+
     def reconstructions(self) -> Images:
         """Returns reconstructions of this process's rows of every second image of the reference, computed once."""
         if self._reconstructions is None:
@@ -438,26 +451,49 @@ class ModelView:
                 for index in range(self.rank, math.ceil(chunks / world) * world, world):
                     n = min(size, total - index * size)
                     # of a batch of one, layers that normalize over the batch have no statistics
-                    chunk = self._chunk(index, max(n, 2))
+                    chunk = self._timed_samples or self._chunk(index, max(n, 2))
+                    self._timed_samples = None
                     drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
             self._samples = _joined(drawn)
             self._check_range(self._samples.images)
         return self._samples
 
     def _num_samples(self) -> int:
-        """Number of samples over all processes: the user's, or as many as fit the time limit; inside :meth:`isolated`."""
+        """Number of samples over all processes: the user's, or as many as fit the time limit; inside :meth:`isolated`.
+
+        Raises:
+            InapplicableError: If even the fewest take too long.
+        """
         if self.adapter.num_samples is not None:
             return self.adapter.num_samples
         if "samples" not in self.amounts:
-            seconds = self.seconds_of(lambda: self._chunk(0, TIMED)) / TIMED
-            number = fitting(seconds / self.world_size, SAMPLE_SECONDS, LEAST_SAMPLES, NUM_SAMPLES)
+            self._refuse_slow_sampler()
+            drawn: list[Images] = []
+            seconds = self.seconds_of(lambda: drawn.append(self._chunk(0, TIMED))) / TIMED
+            # so few are of one chunk, which one process draws
+            least = fitting(seconds, MOST_SECONDS, FEWEST_SAMPLES, LEAST_SAMPLES)
+            number = fitting(seconds / self.world_size, SAMPLE_SECONDS, least, NUM_SAMPLES)
             self.amounts["samples"] = number
+            if number == TIMED and self.world_size == 1:
+                # a slow sampler need not draw them again
+                self._timed_samples = drawn[0]
             if number < NUM_SAMPLES:
                 rank_zero_info(
                     f"Samples: {number:,} at each evaluation instead of {NUM_SAMPLES:,}, since one takes {seconds:.2g} s. "
                     "To choose another number, pass num_samples=...."
                 )
         return self.amounts["samples"]
+
+    def _refuse_slow_sampler(self) -> None:
+        """Raises InapplicableError where the time of two samples shows that the fewest take too long."""
+        two = self.broadcast(lambda: self.parts.seconds_of_two)
+        # what waits for steps of an accelerator takes about as long for a few samples as for two
+        least = two * FEWEST_SAMPLES / 2 if self.device.type == "cpu" else two
+        if least > LONGEST:
+            raise InapplicableError(
+                f"sampling must take at most {LONGEST:.0f} s for {FEWEST_SAMPLES} images, but two took {two:.2g} s. "
+                f"To evaluate samples all the same, pass num_samples={FEWEST_SAMPLES}, or a faster sampler as sample=...."
+            )
 
     def _every(self, need: Literal["encode", "reconstruct"], images: int) -> int:
         """Of which number of a rank's real images one is encoded or reconstructed; inside :meth:`isolated`.
@@ -471,7 +507,8 @@ class ModelView:
         if need not in self.amounts:
             piece = self.as_input(as_data(self.reference.images[:TIMED]))
             seconds = self.seconds_of(lambda: self.parts.way(need).call(piece)) / len(piece)
-            number = fitting(seconds / self.world_size, ROWS_SECONDS, LEAST_ROWS, images)
+            least = fitting(seconds / self.world_size, MOST_SECONDS, FEWEST_ROWS, LEAST_ROWS)
+            number = fitting(seconds / self.world_size, ROWS_SECONDS, least, images)
             self.amounts[need] = every = images // number
             if every > 1:
                 rank_zero_info(
@@ -492,11 +529,11 @@ class ModelView:
         labels = self.parts.sample_labels(n) if way.takes_labels else None
         try:
             output = way.call(n) if labels is None else way.call(n, labels)
-            return Images(self.parts.images_in(output, n), labels)
+            return Images(self.parts.images_in(output, n), None if self.parts.has_conditions else labels)
         except Exception as error:
             raise ValueError(
                 f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
-                f"To fix this, pass {FIXES['sample']}."
+                f"To fix this, {self.parts.advice('sample')}."
             ) from error
 
     def _check_range(self, generated: Tensor) -> None:
@@ -677,6 +714,23 @@ class ModelView:
         found = self.resolve_extractor(given)
         extract = self.feature_extractor if found is None else found
         return lambda images: in_chunks(extract, images.to(self.device))
+
+    def features_of_reference(self, given: nn.Module | Callable[..., Any] | None, rows: slice = slice(None)) -> Tensor:
+        """Returns features (n, F) of some rows of the reference on the module's device; inside :meth:`isolated`.
+
+        They are computed once for all monitors where they do not change with the model.
+
+        Args:
+            given: What :meth:`resolve_features` takes.
+            rows: Rows of the reference of all processes.
+        """
+        if given is None:
+            return self.feature_extractor.of_reference(rows)
+        if not isinstance(given, nn.Module) or self.moves_with_model(given):
+            return self.resolve_features(given)(as_images(self.reference_images.images[rows]))
+        if given not in self._reference_features:
+            self._reference_features[given] = self.resolve_features(given)(self.reference_images.images).cpu()
+        return self._reference_features[given][rows].to(self.device)
 
     def moves_with_model(self, given: str | nn.Module | Callable[..., Any] | None) -> bool:
         """Returns whether what a network gives may change as the model trains: a callable, a name or a part of the model."""

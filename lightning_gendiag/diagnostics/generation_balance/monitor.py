@@ -19,7 +19,6 @@ from lightning_gendiag.diagnostics.generation_balance.functional import Generati
 from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance
 from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.functional.results import MAX_CLASS_TAGS
-from lightning_gendiag.model.batches import known
 from lightning_gendiag.model.features import FeatureExtractor, KernelClassifier, averaged_pixels, class_of
 from lightning_gendiag.model.view import Source, check_source
 
@@ -29,6 +28,9 @@ if TYPE_CHECKING:
 
 CHUNK = 128
 """Largest number of images that are classified at a time."""
+
+Space = tuple[Callable[[Tensor], Tensor], float]
+"""What a classifier compares of images, and the width of its kernel."""
 
 PIXEL_WIDTH, FEATURE_WIDTH = 0.3, 0.1
 """Widths of the kernels of the default classifier. Of 0.1, 0.15 and 0.3 for filters, the narrowest was the most accurate on
@@ -137,14 +139,13 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     def build_metric(self, view: ModelView) -> GenerationBalance:
         """Computes the features of this rank's real images, and fits or assesses the classifier."""
         images, labels = view.reference_images.images, view.real.classes()
-        own, extract = view.compared_with(self.images), view.resolve_features(self.features)
-        num_classes, classify = int(labels.max()) + 1, self._classifier(view)
+        rows, num_classes, classify = view.compared_rows(self.images), int(labels.max()) + 1, self._classifier(view)
         self._made = "reconstructed" if view.source(self.images) == "reconstructions" else "generated"
         with view.isolated(exact=True):
-            self._real = known(own.labels), extract(as_images(own.images)).cpu()
+            self._real = labels[rows], view.features_of_reference(self.features, rows).cpu()
             if classify is None:
                 if self._kernel is None or (self.space == "features" and view.moves_with_model(self.features)):
-                    self._kernel = KernelClassifier(images, labels, self._spaces(view))
+                    self._kernel = KernelClassifier(images, labels, *self._spaces(view))
                 classes = self._kernel.held_out
             else:
                 classes = self._classes(view, images.to(view.device))
@@ -156,21 +157,24 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         confusion = functional.pad(confusion.view(num_classes, num_classes), (0, wanted - num_classes) * 2)
         return GenerationBalance(wanted, confusion=confusion)
 
-    def _spaces(self, view: ModelView) -> list[tuple[Callable[[Tensor], Tensor], float]]:
-        """What the default classifier compares, with the widths of the kernels."""
-        extract = self._compared_features(view)
+    def _spaces(self, view: ModelView) -> tuple[list[Space], list[Tensor | None]]:
+        """What the default classifier compares, with the widths of the kernels, and what is known of the reference."""
+        pixels: Space = averaged_pixels, PIXEL_WIDTH
+        if self.space == "pixels":
+            return [pixels], [None]
+        extract, reference = self._compared_features(view)
         if self.space == "features":
             # a space that decides alone needs the wider kernel
-            return [(extract, PIXEL_WIDTH)]
-        by_features = [(extract, FEATURE_WIDTH)] if self.space == "auto" else []
-        return [(averaged_pixels, PIXEL_WIDTH), *by_features]
+            return [(extract, PIXEL_WIDTH)], [reference]
+        return [pixels, (extract, FEATURE_WIDTH)], [None, reference]
 
-    def _compared_features(self, view: ModelView) -> Callable[[Tensor], Tensor]:
-        """The features that the default classifier compares."""
+    def _compared_features(self, view: ModelView) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """The features that the default classifier compares, and those of the reference."""
         # a callable may change with the model, which a classifier should not
         if self.features is None or (self.space != "features" and view.moves_with_model(self.features)):
-            return partial(_rooted, view.feature_extractor)
-        return view.resolve_features(self.features)
+            extractor = view.feature_extractor
+            return partial(_rooted, extractor), extractor.reference_responses.sqrt()
+        return view.resolve_features(self.features), view.features_of_reference(self.features)
 
     def depends_on_model(self, view: ModelView) -> bool:
         """Whether the reference's features or the classifier's errors change with the module."""

@@ -34,13 +34,13 @@ class KStarResult(NamedTuple):
 
     values: Tensor
     """(N,) k* over the size of the class, in (0, 1]; 1 where all of the class is nearer to the sample than any other class.
-    nan for latents with nan or inf, and where there is one class only."""
+    nan for latents with nan or inf, for the only sample of a class, and where there is one class only."""
     labels: Tensor
     """(N,) classes of ``values``."""
     classes: Tensor
     """(K,) labels that occur, ascending."""
     mean: Tensor
-    """(K,) mean of the values of each class."""
+    """(K,) mean of the values of each class; nan where it has one sample only."""
     std: Tensor
     """(K,) population standard deviation of the values of each class."""
     skewness: Tensor
@@ -50,6 +50,11 @@ class KStarResult(NamedTuple):
     add to one."""
     invalid: Tensor
     """() fraction of the latents that contain nan or inf and are left out."""
+
+    @property
+    def single(self) -> Tensor:
+        """(K,) whether a class has one sample only, among several classes. Its k* would be 1 wherever the sample lies."""
+        return self.mean.isnan() & (len(self.classes) > 1)
 
     @property
     def pattern(self) -> list[str]:
@@ -84,11 +89,11 @@ class KStarResult(NamedTuple):
 
     @property
     def worst(self) -> int:
-        """Position in ``classes`` of the class with the lowest mean; -1 where there is no class."""
-        return int(self.mean.nan_to_num(2.0).argmin()) if len(self.classes) else -1
+        """Position in ``classes`` of the class with the lowest mean; -1 where no class has one."""
+        return -1 if self.mean.isnan().all() else int(self.mean.nan_to_num(2.0).argmin())
 
     def scalars(self) -> dict[str, Tensor]:
-        """Returns the scalars of all samples, of the worst class and, for up to 20 classes, of each class."""
+        """Returns the scalars of all samples, of the worst class and, for up to 20 classes, of each that is measured."""
         values = {
             "true_skewness": self.true_skewness,
             "approximate_skewness": self.approximate_skewness,
@@ -98,7 +103,8 @@ class KStarResult(NamedTuple):
             "invalid": self.invalid,
         }
         if len(self.classes) <= MAX_CLASS_TAGS:
-            values |= {f"class_{int(c)}": value for c, value in zip(self.classes, self.mean, strict=True)}
+            classes = zip(self.classes.tolist(), self.mean, self.single.tolist(), strict=True)
+            values |= {f"class_{c}": value for c, value, is_single in classes if not is_single}
         return values
 
 
@@ -119,7 +125,8 @@ def k_star(latents: Tensor, labels: Tensor, *, distance: Distance = "euclidean")
         distance: ``"euclidean"``, or ``"cosine"`` for 1 - cos.
 
     Returns:
-        Values in (0, 1] and their moments within each class; nan where there is a single class.
+        Values in (0, 1] and their moments within each class; nan where there is a single class, and for a class of a single
+        sample, which is all of its class wherever it lies.
 
     Raises:
         ValueError: if shapes or types do not match.
@@ -153,7 +160,8 @@ def k_star(latents: Tensor, labels: Tensor, *, distance: Distance = "euclidean")
                 counts[rows] = count.double()
                 pairs = place[rows] * len(classes) + place[first]
                 rivals += torch.bincount(pairs, minlength=len(classes) ** 2).view_as(rivals)
-    normal = counts / torch.repeat_interleave(sizes, sizes)
+    size = torch.repeat_interleave(sizes, sizes)
+    normal = (counts / size).masked_fill(size == 1, math.nan)
     values[finite.nonzero()[:, 0][order]] = normal
     parts = torch.split(normal, sizes.tolist())
     moments = [torch.stack([part.mean(), part.std(correction=0), _skewness(part)]) for part in parts]

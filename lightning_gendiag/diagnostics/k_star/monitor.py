@@ -15,6 +15,7 @@ from lightning_gendiag.diagnostics.k_star.metric import KStar
 from lightning_gendiag.functional.arrays import as_data, pooled
 from lightning_gendiag.functional.results import MAX_CLASS_TAGS
 from lightning_gendiag.model.batches import known
+from lightning_gendiag.model.reference import InapplicableError
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -25,6 +26,9 @@ CHUNK = 128
 
 MAX_LENGTH = 2048
 """Largest length of spatial features that are compared position by position; of longer ones, means over positions are."""
+
+MOST_NAMED = 10
+"""Largest number of classes that a line of the log names."""
 
 MIN_STD = 0.02
 """A change of the mean by this much, out of 1, is a usual fluctuation."""
@@ -95,8 +99,10 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
             _layer(view, self.features)
 
     def build_metric(self, view: ModelView) -> KStar:
-        """Creates the metric, if labels of several classes are known."""
-        view.real.classes()
+        """Creates the metric, if labels of several classes are known, of which one has two images or more."""
+        labels = view.real.classes()
+        if self.images == "real" and len(set(labels.tolist())) == len(labels):
+            raise InapplicableError("labels must have a class of at least two images, got one image of each class")
         return KStar(self.distance, max_rows=self.max_rows)
 
     def update(self, view: ModelView) -> None:
@@ -128,13 +134,24 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
             raise ValueError(f"features must name a layer that {path.split('.')[0]} runs, got {path!r}.")
         return _rows(view, outputs[-1], len(images))
 
+    def postprocess(self, view: ModelView, result: KStarResult) -> KStarResult:
+        """Logs which classes are not measured, since there is a single real image of them."""
+        single = result.classes[result.single].tolist()
+        if single and self.images == "real":
+            named = ", ".join(map(str, single[:MOST_NAMED])) + ", ..." * (len(single) > MOST_NAMED)
+            view.say(
+                f"k* is not measured for {len(single)} of {len(result.classes)} classes with a single real image: {named}."
+            )
+        return result
+
     def observations(self, result: KStarResult) -> list[Observation]:
-        """The mean of each class, labelled with its nearest rival, and the mean of all classes."""
+        """The mean of each class of two images or more, labelled with its nearest rival, and the mean of all classes."""
         observations = []
-        classes = zip(result.classes.tolist(), result.mean.tolist(), result.nearest_rival.tolist(), strict=True)
-        for c, value, rival in classes:
+        columns = (result.classes, result.mean, result.nearest_rival, result.single)
+        for c, value, rival, is_single in zip(*(column.tolist() for column in columns), strict=True):
             label = "" if rival < 0 else f"class {c}, now next to class {rival},"
-            observations.append(Observation(CLASS.numbered(c), value, -value, label))
+            if not is_single:
+                observations.append(Observation(CLASS.numbered(c), value, -value, label))
         mean = float(result.scalars()["mean"])
         return [*observations, Observation(ALL, mean, -mean)]
 
@@ -143,7 +160,8 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
         context.logger.log_histogram("values", result.values)
         context.logger.log_text("classes", plots.table(result))
         if len(result.classes) <= MAX_CLASS_TAGS:
-            context.logger.log_chart("every class", "Multiline", [f"class_{c}" for c in result.classes.tolist()])
+            classes = result.classes[~result.single].tolist()
+            context.logger.log_chart("every class", "Multiline", [f"class_{c}" for c in classes])
         context.logger.log_chart("skewness", "Multiline", ["true_skewness", "approximate_skewness"])
         context.logger.log_image("panel", plots.panel(result, context.occasion()))
 

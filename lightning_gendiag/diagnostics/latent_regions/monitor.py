@@ -134,10 +134,10 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         images, labels = view.reference_images
         extract = view.resolve_features(self.features)
         with view.isolated(exact=True):
+            features = view.features_of_reference(self.features)
             if self.classifier is None and labels is not None:
-                self._neighbours = NeighbourClassifier(images, labels, space_for(images, extract))
-            features = [extract(some) for some in pieces(images, CHUNK)]
-        self._reference = _moments(torch.cat(features))
+                self._neighbours = NeighbourClassifier(images, labels, space_for(images, extract), known=features)
+        self._reference = _moments(features)
 
     def depends_on_model(self, view: ModelView) -> bool:
         """Whether the reference's features change with the module."""

@@ -19,7 +19,7 @@ from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.isolation import perturbed
 from lightning_gendiag.model.outputs import peeled
-from lightning_gendiag.model.posterior import kl_to_prior, posterior_in
+from lightning_gendiag.model.posterior import is_of_real_numbers, kl_to_prior, posterior_in
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -136,17 +136,26 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         Raises:
             ValueError: If the encoder returned no posterior, or one without a closed divergence from its prior.
         """
-        owner = "" if self.posterior is not None else view.parts.way("encode").owner
-        posterior = posterior_in(output, n, self._known_spread, view.parts.stated_length, owner)
+        owner, argument = (view.parts.way("encode").owner, "encode") if self.posterior is None else ("", "posterior")
+        posterior = posterior_in(output, n, self._known_spread, view.parts.stated_length, owner, argument)
         if self._known_spread == "auto":
             # later batches alone may not show what the spread is
             self._known_spread = posterior.spread
         mean, std, prior = posterior.mean, posterior.std, view.parts.prior
+        if prior is None and not is_of_real_numbers(posterior.distribution):
+            raise ValueError(
+                f"the prior must be known, since the posterior is {posterior.described} and N(0, 1) is not its prior. "
+                f"To fix this, define the prior, a torch distribution, as {type(view.module).__name__}.prior."
+            )
         divergence = kl_to_prior(posterior, prior)
         if mean is None or std is None or divergence.shape[1] != mean.flatten(1).shape[1]:
             raise ValueError(
                 f"posterior must have a mean, a variance and a divergence for each dimension, got {posterior.described}. "
-                "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
+                + (
+                    "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
+                    if self.posterior is None
+                    else "To fix this, let posterior return (mean, log_variance)."
+                )
             )
         is_standard = prior is None and isinstance(peeled(posterior.distribution), Normal)
         return mean, 2 * std.log(), None if is_standard else divergence

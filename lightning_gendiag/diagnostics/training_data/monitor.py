@@ -119,7 +119,7 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
         if images.ndim < 2 or grid_of(images.shape[1:]) != self._watched.grid:
             raise ValueError(
                 f"the data of a batch must be (N, {', '.join(map(str, self._watched.shape))}) as before, got "
-                f"{tuple(images.shape)}. To fix this, pass ModelAdapter(images=lambda batch: ...)."
+                f"{tuple(images.shape)}. To fix this, {view.adapter.images_advice}."
             )
         more = MORE_ROWS if self._since_evaluation < MORE_ROWS else 1
         seen = glance(images, labels, self.rows * more, first=self._batches)

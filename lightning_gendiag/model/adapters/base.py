@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Need = Literal["sample", "encode", "decode", "reconstruct"]
 """An ability of a module that a diagnostic needs."""
@@ -54,6 +54,8 @@ class Context:
     """Whether the user says that the sampler takes labels."""
     one_hot: int = 0
     """Number of columns of the batches' one-hot labels; 0 where labels are given otherwise, or there are none."""
+    condition: Tensor | None = None
+    """(K,) row that stands for the label of a real image and is no class, such as its attributes; None for classes."""
     count: int = 0
     """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
 

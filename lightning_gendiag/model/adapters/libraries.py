@@ -21,6 +21,7 @@ from lightning_gendiag import samplers
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapters.base import Context, Recogniser, Way
 from lightning_gendiag.model.adapters.own import AVERAGED, normal, signature_of
+from lightning_gendiag.model.outputs import data_in
 
 STEPS = samplers.STEPS
 
@@ -694,14 +695,24 @@ def first(sample: Callable[..., Any], *given: Any) -> Any:
 
 
 def distributions(module: nn.Module, context: Context) -> Iterator[Way]:
-    """Yields torch's distributions, as attributes or as what ``forward()`` returns without arguments."""
+    """Yields torch's distributions of data, as attributes or as what ``forward()`` returns without arguments."""
     for name, value, _ in parts_of(module):
         if OF_NOISE.search(name.rpartition(".")[2]) or is_kind(value, FLOWS, r"\w+"):
             continue
         if isinstance(value, Distribution):
-            yield Way("sample", f"{name}.sample((n,))", partial(drawn_from, value))
+            if may_be_of_data(value, context):
+                yield Way("sample", f"{name}.sample((n,))", partial(drawn_from, value))
         elif isinstance(value, nn.Module) and makes_something(value):
             yield Way("sample", f"{name}().sample((n,))", partial(drawn, value))
+
+
+def may_be_of_data(distribution: Distribution, context: Context) -> bool:
+    """Returns whether samples of a distribution have the shape of the data; those of others are latents or noise."""
+    sampled = torch.empty(2, *distribution.batch_shape, *distribution.event_shape, device="meta")
+    try:
+        return context.shape is None or data_in(sampled, 2, context.shape) is not None
+    except ValueError:
+        return False
 
 
 def makes_something(module: nn.Module) -> bool:

@@ -42,7 +42,7 @@ COUNTS = re.compile(
     r"(n|num|count|bs|batch|batch_?size|b|(n|num|number|number_of)_?(samples?|images?|imgs?)|samples|size)"
 )
 SHAPES = re.compile(r"(shape|(img|image|sample|data|x|output|batch)_?shape|(img|image)_?size)")
-LABELS = re.compile(r"(y|labels?|cls|class(es)?|class_?(labels?|ids?)|targets?)")
+LABELS = re.compile(r"(y|labels?|cls|class(es)?|class_?(labels?|ids?)|targets?|attrs?|attributes?)")
 CODES = re.compile(r"codes?|(latent|cont|continuous)_?codes?|c_?(cont|continuous)\w*", re.IGNORECASE)
 CONDITIONS = re.compile(r"(c|cond|condition(s|ing)?|context|prompts?|.*_(cond|conditioning|context))")
 NOISE = re.compile(r"(z|zs|noise|latents?|code|eps|x_?t|z_?samples?)", re.IGNORECASE)
@@ -265,10 +265,9 @@ def decoder_ways(
         if shape[1:] == (1, 1) and context.shape is None and not is_generator:
             continue
         text = f"{name}{f' of latents {shape}' if len(shape) > 1 else ''}"
-        decode = partial(_with_class_0, target) if labels else target
-        yield Way(
-            "decode", f"{text}{' with class 0' if labels else ''}", decode, latent=shape, is_generator=is_generator
-        )
+        decode = partial(_with_one_label, target, context.condition) if labels else target
+        label = f" with {'class 0' if context.condition is None else 'the attributes of one image'}" if labels else ""
+        yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator)
         is_map, is_stated = len(shape) > 1 and shape[1:] != (1, 1), math.prod(shape) == context.latent_dim
         if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (is_map and not is_stated):
             # a map of latents has no prior that is worth sampling, unless the user states one
@@ -316,8 +315,10 @@ def _takes_noise(target: Callable[..., Any]) -> bool:
     return NOISE.fullmatch(first) is not None
 
 
-def _with_class_0(decoder: Callable[..., Any], z: Tensor) -> Any:
-    return decoder(z, torch.zeros(len(z), dtype=torch.long, device=z.device))
+def _with_one_label(decoder: Callable[..., Any], condition: Tensor | None, z: Tensor) -> Any:
+    if condition is None:
+        return decoder(z, torch.zeros(len(z), dtype=torch.long, device=z.device))
+    return decoder(z, condition.to(z.device).expand(len(z), -1))
 
 
 def _sampled(decoder: Callable[..., Any], module: nn.Module, shape: tuple[int, ...], n: int, *labels: Tensor) -> Any:
