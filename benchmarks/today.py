@@ -47,7 +47,8 @@ def as_today(monitor: str, observation: Observation, real_shares: Sequence[float
     series, key = observation.series, (monitor, observation.series.role)
     if key in DECLARED:
         now = DECLARED[key]
-        series = replace(series, min_std=now.min_std, min_delta=now.min_delta, stop=now.stop, patience=now.patience)
+        same = ("min_std", "min_delta", "confirm", "stop", "patience")
+        series = replace(series, **{name: getattr(now, name) for name in same})
     severity = observation.severity
     if math.isfinite(severity) and key in SEVERITIES:
         severity = SEVERITIES[key](observation.value)

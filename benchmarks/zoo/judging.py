@@ -228,9 +228,7 @@ def judged_faulty(run: Record, fault: Record | None) -> Faulty:
 
 
 def visible(run: Record, fault: Record) -> bool:
-    """Returns whether the referee sees in half of the evaluations with a fault that samples, or those of a region where the
-    fault is, are worse than before.
-    """
+    """Returns whether the referee sees in half of the evaluations with a fault that samples got worse, or a region did."""
     first, truth = fault["first"], fault["truth"]
     joined = {name: [*run["truth"][name][:first], *values] for name, values in truth.items()}
     affected = [

@@ -30,13 +30,16 @@ CALIBRATION = (0.38, 1.05, 9.0)
 """The threshold is multiplied by a + b * correlation + c / number of values, which holds the rate where the correlation
 must be estimated; ``python -m benchmarks.detector --calibrate`` shows what other constants give."""
 
-KNOWN, UNKNOWN = 0.5, 3.0
+KNOWN, UNKNOWN = 0.4, 3.0
 """Where the series fluctuates by no more than ``min_std``, which was measured on many runs, this part of the threshold holds
 for its own fluctuation, since what is known beforehand decides; and all of it from this many times ``min_std`` on."""
 
 LEAST_RISES = (4.2, 2.4, 1.25)
 """Least mean of the lower half of 2, 3 and at least 4 values after a rise, in standard deviations, at the rate 3e-4. A
 rise lifts all values, but noise that grows lifts some, so this tells one from the other."""
+
+SURE = 3.0
+"""A rise exceeds ``min_delta`` if the mean of the newest two values does so by this many standard errors."""
 
 FIRST_BLOCK, BLOCK, DIFFERENT = 12, 6, 3.0
 """Older values are left out, in blocks, from the first whose median lies so many standard deviations from the mean of the
@@ -101,6 +104,7 @@ class Detector:
         warmup: Number of values to learn from before the first judgement, at least 4.
         baseline: Largest number of values that make the level.
         recent: Largest number of values that make the rise.
+        shortest: Smallest number of values that make the rise, at least 2.
         memory: Largest number of values before the rise that make the fluctuation.
         min_std: Lower bound of the fluctuation, in the unit of the series.
         min_delta: Least rise that matters, in the unit of the series. It does not change how significant a rise is.
@@ -110,7 +114,7 @@ class Detector:
 
     Example:
         >>> detector = Detector(false_alarm_rate=1e-3)
-        >>> series = [0.0, 0.3, -0.2, 0.1, -0.3, 0.2, 0.0, 0.1, -0.1, 0.2, 2.0, 0.1, -0.2, 0.1, 0.0, 3.0, 3.1]
+        >>> series = [0.0, 0.3, -0.2, 0.1, -0.3, 0.2, 0.0, 0.1, -0.1, 0.2, 2.0, 0.1, -0.2, 0.1, 0.0, 4.0, 4.1]
         >>> [position for position, value in enumerate(series) if detector.update(position, value).active]
         [16]
         >>> detector.since
@@ -124,6 +128,7 @@ class Detector:
         warmup: int = 6,
         baseline: int = 40,
         recent: int = 14,
+        shortest: int = 2,
         memory: int = 64,
         min_std: float = 0.0,
         min_delta: float = 0.0,
@@ -132,9 +137,11 @@ class Detector:
             raise ValueError(f"false_alarm_rate must be in (0, 0.1], got {false_alarm_rate}.")
         if warmup < 4:
             raise ValueError(f"warmup must be at least 4 evaluations, got {warmup}.")
+        if shortest < 2:
+            raise ValueError(f"shortest must be at least 2 values, got {shortest}.")
         self.false_alarm_rate = false_alarm_rate
         self.warmup, self.baseline, self.recent, self.memory = warmup, baseline, recent, memory
-        self.min_std, self.min_delta = min_std, min_delta
+        self.min_std, self.min_delta, self.shortest = min_std, min_delta, shortest
         self.threshold = _normal_quantile(false_alarm_rate / INDEPENDENT_SPLITS)
         # thresholds of deviations grow with that of the significance
         strictness = self.threshold / _normal_quantile(3e-4 / INDEPENDENT_SPLITS)
@@ -200,7 +207,7 @@ class Detector:
     def _rise(self) -> tuple[bool, float, int | None]:
         """Returns whether there is an alarm, the score and the position of the most significant rise."""
         best: _Rise | None = None
-        for length in range(2, self.recent + 1):
+        for length in range(self.shortest, self.recent + 1):
             end = len(self.values) - length
             if end < self.warmup:
                 break
@@ -228,18 +235,18 @@ class Detector:
         limited = [min(rise, limit) for rise in rises]
         # the variance of a median is pi / 2 times that of a mean
         error = math.sqrt(1 / length + math.pi / 2 / min(past.total, _Past.RECENT))
-        smallest = past.unit if self.min_delta else max(self.min_std, 1e-12)
-        mattering = [height - self.min_delta for height in heights]
-        of_min_std = fmean(min(beyond / smallest, LARGEST_DEVIATION) for beyond in mattering) / error
+        smallest = max(self.min_std, 1e-12)
         freedom = min(past.total + length - 2, 31)
-        floor = _normal_deviation(of_min_std, freedom)
-        statistic, score = math.inf, _normal_deviation(fmean(mattering) / smallest / error, freedom)
+        floor = _normal_deviation(fmean(min(h / smallest, LARGEST_DEVIATION) for h in heights) / error, freedom)
+        statistic, score = math.inf, _normal_deviation(fmean(heights) / smallest / error, freedom)
         for correlation in past.correlations:
             calibration = CALIBRATION[0] + CALIBRATION[1] * correlation + CALIBRATION[2] / past.count
             calibration *= past.strictness
             statistic = min(statistic, self._calibrated(past.step(limited, correlation), past.count - 2, calibration))
             score = min(score, self._calibrated(past.step(rises, correlation), past.count - 2, calibration))
-        alarming = min(statistic, floor) > self.threshold
+        newest = math.sqrt(1 / 2 + math.pi / 2 / min(past.total, _Past.RECENT))
+        matters = not self.min_delta or fmean(heights[-2:]) - SURE * newest * past.unit > self.min_delta
+        alarming = matters and min(statistic, floor) > self.threshold
         return _Rise(alarming, statistic, max(min(statistic, floor), score))
 
     def _calibrated(self, student: float, freedom: int, calibration: float) -> float:
@@ -395,7 +402,7 @@ def evaluations_needed(false_alarm_rate: float, warmup: int) -> int:
 
     Example:
         >>> evaluations_needed(3e-4, 6)
-        13
+        11
     """
     total = warmup + 2
     while not any(_alarms(false_alarm_rate, warmup, healthy, total) for healthy in range(warmup, total - 1)):

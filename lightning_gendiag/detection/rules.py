@@ -198,7 +198,13 @@ class Judge:
         if series.name not in held:
             # Bonferroni's correction for many series
             rate = self.false_alarm_rate / max(count, 1)
-            detector = Detector(rate, warmup=self.warmup, min_std=series.min_std, min_delta=series.min_delta)
+            detector = Detector(
+                rate,
+                warmup=self.warmup,
+                shortest=max(2, series.confirm),
+                min_std=series.min_std,
+                min_delta=series.min_delta,
+            )
             state = self._states.get(monitor, {}).pop(series.name, None)
             if state is not None:
                 detector.load_state_dict(state)

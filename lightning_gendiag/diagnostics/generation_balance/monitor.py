@@ -40,11 +40,12 @@ FLOOR = 4.0
 """Number of images that are added to each class in the severity. The logarithm of a count of mean 1 to 50 then fluctuates
 by 0.2 to 0.36 octaves."""
 
-MIN_STD = 0.4
-"""A third more or less of a class is a usual fluctuation; octaves."""
+MIN_STD = 0.5
+"""Two fifths more or less of a class are a usual fluctuation; octaves."""
 
-MOST = 2.0
-"""A share that falls to this many times that of real images is an improvement."""
+MOST = 1.25
+"""A share that falls to this many times that of real images is an improvement. A class that is generated too often can still
+be seen to be dropped, since shares are corrected for the classifier's errors."""
 
 BALANCE_MIN_STD = 0.3
 """Of the logarithm of the distance of the shares."""
@@ -52,8 +53,11 @@ BALANCE_MIN_STD = 0.3
 PATIENCE = 8
 """While a GAN learns, a class may be dropped and come back within some evaluations."""
 
+CONFIRM = 4
+"""While images are poor, the classifier assigns them to one class at this evaluation and to another at the next."""
+
 CLASS = Series(
-    "class", "component", "share of generated images", event="was dropped", min_std=MIN_STD,
+    "class", "component", "share of generated images", event="was dropped", min_std=MIN_STD, confirm=CONFIRM,
     patience=PATIENCE,
 )  # fmt: skip
 BALANCE = Series(

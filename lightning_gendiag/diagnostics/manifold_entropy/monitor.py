@@ -45,16 +45,22 @@ TRAVERSED = 6
 MIN_STD = 0.2
 """A fifth more or less movement of the data is a usual fluctuation."""
 
-MIN_DELTA = 0.4
-"""So is a third less that lasts, while a flow learns which directions of the data are noise."""
+MIN_DELTA, MEAN_MIN_DELTA = 1.0, 0.5
+"""Nats. A dimension that moves the data a third as much, and all that do so 0.6 times as much, are no news, however long it
+lasts: a flow learns which directions of the data are noise."""
 
 DIMENSION = Series("dimension", "component", "entropy in nats", "nats", min_std=MIN_STD, min_delta=MIN_DELTA)
 MEAN = Series(
-    "all dimensions", "aggregate", "mean entropy of a dimension in nats", "nats", min_std=MIN_STD, min_delta=MIN_DELTA
+    "all dimensions",
+    "aggregate",
+    "mean entropy of a dimension in nats",
+    "nats",
+    min_std=MIN_STD,
+    min_delta=MEAN_MIN_DELTA,
 )
-ENTANGLED, PAIR_MIN_STD = 0.75, 0.1
+ENTANGLED, PAIR_MIN_STD = 1.0, 0.1
 """Nats. Pairs that share no more are no news: in healthy models of many kinds the strongest pair shares 0.3 to 1, and
-fluctuates by 0.01 to 0.13. At 0.75 the effects of two dimensions have a correlation of 0.88, and at 1.5 of 0.97."""
+fluctuates by 0.01 to 0.13. At 1 the effects of two dimensions have a correlation of 0.93, and at 1.5 of 0.97."""
 
 PAIR = Series(
     "pair", "standalone", "mutual information in nats", "nats", event="became entangled", min_std=PAIR_MIN_STD
@@ -276,5 +282,5 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
 
 
 def entanglement(shared: float) -> float:
-    """Returns how much more than 0.75 nats two dimensions share; nan stays nan."""
+    """Returns how much more than a nat two dimensions share; nan stays nan."""
     return math.nan if math.isnan(shared) else max(0.0, shared - ENTANGLED)

@@ -40,7 +40,10 @@ CHUNK = 128
 MIN_STD = 0.1
 """Nats. A beta-VAE gives up dimensions that carry no more than two or three times as much while it improves."""
 
-DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD)
+MIN_DELTA = 0.35
+"""Nats. A dimension dies only where it surely carries this much less than one nat."""
+
+DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD, min_delta=MIN_DELTA)
 TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD, stop="alone")
 UNUSED = Series("all of the latent", "rule", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD, stop="alone")
 """Of the rule that some dimension must be active."""
@@ -51,8 +54,8 @@ Spread = Literal["auto", "log_variance", "variance", "log_std", "std"]
 class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     """Monitors :class:`PosteriorKL` of a VAE's encoder on the reference images.
 
-    A dimension dies when its KL divergence falls from its level to almost zero. Changes above one nat raise no alarm, and
-    so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been active for
+    A dimension dies when its KL divergence falls from its level to less than about two fifths of a nat. Changes above one
+    nat raise no alarm, and so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been active for
     ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions the
     channels of spatial latents are watched, each the sum over its positions, and of other latents only the total.
 
