@@ -38,10 +38,10 @@ LEAST_RISES = (4.2, 2.4, 1.25)
 """Least mean of the lower half of 2, 3 and at least 4 values after a rise, in standard deviations, at the rate 3e-4. A
 rise lifts all values, but noise that grows lifts some, so this tells one from the other."""
 
-SURE = 3.0
+SURE = 2.0
 """A rise exceeds ``min_delta`` if the mean of the newest two values does so by this many standard errors."""
 
-FIRST_BLOCK, BLOCK, DIFFERENT = 12, 6, 3.0
+FIRST_BLOCK, BLOCK, DIFFERENT = 12, 4, 3.0
 """Older values are left out, in blocks, from the first whose median lies so many standard deviations from the mean of the
 newer ones: at the start of a run a series may have been far from where it has settled."""
 
@@ -329,29 +329,38 @@ class _Past:
         # the mean of the middle half hardly depends on outliers, and its variance is 1.2 times that of a mean
         quarter = len(base) // 4
         self.mean = fmean(sorted(base)[quarter : len(base) - quarter])
+        self.variance_factor = 1.2
         residuals, trend = _detrended(values)
-        squares = math.fsum(r * r for r in residuals)
-        correlation = math.fsum(a * b for a, b in pairwise(residuals)) / squares if squares > 0 else 0.0
-        # the bias of a correlation about a straight line; Kendall (1954)
-        correlation = (correlation * n + 2) / (n - 4) if n > 4 else 0.0
-        correlation = (correlation * n + PRIOR_CORRELATION * PRIOR_VALUES) / (n + PRIOR_VALUES)
-        error = math.sqrt(max(1 - min(max(correlation, 0.0), 0.95) ** 2, 0.1) / n)
-        self.correlations = [min(max(c, 0.0), LARGEST_CORRELATION) for c in (correlation, correlation + error)]
-        # the line takes as much of the variance as two means do
-        left = max(1 - 2 * _variance_of_mean(n, self.correlations[0]), 0.15)
-        weights = _forgetting(n)
-        lately = math.fsum(w * r * r for w, r in zip(weights, residuals, strict=True)) / math.fsum(weights)
-        self.std = max(math.sqrt(squares / max(n - 2, 1) / left), RECENT_STD * math.sqrt(lately), 1e-12)
+        self._set_fluctuation(residuals, 2)
+        error = self.std * math.sqrt(12 / n**3 * (1 + self.correlations[0]) / (1 - self.correlations[0]))
+        if trend < -IMPROVING * error and n > 5:
+            # an old mean is no level of a series that improves, and a line may bend: the end of a parabola is
+            parabola = _bent(residuals)
+            self._set_fluctuation([r - p for r, p in zip(residuals, parabola, strict=True)], 3)
+            self.mean, self.size = values[-1] - residuals[-1] + parabola[-1], n
+            # of the variance of a mean
+            self.variance_factor = 9.0
         self.unit = max(self.std, min_std)
         self.strictness = min(1.0, max(KNOWN, self.std / (UNKNOWN * max(min_std, 1e-12))))
-        # where the series improves, an old mean is no level, and neither is a line that may bend
-        error = self.std * math.sqrt(12 / n**3 * (1 + self.correlations[0]) / (1 - self.correlations[0]))
-        self.variance_factor = 1.2
-        if trend < -IMPROVING * error:
-            self.mean, self.variance_factor, self.size = self.level, math.pi / 2, self.recent_size
         # a series that has been rising all along, and still is, is expected to go on
         slope, newest = min(_slope(recent), _slope(values)), _slope(recent[-max(4, len(recent) // 2) :])
         self.slope = slope if slope > 0 and newest > slope / 10 else 0.0
+
+    def _set_fluctuation(self, residuals: list[float], parameters: int) -> None:
+        """Sets standard deviation and correlations by the residuals of a polynomial with so many parameters."""
+        n, squares = self.count, math.fsum(r * r for r in residuals)
+        correlation = math.fsum(a * b for a, b in pairwise(residuals)) / squares if squares > 0 else 0.0
+        # the bias of a correlation about a polynomial; Kendall (1954)
+        used = parameters + 2
+        correlation = (correlation * n + parameters) / (n - used) if n > used else 0.0
+        correlation = (correlation * n + PRIOR_CORRELATION * PRIOR_VALUES) / (n + PRIOR_VALUES)
+        error = math.sqrt(max(1 - min(max(correlation, 0.0), 0.95) ** 2, 0.1) / n)
+        self.correlations = [min(max(c, 0.0), LARGEST_CORRELATION) for c in (correlation, correlation + error)]
+        # the polynomial takes as much of the variance as so many means do
+        left = max(1 - parameters * _variance_of_mean(n, self.correlations[0]), 0.15)
+        weights = _forgetting(n)
+        lately = math.fsum(w * r * r for w, r in zip(weights, residuals, strict=True)) / math.fsum(weights)
+        self.std = max(math.sqrt(squares / max(n - parameters, 1) / left), RECENT_STD * math.sqrt(lately), 1e-12)
 
     def expected(self, ahead: int) -> float:
         """Returns the value that is expected so many values after the next."""
@@ -455,6 +464,14 @@ def _detrended(values: list[float]) -> tuple[list[float], float]:
     moments = math.fsum((i - middle) * value for i, value in enumerate(values))
     slope = moments * 12 / (len(values) * (len(values) ** 2 - 1))
     return [value - mean - slope * (i - middle) for i, value in enumerate(values)], slope
+
+
+def _bent(residuals: list[float]) -> list[float]:
+    """Returns what the parabola of least squares adds to a line, from the residuals of the line."""
+    n, middle = len(residuals), (len(residuals) - 1) / 2
+    bend = [(i - middle) ** 2 - (n**2 - 1) / 12 for i in range(n)]
+    factor = math.fsum(b * r for b, r in zip(bend, residuals, strict=True)) / math.fsum(b * b for b in bend)
+    return [factor * b for b in bend]
 
 
 def _slope(values: list[float]) -> float:

@@ -121,6 +121,10 @@ class Judge:
         """Whether an alarm may stop a run by itself, or the whole became worse."""
         if alarm.stop != "whole":
             return alarm.stop == "alone"
+        if alarm.rule:
+            # a rule about the whole did not hold before
+            entries = history.entries(alarm.diagnostic, alarm.series)
+            return sum(entry.step < alarm.since and entry.severity == 0 for entry in entries) >= LEAST_BEFORE
         wholes = [
             (monitor, o.series) for monitor, latest in self._latest.items() for o in latest if o.series.is_quality
         ] or [

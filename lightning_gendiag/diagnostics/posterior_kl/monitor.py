@@ -40,7 +40,7 @@ CHUNK = 128
 MIN_STD = 0.1
 """Nats. A beta-VAE gives up dimensions that carry no more than two or three times as much while it improves."""
 
-MIN_DELTA = 0.35
+MIN_DELTA = 0.43
 """Nats. A dimension dies only where it surely carries this much less than one nat."""
 
 DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD, min_delta=MIN_DELTA)
@@ -55,9 +55,9 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     """Monitors :class:`PosteriorKL` of a VAE's encoder on the reference images.
 
     A dimension dies when its KL divergence falls from its level to less than about two fifths of a nat. Changes above one
-    nat raise no alarm, and so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been active for
-    ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions the
-    channels of spatial latents are watched, each the sum over its positions, and of other latents only the total.
+    nat raise no alarm, and so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been
+    active for ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions
+    the channels of spatial latents are watched, each the sum over its positions, and of other latents only the total.
 
     Args:
         posterior: What gives mean and spread, both (N, L) or (N, C, ...), of images: the name of a method of the module,
