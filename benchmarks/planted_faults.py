@@ -30,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.measuring import plateau
 from benchmarks.planting import FAMILIES, monitors_for, record
+from benchmarks.today import as_today
 from lightning_gendiag import Alarm, Evaluation, ModelAdapter, Monitor, Observation, RegionMap, Series
 from lightning_gendiag.detection.history import Role
 from tests.helpers.recorded_runs import Replay
@@ -70,20 +71,18 @@ class Judged(NamedTuple):
 
 
 def observations_of(monitor: Monitor[Any, Any], row: dict[str, Any], texts: list[list[Any]]) -> list[Observation]:
-    """Returns the observations of a recorded row; of older recordings, with the monitor's thresholds of today."""
+    """Returns the observations of a recorded row, with the thresholds of today."""
     module = sys.modules[type(monitor).__module__]
     observations = []
     for name, (value, severity, place) in row.items():
         role, label, quantity, event, message, *thresholds = texts[place]
         role = ROLES.get(role, role)
-        if not thresholds:
-            min_delta = 0.0 if role == "standalone" else getattr(module, "MIN_DELTA", 0.0)
-            thresholds = [module.MIN_STD, min_delta, 1]
-        min_std, min_delta, confirm = thresholds
+        # older recordings have none
+        min_std, min_delta, confirm = thresholds or [module.MIN_STD, 0.0, 1]
         series = Series(
             name, role, quantity or "its value", event=event, min_std=min_std, min_delta=min_delta, confirm=confirm
         )
-        observations.append(Observation(series, value, severity, label or "", message))
+        observations.append(as_today(monitor.name, Observation(series, value, severity, label or "", message)))
     return observations
 
 

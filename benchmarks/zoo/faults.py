@@ -246,7 +246,7 @@ FAULTS: dict[str, Fault] = {
     "beta x200": Fault(high_beta, _is_vae),
     "one batch for ever": Fault(repeated_batch, place="data", of_data=True),
     "dead dimensions": Fault(dead_dimensions, _has_measured_latents, "dimensions"),
-    "region blurred": Fault(in_quadrant(_blurred), place="quadrant"),
+    "region blurred": Fault(in_quadrant(_blurred), place="quadrant", if_changed=True),
     "data region inverted": Fault(inverted_data, place="quadrant", of_data=True),
     "nan weight": Fault(nan_weight),
     "discriminator frozen": Fault(frozen_discriminator, _is_gan, if_changed=True),

@@ -12,10 +12,19 @@ from typing import Any, NamedTuple
 from scipy.stats import beta
 
 from benchmarks.measuring import plateau
+from benchmarks.today import as_today
 from benchmarks.zoo.faults import FAULTS, FROM_THE_START
 from benchmarks.zoo.models import KINDS
 from benchmarks.zoo.recording import AFTER, EARLY, LATE, Record
-from benchmarks.zoo.truth import has_learnt, is_about_data, is_right, numbers_in, quadrants_of, quality_fell
+from benchmarks.zoo.truth import (
+    has_learnt,
+    is_about_data,
+    is_right,
+    numbers_in,
+    quadrants_of,
+    quality_fell,
+    region_fell,
+)
 from lightning_gendiag import Alarm, CollapseStopping, Evaluation, Observation, Series
 from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
 from lightning_gendiag.detection.history import History
@@ -60,7 +69,11 @@ def evaluations_of(run: Record, track: Record) -> list[dict[str, Evaluation]]:
     for monitor, held in track["monitors"].items():
         columns = [(declared[int(number)], column) for number, column in held["columns"].items()]
         for position, (at, number) in enumerate(zip(held["at"], held["number"], strict=True)):
-            observations = [o for series, c in columns if (o := _observation(series, c, position)) is not None]
+            observations = [
+                as_today(monitor, o, run["real_shares"])
+                for series, c in columns
+                if (o := _observation(series, c, position)) is not None
+            ]
             rows[at][monitor] = Evaluation(number, track["steps"][at], track["epochs"][at], observations)
     return rows
 
@@ -199,8 +212,6 @@ def judged_faulty(run: Record, fault: Record | None) -> Faulty:
     first = 0 if fault is None else fault["first"]
     name = run["fault"] if fault is None else fault["name"]
     late = [r for r in played.raised if r.at >= first]
-    truth = run["truth"] if fault is None else fault["truth"]
-    before = run["truth"]["fid"][:first]
     return Faulty(
         run,
         name,
@@ -209,18 +220,26 @@ def judged_faulty(run: Record, fault: Record | None) -> Faulty:
         bool(late) if fault is None else any(names(r.alarm, run, fault) for r in late),
         any(is_about_data(r.alarm) for r in late),
         played.stopped is not None and played.stopped >= first,
-        visible(before, truth),
+        fault is None or visible(run, fault),
         min((r.at - first + 1 for r in late), default=math.nan),
         [f"{r.at}: {r.alarm.diagnostic}: {r.alarm.message}" for r in late],
         {name: at is not None and at >= first for name, at in stops.items()},
     )
 
 
-def visible(before: Sequence[float], truth: dict[str, list[Any]]) -> bool:
-    """Returns whether the referee sees in half of the evaluations with a fault that samples are worse than before."""
-    joined = {name: [math.nan] * len(before) + values for name, values in truth.items()}
-    joined["fid"] = [*before, *truth["fid"]]
-    worse = [quality_fell(joined, len(before), len(before) + at) for at in range(len(truth["fid"]))]
+def visible(run: Record, fault: Record) -> bool:
+    """Returns whether the referee sees in half of the evaluations with a fault that samples got worse, or a region did."""
+    first, truth = fault["first"], fault["truth"]
+    joined = {name: [*run["truth"][name][:first], *values] for name, values in truth.items()}
+    affected = [
+        number
+        for number, name in enumerate(run["regions"].get("names", ()))
+        if fault.get("quadrant") in quadrants_of(run["regions"], name)
+    ]
+    worse = [
+        quality_fell(joined, first, at) or any(region_fell(joined, number, first, at) for number in affected)
+        for at in range(first, first + len(truth["fid"]))
+    ]
     return sum(worse) >= len(worse) / 2
 
 
@@ -240,6 +259,9 @@ def names(alarm: Alarm, run: Record, fault: Record) -> bool:
 
 
 # ---- the table ----
+
+LATER = 1016
+"""Healthy runs with this seed or a larger one were recorded after rules were chosen."""
 
 
 def bounds(count: int, n: int) -> tuple[float, float]:
@@ -262,13 +284,13 @@ def share(flags: Iterable[Any]) -> str:
 
 
 def is_held_out(run: Record) -> bool:
-    """Returns whether rules are never chosen on a run: its kind is held out, or its seed is odd."""
-    return KINDS[run["kind"]].held_out or run["seed"] % 2 == 1
+    """Returns whether rules were never chosen on a run: its kind is held out, its seed is odd, or came later."""
+    return KINDS[run["kind"]].held_out or run["seed"] % 2 == 1 or (not run["fault"] and run["seed"] >= LATER)
 
 
 def lines(healthy: Sequence[Healthy], faulty: Sequence[Faulty], verbose: bool) -> Iterator[str]:
     """Yields the lines of the table."""
-    yield f"{'healthy runs':28s} {'stopped':26s} {'wrongly stopped':26s} wrong alarms"
+    yield f"{'healthy runs':28s} {'stopped':26s} {'wrongly stopped':26s} {'with a wrong alarm':26s}"
     groups: dict[str, list[Healthy]] = {"all": list(healthy)}
     for one in healthy:
         kind, spacing = one.run["kind"], one.run["spacing"]
@@ -278,7 +300,7 @@ def lines(healthy: Sequence[Healthy], faulty: Sequence[Faulty], verbose: bool) -
     for name in sorted(groups, key=lambda name: (name != "all", name)):
         some = groups[name]
         stops, wrong = share(one.stopped is not None for one in some), share(one.wrongly_stopped for one in some)
-        yield f"{name:28s} {stops:26s} {wrong:26s} {sum(len(one.wrong) for one in some)}"
+        yield f"{name:28s} {stops:26s} {wrong:26s} {share(bool(one.wrong) for one in some):26s}"
     for start in (EARLY, LATE) if healthy else ():
         chance = share(one.late[start] for one in healthy)
         yield f"an alarm by chance in the {AFTER} evaluations from {start}: {chance}"
@@ -339,7 +361,7 @@ def figures(healthy: Sequence[Healthy], faulty: Sequence[Faulty]) -> dict[str, A
         "stopped": mean(one.stopped is not None for one in healthy),
         "wrongly_stopped": mean(one.wrongly_stopped for one in healthy),
         "wrong_alarms": sum(len(one.wrong) for one in healthy),
-        "wrong_alarms_per_run": sum(len(one.wrong) for one in healthy) / max(1, len(healthy)),
+        "runs_with_wrong_alarms": mean(bool(one.wrong) for one in healthy),
         "called_unhealthy": mean(one.state == "unhealthy" for one in healthy),
         "by_chance": mean(one.late[start] for one in healthy for start in (EARLY, LATE)),
         "faults": len(later),

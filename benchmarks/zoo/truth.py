@@ -229,9 +229,10 @@ def has_learnt(truth: Truth) -> bool:
 
 
 def quality_fell(truth: Truth, since: int, at: int) -> bool:
-    """Returns whether samples as a whole got worse, by the FID, or are much alike."""
+    """Returns whether samples as a whole got worse, by the FID, or are much alike and were not before."""
     before, after = before_and_after(truth["fid"], since, at)
-    return after > FID_FACTOR * before or truth["diversity"][at] < ALIKE or truth["finite"][at] != 1
+    alike = truth["diversity"][at] < ALIKE and not (since and truth["diversity"][since - 1] < ALIKE)
+    return after > FID_FACTOR * before or alike or truth["finite"][at] != 1
 
 
 def region_fell(truth: Truth, number: int, since: int, at: int) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 INDEPENDENT_SPLITS = 3.0
@@ -14,7 +14,43 @@ INDEPENDENT_SPLITS = 3.0
 simulation on normal noise."""
 
 LARGEST_DEVIATION = 4.5
-"""A single value counts for at most this many standard deviations."""
+"""Where a series has not fluctuated, or less than ``min_std``, a value counts for at most this many standard deviations."""
+
+PRIOR_CORRELATION, PRIOR_VALUES = 0.5, 5.0
+"""The correlation of successive values that is assumed beforehand, and the number of values that it is worth. Series of
+real runs lie between 0 and 0.7."""
+
+LARGEST_CORRELATION = 0.85
+"""A larger correlation cannot be told from a trend."""
+
+FORGETTING, RECENT_STD = 8.0, 1.04
+"""The fluctuation is at least the recent one, with weights that fall by the factor e in so many values; and a margin."""
+
+CALIBRATION = (0.38, 1.05, 9.0)
+"""The threshold is multiplied by a + b * correlation + c / number of values, which holds the rate where the correlation
+must be estimated; ``python -m benchmarks.detector --calibrate`` shows what other constants give."""
+
+KNOWN, UNKNOWN = 0.4, 3.0
+"""Where the series fluctuates by no more than ``min_std``, which was measured on many runs, this part of the threshold holds
+for its own fluctuation, since what is known beforehand decides; and all of it from this many times ``min_std`` on."""
+
+LEAST_RISES = (4.2, 2.4, 1.25)
+"""Least mean of the lower half of 2, 3 and at least 4 values after a rise, in standard deviations, at the rate 3e-4. A
+rise lifts all values, but noise that grows lifts some, so this tells one from the other."""
+
+SURE = 2.0
+"""A rise exceeds ``min_delta`` if the mean of the newest two values does so by this many standard errors."""
+
+FIRST_BLOCK, BLOCK, DIFFERENT = 12, 4, 3.0
+"""Older values are left out, in blocks, from the first whose median lies so many standard deviations from the mean of the
+newer ones: at the start of a run a series may have been far from where it has settled."""
+
+IMPROVING = 2.5
+"""A fall of a series by so many standard errors is a trend."""
+
+LIMIT_FACTOR, LIMIT_MARGIN = 4.0, 1.0
+"""A value after a rise counts for at most this many times the mean of the two smallest, and this many standard deviations
+more."""
 
 
 class Detection(NamedTuple):
@@ -31,7 +67,8 @@ class Detection(NamedTuple):
     score: float
     """Significance of the rise as a standard normal deviation; -inf while the detector is learning."""
     deviation: float
-    """Distance of the newest value from the level, in standard deviations of the series; 0 while learning."""
+    """Distance of the newest value from the level, in standard deviations of the series; 0 while learning, and for rises
+    up to ``min_delta``."""
 
     @property
     def evaluations_to_false_alarm(self) -> float:
@@ -42,35 +79,42 @@ class Detection(NamedTuple):
 class Detector:
     """Detects when a series rises above its own level and stays there.
 
-    For each split of the series, the mean of the last 2 to ``recent`` values is compared with the level before the split
-    in units of the fluctuation, with the errors of both estimates. The split that separates best is the change point,
-    and its Student t value, as a normal deviation, is the statistic. A sudden rise shows in the shortest splits, a slow
-    one in the longer ones.
+    The series is modelled as a level with autocorrelated noise, AR(1). For each split of the series, the last 2 to
+    ``recent`` values are compared with those before. A split counts as a rise if all of these hold:
 
-    The level is the median of up to ``baseline`` values before the rise. A trend that has lasted is expected to go on.
-    The fluctuation is the standard deviation of up to ``memory`` values, estimated from successive differences, so that
-    a trend does not count as noise. A swing of a single evaluation never raises an alarm: the last two values must both
-    lie at least one standard deviation above what was expected. An alarm ends when two values in a row lie within one
-    standard deviation of the level from before it.
+    1. The generalized least-squares estimate of the step is significant: its t value, given the correlation and the
+       standard deviation of the values before, exceeds a threshold that was calibrated by simulation. The correlation is
+       corrected for its bias, drawn towards what real runs have, and varied within its error; the worse result counts.
+    2. The lower half of the values is high. A larger variance lifts some values, and a rise lifts all.
+    3. There are enough values, and the rise is large compared with ``min_std``. For this, a value counts for at most 4.5
+       standard deviations.
+    4. The last two values both lie a standard deviation above what was expected, so that a single one is no alarm.
 
-    Source: Hawkins, Qiu and Kang, *The changepoint model for statistical process control*, 2003, one-sided and robust.
+    The most significant split is the change point. It is an alarm if the rise also exceeds ``min_delta``. A sudden rise
+    shows in the shortest splits, a slow one in the longer ones. A rising trend that has lasted is expected to go on. An
+    alarm ends when two values in a row lie within a standard deviation, or half of ``min_delta``, of the level from before
+    it.
+
+    Sources: Hawkins, Qiu and Kang, *The changepoint model for statistical process control*, 2003, for the comparison of
+    all splits; Kendall, *Note on bias in the estimation of autocorrelation*, 1954; Lu and Reynolds, *Control charts for
+    monitoring the mean and variance of autocorrelated processes*, 1999, for the test on the residuals of AR(1).
 
     Args:
-        false_alarm_rate: Probability of a false alarm at one evaluation of this series, for independent normal noise, in
-            (0, 0.1].
+        false_alarm_rate: Probability of a false alarm at one evaluation of this series, in (0, 0.1].
         warmup: Number of values to learn from before the first judgement, at least 4.
         baseline: Largest number of values that make the level.
         recent: Largest number of values that make the rise.
+        shortest: Smallest number of values that make the rise, at least 2.
         memory: Largest number of values before the rise that make the fluctuation.
         min_std: Lower bound of the fluctuation, in the unit of the series.
-        min_delta: Only what exceeds this counts as a rise, in the unit of the series.
+        min_delta: Least rise that matters, in the unit of the series. It does not change how significant a rise is.
 
     Raises:
         ValueError: If an argument is out of its range.
 
     Example:
         >>> detector = Detector(false_alarm_rate=1e-3)
-        >>> series = [0.0, 0.3, -0.2, 0.1, -0.3, 0.2, 0.0, 0.1, -0.1, 0.2, 2.0, 0.1, -0.2, 0.1, 0.0, 2.0, 2.1]
+        >>> series = [0.0, 0.3, -0.2, 0.1, -0.3, 0.2, 0.0, 0.1, -0.1, 0.2, 2.0, 0.1, -0.2, 0.1, 0.0, 4.0, 4.1]
         >>> [position for position, value in enumerate(series) if detector.update(position, value).active]
         [16]
         >>> detector.since
@@ -82,9 +126,10 @@ class Detector:
         false_alarm_rate: float,
         *,
         warmup: int = 6,
-        baseline: int = 16,
-        recent: int = 12,
-        memory: int = 32,
+        baseline: int = 40,
+        recent: int = 14,
+        shortest: int = 2,
+        memory: int = 64,
         min_std: float = 0.0,
         min_delta: float = 0.0,
     ) -> None:
@@ -92,15 +137,21 @@ class Detector:
             raise ValueError(f"false_alarm_rate must be in (0, 0.1], got {false_alarm_rate}.")
         if warmup < 4:
             raise ValueError(f"warmup must be at least 4 evaluations, got {warmup}.")
+        if shortest < 2:
+            raise ValueError(f"shortest must be at least 2 values, got {shortest}.")
         self.false_alarm_rate = false_alarm_rate
         self.warmup, self.baseline, self.recent, self.memory = warmup, baseline, recent, memory
-        self.min_std, self.min_delta = min_std, min_delta
+        self.min_std, self.min_delta, self.shortest = min_std, min_delta, shortest
         self.threshold = _normal_quantile(false_alarm_rate / INDEPENDENT_SPLITS)
+        # thresholds of deviations grow with that of the significance
+        strictness = self.threshold / _normal_quantile(3e-4 / INDEPENDENT_SPLITS)
+        self.least_rises = tuple(strictness * least for least in LEAST_RISES)
         self.positions: list[int] = []
         self.values: list[float] = []
         self.active = False
         self.since: int | None = None
         self.calm = 0
+        self._pasts: dict[int, _Past] = {}
 
     @property
     def healthy(self) -> list[float]:
@@ -133,64 +184,99 @@ class Detector:
     def _while_calm(self) -> Detection:
         deviation = 0.0
         if len(self.values) > self.warmup:
-            (deviation,) = self._deviations(self.values[-1:], self.values[:-1][-self.memory :])
-        statistic, score, since = self._rise()
-        self.since = since
-        self.active, self.calm = statistic > self.threshold, 0
-        return Detection(self.active, self.active, False, since, score, deviation)
+            deviation = self._deviation(self._past(len(self.values) - 1))
+        self.active, score, self.since = self._rise()
+        self.calm = 0
+        return Detection(self.active, self.active, False, self.since, score, deviation)
 
     def _while_active(self) -> Detection:
-        (deviation,) = self._deviations(self.values[-1:], self.healthy)
-        self.calm = self.calm + 1 if deviation < 1 else 0
-        # values of the collapse are no example of health, but the last two may be those that end it
         healthy = sum(position < (self.since or 0) for position in self.positions)
+        deviation, above = 0.0, -math.inf
+        if healthy >= 3:
+            past = self._past(healthy)
+            deviation, above = self._deviation(past), self.values[-1] - past.expected(0)
+            above /= max(past.unit, self.min_delta / 2)
+        self.calm = self.calm + 1 if above < 1 else 0
+        # values of the collapse are no example of health, but the last two may be those that end it
         del self.positions[healthy:-2], self.values[healthy:-2]
         if self.calm < 2:
             return Detection(True, False, False, self.since, deviation, deviation)
         self.active, self.since, self.calm = False, None, 0
         return Detection(False, False, True, None, deviation, deviation)
 
-    def _rise(self) -> tuple[float, float, int | None]:
-        """Returns the statistic, its score without the limit on single values, and the position where the rise begins."""
-        statistic, score, since = -math.inf, -math.inf, None
-        for length in range(2, self.recent + 1):
-            before = self.values[:-length][-self.memory :]
-            if len(before) < self.warmup:
+    def _rise(self) -> tuple[bool, float, int | None]:
+        """Returns whether there is an alarm, the score and the position of the most significant rise."""
+        best: _Rise | None = None
+        for length in range(self.shortest, self.recent + 1):
+            end = len(self.values) - length
+            if end < self.warmup:
                 break
-            if min(self.values[-2:]) - median(before[-self.baseline :]) < self.min_std:
-                # decides most series at most times, at little cost
+            past = self._past(end)
+            # decides most series at most times, at little cost
+            if min(self.values[-2:]) - past.expected(0) < past.unit:
                 continue
-            rise = self._deviations(self.values[-length:], before)
-            if min(rise[-2:]) < 1:
-                continue
-            # the variance of a median is pi / 2 times that of a mean
-            error = math.sqrt(1 / length + math.pi / 2 / min(len(before), self.baseline))
-            limited = sum(min(r, LARGEST_DEVIATION) for r in rise)
-            candidate = _normal_deviation(limited / length / error, len(before) - 1)
-            if candidate > statistic:
-                statistic, since = candidate, self.positions[-length]
-                score = _normal_deviation(sum(rise) / length / error, len(before) - 1)
-        return statistic, score, since
+            rise = self._compared(past, self.values[end:])
+            if rise is not None and (best is None or rise[:2] > best[:2]):
+                best, since = rise, self.positions[end]
+        return (False, -math.inf, None) if best is None else (best.alarming, best.score, since)
 
-    def _level_and_std(self, values: list[float]) -> tuple[float, float]:
-        """Returns the median of the newest ``baseline`` values, and the standard deviation of all by their differences."""
-        steps = [after - before for before, after in pairwise(values)]
-        mean = math.fsum(steps) / len(steps)
-        std = math.sqrt(math.fsum((step - mean) ** 2 for step in steps) / (len(steps) - 1) / 2)
-        return median(values[-self.baseline :]), max(std, self.min_std, 1e-12)
+    def _compared(self, past: _Past, values: list[float]) -> _Rise | None:
+        """Returns the rise from the past to these values, or None where one of the conditions does not hold."""
+        length = len(values)
+        heights = [value - past.expected(ahead) for ahead, value in enumerate(values)]
+        if min(heights[-2:]) < past.unit:
+            return None
+        # against the level of a longer past, with the standard deviation of the series itself
+        rises = [(value - past.mean_expected(ahead)) / past.std for ahead, value in enumerate(values)]
+        lowest = sorted(rises)
+        if fmean(lowest[: max(2, length // 2)]) < self.least_rises[min(length - 2, len(self.least_rises) - 1)]:
+            return None
+        limit = LIMIT_FACTOR * max(fmean(lowest[:2]), 0.0) + LIMIT_MARGIN
+        limited = [min(rise, limit) for rise in rises]
+        # the variance of a median is pi / 2 times that of a mean
+        error = math.sqrt(1 / length + math.pi / 2 / min(past.total, _Past.RECENT))
+        smallest = max(self.min_std, 1e-12)
+        freedom = min(past.total + length - 2, 31)
+        floor = _normal_deviation(fmean(min(h / smallest, LARGEST_DEVIATION) for h in heights) / error, freedom)
+        statistic, score = math.inf, _normal_deviation(fmean(heights) / smallest / error, freedom)
+        for correlation in past.correlations:
+            calibration = CALIBRATION[0] + CALIBRATION[1] * correlation + CALIBRATION[2] / past.count
+            calibration *= past.strictness
+            statistic = min(statistic, self._calibrated(past.step(limited, correlation), past.count - 2, calibration))
+            score = min(score, self._calibrated(past.step(rises, correlation), past.count - 2, calibration))
+        newest = math.sqrt(1 / 2 + math.pi / 2 / min(past.total, _Past.RECENT))
+        matters = not self.min_delta or fmean(heights[-2:]) - SURE * newest * past.unit > self.min_delta
+        alarming = matters and min(statistic, floor) > self.threshold
+        return _Rise(alarming, statistic, max(min(statistic, floor), score))
 
-    def _deviations(self, values: list[float], before: list[float]) -> list[float]:
-        """Returns how far values lie above the level of those before, beyond ``min_delta``, in standard deviations."""
-        if len(before) < 3:
-            return [0.0] * len(values)
-        level, std = self._level_and_std(before)
-        before = before[-self.baseline :]
-        # a series that has been rising all along, and still is, is expected to go on
-        slope, recent_slope = _slope(before), _slope(before[-max(4, len(before) // 2) :])
-        slope = slope if slope > 0 and recent_slope > slope / 10 else 0.0
-        rises = [value - level - slope * ((len(before) + 1) / 2 + ahead) for ahead, value in enumerate(values)]
-        # min_delta is taken from rises only
-        return [(max(rise - self.min_delta, 0.0) if rise > 0 else rise) / std for rise in rises]
+    def _calibrated(self, student: float, freedom: int, calibration: float) -> float:
+        """Returns the normal deviation that exceeds the threshold as soon as t exceeds the calibrated quantile.
+
+        Beyond the threshold it grows no faster than t does.
+        """
+        critical = calibration * _student_quantile(self.threshold, freedom)
+        if student <= critical:
+            return self.threshold * student / critical
+        return (
+            max(self.threshold, 0.0)
+            + _normal_deviation(student / max(calibration, 1.0), freedom)
+            - _normal_deviation(critical / max(calibration, 1.0), freedom)
+        )
+
+    def _deviation(self, past: _Past) -> float:
+        """Returns how far the newest value lies above the level, in standard deviations."""
+        height = self.values[-1] - past.expected(0)
+        return 0.0 if 0 < height <= self.min_delta else height / past.unit
+
+    def _past(self, end: int) -> _Past:
+        """Returns what the values before an index show; the last ones are needed again at the next values."""
+        position = self.positions[end - 1]
+        if position not in self._pasts:
+            if len(self._pasts) > 2 * self.recent:
+                used = set(self.positions[-self.recent - 2 :])
+                self._pasts = {key: past for key, past in self._pasts.items() if key in used}
+            self._pasts[position] = _Past(self.values[max(0, end - self.memory) : end], self.baseline, self.min_std)
+        return self._pasts[position]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as plain numbers and lists."""
@@ -206,6 +292,97 @@ class Detector:
         """Takes over the state of another detector with the same arguments."""
         self.positions, self.values = list(state["positions"]), list(state["values"])
         self.active, self.since, self.calm = state["active"], state["since"], state["calm"]
+        self._pasts = {}
+
+
+class _Rise(NamedTuple):
+    """A step between two parts of a series."""
+
+    alarming: bool
+    statistic: float
+    """Significance against the fluctuation of the series, as a normal deviation, with single values limited."""
+    score: float
+    """Significance against that and against ``min_std``, without the limits."""
+
+
+class _Past:
+    """Level, trend, fluctuation and correlation of the values before a rise.
+
+    Args:
+        values: At least 3.
+        baseline: Number of the newest ones that make the level.
+        min_std: Lower bound of the fluctuation.
+    """
+
+    RECENT = 16
+    """The newest values, whose median is the level that later values are compared with in their own unit."""
+
+    def __init__(self, values: list[float], baseline: int, min_std: float) -> None:
+        self.total = len(values)
+        recent = values[-self.RECENT :]
+        values = _alike(values)
+        self.count = n = len(values)
+        self.newest = values[-1]
+        base = values[-baseline:]
+        self.size, self.recent_size = len(base), len(recent)
+        self.level = median(recent)
+        # the mean of the middle half hardly depends on outliers, and its variance is 1.2 times that of a mean
+        quarter = len(base) // 4
+        self.mean = fmean(sorted(base)[quarter : len(base) - quarter])
+        self.variance_factor = 1.2
+        residuals, trend = _detrended(values)
+        self._set_fluctuation(residuals, 2)
+        error = self.std * math.sqrt(12 / n**3 * (1 + self.correlations[0]) / (1 - self.correlations[0]))
+        if trend < -IMPROVING * error and n > 5:
+            # an old mean is no level of a series that improves, and a line may bend: the end of a parabola is
+            parabola = _bent(residuals)
+            self._set_fluctuation([r - p for r, p in zip(residuals, parabola, strict=True)], 3)
+            self.mean, self.size = values[-1] - residuals[-1] + parabola[-1], n
+            # of the variance of a mean
+            self.variance_factor = 9.0
+        self.unit = max(self.std, min_std)
+        self.strictness = min(1.0, max(KNOWN, self.std / (UNKNOWN * max(min_std, 1e-12))))
+        # a series that has been rising all along, and still is, is expected to go on
+        slope, newest = min(_slope(recent), _slope(values)), _slope(recent[-max(4, len(recent) // 2) :])
+        self.slope = slope if slope > 0 and newest > slope / 10 else 0.0
+
+    def _set_fluctuation(self, residuals: list[float], parameters: int) -> None:
+        """Sets standard deviation and correlations by the residuals of a polynomial with so many parameters."""
+        n, squares = self.count, math.fsum(r * r for r in residuals)
+        correlation = math.fsum(a * b for a, b in pairwise(residuals)) / squares if squares > 0 else 0.0
+        # the bias of a correlation about a polynomial; Kendall (1954)
+        used = parameters + 2
+        correlation = (correlation * n + parameters) / (n - used) if n > used else 0.0
+        correlation = (correlation * n + PRIOR_CORRELATION * PRIOR_VALUES) / (n + PRIOR_VALUES)
+        error = math.sqrt(max(1 - min(max(correlation, 0.0), 0.95) ** 2, 0.1) / n)
+        self.correlations = [min(max(c, 0.0), LARGEST_CORRELATION) for c in (correlation, correlation + error)]
+        # the polynomial takes as much of the variance as so many means do
+        left = max(1 - parameters * _variance_of_mean(n, self.correlations[0]), 0.15)
+        weights = _forgetting(n)
+        lately = math.fsum(w * r * r for w, r in zip(weights, residuals, strict=True)) / math.fsum(weights)
+        self.std = max(math.sqrt(squares / max(n - parameters, 1) / left), RECENT_STD * math.sqrt(lately), 1e-12)
+
+    def expected(self, ahead: int) -> float:
+        """Returns the value that is expected so many values after the next."""
+        return self.level + self.slope * ((self.recent_size + 1) / 2 + ahead)
+
+    def mean_expected(self, ahead: int) -> float:
+        """Returns the same from the mean of a longer past."""
+        return self.mean + self.slope * ((self.size + 1) / 2 + ahead)
+
+    def step(self, rises: list[float], correlation: float) -> float:
+        """Returns the t value of a step, estimated by generalized least squares given the correlation of AR(1)."""
+        rest = 1 - correlation
+        before = max((self.newest - self.mean_expected(-1)) / self.std, -1.0)
+        innovations = [after - correlation * earlier for earlier, after in zip([before, *rises], rises, strict=False)]
+        information = 1 + (len(rises) - 1) * rest**2
+        step = (innovations[0] + rest * math.fsum(innovations[1:])) / information
+        # an error of the mean moves all innovations
+        weight = (rest + (len(rises) - 1) * rest**2) / information
+        error = (1 - correlation**2) / information + weight**2 * self.variance_factor * _variance_of_mean(
+            self.size, correlation
+        )
+        return step / math.sqrt(error)
 
 
 def alarm_positions(values: Iterable[float], false_alarm_rate: float = 3e-4) -> list[int]:
@@ -234,7 +411,7 @@ def evaluations_needed(false_alarm_rate: float, warmup: int) -> int:
 
     Example:
         >>> evaluations_needed(3e-4, 6)
-        13
+        11
     """
     total = warmup + 2
     while not any(_alarms(false_alarm_rate, warmup, healthy, total) for healthy in range(warmup, total - 1)):
@@ -246,6 +423,55 @@ def _alarms(false_alarm_rate: float, warmup: int, healthy: int, total: int) -> b
     """Whether a rise without bound after so many healthy values raises an alarm."""
     detector = Detector(false_alarm_rate, warmup=warmup)
     return any(detector.update(i, float(i >= healthy)).active for i in range(total))
+
+
+@lru_cache(maxsize=64)
+def _forgetting(count: int) -> list[float]:
+    """Returns weights that fall from the newest value to the oldest."""
+    return [math.exp((i + 1 - count) / FORGETTING) for i in range(count)]
+
+
+@lru_cache(maxsize=256)
+def _student_quantile(deviation: float, freedom: int) -> float:
+    """Returns the Student t value that is as rare as a normal deviation."""
+    from scipy.special import stdtrit
+
+    return -float(stdtrit(max(freedom, 1), _normal_tail(deviation)))
+
+
+def _variance_of_mean(count: int, correlation: float) -> float:
+    """Returns the variance of the mean of values of AR(1) with variance 1."""
+    rest = 1 - correlation
+    return ((1 + correlation) / rest - 2 * correlation * (1 - correlation**count) / (count * rest**2)) / count
+
+
+def _alike(values: list[float]) -> list[float]:
+    """Returns the newest values, back to where the series was at another level or fell steeply, at least 12."""
+    start = len(values) - FIRST_BLOCK
+    while start > 0:
+        newer, older = values[start:], values[max(0, start - BLOCK) : start]
+        mean = fmean(newer)
+        std = math.sqrt(math.fsum((value - mean) ** 2 for value in newer) / (len(newer) - 1))
+        if abs(median(older) - mean) > DIFFERENT * std:
+            break
+        start -= BLOCK
+    return values[max(0, start) :]
+
+
+def _detrended(values: list[float]) -> tuple[list[float], float]:
+    """Returns the residuals from the line of least squares, and its slope."""
+    middle, mean = (len(values) - 1) / 2, fmean(values)
+    moments = math.fsum((i - middle) * value for i, value in enumerate(values))
+    slope = moments * 12 / (len(values) * (len(values) ** 2 - 1))
+    return [value - mean - slope * (i - middle) for i, value in enumerate(values)], slope
+
+
+def _bent(residuals: list[float]) -> list[float]:
+    """Returns what the parabola of least squares adds to a line, from the residuals of the line."""
+    n, middle = len(residuals), (len(residuals) - 1) / 2
+    bend = [(i - middle) ** 2 - (n**2 - 1) / 12 for i in range(n)]
+    factor = math.fsum(b * r for b, r in zip(bend, residuals, strict=True)) / math.fsum(b * b for b in bend)
+    return [factor * b for b in bend]
 
 
 def _slope(values: list[float]) -> float:

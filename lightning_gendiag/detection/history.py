@@ -48,7 +48,8 @@ class Series:
     is_quality: bool = False
     """Whether it measures the quality of all that is generated, by which it is decided whether the whole became worse."""
     confirm: int = 1
-    """Number of evaluations in a row in which the severity must be inf before a rule raises an alarm."""
+    """Number of evaluations in a row in which the severity must be inf before a rule raises an alarm, and smallest number of
+    them that make a rise of another series; at least two do."""
     progress: float = 0.0
     """No rule raises an alarm while the value moves by more than this, up or, where negative, down: the model is learning."""
 

@@ -121,6 +121,10 @@ class Judge:
         """Whether an alarm may stop a run by itself, or the whole became worse."""
         if alarm.stop != "whole":
             return alarm.stop == "alone"
+        if alarm.rule:
+            # a rule about the whole did not hold before
+            entries = history.entries(alarm.diagnostic, alarm.series)
+            return sum(entry.step < alarm.since and entry.severity == 0 for entry in entries) >= LEAST_BEFORE
         wholes = [
             (monitor, o.series) for monitor, latest in self._latest.items() for o in latest if o.series.is_quality
         ] or [
@@ -198,7 +202,13 @@ class Judge:
         if series.name not in held:
             # Bonferroni's correction for many series
             rate = self.false_alarm_rate / max(count, 1)
-            detector = Detector(rate, warmup=self.warmup, min_std=series.min_std, min_delta=series.min_delta)
+            detector = Detector(
+                rate,
+                warmup=self.warmup,
+                shortest=max(2, series.confirm),
+                min_std=series.min_std,
+                min_delta=series.min_delta,
+            )
             state = self._states.get(monitor, {}).pop(series.name, None)
             if state is not None:
                 detector.load_state_dict(state)

@@ -40,12 +40,12 @@ FLOOR = 4.0
 """Number of images that are added to each class in the severity. The logarithm of a count of mean 1 to 50 then fluctuates
 by 0.2 to 0.36 octaves."""
 
-MIN_STD = 0.4
-"""A third more or less of a class is a usual fluctuation; octaves."""
+MIN_STD = 0.5
+"""Two fifths more or less of a class are a usual fluctuation; octaves."""
 
-MIN_DELTA = 0.5
-"""A class is dropped only if its share surely falls by more than 30 %; octaves. The rest of the fall must be significant: in
-recorded runs no share that fell to a half raised an alarm, and shares that fell to a tenth did."""
+MOST = 1.25
+"""A share that falls to this many times that of real images is an improvement. A class that is generated too often can still
+be seen to be dropped, since shares are corrected for the classifier's errors."""
 
 BALANCE_MIN_STD = 0.3
 """Of the logarithm of the distance of the shares."""
@@ -53,8 +53,11 @@ BALANCE_MIN_STD = 0.3
 PATIENCE = 8
 """While a GAN learns, a class may be dropped and come back within some evaluations."""
 
+CONFIRM = 4
+"""While images are poor, the classifier assigns them to one class at this evaluation and to another at the next."""
+
 CLASS = Series(
-    "class", "component", "share of generated images", event="was dropped", min_std=MIN_STD, min_delta=MIN_DELTA,
+    "class", "component", "share of generated images", event="was dropped", min_std=MIN_STD, confirm=CONFIRM,
     patience=PATIENCE,
 )  # fmt: skip
 BALANCE = Series(
@@ -69,7 +72,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     Where nothing samples, these are the classes of reconstructions.
 
     Needs labels in the batches. The classifier's errors are measured on real images, and shares are corrected for them. A
-    class counts as dropped if its share falls below its own level in this run, surely by more than 30 %. A class that the
+    class counts as dropped if its share falls below its own level in this run by more than it fluctuates. A class that the
     classifier cannot determine is recorded and never judged.
 
     Args:
@@ -225,7 +228,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         for c, (share, real) in enumerate(zip(shares, result.real_share.tolist(), strict=True)):
             if real > 0:
                 own = replace(series, role="record") if unknown[c] else series
-                observations.append(Observation(own.numbered(c), share, severity(share, number)))
+                observations.append(Observation(own.numbered(c), share, severity(share, number, real)))
         whole = replace(BALANCE, role="record") if all(unknown) else BALANCE
         return [*observations, Observation(whole, imbalance, math.log(imbalance + 0.1), label=label)]
 
@@ -244,14 +247,14 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         context.logger.log_image("picture", plots.panel(result, self._images, context.occasion(alarm)))
 
 
-def severity(share: float, number: float) -> float:
+def severity(share: float, number: float, real: float) -> float:
     """Returns how small a share of so many images is, in octaves: the share halves where it rises by about 1.
 
     The logarithm is that of the share with a few images added, so that sampling makes it fluctuate about equally for
-    frequent and for rare classes. It has no bound at the share among real images: a class that is generated too often
-    can be dropped as well. nan stays nan.
+    frequent and for rare classes. A class that is generated somewhat too often can be dropped as well; how much more than
+    ``MOST`` times its share among real images does not count, since it is better to have less of it. nan stays nan.
     """
-    return -math.log2(share + FLOOR / number) if number else math.nan
+    return -math.log2(min(share, MOST * real) + FLOOR / number) if number and share == share else math.nan
 
 
 def _rooted(extractor: FeatureExtractor, images: Tensor) -> Tensor:

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 IN_USE = 1.0
 """Nats: a dimension that carries as much is in use, and it does not matter how much more it carries."""
 
-LEAST = 1e-4
-"""Nats below which all dimensions count as equally dead."""
-
 WATCHED = 256
 """Largest number of dimensions that are watched one by one; of more, channels of spatial latents are, or the total."""
 
@@ -40,10 +37,13 @@ TRIALS = 12
 CHUNK = 128
 """Largest number of images that go through the encoder at a time."""
 
-MIN_STD = 0.25
-"""A quarter more or less of the little that a dimension carries is a usual fluctuation."""
+MIN_STD = 0.1
+"""Nats. A beta-VAE gives up dimensions that carry no more than two or three times as much while it improves."""
 
-DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD)
+MIN_DELTA = 0.43
+"""Nats. A dimension dies only where it surely carries this much less than one nat."""
+
+DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD, min_delta=MIN_DELTA)
 TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD, stop="alone")
 UNUSED = Series("all of the latent", "rule", "KL in nats", "nats", label=TOTAL.name, min_std=MIN_STD, stop="alone")
 """Of the rule that some dimension must be active."""
@@ -54,10 +54,10 @@ Spread = Literal["auto", "log_variance", "variance", "log_std", "std"]
 class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     """Monitors :class:`PosteriorKL` of a VAE's encoder on the reference images.
 
-    A dimension dies when its KL divergence falls from its level to almost zero. Changes above one nat raise no alarm, and
-    so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been active for
-    ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions the
-    channels of spatial latents are watched, each the sum over its positions, and of other latents only the total.
+    A dimension dies when its KL divergence falls from its level to less than about two fifths of a nat. Changes above one
+    nat raise no alarm, and so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been
+    active for ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions
+    the channels of spatial latents are watched, each the sum over its positions, and of other latents only the total.
 
     Args:
         posterior: What gives mean and spread, both (N, L) or (N, C, ...), of images: the name of a method of the module,
@@ -194,8 +194,8 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
             "{evaluations} evaluations"
         )
         return [
-            *(Observation(series.numbered(i), nats, _severity(nats)) for i, nats in enumerate(watched)),
-            Observation(TOTAL, total, _severity(total)),
+            *(Observation(series.numbered(i), nats, severity(nats)) for i, nats in enumerate(watched)),
+            Observation(TOTAL, total, severity(total)),
             Observation(replace(UNUSED, confirm=self.patience), total, math.inf if unused else 0.0, message=message),
         ]
 
@@ -217,6 +217,6 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         context.logger.log_image("picture", plots.panel(result, context.curves[TOTAL.name], context.occasion(alarm)))
 
 
-def _severity(nats: float) -> float:
-    """Returns 0 for one nat or more, else the logarithm of how much less it is; nan stays nan."""
-    return math.nan if math.isnan(nats) else max(0.0, math.log(IN_USE / max(nats, LEAST)))
+def severity(nats: float) -> float:
+    """Returns by how much a divergence falls short of one nat; nan stays nan."""
+    return math.nan if math.isnan(nats) else max(0.0, IN_USE - nats)
