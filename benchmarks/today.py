@@ -52,6 +52,8 @@ def as_today(monitor: str, observation: Observation, real_shares: Sequence[float
     severity = observation.severity
     if math.isfinite(severity) and key in SEVERITIES:
         severity = SEVERITIES[key](observation.value)
+    if key == ("cms", "rule") and series.name == cosine.UNREACHED.name and math.isfinite(observation.value):
+        severity = math.inf if observation.value > cosine.MOST_UNREACHED else 0.0
     index = series.index
     if key == ("generation_balance", "component") and index is not None and index < len(real_shares):
         # an added share that depends on the number of images is in the recorded severity
