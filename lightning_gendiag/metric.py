@@ -165,6 +165,12 @@ class Diagnostic(Metric):
             self._to_sync, self._update_count, self._computed = self.sync_on_compute, count, None
         return self._forward_cache
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Adds the states of another metric, which count as an update: a result from before is computed anew."""
+        super().merge_state(incoming_state)
+        self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
+        self._computed = None
+
     def _sync_dist(self, dist_sync_fn: Gather = gather_all_tensors, process_group: Any = None) -> None:
         group = process_group or self.process_group
         for state, reduction in self._reductions.items():

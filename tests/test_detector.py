@@ -189,3 +189,5 @@ def test_a_rise_needs_as_many_values_as_are_asked_for() -> None:
     assert alarms([*series[:43], *normal(10, 3)], shortest=5) == []
     with pytest.raises(ValueError, match="shortest must be at least 2"):
         Detector(1e-3, shortest=1)
+    with pytest.raises(ValueError, match="recent must be at least shortest, 5 values, got 4"):
+        Detector(1e-3, shortest=5, recent=4)

@@ -32,6 +32,15 @@ def test_clones_and_pickles_give_the_same_result(case: Case) -> None:
 
 
 @every_case
+def test_merged_states_count_as_an_update_and_replace_the_result_from_before(case: Case) -> None:
+    metric = case.make()
+    metric.compute()
+    metric.merge_state(filled(case))
+    assert metric.update_called
+    close(metric.compute(), filled(case).compute())
+
+
+@every_case
 def test_the_order_of_updates_does_not_matter(case: Case) -> None:
     updates = list(case.updates)
     random.Random(0).shuffle(updates)

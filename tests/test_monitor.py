@@ -273,6 +273,10 @@ class TestFailures:
         assert (
             "Rows of 64 features are compared by groups of features. If they are flattened images, pass" in caplog.text
         )
+        adapter = ModelAdapter(images=lambda batch: batch["picture"], num_samples=50)
+        with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
+            trainer(make_monitor(adapter=adapter)).fit(OfDicts(), loader)
+        assert "flattened images, let the callable in ModelAdapter(images=...) take (batch) and return" in caplog.text
         adapter = ModelAdapter(images=lambda batch: batch["picture"].unflatten(1, (1, 8, 8)), num_samples=50)
         monitor = make_monitor(adapter=adapter)
         trainer(monitor).fit(OfDicts(), loader)

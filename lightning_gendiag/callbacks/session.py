@@ -146,8 +146,9 @@ class Session:
     # ---- hooks, handed over by the first monitor ----
 
     def on_train_start(self) -> None:
-        """Begins to count the time, and lets callbacks that monitor our keys act on evaluations only."""
+        """Begins to count the time, and prepares Lightning for our keys."""
         self.schedule, self._said_budget, self._defined = Schedule(self.trainer), False, False
+        compat.expect_equal_values(self.trainer, f"{PREFIX}/")
         found = (
             compat.following(callback, f"{PREFIX}/", self.is_fresh) for callback in compat.callbacks_of(self.trainer)
         )

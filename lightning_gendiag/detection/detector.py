@@ -104,7 +104,7 @@ class Detector:
         warmup: Number of values to learn from before the first judgement, at least 4.
         baseline: Largest number of values that make the level.
         recent: Largest number of values that make the rise.
-        shortest: Smallest number of values that make the rise, at least 2.
+        shortest: Smallest number of values that make the rise, 2 to ``recent``.
         memory: Largest number of values before the rise that make the fluctuation.
         min_std: Lower bound of the fluctuation, in the unit of the series.
         min_delta: Least rise that matters, in the unit of the series. It does not change how significant a rise is.
@@ -139,6 +139,8 @@ class Detector:
             raise ValueError(f"warmup must be at least 4 evaluations, got {warmup}.")
         if shortest < 2:
             raise ValueError(f"shortest must be at least 2 values, got {shortest}.")
+        if recent < shortest:
+            raise ValueError(f"recent must be at least shortest, {shortest} values, got {recent}.")
         self.false_alarm_rate = false_alarm_rate
         self.warmup, self.baseline, self.recent, self.memory = warmup, baseline, recent, memory
         self.min_std, self.min_delta, self.shortest = min_std, min_delta, shortest
@@ -152,12 +154,6 @@ class Detector:
         self.since: int | None = None
         self.calm = 0
         self._pasts: dict[int, _Past] = {}
-
-    @property
-    def healthy(self) -> list[float]:
-        """The values that the level is taken from: those before the rise, or the newest where there is none."""
-        values = [v for p, v in zip(self.positions, self.values, strict=True) if self.since is None or p < self.since]
-        return values[-self.memory :]
 
     def update(self, position: int, value: float) -> Detection:
         """Adds the next value and returns the new state.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -66,6 +68,13 @@ def log_value(module: LightningModule, name: str, value: float, *, epoch_over: b
     base.log(  # type: ignore[attr-defined]
         module, name, value, logger=False, on_step=not epoch_over, on_epoch=epoch_over, batch_size=1
     )
+
+
+def expect_equal_values(trainer: Trainer, prefix: str) -> None:
+    """Lets Lightning not advise, for each of our keys, to synchronize numbers that are equal on all processes already."""
+    if trainer.world_size > 1:
+        message = rf"It is recommended to use `self\.log\('{re.escape(prefix)}"
+        warnings.filterwarnings("ignore", message, category=UserWarning)
 
 
 class TrainerView:

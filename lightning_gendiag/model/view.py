@@ -195,7 +195,7 @@ class ModelView:
         if rows and data.images.ndim == 2 and data.images.shape[1] <= LONGEST_ROW:
             self.say(
                 f"Rows of {data.images.shape[1]} features are compared by groups of features. If they are flattened images, "
-                "pass ModelAdapter(images=lambda batch: ...)."
+                f"{self.adapter.images_advice}."
             )
             return Images(data.images[:, None, None], data.labels)
         if data.images.ndim not in (4, 5):
@@ -713,7 +713,7 @@ class ModelView:
         """
         found = self.resolve_extractor(given)
         extract = self.feature_extractor if found is None else found
-        return lambda images: in_chunks(extract, images.to(self.device))
+        return lambda images: in_chunks(lambda some: extract(some.to(self.device)), images)
 
     def features_of_reference(self, given: nn.Module | Callable[..., Any] | None, rows: slice = slice(None)) -> Tensor:
         """Returns features (n, F) of some rows of the reference on the module's device; inside :meth:`isolated`.
@@ -727,7 +727,7 @@ class ModelView:
         if given is None:
             return self.feature_extractor.of_reference(rows)
         if not isinstance(given, nn.Module) or self.moves_with_model(given):
-            return self.resolve_features(given)(as_images(self.reference_images.images[rows]))
+            return self.resolve_features(given)(self.reference_images.images[rows])
         if given not in self._reference_features:
             self._reference_features[given] = self.resolve_features(given)(self.reference_images.images).cpu()
         return self._reference_features[given][rows].to(self.device)
