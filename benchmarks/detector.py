@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,6 @@ REPORTED, CALIBRATED = 1, 2
 """Seeds."""
 
 Series = NDArray[np.float64]
-Numbers = list[float]
 
 
 def autocorrelated(source: Generator, count: int, correlation: float) -> Series:
@@ -86,17 +85,17 @@ def share_found(step: Step, source: Generator, count: int) -> float:
     return sum(STEP <= first < STEP + step.within for first in firsts) / count
 
 
-def _rows(series: Series) -> list[Numbers]:
-    rows: list[Numbers] = series.tolist()
+def _rows(series: Series) -> list[list[float]]:
+    rows: list[list[float]] = series.tolist()
     return rows
 
 
-def table(count: int, seed: int, kinds: Sequence[str] = tuple(HEALTHY)) -> dict[str, float]:
+def table(count: int, seed: int) -> dict[str, float]:
     """Prints and returns all figures."""
     found = {}
     print(f"{'series':36s} {'alarms per value over the stated rate':>38s}")
-    for number, kind in enumerate(kinds):
-        found[kind] = rate_of_alarms(HEALTHY[kind](np.random.default_rng([seed, number]), count))
+    for number, (kind, make) in enumerate(HEALTHY.items()):
+        found[kind] = rate_of_alarms(make(np.random.default_rng([seed, number]), count))
         print(f"{kind:36s} {found[kind]:38.2f}", flush=True)
     print(f"{'lasting step':36s} {'found':>19s} {'wanted':>18s}")
     for number, step in enumerate(STEPS):

@@ -13,6 +13,14 @@ def normal(n: int, seed: int, sigma: float = 1.0) -> list[float]:
     return [source.gauss(0, sigma) for _ in range(n)]
 
 
+def autocorrelated(n: int, seed: int, correlation: float) -> list[float]:
+    value, series = 0.0, []
+    for innovation in normal(n, seed):
+        value = correlation * value + math.sqrt(1 - correlation**2) * innovation
+        series.append(value)
+    return series
+
+
 def alarms(series: list[float], **options: float) -> list[int]:
     detector = Detector(**({"false_alarm_rate": 1e-3} | options))
     return [i for i, value in enumerate(series) if detector.update(i, value).opened]
@@ -156,11 +164,7 @@ def test_a_lasting_alarm_takes_bounded_memory_and_ends_as_soon_as_the_series_rec
 def test_autocorrelated_noise_raises_at_most_twice_as_many_alarms_as_stated(correlation: float) -> None:
     rate, count = 3e-3, 0
     for seed in range(60):
-        value, series = 0.0, []
-        for innovation in normal(120, seed):
-            value = correlation * value + math.sqrt(1 - correlation**2) * innovation
-            series.append(value)
-        count += len(alarms(series[20:], false_alarm_rate=rate))
+        count += len(alarms(autocorrelated(120, seed, correlation)[20:], false_alarm_rate=rate))
     expected = 2 * rate * 60 * 100
     assert count < expected + 3 * math.sqrt(expected)
 
@@ -168,10 +172,7 @@ def test_autocorrelated_noise_raises_at_most_twice_as_many_alarms_as_stated(corr
 def test_a_step_in_autocorrelated_noise_is_found() -> None:
     found = 0
     for seed in range(40):
-        value, series = 0.0, []
-        for at, innovation in enumerate(normal(100, seed)):
-            value = 0.5 * value + math.sqrt(0.75) * innovation
-            series.append(value + 6 * (at >= 50))
+        series = [value + 6 * (at >= 50) for at, value in enumerate(autocorrelated(100, seed, 0.5))]
         first = alarms(series, false_alarm_rate=3e-4)[:1]
         found += first != [] and 50 <= first[0] < 56
     assert found >= 36

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from scipy.stats import beta
+import torch
 
 from benchmarks.measuring import plateau
 from benchmarks.today import as_today
@@ -28,6 +28,7 @@ from benchmarks.zoo.truth import (
 from lightning_gendiag import Alarm, CollapseStopping, Evaluation, Observation, Series
 from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
 from lightning_gendiag.detection.history import History
+from lightning_gendiag.functional.intervals import binomial_interval
 
 CONTRIBUTIONS = {kind.name: kind().contributions for kind in MONITORS}
 """Pure functions of values, so that they need not be recorded."""
@@ -271,8 +272,7 @@ def bounds(count: int, n: int) -> tuple[float, float]:
         >>> [round(bound, 3) for bound in bounds(0, 100)]
         [0.0, 0.036]
     """
-    low = float(beta.ppf(0.025, count, n - count + 1)) if count else 0.0
-    high = float(beta.ppf(0.975, count + 1, n - count)) if count < n else 1.0
+    low, high = binomial_interval(torch.tensor([count, n - count]), 0.025)[0].tolist()
     return low, high
 
 

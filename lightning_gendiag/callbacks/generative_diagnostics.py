@@ -31,7 +31,7 @@ from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.reference import Reference
-from lightning_gendiag.model.view import LONGEST_ROW
+from lightning_gendiag.model.view import LONGEST_ROW, has_short_rows
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -372,7 +372,7 @@ def _check_batch(
         data, unlabelled = found_in(view.real)
     if monitor.needs_reference and data is None:
         raise ValueError(f"the batches hold no images or other floating-point data; {view.adapter.images_advice}")
-    is_row = monitor.takes_rows and data is not None and data.ndim == 2 and data.shape[1] <= LONGEST_ROW
+    is_row = monitor.takes_rows and data is not None and has_short_rows(data)
     if monitor.needs_images and data is not None and data.ndim not in (4, 5) and not is_row:
         rows = f", or rows (N, F) of at most {LONGEST_ROW:,} features" if monitor.takes_rows else ""
         raise ValueError(

@@ -87,13 +87,13 @@ class Detector:
        corrected for its bias, drawn towards what real runs have, and varied within its error; the worse result counts.
     2. The lower half of the values is high. A larger variance lifts some values, and a rise lifts all.
     3. There are enough values, and the rise is large compared with ``min_std``. For this, a value counts for at most 4.5
-       standard deviations.
+       standard deviations. Where the series fluctuates by no more than ``min_std``, condition 1 is less strict.
     4. The last two values both lie a standard deviation above what was expected, so that a single one is no alarm.
 
     The most significant split is the change point. It is an alarm if the rise also exceeds ``min_delta``. A sudden rise
-    shows in the shortest splits, a slow one in the longer ones. A rising trend that has lasted is expected to go on. An
-    alarm ends when two values in a row lie within a standard deviation, or half of ``min_delta``, of the level from before
-    it.
+    shows in the shortest splits, a slow one in the longer ones. A rising trend that has lasted is expected to go on, and
+    the level of a series that improves is the end of a parabola. An alarm ends when two values in a row lie within a
+    standard deviation, or half of ``min_delta``, of the level from before it.
 
     Sources: Hawkins, Qiu and Kang, *The changepoint model for statistical process control*, 2003, for the comparison of
     all splits; Kendall, *Note on bias in the estimation of autocorrelation*, 1954; Lu and Reynolds, *Control charts for
@@ -229,8 +229,7 @@ class Detector:
             return None
         limit = LIMIT_FACTOR * max(fmean(lowest[:2]), 0.0) + LIMIT_MARGIN
         limited = [min(rise, limit) for rise in rises]
-        # the variance of a median is pi / 2 times that of a mean
-        error = math.sqrt(1 / length + math.pi / 2 / min(past.total, _Past.RECENT))
+        error = past.error_of(length)
         smallest = max(self.min_std, 1e-12)
         freedom = min(past.total + length - 2, 31)
         floor = _normal_deviation(fmean(min(h / smallest, LARGEST_DEVIATION) for h in heights) / error, freedom)
@@ -240,8 +239,8 @@ class Detector:
             calibration *= past.strictness
             statistic = min(statistic, self._calibrated(past.step(limited, correlation), past.count - 2, calibration))
             score = min(score, self._calibrated(past.step(rises, correlation), past.count - 2, calibration))
-        newest = math.sqrt(1 / 2 + math.pi / 2 / min(past.total, _Past.RECENT))
-        matters = not self.min_delta or fmean(heights[-2:]) - SURE * newest * past.unit > self.min_delta
+        surely = fmean(heights[-2:]) - SURE * past.error_of(2) * past.unit
+        matters = not self.min_delta or surely > self.min_delta
         alarming = matters and min(statistic, floor) > self.threshold
         return _Rise(alarming, statistic, max(min(statistic, floor), score))
 
@@ -361,6 +360,11 @@ class _Past:
     def expected(self, ahead: int) -> float:
         """Returns the value that is expected so many values after the next."""
         return self.level + self.slope * ((self.recent_size + 1) / 2 + ahead)
+
+    def error_of(self, length: int) -> float:
+        """Returns the standard error of the mean height of so many values, in standard deviations."""
+        # the variance of a median is pi / 2 times that of a mean
+        return math.sqrt(1 / length + math.pi / 2 / self.recent_size)
 
     def mean_expected(self, ahead: int) -> float:
         """Returns the same from the mean of a longer past."""

@@ -42,6 +42,9 @@ OF_LATENTS = re.compile(r"^(qz|q|z|latent|posterior|encoder|enc)|z$")
 STATES_STD = re.compile(r"Autoencoder_?KL", re.IGNORECASE)
 """Names of classes whose plain pair is a mean and a standard deviation, as MONAI's; others of these names return objects."""
 
+POSTERIOR_ADVICE = "pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))"
+"""What a message advises where the encoder gives no posterior that can be used."""
+
 FEWEST_POSITIVE = 16
 """Number of values from which on none being negative is evidence; by chance that has a probability of 2^-16."""
 
@@ -113,13 +116,10 @@ def posterior_in(
     found = _found(output, n, spread, mean_dim)
     if len(found) != 1:
         got = f"{len(found)} posteriors" if found else shape_of(output)
+        fix = "let it return one of them" if argument == "posterior" else POSTERIOR_ADVICE
         raise ValueError(
             f"{argument} must return a pair of mean and log variance, or a distribution, of {n} inputs, got {got}. "
-            + (
-                "To fix this, let it return one of them."
-                if argument == "posterior"
-                else "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
-            )
+            f"To fix this, {fix}."
         )
     (posterior,) = found
     if isinstance(posterior, Distribution):

@@ -69,8 +69,11 @@ class Reference:
     @property
     def most(self) -> int:
         """Largest number of images: the user's, or by default fewer large ones than small ones."""
-        seen = self.images.images if self.images is not None else self._seen
-        return self.adapter.num_reference or (NUM_REFERENCE if seen is None else reference_size(seen[0].numel()))
+        return self._most_like(self.images.images if self.images is not None else self._seen)
+
+    def _most_like(self, images: Tensor | None) -> int:
+        """The same, of images as large as these; None where none is known yet."""
+        return self.adapter.num_reference or (NUM_REFERENCE if images is None else reference_size(images[0].numel()))
 
     @property
     def share(self) -> int:
@@ -205,7 +208,7 @@ class Reference:
             raise ValueError(f"the reference must hold at least 4 finite images, got {len(images)}.")
         known = len(labels) == len(images)
         # of the pooled images, since the first batch of another process may be another
-        most = self.adapter.num_reference or reference_size(images[0].numel())
+        most = self._most_like(images)
         self.images = Images(images[:most].cpu(), labels[:most].cpu() if known else None)
         self.conditions = conditions[:most].cpu() if len(conditions) else None
         self._say_size()

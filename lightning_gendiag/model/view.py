@@ -192,7 +192,7 @@ class ModelView:
         Raises:
             InapplicableError: If the data are anything else.
         """
-        if rows and data.images.ndim == 2 and data.images.shape[1] <= LONGEST_ROW:
+        if rows and has_short_rows(data.images):
             self.say(
                 f"Rows of {data.images.shape[1]} features are compared by groups of features. If they are flattened images, "
                 f"{self.adapter.images_advice}."
@@ -393,14 +393,16 @@ class ModelView:
 
         Images are not compared with their own reconstructions, which would be more alike than two independent samples.
         """
-        own = self.real.local(slice(None) if self.source(wanted) == "samples" else COMPARED)
-        return self.as_images(own, rows)
+        return self.as_images(self.real.local(self._compared_part(wanted)), rows)
 
     def compared_rows(self, wanted: Source) -> slice:
         """Returns the rows of the reference of all processes that :meth:`compared_with` returns."""
-        rows = slice(None) if self.source(wanted) == "samples" else COMPARED
-        own = range(len(self.reference.images))[rows][self.rank :: self.world_size]
+        own = range(len(self.reference.images))[self._compared_part(wanted)][self.rank :: self.world_size]
         return slice(own.start, own.stop, own.step)
+
+    def _compared_part(self, wanted: Source) -> slice:
+        """The rows of the reference that are compared: all with samples, and others than are reconstructed."""
+        return slice(None) if self.source(wanted) == "samples" else COMPARED
 
     def reconstructions(self) -> Images:
         """Returns reconstructions of this process's rows of every second image of the reference, computed once."""
@@ -762,6 +764,11 @@ class ModelView:
             raise ValueError(failure)
         result: T = value
         return result
+
+
+def has_short_rows(data: Tensor) -> bool:
+    """Returns whether data are rows (N, F) that can be compared feature by feature."""
+    return data.ndim == 2 and data.shape[1] <= LONGEST_ROW
 
 
 def _joined(parts: Sequence[Images]) -> Images:

@@ -58,6 +58,7 @@ MEAN = Series(
     min_std=MIN_STD,
     min_delta=MEAN_MIN_DELTA,
 )
+
 ENTANGLED, PAIR_MIN_STD = 1.0, 0.1
 """Nats. Pairs that share no more are no news: in healthy models of many kinds the strongest pair shares 0.3 to 1, and
 fluctuates by 0.01 to 0.13. At 1 the effects of two dimensions have a correlation of 0.93, and at 1.5 of 0.97."""

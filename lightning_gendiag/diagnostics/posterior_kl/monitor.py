@@ -19,7 +19,7 @@ from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.isolation import perturbed
 from lightning_gendiag.model.outputs import peeled
-from lightning_gendiag.model.posterior import is_of_real_numbers, kl_to_prior, posterior_in
+from lightning_gendiag.model.posterior import POSTERIOR_ADVICE, is_of_real_numbers, kl_to_prior, posterior_in
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -152,13 +152,10 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
             )
         divergence = kl_to_prior(posterior, prior)
         if mean is None or std is None or divergence.shape[1] != mean.flatten(1).shape[1]:
+            fix = POSTERIOR_ADVICE if self.posterior is None else "let posterior return (mean, log_variance)"
             raise ValueError(
                 f"posterior must have a mean, a variance and a divergence for each dimension, got {posterior.described}. "
-                + (
-                    "To fix this, pass PosteriorKLMonitor(posterior=lambda module, images: (mean, log_variance))."
-                    if self.posterior is None
-                    else "To fix this, let posterior return (mean, log_variance)."
-                )
+                f"To fix this, {fix}."
             )
         is_standard = prior is None and isinstance(peeled(posterior.distribution), Normal)
         return mean, 2 * std.log(), None if is_standard else divergence

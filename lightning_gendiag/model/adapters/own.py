@@ -178,12 +178,10 @@ def sampler_ways(
     plain = Way("sample", f"{name}({shown})", partial(call, shape), takes_labels=takes_labels, is_sampler=states_number)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and not takes_labels
     with_labels = [
-        replace(
-            plain, name=f"{name}({shown}, {key}=labels)", call=partial(call, shape, keyword=key), takes_labels=True
-        )
+        replace(plain, name=f"{name}({shown}, {key}=labels)", call=partial(call, shape, keyword=key), takes_labels=True)
         for key in LABEL_KEYWORDS
         if takes_any
-    ]  # fmt: skip
+    ]
     # it may ignore labels, which then say nothing about its images
     yield from (*with_labels, plain) if context.conditional else (plain, *with_labels)
     if "shape" in given.values() and context.latent not in (None, shape):
