@@ -174,6 +174,60 @@ class WGANGP(GAN):
         ]
 
 
+class LSGAN(GAN):
+    """A GAN with least squares in place of logarithms."""
+
+    def loss_d(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Returns the squared distance of the discriminator's outputs from 1 and 0."""
+        return 0.5 * ((self.discriminator(real) - 1).square().mean() + self.discriminator(fake).square().mean())
+
+    def loss_g(self, fake: Tensor) -> Tensor:
+        """Returns the squared distance of the discriminator's outputs from 1."""
+        return 0.5 * (self.discriminator(fake) - 1).square().mean()
+
+
+class R1GAN(GAN):
+    """A GAN with the non-saturating loss and a penalty on the discriminator's gradient at real images."""
+
+    def loss_d(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Returns the loss of the discriminator with its penalty."""
+        real = real.clone().requires_grad_()
+        of_real = self.discriminator(real)
+        slopes = torch.autograd.grad(of_real.sum(), real, create_graph=True)[0].flatten(1)
+        loss = F.softplus(-of_real).mean() + F.softplus(self.discriminator(fake)).mean()
+        return loss + 0.5 * slopes.square().sum(1).mean()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Returns one Adam each, without momentum."""
+        return [
+            torch.optim.Adam(network.parameters(), lr=self.lr, betas=(0.0, 0.99))
+            for network in (self.discriminator, self.generator)
+        ]
+
+
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut, after an upsampling by 2.
+
+    Args:
+        inside: Number of channels before.
+        outside: Number of channels after.
+    """
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.up = nn.Upsample(scale_factor=2)
+        self.shortcut = nn.Conv2d(inside, outside, 1)
+        self.body = nn.Sequential(
+            nn.GroupNorm(4, inside), nn.SiLU(), nn.Conv2d(inside, outside, 3, padding=1),
+            nn.GroupNorm(4, outside), nn.SiLU(), nn.Conv2d(outside, outside, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns (N, outside, 2 H, 2 W)."""
+        x = self.up(x)
+        return self.shortcut(x) + self.body(x)
+
+
 class ConditionalGAN(Adversarial):
     """An MLP GAN whose networks are given the class, as one hot.
 
@@ -270,6 +324,102 @@ class VAE(LightningModule):
         kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
         weight = self.beta * (min(1.0, (self.global_step + 1) / self.warmup) if self.warmup else 1.0)
         return error + weight * kl
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class ConditionalVAE(VAE):
+    """A VAE whose two networks are given the class, as one hot.
+
+    Args:
+        encoder: From images and classes, flat, to (N, 2 L).
+        decoder: From latents and classes to images.
+        latent_dim: L.
+        lr: Learning rate.
+        num_classes: K.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, lr: float, num_classes: int) -> None:
+        super().__init__(encoder, decoder, latent_dim, lr)
+        self.num_classes = num_classes
+
+    def hot(self, labels: Tensor) -> Tensor:
+        """Returns (N, K)."""
+        return F.one_hot(labels, self.num_classes).float()
+
+    def encode(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Returns mean and log variance, (N, L) each."""
+        mu, logvar = self.encoder(torch.cat([x.flatten(1), self.hot(labels)], 1)).chunk(2, dim=1)
+        return mu, logvar
+
+    def decode(self, z: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        """Returns images of these classes."""
+        return self.picture(self.decoder(torch.cat([z, self.hot(labels)], 1)))
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Returns reconstructions, mean and log variance."""
+        mu, logvar = self.encode(x, labels)
+        return self.decode(mu + torch.randn_like(mu) * (0.5 * logvar).exp(), labels), mu, logvar
+
+    def sample(self, n: int, labels: Tensor) -> Tensor:  # type: ignore[override]
+        """Returns n images of these classes."""
+        return self.decode(torch.randn(n, self.latent_dim, device=self.device), labels)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the negative lower bound."""
+        x, labels = batch
+        recon, mu, logvar = self(x, labels)
+        error = F.mse_loss(recon, x, reduction="sum") / len(x)
+        return error - self.beta * 0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+
+
+class WAE(LightningModule):
+    """A Wasserstein autoencoder: latents of a plain encoder are drawn towards N(0, 1) by their mean discrepancy.
+
+    Args:
+        encoder: From images to (N, L).
+        decoder: From latents (N, L) to images.
+        latent_dim: L.
+        lr: Learning rate.
+        weight: Of the discrepancy.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, lr: float, weight: float = 50.0) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.picture = nn.Identity()
+        self.latent_dim, self.lr, self.weight = latent_dim, lr, weight
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Returns latents (N, L)."""
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Returns images."""
+        return self.picture(self.decoder(z))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns reconstructions."""
+        return self.decode(self.encode(x))
+
+    def sample(self, n: int) -> Tensor:
+        """Returns n images."""
+        return self.decode(torch.randn(n, self.latent_dim, device=self.device))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the squared error and the discrepancy."""
+        x, _ = batch
+        z, prior = self.encode(x), torch.randn(len(x), self.latent_dim, device=self.device)
+        error = F.mse_loss(self.decode(z), x, reduction="sum") / len(x)
+        alike = [self._similarity(z, z), self._similarity(prior, prior), self._similarity(z, prior)]
+        return error + self.weight * (alike[0] + alike[1] - 2 * alike[2])
+
+    def _similarity(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the mean of the inverse multiquadratic kernel."""
+        scale = 2.0 * self.latent_dim
+        return (scale / (scale + torch.cdist(x, y).square())).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Returns Adam."""
@@ -396,6 +546,98 @@ class RealNVP(LightningModule):
         for layer in reversed(self.layers):
             z = layer.inverse(z)
         return self.picture(z.view(-1, *self.shape))
+
+    def sample(self, n: int) -> Tensor:
+        """Returns n images."""
+        return self.decode(torch.randn(n, self.latent_dim, device=self.device))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the negative logarithm of the density, for each number of an image."""
+        z, determinant = self.transform(batch[0])
+        return (0.5 * z.square().sum(1) - determinant).mean() / self.latent_dim
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class GlowStep(nn.Module):
+    """A learnt scale and shift of channels, a rotation of them, and a convolutional affine coupling.
+
+    Args:
+        channels: C.
+        width: Number of channels of the coupling's network.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.register_buffer("rotation", torch.linalg.qr(torch.randn(channels, channels))[0])
+        half = channels // 2
+        self.net = nn.Sequential(
+            nn.Conv2d(half, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU(),
+            nn.Conv2d(width, 2 * half, 3, padding=1),
+        )  # fmt: skip
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logarithms of scales, and shifts, of the second half of the channels."""
+        scale, shift = self.net(x).chunk(2, dim=1)
+        return torch.tanh(scale), shift
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the result (N, C, H, W) and the logarithm of the determinant (N,)."""
+        x = torch.einsum("ij,njhw->nihw", self.rotation, x * self.log_scale.exp() + self.shift)
+        first, second = x.chunk(2, dim=1)
+        scale, shift = self.terms(first)
+        area = x.shape[2] * x.shape[3]
+        return torch.cat([first, second * scale.exp() + shift], 1), scale.flatten(1).sum(1) + area * self.log_scale.sum()
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Returns what ``forward`` was given."""
+        first, second = y.chunk(2, dim=1)
+        scale, shift = self.terms(first)
+        x = torch.cat([first, (second - shift) * (-scale).exp()], 1)
+        return (torch.einsum("ji,njhw->nihw", self.rotation, x) - self.shift) * (-self.log_scale).exp()
+
+
+class Glow(LightningModule):
+    """A normalizing flow of convolutional couplings on blocks of 2x2 pixels.
+
+    Args:
+        shape: Of images.
+        width: Of the networks.
+        lr: Learning rate.
+        layers: Number of steps.
+    """
+
+    def __init__(self, shape: Shape, width: int, lr: float, layers: int = 8) -> None:
+        super().__init__()
+        self.shape, self.lr, self.latent_dim = shape, lr, math.prod(shape)
+        self.layers = nn.ModuleList(GlowStep(4 * shape[0], width) for _ in range(layers))
+        self.picture = nn.Identity()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Returns latents (N, D)."""
+        return self.transform(x)[0]
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns latents (N, D) and the logarithm of the determinant (N,)."""
+        z, total = F.pixel_unshuffle(x, 2), torch.zeros(len(x), device=x.device)
+        for layer in self.layers:
+            z, determinant = layer(z)
+            total = total + determinant
+        return z.flatten(1), total
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Returns images."""
+        channels, height, width = self.shape
+        z = z.view(-1, 4 * channels, height // 2, width // 2)
+        for layer in reversed(self.layers):
+            z = layer.inverse(z)
+        return self.picture(F.pixel_shuffle(z, 2))
 
     def sample(self, n: int) -> Tensor:
         """Returns n images."""
@@ -550,6 +792,83 @@ class FlowMatching(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
+class UNet(nn.Module):
+    """A convolutional network of three scales that is given the time.
+
+    Args:
+        width: Number of channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inside = nn.Conv2d(1, width, 3, padding=1)
+        self.time = mlp(32, 2 * width, 2 * width)
+        self.down = nn.Conv2d(width, 2 * width, 4, 2, 1)
+        self.deeper = nn.Conv2d(2 * width, 2 * width, 4, 2, 1)
+        self.middle = nn.Sequential(nn.GroupNorm(4, 2 * width), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1))
+        self.far = nn.Sequential(nn.Flatten(), nn.Linear(32 * width, 96), nn.SiLU(), nn.Linear(96, 32 * width))
+        self.higher = nn.ConvTranspose2d(2 * width, 2 * width, 4, 2, 1)
+        self.up = nn.ConvTranspose2d(4 * width, width, 4, 2, 1)
+        self.outside = nn.Conv2d(2 * width, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Returns (N, 1, 16, 16) for images at times (N,) in 0..1."""
+        time = self.time(angles(t, 32))[:, :, None, None]
+        fine = F.silu(self.inside(x))
+        half = F.silu(self.down(fine) + time)
+        coarse = self.deeper(half) + time
+        coarse = coarse + self.middle(coarse) + self.far(coarse).view_as(coarse)
+        half = torch.cat([half, F.silu(self.higher(coarse))], 1)
+        return self.outside(torch.cat([fine, F.silu(self.up(half))], 1))
+
+
+class VDiffusion(LightningModule):
+    """A diffusion model with a cosine schedule that predicts the velocity between images and noise.
+
+    Args:
+        shape: Of images.
+        width: Number of channels.
+        lr: Learning rate.
+    """
+
+    def __init__(self, shape: Shape, width: int, lr: float) -> None:
+        super().__init__()
+        self.net = UNet(width)
+        self.picture = nn.Identity()
+        self.shape, self.lr = shape, lr
+
+    @staticmethod
+    def parts(t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns how much of the image and of the noise there is at times (N,), (N, 1, 1, 1) each."""
+        angle = t[:, None, None, None] * (math.pi / 2)
+        return angle.cos(), angle.sin()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the squared error of the velocity."""
+        x, _ = batch
+        t, noise = torch.rand(len(x), device=self.device), torch.randn_like(x)
+        signal, spread = self.parts(t)
+        return F.mse_loss(self.net(signal * x + spread * noise, t), signal * noise - spread * x)
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """Returns n images after 12 deterministic steps."""
+        x = torch.randn(n, *self.shape, device=self.device)
+        times = torch.linspace(1, 0, 13, device=self.device)
+        for now, then in itertools.pairwise(times):
+            signal, spread = self.parts(now.expand(n))
+            velocity = self.net(x, now.expand(n))
+            clean = (signal * x - spread * velocity).clamp(-1.2, 1.2)
+            noise = spread * x + signal * velocity
+            signal, spread = self.parts(then.expand(n))
+            x = signal * clean + spread * noise
+        return self.picture(x)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
 # ---- the kinds ----
 
 
@@ -597,6 +916,40 @@ def _convolutional_vae(shape: Shape, num_classes: int, width: int, lr: float) ->
     return VAE(encoder, decoder, 12, lr, warmup=600)
 
 
+def _lsgan(shape: Shape, num_classes: int, width: int, lr: float) -> LSGAN:
+    generator = nn.Sequential(
+        nn.Linear(32, 64 * width), nn.Unflatten(1, (4 * width, 4, 4)), nn.BatchNorm2d(4 * width), nn.Upsample(scale_factor=2),
+        nn.Conv2d(4 * width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2),
+        nn.Upsample(scale_factor=2), nn.Conv2d(2 * width, 1, 3, padding=1), nn.Tanh(),
+    )  # fmt: skip
+    critic = nn.Sequential(
+        nn.Conv2d(1, width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Dropout2d(0.25),
+        nn.Conv2d(width, 4 * width, 3, 2, 1), nn.LeakyReLU(0.2), nn.Dropout2d(0.25), nn.Flatten(), nn.Linear(64 * width, 1),
+    )  # fmt: skip
+    return LSGAN(generator, critic, 32, lr)
+
+
+def _r1_gan(shape: Shape, num_classes: int, width: int, lr: float) -> R1GAN:
+    generator = nn.Sequential(
+        nn.Linear(32, 64 * width), nn.Unflatten(1, (4 * width, 4, 4)), Residual(4 * width, 2 * width),
+        Residual(2 * width, width), nn.SiLU(), nn.Conv2d(width, 1, 3, padding=1), nn.Tanh(),
+    )  # fmt: skip
+    return R1GAN(generator, convolutional_critic(width), 32, lr)
+
+
+def _wae(shape: Shape, num_classes: int, width: int, lr: float) -> WAE:
+    pixels = math.prod(shape)
+    encoder = nn.Sequential(nn.Flatten(), mlp(pixels, 2 * width, width, 8, norm=True))
+    decoder = nn.Sequential(mlp(8, width, 2 * width, pixels), nn.Tanh(), nn.Unflatten(1, shape))
+    return WAE(encoder, decoder, 8, lr)
+
+
+def _conditional_vae(shape: Shape, num_classes: int, width: int, lr: float) -> ConditionalVAE:
+    pixels = math.prod(shape)
+    decoder = nn.Sequential(mlp(8 + num_classes, width, 2 * width, pixels), nn.Tanh(), nn.Unflatten(1, shape))
+    return ConditionalVAE(mlp(pixels + num_classes, 2 * width, width, 16), decoder, 8, lr, num_classes)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of model, and how its runs vary."""
@@ -607,20 +960,22 @@ class Kind:
     widths: tuple[int, ...]
     lrs: tuple[float, ...]
     family: str
-    """``"gan"``, ``"vae"``, ``"autoencoder"``, ``"flow"`` or ``"diffusion"``."""
+    """``"gan"``, ``"vae"``, ``"wae"``, ``"autoencoder"``, ``"flow"`` or ``"diffusion"``."""
     held_out: bool
-    """Whether rules are never chosen on it."""
+    """Whether rules were chosen on none of its runs."""
     spacing: tuple[int, int] = (8, 100)
     """Smallest and largest number of steps between evaluations."""
     most_samples: int = 1024
     """Of the product, at an evaluation; the referee draws twice as many."""
     noise: float = 0.0
     """Standard deviation of noise on the data."""
+    conditional: bool = False
+    """Whether samples are of given classes."""
 
     @property
     def network(self) -> str:
         """Name of the network that is given latents; empty where there is none."""
-        return {"gan": "generator", "vae": "decoder"}.get(self.family, "")
+        return {"gan": "generator", "vae": "decoder", "wae": "decoder"}.get(self.family, "")
 
 
 def _vq_vae(shape: Shape, num_classes: int, width: int, lr: float) -> VQVAE:
@@ -634,26 +989,37 @@ def _of_shape(kind: Any) -> Callable[[Shape, int, int, float], LightningModule]:
 
 KINDS: dict[str, Kind] = {
     "mlp_gan": Kind(_mlp_gan, ("mnist", "digits", "mnist28"), (64, 128), (2e-4, 5e-4), "gan", False),
-    "wgan_gp": Kind(_wgan_gp, ("mnist", "digits", "textures"), (8, 12), (5e-4, 1e-3), "gan", True, (12, 40), 512),
+    "wgan_gp": Kind(_wgan_gp, ("mnist", "digits", "textures"), (8, 12), (5e-4, 1e-3), "gan", False, (12, 40), 512),
     "mlp_vae": Kind(_vae(12, 1.0), ("mnist", "digits", "mnist28"), (64, 128), (1e-3, 3e-3), "vae", False),
     "flow_matching": Kind(
-        _of_shape(FlowMatching), ("digits8",), (12, 16), (2e-3, 4e-3), "diffusion", True, (8, 60), 256
+        _of_shape(FlowMatching), ("digits8",), (12, 16), (2e-3, 4e-3), "diffusion", False, (8, 60), 256
     ),
     "dcgan": Kind(_dcgan, ("mnist", "digits"), (8, 12), (3e-4, 6e-4), "gan", False, (8, 40), 512),
-    "hinge_gan": Kind(_hinge_gan, ("mnist", "textures"), (8, 12), (6e-4, 1e-3), "gan", True, (12, 40), 512),
+    "hinge_gan": Kind(_hinge_gan, ("mnist", "textures"), (8, 12), (6e-4, 1e-3), "gan", False, (12, 40), 512),
     "ddpm": Kind(_of_shape(DDPM), ("mnist", "digits8"), (96, 160), (1e-3, 2e-3), "diffusion", False, (8, 100), 256),
     "convolutional_vae": Kind(
-        _convolutional_vae, ("mnist", "faces", "textures"), (8, 12), (2e-3, 4e-3), "vae", True, (8, 40), 512
+        _convolutional_vae, ("mnist", "faces", "textures"), (8, 12), (2e-3, 4e-3), "vae", False, (8, 40), 512
     ),
     "beta_vae": Kind(_vae(10, 4.0), ("mnist", "faces"), (64, 128), (1e-3, 3e-3), "vae", False),
-    "face_dcgan": Kind(_dcgan, ("faces",), (12, 16), (6e-4, 1e-3), "gan", True, (16, 40), 512),
+    "face_dcgan": Kind(_dcgan, ("faces",), (12, 16), (6e-4, 1e-3), "gan", False, (16, 40), 512),
     "realnvp": Kind(
         _of_shape(RealNVP), ("digits8",), (96, 128), (1e-3, 2e-3), "flow", False, (8, 60), 512, noise=1 / 16
     ),
-    "conditional_gan": Kind(ConditionalGAN, ("mnist", "digits"), (64, 128), (2e-4, 5e-4), "gan", True),
+    "conditional_gan": Kind(
+        ConditionalGAN, ("mnist", "digits"), (64, 128), (2e-4, 5e-4), "gan", False, conditional=True
+    ),
     "vq_vae": Kind(_vq_vae, ("mnist", "textures"), (12, 16), (1e-3, 2e-3), "autoencoder", False, (8, 40), 512),
+    "lsgan": Kind(_lsgan, ("mnist", "digits", "faces"), (8, 12), (3e-4, 6e-4), "gan", True, (8, 40), 512),
+    "conditional_vae": Kind(
+        _conditional_vae, ("mnist", "digits", "textures"), (64, 128), (1e-3, 3e-3), "vae", True, conditional=True
+    ),
+    "v_diffusion": Kind(
+        _of_shape(VDiffusion), ("mnist", "textures"), (8, 12), (1e-3, 2e-3), "diffusion", True, (8, 60), 256
+    ),
+    "r1_gan": Kind(_r1_gan, ("mnist", "textures"), (8, 12), (6e-4, 1e-3), "gan", True, (12, 40), 512),
+    "wae": Kind(_wae, ("mnist", "digits", "faces"), (64, 128), (1e-3, 2e-3), "wae", True),
+    "glow": Kind(_of_shape(Glow), ("digits8",), (24, 32), (1e-3, 2e-3), "flow", True, (8, 60), 512, noise=1 / 16),
 }
-"""Held-out kinds alternate with the others, so that a part of the list is balanced."""
 
 
 # ---- what the referee asks of a model ----
@@ -676,7 +1042,7 @@ def at_rest(module: LightningModule, seed: int) -> Iterator[None]:
 def drawn(module: LightningModule, data: Data, n: int) -> Tensor:
     """Returns n samples, or reconstructions where nothing samples."""
     rows = torch.randint(len(data.labels), (n,))
-    if isinstance(module, ConditionalGAN):
+    if isinstance(module, (ConditionalGAN, ConditionalVAE)):
         return module.sample(n, data.labels[rows])
     if isinstance(module, VQVAE):
         return module(data.images[rows])
@@ -687,9 +1053,9 @@ def drawn(module: LightningModule, data: Data, n: int) -> Tensor:
 
 def influences(module: LightningModule, n: int = 48) -> list[float] | None:
     """Returns how far images move when one latent dimension is drawn anew, for each; None without such latents."""
-    decode = module if isinstance(module, GAN) else module.decode if isinstance(module, VAE) else None
-    if decode is None:
+    if isinstance(module, ConditionalVAE) or not isinstance(module, (GAN, VAE, WAE)):
         return None
+    decode = module if isinstance(module, GAN) else module.decode
     length = int(module.latent_dim)
     z = torch.randn(n, length)
     changed = z.repeat(length, 1, 1)
@@ -700,11 +1066,12 @@ def influences(module: LightningModule, n: int = 48) -> list[float] | None:
 
 def probe(module: LightningModule, data: Data, n: int = 1000) -> list[float] | None:
     """Returns the share of each class that ridge regression recognises by latents; None where nothing encodes."""
-    if not isinstance(module, (VAE, RealNVP)):
+    if not isinstance(module, (VAE, WAE, RealNVP, Glow)):
         return None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(data.labels), generator=generator)[: 2 * n]
-    latents = module.encode(data.images[rows])
+    given = (data.images[rows], data.labels[rows]) if isinstance(module, ConditionalVAE) else (data.images[rows],)
+    latents = module.encode(*given)
     latents = latents[0] if isinstance(latents, tuple) else latents
     if not latents.isfinite().all():
         return [math.nan] * data.num_classes
