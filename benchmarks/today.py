@@ -49,6 +49,8 @@ def as_today(monitor: str, observation: Observation, real_shares: Sequence[float
         now = DECLARED[key]
         same = ("min_std", "min_delta", "confirm", "stop", "patience")
         series = replace(series, **{name: getattr(now, name) for name in same})
+    if series.name == divergence.UNUSED.name:
+        series = replace(series, progress=divergence.UNUSED.progress)
     severity = observation.severity
     if math.isfinite(severity) and key in SEVERITIES:
         severity = SEVERITIES[key](observation.value)

@@ -262,6 +262,7 @@ def names(alarm: Alarm, run: Record, fault: Record) -> bool:
 
 # ---- the table ----
 
+
 def bounds(count: int, n: int) -> tuple[float, float]:
     """Returns the 95 % interval of a share by Clopper and Pearson.
 

@@ -386,7 +386,9 @@ class WAE(LightningModule):
         weight: Of the discrepancy.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, lr: float, weight: float = 50.0) -> None:
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, lr: float, weight: float = 50.0
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.picture = nn.Identity()
@@ -593,7 +595,9 @@ class GlowStep(nn.Module):
         first, second = x.chunk(2, dim=1)
         scale, shift = self.terms(first)
         area = x.shape[2] * x.shape[3]
-        return torch.cat([first, second * scale.exp() + shift], 1), scale.flatten(1).sum(1) + area * self.log_scale.sum()
+        return torch.cat([first, second * scale.exp() + shift], 1), scale.flatten(1).sum(
+            1
+        ) + area * self.log_scale.sum()
 
     def inverse(self, y: Tensor) -> Tensor:
         """Returns what ``forward`` was given."""
@@ -805,7 +809,9 @@ class UNet(nn.Module):
         self.time = mlp(32, 2 * width, 2 * width)
         self.down = nn.Conv2d(width, 2 * width, 4, 2, 1)
         self.deeper = nn.Conv2d(2 * width, 2 * width, 4, 2, 1)
-        self.middle = nn.Sequential(nn.GroupNorm(4, 2 * width), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1))
+        self.middle = nn.Sequential(
+            nn.GroupNorm(4, 2 * width), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        )
         self.far = nn.Sequential(nn.Flatten(), nn.Linear(32 * width, 96), nn.SiLU(), nn.Linear(96, 32 * width))
         self.higher = nn.ConvTranspose2d(2 * width, 2 * width, 4, 2, 1)
         self.up = nn.ConvTranspose2d(4 * width, width, 4, 2, 1)
