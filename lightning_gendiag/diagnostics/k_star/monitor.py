@@ -33,7 +33,7 @@ MOST_NAMED = 10
 MIN_STD = 0.02
 """A change of the mean by this much, out of 1, is a usual fluctuation."""
 
-MIN_DELTA = 0.12
+MIN_DELTA = 0.09
 """So is a lasting drop by this much: a flow's latents lose the classes as they become Gaussian."""
 
 CLASS = Series("class", "component", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
