@@ -58,9 +58,9 @@ def as_today(monitor: str, observation: Observation, real_shares: Sequence[float
         severity = math.inf if observation.value > cosine.MOST_UNREACHED else 0.0
     index = series.index
     if key == ("generation_balance", "component") and index is not None and index < len(real_shares):
-        # an added share that depends on the number of images is in the recorded severity
+        # an added share that depends on the number of images is in the recorded severity, unless it is of the share cut
         most = balance.MOST * real_shares[index]
         added = 2**-severity - observation.value
-        if observation.value > most and math.isfinite(severity):
+        if observation.value > most and math.isfinite(severity) and added > 0:
             severity = -math.log2(most + added)
     return observation._replace(series=series, severity=severity)

@@ -53,7 +53,7 @@ BALANCE_MIN_STD = 0.3
 MIN_DELTA = 0.8
 """Octaves. A class is dropped only where its share surely fell to less than six tenths."""
 
-CONFIRM, PATIENCE = 8, 4
+CONFIRM, PATIENCE = 10, 4
 """While a GAN learns, a class may be dropped and come back within some evaluations, and while images are poor, the classifier
 assigns them to one class at this evaluation and to another at the next."""
 
