@@ -116,12 +116,13 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
         with view.isolated(exact=True):
             for start in range(0, len(images), CHUNK):
                 some = view.as_input(as_data(images[start : start + CHUNK]))
-                self.metric.update(self._features(view, some), labels[start : start + CHUNK].to(view.device))
+                of_some = labels[start : start + CHUNK].to(view.device)
+                self.metric.update(self._features(view, some, of_some), of_some)
 
-    def _features(self, view: ModelView, images: Tensor) -> Tensor:
-        """Features (n, D) of images (n, C, H, W) or other data; inside ``view.isolated``."""
+    def _features(self, view: ModelView, images: Tensor, labels: Tensor) -> Tensor:
+        """Features (n, D) of images (n, C, H, W) or other data with labels (n,); inside ``view.isolated``."""
         if self.features == "encode":
-            return _rows(view, view.latents_in(view.encode(images), len(images), flat=False), len(images))
+            return _rows(view, view.latents_in(view.encode(images, labels), len(images), flat=False), len(images))
         extract = None if isinstance(self.features, str) else view.resolve_extractor(self.features)
         if extract is not None:
             return _rows(view, extract(images), len(images))
