@@ -13,7 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from benchmarks.zoo.data import Batches
-from benchmarks.zoo.models import DDPM, Adversarial, Kind, at_rest, influences
+from benchmarks.zoo.flows import DDPM
+from benchmarks.zoo.gans import Adversarial
+from benchmarks.zoo.models import Kind, at_rest, influences
 
 
 class Planting:
