@@ -211,6 +211,7 @@ CASES: dict[str, Case] = {
         },
         lambda model: PosteriorKLMonitor(**of_digits()),
         lambda result: [result.per_dimension.tolist(), result.variance_of_mean.tolist()],
+        epochs=40,
     ),
     "generation_balance": Case(
         RecordedBalance,

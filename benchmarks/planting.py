@@ -36,7 +36,7 @@ from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, NeighbourClassifier
 from lightning_gendiag.model.view import ModelView
 
-EVALUATIONS, START, AFTER, SLOW = 100, 40, 8, 20
+EVALUATIONS, START, AFTER, OF_CLASS, SLOW = 100, 40, 8, 12, 20
 """Evaluations of a run, the one at which faults begin, and for how many a sudden and a slow fault is followed."""
 
 STEPS, BATCH = 12, 64
@@ -233,8 +233,9 @@ def class_faults(view: ModelView, shares: Tensor, images: Tensor, labels: Tensor
 
     dropped = Harm(images=lambda x: replaced(x, lambda classes: classes != a))
     merged = Harm(images=lambda x: replaced(x, lambda classes: classes == b))
-    yield Fault("class dropped", "class", lambda age: dropped, [f"class {a}"])
-    yield Fault("classes drawn as one", "class", lambda age: merged, [f"class {a}", f"class {b}"])
+    yield Fault("class dropped", "class", lambda age: dropped, [f"class {a}"], evaluations=OF_CLASS)
+    truth = [f"class {a}", f"class {b}"]
+    yield Fault("classes drawn as one", "class", lambda age: merged, truth, evaluations=OF_CLASS)
     if not isinstance(view.module, VAE):
         # the latents of the other models do not separate classes
         return
@@ -248,7 +249,6 @@ def class_faults(view: ModelView, shares: Tensor, images: Tensor, labels: Tensor
         mean, log_variance = output
         return torch.where((classifier(x) == a)[:, None], mean + shift, mean), log_variance
 
-    truth = [f"class {a}", f"class {b}"]
     yield Fault("classes encoded as one", "class", lambda age: Harm(encoded=confused), truth, ("k_star",))
 
 

@@ -49,6 +49,8 @@ def as_today(monitor: str, observation: Observation, real_shares: Sequence[float
         now = DECLARED[key]
         same = ("min_std", "min_delta", "confirm", "stop", "patience")
         series = replace(series, **{name: getattr(now, name) for name in same})
+    if series.name == divergence.UNUSED.name:
+        series = replace(series, progress=divergence.UNUSED.progress)
     severity = observation.severity
     if math.isfinite(severity) and key in SEVERITIES:
         severity = SEVERITIES[key](observation.value)
@@ -56,9 +58,9 @@ def as_today(monitor: str, observation: Observation, real_shares: Sequence[float
         severity = math.inf if observation.value > cosine.MOST_UNREACHED else 0.0
     index = series.index
     if key == ("generation_balance", "component") and index is not None and index < len(real_shares):
-        # an added share that depends on the number of images is in the recorded severity
+        # an added share that depends on the number of images is in the recorded severity, unless it is of the share cut
         most = balance.MOST * real_shares[index]
         added = 2**-severity - observation.value
-        if observation.value > most and math.isfinite(severity):
+        if observation.value > most and math.isfinite(severity) and added > 0:
             severity = -math.log2(most + added)
     return observation._replace(series=series, severity=severity)

@@ -581,6 +581,59 @@ def test_a_sampler_of_any_keywords_gets_labels_as_the_batches_have_them(keyword:
     assert name_of(other, "sample") == name
 
 
+class OfClasses(LightningModule):
+    """A conditional VAE, whose encoder and decoder take the class as well."""
+
+    def __init__(self, one_hot: bool) -> None:
+        super().__init__()
+        self.one_hot, self.to_latents, self.to_images = one_hot, nn.Linear(64 + 10, 6), nn.Linear(3 + 10, 64)
+
+    def with_classes(self, x: Tensor, y: Tensor) -> Tensor:
+        assert y.shape == ((len(x), 10) if self.one_hot else (len(x),))
+        return torch.cat([x.flatten(1), y if self.one_hot else nn.functional.one_hot(y, 10)], 1)
+
+    def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return self.to_latents(self.with_classes(x, y)).chunk(2, dim=1)
+
+    def decode(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.to_images(self.with_classes(z, y)).view(-1, 1, 8, 8)
+
+    def sample(self, n: int, y: Tensor) -> Tensor:
+        return self.decode(torch.randn(n, 3), y)
+
+
+@pytest.mark.parametrize(
+    ("given", "one_hot"),
+    [
+        (None, True),
+        (None, False),
+        ("encode", True),
+        ("encode", False),
+        (lambda module, images, labels: module.encode(images, labels), False),
+    ],
+)
+def test_an_encoder_that_takes_classes_gets_those_of_the_images(given: Any, one_hot: bool) -> None:
+    module = OfClasses(one_hot)
+    labels = nn.functional.one_hot(LABELS, 10) if one_hot else LABELS
+    view = view_of(module, encode=given, reference=(IMAGES, labels))
+    if given is None:
+        assert name_of(view, "encode") == "self.encode(images, labels)" + " as one-hot rows" * one_hot
+    assert view.has_prior
+    made = torch.cat([view.latents_in(output, size) for output, size, _ in view.encoded()])
+    torch.testing.assert_close(made, module.encode(IMAGES, labels)[0])
+    # without classes of its own, what it decodes cannot be compared with images
+    with pytest.raises(ValueError, match="reconstruct must be known"):
+        view.find("reconstruct")
+
+
+def test_an_encoder_that_takes_classes_is_left_out_where_the_batches_have_others() -> None:
+    with pytest.raises(ValueError, match="encode must be known"):
+        view_of(OfClasses(False), reference=IMAGES).find("encode")
+    attributes = torch.rand(len(IMAGES), 10)
+    with pytest.raises(ValueError, match="the labels of the batches are no classes"):
+        view_of(OfClasses(True), reference=(IMAGES, attributes)).find("encode")
+
+
 class OfAttributes(Coder):
     """As PyTorch-VAE's conditional model, whose labels are the attributes of faces."""
 

@@ -288,8 +288,8 @@ def test_every_kind_makes_images_and_training_does_not_notice() -> None:
         assert module.training, name
 
 
-def test_rules_are_chosen_on_even_seeds_of_some_kinds() -> None:
-    assert not is_held_out({"kind": "mlp_gan", "seed": 1000, "fault": ""})
-    assert is_held_out({"kind": "mlp_gan", "seed": 1001, "fault": ""})
-    assert is_held_out({"kind": "mlp_gan", "seed": 1016, "fault": ""})
-    assert is_held_out({"kind": "wgan_gp", "seed": 1000, "fault": ""})
+def test_rules_were_chosen_on_none_of_the_runs_that_are_reported() -> None:
+    assert all(is_held_out(unit._asdict()) for unit in units(100))
+    assert not any(is_held_out(unit._asdict()) for unit in units(100, first=1000))
+    # of some kinds, no run was seen at all
+    assert sum(kind.held_out for kind in KINDS.values()) >= 6

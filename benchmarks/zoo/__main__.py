@@ -26,7 +26,7 @@ from benchmarks.zoo import judging
 from benchmarks.zoo.data import pack
 from benchmarks.zoo.models import KINDS
 from benchmarks.zoo.recording import read
-from benchmarks.zoo.running import record_all, units
+from benchmarks.zoo.running import HELD_OUT_SEED, record_all, units
 
 RECORDS = Path(__file__).parents[1] / "records" / "zoo"
 
@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of processes that train")
     parser.add_argument("--only", nargs="*", choices=KINDS, default=(), help="kinds of models")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--healthy", type=int, default=320, help="number of healthy runs")
+    parser.add_argument("--healthy", type=int, default=342, help="number of healthy runs")
+    parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEED, help="of the runs that are recorded")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--chosen", action="store_true", help="judge the kinds and seeds that rules were chosen on")
     parser.add_argument("--verbose", action="store_true", help="print the alarms")
@@ -48,7 +49,8 @@ def main() -> None:
         pack(options.pack_data)
         return
     if options.record:
-        record_all(units(options.healthy, options.only), options.out, options.jobs, options.seconds)
+        wanted = units(options.healthy, options.only, options.first_seed)
+        record_all(wanted, options.out, options.jobs, options.seconds)
         return
     runs = [read(path) for path in sorted(options.out.glob("*.json.xz"))]
     runs = [run for run in runs if not options.only or run["kind"] in options.only]

@@ -13,7 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from benchmarks.zoo.data import Batches
-from benchmarks.zoo.models import DDPM, Adversarial, ConditionalGAN, Kind, at_rest, influences
+from benchmarks.zoo.flows import DDPM
+from benchmarks.zoo.gans import Adversarial
+from benchmarks.zoo.models import Kind, at_rest, influences
 
 
 class Planting:
@@ -229,7 +231,7 @@ def _is_gan(kind: Kind, module: LightningModule) -> bool:
 
 
 def _has_measured_latents(kind: Kind, module: LightningModule) -> bool:
-    return bool(kind.network) and not isinstance(module, ConditionalGAN)
+    return bool(kind.network) and not kind.conditional
 
 
 def _has_three_classes(kind: Kind, module: LightningModule) -> bool:

@@ -292,7 +292,7 @@ def record(unit: Unit) -> Record:
         evaluations, forks = EVALUATIONS, forks_of(unit, module)
     diagnostics = GenerativeDiagnostics(
         None, every_n_train_steps=setting.spacing, num_samples=setting.num_samples, max_overhead=None,
-        log_images=False, skip=SKIPPED, conditional=unit.kind == "conditional_gan",
+        log_images=False, skip=SKIPPED, conditional=kind.conditional,
     )  # fmt: skip
     recorder = Recorder(unit, planting, diagnostics, evaluations, forks)
     trainer = Trainer(

@@ -15,11 +15,12 @@ from benchmarks.zoo.models import KINDS
 from benchmarks.zoo.recording import Unit, record, write
 from benchmarks.zoo.truth import referee
 
-FIRST_SEED = 1000
+HELD_OUT_SEED = 3000
+"""Rules were chosen on runs with smaller seeds only."""
 
 
-def units(healthy: int, only: Sequence[str] = ()) -> list[Unit]:
-    """Returns all runs, in an order of which each beginning is balanced.
+def units(healthy: int, only: Sequence[str] = (), first: int = HELD_OUT_SEED) -> list[Unit]:
+    """Returns all runs from a seed on, in an order of which each beginning is balanced.
 
     Kinds take turns, and every fourth healthy run is followed by one with a fault from the start.
     """
@@ -35,13 +36,13 @@ def units(healthy: int, only: Sequence[str] = ()) -> list[Unit]:
     by_fault = {fault: [kind for kind, other in possible if other == fault] for fault in faults}
     listed: list[Unit] = []
     for number in range(healthy):
-        seed, place = FIRST_SEED + number // len(kinds), number % len(kinds)
+        seed, place = first + number // len(kinds), number % len(kinds)
         listed.append(Unit(kinds[place], seed))
         if number % 4 == 3 and faults:
             count = number // 4
             fault, turn = faults[count % len(faults)], count // len(faults)
             kind = by_fault[fault][turn % len(by_fault[fault])]
-            listed.append(Unit(kind, FIRST_SEED + 500 + turn, fault))
+            listed.append(Unit(kind, first + 500 + turn, fault))
     return list(dict.fromkeys(listed))
 
 

@@ -11,10 +11,14 @@ from typing import Any
 from lightning_gendiag.detection.alarm import Alarm, listed
 from lightning_gendiag.detection.contributions import explaining
 from lightning_gendiag.detection.detector import LARGEST_DEVIATION, Detection, Detector, evaluations_needed
-from lightning_gendiag.detection.history import Entry, Evaluation, History, Observation
+from lightning_gendiag.detection.history import Entry, Evaluation, History, Observation, Series
 
 BEFORE, SINCE = 8, 3
 """Largest numbers of evaluations before and since a change whose medians say whether the whole became worse."""
+
+WORSE = 2.0
+"""Images became worse if their similarity fell by more than so many times what it fluctuates; that of a healthy GAN falls and
+rises again by that much. Other wholes count as worse from one time on."""
 
 MOVING = 24
 """Number of the newest evaluations over which a value must move to show that a model is learning."""
@@ -132,9 +136,7 @@ class Judge:
             for o in self._latest.get(alarm.diagnostic, [])
             if o.series.role == "aggregate"
         ]  # fmt: skip
-        return any(
-            _is_worse(history.entries(monitor, series.name), alarm.since, series.min_std) for monitor, series in wholes
-        )
+        return any(_is_worse(history.entries(monitor, series.name), alarm.since, series) for monitor, series in wholes)
 
     def data_moved(self) -> str:
         """Returns in a sentence whether the training data changed; empty where they are not monitored."""
@@ -205,7 +207,8 @@ class Judge:
             detector = Detector(
                 rate,
                 warmup=self.warmup,
-                shortest=max(2, series.confirm),
+                # of a rule, the evaluations in a row are counted
+                shortest=2 if series.role == "rule" else max(2, series.confirm),
                 min_std=series.min_std,
                 min_delta=series.min_delta,
             )
@@ -243,7 +246,7 @@ def _moves(entries: list[Entry], progress: float) -> bool:
     return (median(values[-third:]) - median(values[:third])) / progress > 1
 
 
-def _is_worse(entries: list[Entry], since: int, min_std: float) -> bool:
+def _is_worse(entries: list[Entry], since: int, whole: Series) -> bool:
     """Whether the median severity since a step exceeds that from before by more than the fluctuation from before."""
     before = [entry.severity for entry in entries if entry.step < since and math.isfinite(entry.severity)][-BEFORE:]
     after = [entry.severity for entry in entries if entry.step >= since][-SINCE:]
@@ -252,7 +255,8 @@ def _is_worse(entries: list[Entry], since: int, min_std: float) -> bool:
     level = median(before)
     # the standard deviation of normal values by their median distance from the median, whatever a few of them are
     fluctuation = 1.4826 * median(abs(value - level) for value in before)
-    return not all(map(math.isfinite, after)) or median(after) > level + max(min_std, fluctuation)
+    least = (WORSE if whole.is_quality else 1.0) * max(whole.min_std, fluctuation)
+    return not all(map(math.isfinite, after)) or median(after) > level + least
 
 
 @dataclass

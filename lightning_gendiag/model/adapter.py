@@ -25,7 +25,8 @@ class ModelAdapter:
     Args:
         sample: What makes images: the name of a method or submodule (``"generator"``, ``"model.decode"``), a callable
             ``(module, n)``, or None to find it. A submodule, ``decode`` and ``forward`` take standard normal noise.
-        encode: What makes latents: a name, a callable ``(module, images)``, or None to find it.
+        encode: What makes latents: a name, a callable ``(module, images)`` or ``(module, images, labels)``, or None to find
+            it.
         decode: What decodes latents: a name, a callable ``(module, latents)``, or None to find it.
         num_samples: Number of images at an evaluation, over all processes; by default 1,024, or fewer where they would take
             longer than some seconds, at least 16. A sampler that takes longer than a minute for 16 is left out.

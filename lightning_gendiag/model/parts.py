@@ -31,6 +31,7 @@ from lightning_gendiag.model.adapters.own import (
     normal,
     sampler_ways,
     signature_of,
+    takes_classes,
 )
 from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, known
@@ -239,7 +240,7 @@ class ModelParts:
             for way in recogniser(self.module, self.context):
                 if way.need == need:
                     yield from _forms(way, self.context)
-        if need == "reconstruct" and self.has("encode") and self.has("decode"):
+        if need == "reconstruct" and self.has("encode") and self.has("decode") and not self.way("encode").takes_labels:
             name = f"{self.way('decode').name} of {self.way('encode').name}"
             yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
 
@@ -259,7 +260,9 @@ class ModelParts:
         if isinstance(given, nn.Module):
             return self._ways_of(need, given, type(given).__name__)
         text = f"the callable in ModelAdapter({need}=...)"
-        return [Way(need, text, partial(given, self.module), takes_labels=self.adapter.conditional)]
+        call = partial(given, self.module)
+        takes_labels = self.adapter.conditional if need == "sample" else need == "encode" and takes_classes(call)
+        return [Way(need, text, call, takes_labels=takes_labels)]
 
     def _named(self, need: Need, path: str) -> Callable[..., Any]:
         target: Any = self.module
@@ -279,6 +282,8 @@ class ModelParts:
         for part in path.split(".")[:-1]:
             owner = getattr(owner, part, owner)
         name, parts = f"self.{path}", (self.module, owner)
+        if need == "encode" and takes_classes(target):
+            return list(_forms(Way(need, f"{name}(images, labels)", target, takes_labels=True), self.context))
         if need in ("encode", "reconstruct"):
             return [Way(need, f"{name}(images)", target)]
         takes_noise = isinstance(target, nn.Module) or path.split(".")[-1] in (*DECODE_NAMES, *GENERATOR_NAMES)
@@ -328,7 +333,9 @@ class ModelParts:
         example = self._example
         if example is None:
             return
-        output = way.call(example)
+        if way.takes_labels and self.has_conditions:
+            raise ValueError("the labels of the batches are no classes")
+        output = self._encoded(way, example)
         latents = self._latents(output, len(example), way)
         if self.adapter.encode is None and latents.shape[1:] == example.shape[1:] and latents.ndim > 3:
             raise ValueError("it returns images")
@@ -489,9 +496,23 @@ class ModelParts:
         latents = self._latents(output, n, self.way("encode")).float()
         return latents.flatten(1) if flat else latents
 
-    def latents_of(self, images: Tensor) -> Tensor:
-        """Returns latents (n, L) of images (n, C, H, W); of a posterior, these are its mean."""
-        return self.latents_in(self.way("encode").call(images), len(images))
+    def encode(self, images: Tensor, labels: Tensor | None = None) -> Any:
+        """Returns what the encoder gives for images (n, C, H, W).
+
+        Args:
+            images: The images.
+            labels: (n,) their classes, of which an encoder that takes none gets none; None for any.
+        """
+        return self._encoded(self.way("encode"), images, labels)
+
+    def _encoded(self, way: Way, images: Tensor, labels: Tensor | None = None) -> Any:
+        if not way.takes_labels:
+            return way.call(images)
+        return way.call(images, self.sample_labels(len(images)) if labels is None else labels)
+
+    def latents_of(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns latents (n, L) of images (n, C, H, W) as :meth:`encode` does; of a posterior, these are its mean."""
+        return self.latents_in(self.encode(images, labels), len(images))
 
     def _latents(self, output: Any, n: int, way: Way) -> Tensor:
         single = isinstance(output, Tensor)
@@ -561,8 +582,8 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
     as of generators of several domains (https://arxiv.org/abs/1606.07536).
     """
     ways = [way]
-    if way.need == "sample" and way.takes_labels and context.one_hot:
-        call = partial(_sampled_by_rows, way.call, context.one_hot)
+    if way.need in ("sample", "encode") and way.takes_labels and context.one_hot:
+        call = partial(_called_with_rows, way.call, context.one_hot)
         ways.append(replace(way, name=f"{way.name} as one-hot rows", call=call))
     for form in ways:
         yield form
@@ -578,8 +599,8 @@ def _first_of(call: Callable[..., Any], count: int, *given: Any) -> Any:
     return output[0]
 
 
-def _sampled_by_rows(sampler: Callable[..., Any], classes: int, n: int, labels: Tensor) -> Any:
-    return sampler(n, functional.one_hot(labels, classes))
+def _called_with_rows(call: Callable[..., Any], classes: int, first: Any, labels: Tensor) -> Any:
+    return call(first, functional.one_hot(labels, classes))
 
 
 def _mean_in(output: Any) -> Tensor | None:

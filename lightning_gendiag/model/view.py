@@ -508,7 +508,8 @@ class ModelView:
             return 1
         if need not in self.amounts:
             piece = self.as_input(as_data(self.reference.images[:TIMED]))
-            seconds = self.seconds_of(lambda: self.parts.way(need).call(piece)) / len(piece)
+            call = self.encode if need == "encode" else self.parts.way(need).call
+            seconds = self.seconds_of(lambda: call(piece)) / len(piece)
             least = fitting(seconds / self.world_size, MOST_SECONDS, FEWEST_ROWS, LEAST_ROWS)
             number = fitting(seconds / self.world_size, ROWS_SECONDS, least, images)
             self.amounts[need] = every = images // number
@@ -624,7 +625,9 @@ class ModelView:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.adapter.seed))
         rows = order[torch.arange(start, start + count) % len(order)]
         with self.isolated(exact=True):
-            latents = self.as_input(self.latents_of(self.as_input(as_data(data[rows]))))
+            labels = None if self.real.images is None else self.real.images.labels
+            classes = None if labels is None else labels[rows].to(self.device)
+            latents = self.as_input(self.latents_of(self.as_input(as_data(data[rows])), classes))
         self.say("Latents of real images are decoded, since nothing shows that normal noise is their prior.")
         return latents
 
@@ -632,13 +635,13 @@ class ModelView:
         """Returns images or latents as the module takes them in ``isolated(exact=True)``: on its device, float64 if it is."""
         return self.parts.as_input(x)
 
-    def encode(self, images: Tensor) -> Any:
-        """Returns what the encoder gives for images (n, C, H, W); inside :meth:`isolated`."""
-        return self.parts.way("encode").call(images)
+    def encode(self, images: Tensor, labels: Tensor | None = None) -> Any:
+        """Returns what the encoder gives for images (n, C, H, W), with labels (n,) if it takes any; inside :meth:`isolated`."""
+        return self.parts.encode(images, labels)
 
-    def latents_of(self, images: Tensor) -> Tensor:
+    def latents_of(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns latents (n, L) of images, the posterior's mean where there is one; inside :meth:`isolated`."""
-        return self.parts.latents_of(images)
+        return self.parts.latents_of(images, labels)
 
     def latents_in(self, output: Any, n: int, flat: bool = True) -> Tensor:
         """Returns the latents (n, L) in what the encoder gave for n images; spatial ones as they are if not ``flat``."""
@@ -650,7 +653,7 @@ class ModelView:
             encoded = []
             with self.isolated(exact=True):
                 for given, size, labels in self._real_pieces("encode", slice(None)):
-                    output = self.encode(given)
+                    output = self.encode(given, labels if size == len(given) else None)
                     encoded += [Encoded(output, size, labels)] if size else []
             self._encoded = encoded
         return self._encoded

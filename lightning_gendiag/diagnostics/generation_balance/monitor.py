@@ -50,15 +50,16 @@ be seen to be dropped, since shares are corrected for the classifier's errors.""
 BALANCE_MIN_STD = 0.3
 """Of the logarithm of the distance of the shares."""
 
-PATIENCE = 8
-"""While a GAN learns, a class may be dropped and come back within some evaluations."""
+MIN_DELTA = 0.8
+"""Octaves. A class is dropped only where its share surely fell to less than six tenths."""
 
-CONFIRM = 4
-"""While images are poor, the classifier assigns them to one class at this evaluation and to another at the next."""
+CONFIRM, PATIENCE = 10, 4
+"""While a GAN learns, a class may be dropped and come back within some evaluations, and while images are poor, the classifier
+assigns them to one class at this evaluation and to another at the next."""
 
 CLASS = Series(
-    "class", "component", "share of generated images", event="was dropped", min_std=MIN_STD, confirm=CONFIRM,
-    patience=PATIENCE,
+    "class", "component", "share of generated images", event="was dropped", min_std=MIN_STD, min_delta=MIN_DELTA,
+    confirm=CONFIRM, patience=PATIENCE,
 )  # fmt: skip
 BALANCE = Series(
     "all classes", "aggregate", "distance of their shares from the real ones", label="the balance of classes",

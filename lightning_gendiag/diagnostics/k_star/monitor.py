@@ -33,7 +33,7 @@ MOST_NAMED = 10
 MIN_STD = 0.02
 """A change of the mean by this much, out of 1, is a usual fluctuation."""
 
-MIN_DELTA = 0.12
+MIN_DELTA = 0.09
 """So is a lasting drop by this much: a flow's latents lose the classes as they become Gaussian."""
 
 CLASS = Series("class", "component", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
@@ -116,12 +116,13 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
         with view.isolated(exact=True):
             for start in range(0, len(images), CHUNK):
                 some = view.as_input(as_data(images[start : start + CHUNK]))
-                self.metric.update(self._features(view, some), labels[start : start + CHUNK].to(view.device))
+                of_some = labels[start : start + CHUNK].to(view.device)
+                self.metric.update(self._features(view, some, of_some), of_some)
 
-    def _features(self, view: ModelView, images: Tensor) -> Tensor:
-        """Features (n, D) of images (n, C, H, W) or other data; inside ``view.isolated``."""
+    def _features(self, view: ModelView, images: Tensor, labels: Tensor) -> Tensor:
+        """Features (n, D) of images (n, C, H, W) or other data with labels (n,); inside ``view.isolated``."""
         if self.features == "encode":
-            return _rows(view, view.latents_in(view.encode(images), len(images), flat=False), len(images))
+            return _rows(view, view.latents_in(view.encode(images, labels), len(images), flat=False), len(images))
         extract = None if isinstance(self.features, str) else view.resolve_extractor(self.features)
         if extract is not None:
             return _rows(view, extract(images), len(images))

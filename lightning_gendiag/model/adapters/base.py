@@ -21,10 +21,10 @@ class Way:
     name: str
     """What log lines call it, such as ``"self.model.sample(n)"``."""
     call: Callable[..., Any]
-    """Of a sampler ``(n)`` or ``(n, labels)``; of an encoder and of what reconstructs ``(images)``; of a decoder
-    ``(latents)``."""
+    """Of a sampler ``(n)`` or ``(n, labels)``; of an encoder ``(images)`` or ``(images, labels)``; of what reconstructs
+    ``(images)``; of a decoder ``(latents)``."""
     takes_labels: bool = False
-    """Whether a sampler takes labels."""
+    """Whether a sampler or an encoder takes labels."""
     latent: tuple[int, ...] | None = None
     """Shape of one latent that a decoder takes; None where it is that of the encoder's latents."""
     frozen: bool = False

@@ -216,6 +216,9 @@ def _encoders(part: nn.Module, path: str) -> Iterator[Way]:
     for name in ENCODE_NAMES:
         target = attribute(part, name)
         if target is None or not accepts(target, 1):
+            if target is not None and takes_classes(target):
+                text = f"{path}.{name}(images, labels)"
+                yield Way("encode", text, target, takes_labels=True, owner=type(part).__name__)
             continue
         heads = posterior_layers(part) if name == "encoder" else []
         if heads:
@@ -226,6 +229,14 @@ def _encoders(part: nn.Module, path: str) -> Iterator[Way]:
             yield Way("encode", f"{path}.{name}(images)", target, owner=type(part).__name__)
             # images as rows, as in Lightning's first example
             yield Way("encode", f"{path}.{name}(images.flatten(1))", partial(_of_rows, target))
+
+
+def takes_classes(target: Callable[..., Any]) -> bool:
+    """Returns whether something takes two arguments and no fewer, of which the second is called a label."""
+    signature = signature_of(target)
+    if signature is None or accepts(target, 1) or not accepts(target, 2):
+        return False
+    return LABELS.fullmatch(list(signature.parameters)[1].lower()) is not None
 
 
 def _through_heads(encoder: Callable[..., Any], layers: list[nn.Module], images: Tensor) -> Any:
@@ -246,11 +257,9 @@ def decoder_ways(
     """Yields how a decoder or generator decodes latents, and how it samples from normal noise; ``given`` by the user."""
     signature = signature_of(target)
     yield from _of_codes(target, name, module, part)
-    labels = signature is not None and not accepts(target, 1) and accepts(target, 2)
-    if signature is not None and not accepts(target, 1):
-        second = list(signature.parameters.values())[1] if len(signature.parameters) > 1 else None
-        if not labels or second is None or not LABELS.fullmatch(second.name.lower()):
-            return
+    labels = takes_classes(target)
+    if signature is not None and not labels and not accepts(target, 1):
+        return
     length = latent_length(part, target, context) or latent_length(module, None, context)
     shapes: list[tuple[int, ...]] = []
     if context.latent is not None and length in (None, context.latent[0], math.prod(context.latent)):
