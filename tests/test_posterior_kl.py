@@ -205,7 +205,9 @@ def test_a_gamma_posterior_is_left_out_until_it_and_its_prior_are_stated() -> No
 
 
 @pytest.mark.parametrize("is_stated", [True, False])
-def test_the_prior_that_is_assumed_of_other_posteriors_than_gaussians_is_said(is_stated: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_prior_that_is_assumed_of_other_posteriors_than_gaussians_is_said(
+    is_stated: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     class OfLaplace(ScriptedGenerator):
         prior = D.Normal(0.0, 1.0) if is_stated else None
 
