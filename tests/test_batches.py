@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gendiag import GenerationBalanceMonitor, GenerativeDiagnostics, KStarMonitor, ModelAdapter
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
-from lightning_gendiag.model.batches import data_of, images_of, labels_of, labels_reason, shape_of
+from lightning_gendiag.model.batches import data_of, images_of, labels_of, read_labels, shape_of
 from tests.helpers.models import TinyGAN
 from tests.helpers.running import attached, trainer
 
@@ -113,7 +113,7 @@ def test_images_and_labels_of_a_batch(name: str) -> None:
     assert images.is_contiguous() or images.data_ptr() == X.data_ptr()
     assert data is not None
     assert torch.equal(data, X)
-    assert (labels is not None) == is_labelled == (labels_reason(batch) == "")
+    assert (labels is not None) == is_labelled == (read_labels(batch).reason == "")
     if labels is not None:
         assert type(labels) is Tensor
         assert torch.equal(labels, Y)
@@ -261,7 +261,7 @@ def test_booleans_are_two_classes() -> None:
     ],
 )
 def test_the_reason_why_there_are_no_labels(batch: Any, reason: str) -> None:
-    found = labels_reason(batch)
+    found = read_labels(batch).reason
     assert found.startswith(reason)
     assert (labels_of(batch) is None) == bool(reason) == bool(found)
 

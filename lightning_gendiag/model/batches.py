@@ -90,11 +90,6 @@ def labels_of(batch: Any) -> Tensor | None:
     return read_labels(batch).labels
 
 
-def labels_reason(batch: Any) -> str:
-    """Returns why a batch has no labels, with the argument to pass; an empty text where it has some."""
-    return read_labels(batch).reason
-
-
 def read_labels(batch: Any, images: Tensor | None = None) -> Labels:
     """Returns the labels of a batch, as :func:`labels_of`, or the reason why there are none.
 
