@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gendiag import GenerationBalanceMonitor, GenerativeDiagnostics, KStarMonitor, ModelAdapter
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
-from lightning_gendiag.model.batches import data_of, images_of, labels_of, labels_reason, shape_of
+from lightning_gendiag.model.batches import data_of, images_of, read_labels, shape_of
 from tests.helpers.models import TinyGAN
 from tests.helpers.running import attached, trainer
 
@@ -106,14 +106,14 @@ BATCHES: dict[str, tuple[Any, bool]] = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_images_and_labels_of_a_batch(name: str) -> None:
     batch, is_labelled = BATCHES[name]
-    images, labels, data = images_of(batch), labels_of(batch), data_of(batch)
+    images, labels, data = images_of(batch), read_labels(batch).labels, data_of(batch)
     assert images is not None
     assert type(images) is Tensor
     assert torch.equal(images, X)
     assert images.is_contiguous() or images.data_ptr() == X.data_ptr()
     assert data is not None
     assert torch.equal(data, X)
-    assert (labels is not None) == is_labelled == (labels_reason(batch) == "")
+    assert (labels is not None) == is_labelled == (read_labels(batch).reason == "")
     if labels is not None:
         assert type(labels) is Tensor
         assert torch.equal(labels, Y)
@@ -220,7 +220,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_labels_may_be(name: str) -> None:
-    labels = labels_of((X, CLASSES[name]))
+    labels = read_labels((X, CLASSES[name])).labels
     assert labels is not None
     assert labels.dtype == torch.long
     assert torch.equal(labels, Y)
@@ -228,13 +228,13 @@ def test_what_labels_may_be(name: str) -> None:
 
 @pytest.mark.parametrize("batch", [{"y": Y, "tokens": Y}, {"tokens": Y, "y": Y}, (torch.arange(N), Y)])
 def test_labels_are_read_where_there_are_no_data(batch: Any) -> None:
-    labels = labels_of(batch)
+    labels = read_labels(batch).labels
     assert labels is not None
     assert torch.equal(labels, Y)
 
 
 def test_booleans_are_two_classes() -> None:
-    labels = labels_of((X, Y > 1))
+    labels = read_labels((X, Y > 1)).labels
     assert labels is not None
     assert labels.tolist() == [0, 1, 0, 0, 0]
 
@@ -261,9 +261,9 @@ def test_booleans_are_two_classes() -> None:
     ],
 )
 def test_the_reason_why_there_are_no_labels(batch: Any, reason: str) -> None:
-    found = labels_reason(batch)
+    found = read_labels(batch).reason
     assert found.startswith(reason)
-    assert (labels_of(batch) is None) == bool(reason) == bool(found)
+    assert (read_labels(batch).labels is None) == bool(reason) == bool(found)
 
 
 def test_labels_of_the_user_are_judged_by_the_same_rules() -> None:

@@ -151,6 +151,9 @@ def test_modules_that_cannot_be_decoded_raise_errors_before_training() -> None:
         trainer(make_monitor()).fit(Encoder(), batches())
     with pytest.raises(ValueError, match=r"decode must .*, but self.decode fails .*must return \(2, ...\) data"):
         trainer(make_monitor(adapter=ModelAdapter(decode="decode"))).fit(Flat(), batches())
+    detached = ModelAdapter(decode=lambda module, z: module(z).detach(), latent_dim=4)
+    with pytest.raises(ValueError, match="decode must be differentiable"):
+        trainer(ManifoldEntropyMonitor(mode="reverse", adapter=detached), max_epochs=1).fit(TinyGAN(), batches())
     with pytest.raises(ValueError, match="log_volume must be a callable or name a method of TinyGAN"):
         trainer(make_monitor(log_volume="nothing")).fit(TinyGAN(), batches())
     with pytest.raises(ValueError, match="num_latents and max_dims must be at least 2"):

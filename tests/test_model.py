@@ -22,7 +22,7 @@ from torchmetrics import MeanMetric
 from example_models.data import digits
 from lightning_gendiag import ModelAdapter
 from lightning_gendiag.model import compat
-from lightning_gendiag.model.batches import Images, images_of, labels_of
+from lightning_gendiag.model.batches import Images, images_of, read_labels
 from lightning_gendiag.model.copying import copy_module
 from lightning_gendiag.model.isolation import isolated_in_place
 from lightning_gendiag.model.subject import Subject
@@ -593,10 +593,10 @@ def test_batches_of_every_form_are_read() -> None:
     x, y = torch.zeros(2, 1, 4, 4), torch.tensor([0, 1])
     for batch in (x, (x, y), [x, y], {"image": x, "label": y}, {"pixel_values": x, "labels": y}, ((x, y), y)):
         assert images_of(batch) is x
-    assert labels_of((x, y)) is y
-    assert labels_of({"x": x, "y": y}) is y
-    assert labels_of((x, x)) is None
-    assert labels_of(x) is None
+    assert read_labels((x, y)).labels is y
+    assert read_labels({"x": x, "y": y}).labels is y
+    assert read_labels((x, x)).labels is None
+    assert read_labels(x).labels is None
     assert images_of("nothing") is None
 
 

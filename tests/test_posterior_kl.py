@@ -204,6 +204,23 @@ def test_a_gamma_posterior_is_left_out_until_it_and_its_prior_are_stated() -> No
     torch.testing.assert_close(own.result.per_dimension, expected.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_stated", [True, False])
+def test_the_prior_that_is_assumed_of_other_posteriors_than_gaussians_is_said(
+    is_stated: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    class OfLaplace(ScriptedGenerator):
+        prior = D.Normal(0.0, 1.0) if is_stated else None
+
+        def encode(self, images: Tensor) -> D.Distribution:
+            return D.Laplace(images.flatten(1)[:, :4], torch.ones(len(images), 4))
+
+    with caplog.at_level("INFO"):
+        own = PosteriorKLMonitor(on_error="raise")
+        trainer(own, max_epochs=2).fit(OfLaplace(), batches(16))
+    assert own.result is not None
+    assert caplog.text.count("whose prior is taken to be N(0, 1)") == (0 if is_stated else 1)
+
+
 def test_a_module_without_an_encoder_raises_an_error_before_training() -> None:
     with pytest.raises(ValueError, match="encode must be known"):
         trainer(PosteriorKLMonitor(), max_epochs=1).fit(ScriptedGenerator(), batches(16))

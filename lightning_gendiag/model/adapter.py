@@ -43,7 +43,7 @@ class ModelAdapter:
         latent_dim: Length of the noise; by default ``module.latent_dim``, ``module.hparams.latent_dim`` or the like.
         conditional: Whether the sampler takes labels (n,) as its last argument; they are drawn from the reference's.
         images: Callable from a batch to its images; by default see :func:`data_of`.
-        labels: Callable from a batch to its labels, which :func:`judge_labels` accepts; by default see :func:`labels_of`.
+        labels: Callable from a batch to its labels, which :func:`judge_labels` accepts; by default see :func:`read_labels`.
         chunk_size: Number of images in one call of the sampler.
 
     Raises:

@@ -81,22 +81,11 @@ def data_of(batch: Any) -> Tensor | None:
     return images if images is not None or data is None else data.tensor
 
 
-def labels_of(batch: Any) -> Tensor | None:
-    """Returns the labels (N,) of a batch, int64 of at least 0, or None where there are none.
+def read_labels(batch: Any, images: Tensor | None = None) -> Labels:
+    """Returns the labels (N,) of a batch, int64 of at least 0, or the reason why there are none.
 
     They stand beside the data: under one of ``LABEL_NAMES``, or in the next entry of a tuple. See :func:`judge_labels` for
     what is accepted.
-    """
-    return read_labels(batch).labels
-
-
-def labels_reason(batch: Any) -> str:
-    """Returns why a batch has no labels, with the argument to pass; an empty text where it has some."""
-    return read_labels(batch).reason
-
-
-def read_labels(batch: Any, images: Tensor | None = None) -> Labels:
-    """Returns the labels of a batch, as :func:`labels_of`, or the reason why there are none.
 
     Args:
         batch: What a dataloader yields.

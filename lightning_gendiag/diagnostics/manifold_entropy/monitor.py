@@ -140,8 +140,12 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     def check(self, view: ModelView) -> None:
         """Takes the derivative of the decoder at one latent, and finds ``log_volume``."""
         z = next(view.prior_latents(2, all_ranks=True))
-        with view.isolated(exact=True):
-            check_derivative(view.decode, z, mode=self.mode)
+        try:
+            with view.isolated(exact=True):
+                check_derivative(view.decode, z, mode=self.mode)
+        except RuntimeError as error:
+            # as for all that a module lacks
+            raise ValueError(str(error)) from error
         view.resolve_named(self.log_volume, "log_volume")
 
     def build_metric(self, view: ModelView) -> ManifoldEntropy:

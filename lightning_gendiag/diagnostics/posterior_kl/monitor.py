@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import LowRankMultivariateNormal, MultivariateNormal, Normal
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series, divided
@@ -78,6 +78,8 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     name = "posterior_kl"
     metric_class = PosteriorKL
     needs = ()
+    _assumes_prior_of = ""
+    """Of which posterior, unlike a Gaussian, the prior is not known."""
 
     def __init__(
         self,
@@ -157,6 +159,10 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
                 f"posterior must have a mean, a variance and a divergence for each dimension, got {posterior.described}. "
                 f"To fix this, {fix}."
             )
+        is_gaussian = isinstance(
+            peeled(posterior.distribution), (Normal, MultivariateNormal, LowRankMultivariateNormal)
+        )
+        self._assumes_prior_of = "" if is_gaussian or prior is not None else posterior.described
         is_standard = prior is None and isinstance(peeled(posterior.distribution), Normal)
         return mean, 2 * std.log(), None if is_standard else divergence
 
@@ -164,6 +170,11 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         """Creates a metric with as many dimensions as the posterior has."""
         shape = self._try(view, view.reference.images[:2])
         by_channel = len(shape) > 1 and math.prod(shape) > WATCHED
+        if self._assumes_prior_of:
+            view.say(
+                f"Posterior KL: the posterior is {self._assumes_prior_of}, whose prior is taken to be N(0, 1). If it is "
+                f"another, define it, a torch distribution, as {type(view.module).__name__}.prior."
+            )
         if by_channel:
             view.say(f"Posterior KL: channels of the latents {shape} are watched, each the sum over its positions.")
         return PosteriorKL(math.prod(shape), threshold=self.threshold, channels=shape[0] if by_channel else None)
