@@ -58,7 +58,7 @@ def as_today(monitor: str, observation: Observation, real_shares: Sequence[float
         severity = math.inf if observation.value > cosine.MOST_UNREACHED else 0.0
     index = series.index
     if key == ("generation_balance", "component") and index is not None and index < len(real_shares):
-        # an added share that depends on the number of images is in the recorded severity, unless it is of the share cut
+        # the recorded severity holds an added share that depends on the number of images; newer records limit shares already
         most = balance.MOST * real_shares[index]
         added = 2**-severity - observation.value
         if observation.value > most and math.isfinite(severity) and added > 0:

@@ -13,7 +13,36 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 
-class VAE(LightningModule):
+class Autoencoder(LightningModule):
+    """An encoder, and a decoder of normal noise.
+
+    Args:
+        encoder: From images.
+        decoder: From latents (N, L) to images.
+        latent_dim: L.
+        lr: Learning rate.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, lr: float) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.picture = nn.Identity()
+        self.latent_dim, self.lr = latent_dim, lr
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Returns images."""
+        return self.picture(self.decoder(z))
+
+    def sample(self, n: int) -> Tensor:
+        """Returns n images."""
+        return self.decode(torch.randn(n, self.latent_dim, device=self.device))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns Adam."""
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class VAE(Autoencoder):
     """A variational autoencoder with the squared error.
 
     Args:
@@ -28,41 +57,30 @@ class VAE(LightningModule):
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, lr: float, beta: float = 1.0, warmup: int = 0
     ) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.picture = nn.Identity()
-        self.latent_dim, self.lr, self.beta, self.warmup = latent_dim, lr, beta, warmup
+        super().__init__(encoder, decoder, latent_dim, lr)
+        self.beta, self.warmup = beta, warmup
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and log variance, (N, L) each."""
         mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Returns images."""
-        return self.picture(self.decoder(z))
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns reconstructions, mean and log variance."""
         mu, logvar = self.encode(x)
         return self.decode(mu + torch.randn_like(mu) * (0.5 * logvar).exp()), mu, logvar
 
-    def sample(self, n: int) -> Tensor:
-        """Returns n images."""
-        return self.decode(torch.randn(n, self.latent_dim, device=self.device))
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the negative lower bound."""
         x, _ = batch
-        recon, mu, logvar = self(x)
+        return self.bound(x, *self(x))
+
+    def bound(self, x: Tensor, recon: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+        """Returns the negative lower bound."""
         error = F.mse_loss(recon, x, reduction="sum") / len(x)
         kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
         weight = self.beta * (min(1.0, (self.global_step + 1) / self.warmup) if self.warmup else 1.0)
         return error + weight * kl
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Returns Adam."""
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
 class ConditionalVAE(VAE):
@@ -105,12 +123,10 @@ class ConditionalVAE(VAE):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the negative lower bound."""
         x, labels = batch
-        recon, mu, logvar = self(x, labels)
-        error = F.mse_loss(recon, x, reduction="sum") / len(x)
-        return error - self.beta * 0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1).mean()
+        return self.bound(x, *self(x, labels))
 
 
-class WAE(LightningModule):
+class WAE(Autoencoder):
     """A Wasserstein autoencoder: latents of a plain encoder are drawn towards N(0, 1) by their mean discrepancy.
 
     Args:
@@ -124,26 +140,16 @@ class WAE(LightningModule):
     def __init__(
         self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, lr: float, weight: float = 50.0
     ) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.picture = nn.Identity()
-        self.latent_dim, self.lr, self.weight = latent_dim, lr, weight
+        super().__init__(encoder, decoder, latent_dim, lr)
+        self.weight = weight
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns latents (N, L)."""
         return self.encoder(x)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Returns images."""
-        return self.picture(self.decoder(z))
-
     def forward(self, x: Tensor) -> Tensor:
         """Returns reconstructions."""
         return self.decode(self.encode(x))
-
-    def sample(self, n: int) -> Tensor:
-        """Returns n images."""
-        return self.decode(torch.randn(n, self.latent_dim, device=self.device))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the squared error and the discrepancy."""
@@ -157,10 +163,6 @@ class WAE(LightningModule):
         """Returns the mean of the inverse multiquadratic kernel."""
         scale = 2.0 * self.latent_dim
         return (scale / (scale + torch.cdist(x, y).square())).mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Returns Adam."""
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
 class VQVAE(LightningModule):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,43 +50,48 @@ class Coupling(nn.Module):
         return (y - shift) * (-scale).exp()
 
 
-class RealNVP(LightningModule):
-    """A normalizing flow of affine couplings.
+class Flow(LightningModule):
+    """A normalizing flow of layers that return the logarithm of their determinant as well.
 
     Args:
         shape: Of images.
-        width: Of the networks.
         lr: Learning rate.
-        layers: Number of couplings.
+        layers: Each with ``forward`` and ``inverse``.
     """
 
-    def __init__(self, shape: Shape, width: int, lr: float, layers: int = 6) -> None:
+    def __init__(self, shape: Shape, lr: float, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.shape, self.lr = shape, lr
-        self.latent_dim = math.prod(shape)
-        board = torch.arange(self.latent_dim) % 2
-        rows = torch.arange(self.latent_dim) // shape[2] % 2
-        masks = [board, 1 - board, rows, 1 - rows]
-        self.layers = nn.ModuleList(Coupling(masks[number % 4].float(), width) for number in range(layers))
+        self.shape, self.lr, self.latent_dim = shape, lr, math.prod(shape)
+        self.layers = nn.ModuleList(layers)
         self.picture = nn.Identity()
+
+    def folded(self, x: Tensor) -> Tensor:
+        """Returns images in the form in which layers take them."""
+        raise NotImplementedError
+
+    def unfolded(self, z: Tensor) -> Tensor:
+        """Returns images of what :meth:`folded` returned."""
+        raise NotImplementedError
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns latents (N, D) and the logarithm of the determinant (N,)."""
+        z, total = self.folded(x), torch.zeros(len(x), device=x.device)
+        for layer in self.layers:
+            z, determinant = layer(z)
+            total = total + determinant
+        return z.flatten(1), total
 
     def encode(self, x: Tensor) -> Tensor:
         """Returns latents (N, D)."""
         return self.transform(x)[0]
 
-    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns latents (N, D) and the logarithm of the determinant (N,)."""
-        z, total = x.flatten(1), torch.zeros(len(x), device=x.device)
-        for layer in self.layers:
-            z, determinant = layer(z)
-            total = total + determinant
-        return z, total
-
     def decode(self, z: Tensor) -> Tensor:
         """Returns images."""
+        # latents have the order of folded images, whose shape one image shows
+        z = z.view(-1, *self.folded(torch.empty(1, *self.shape)).shape[1:])
         for layer in reversed(self.layers):
             z = layer.inverse(z)
-        return self.picture(z.view(-1, *self.shape))
+        return self.picture(self.unfolded(z))
 
     def sample(self, n: int) -> Tensor:
         """Returns n images."""
@@ -99,6 +105,31 @@ class RealNVP(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Returns Adam."""
         return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class RealNVP(Flow):
+    """A normalizing flow of affine couplings.
+
+    Args:
+        shape: Of images.
+        width: Of the networks.
+        lr: Learning rate.
+        layers: Number of couplings.
+    """
+
+    def __init__(self, shape: Shape, width: int, lr: float, layers: int = 6) -> None:
+        pixels = torch.arange(math.prod(shape))
+        board, rows = pixels % 2, pixels // shape[2] % 2
+        masks = [board, 1 - board, rows, 1 - rows]
+        super().__init__(shape, lr, (Coupling(masks[number % 4].float(), width) for number in range(layers)))
+
+    def folded(self, x: Tensor) -> Tensor:
+        """Returns rows (N, D)."""
+        return x.flatten(1)
+
+    def unfolded(self, z: Tensor) -> Tensor:
+        """Returns images of rows (N, D)."""
+        return z.view(-1, *self.shape)
 
 
 class GlowStep(nn.Module):
@@ -133,9 +164,8 @@ class GlowStep(nn.Module):
         first, second = x.chunk(2, dim=1)
         scale, shift = self.terms(first)
         area = x.shape[2] * x.shape[3]
-        return torch.cat([first, second * scale.exp() + shift], 1), scale.flatten(1).sum(
-            1
-        ) + area * self.log_scale.sum()
+        determinant = scale.flatten(1).sum(1) + area * self.log_scale.sum()
+        return torch.cat([first, second * scale.exp() + shift], 1), determinant
 
     def inverse(self, y: Tensor) -> Tensor:
         """Returns what ``forward`` was given."""
@@ -145,7 +175,7 @@ class GlowStep(nn.Module):
         return (torch.einsum("ji,njhw->nihw", self.rotation, x) - self.shift) * (-self.log_scale).exp()
 
 
-class Glow(LightningModule):
+class Glow(Flow):
     """A normalizing flow of convolutional couplings on blocks of 2x2 pixels.
 
     Args:
@@ -156,43 +186,15 @@ class Glow(LightningModule):
     """
 
     def __init__(self, shape: Shape, width: int, lr: float, layers: int = 8) -> None:
-        super().__init__()
-        self.shape, self.lr, self.latent_dim = shape, lr, math.prod(shape)
-        self.layers = nn.ModuleList(GlowStep(4 * shape[0], width) for _ in range(layers))
-        self.picture = nn.Identity()
+        super().__init__(shape, lr, (GlowStep(4 * shape[0], width) for _ in range(layers)))
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Returns latents (N, D)."""
-        return self.transform(x)[0]
+    def folded(self, x: Tensor) -> Tensor:
+        """Returns images (N, 4 C, H / 2, W / 2) of blocks."""
+        return F.pixel_unshuffle(x, 2)
 
-    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns latents (N, D) and the logarithm of the determinant (N,)."""
-        z, total = F.pixel_unshuffle(x, 2), torch.zeros(len(x), device=x.device)
-        for layer in self.layers:
-            z, determinant = layer(z)
-            total = total + determinant
-        return z.flatten(1), total
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Returns images."""
-        channels, height, width = self.shape
-        z = z.view(-1, 4 * channels, height // 2, width // 2)
-        for layer in reversed(self.layers):
-            z = layer.inverse(z)
-        return self.picture(F.pixel_shuffle(z, 2))
-
-    def sample(self, n: int) -> Tensor:
-        """Returns n images."""
-        return self.decode(torch.randn(n, self.latent_dim, device=self.device))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Returns the negative logarithm of the density, for each number of an image."""
-        z, determinant = self.transform(batch[0])
-        return (0.5 * z.square().sum(1) - determinant).mean() / self.latent_dim
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Returns Adam."""
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
+    def unfolded(self, z: Tensor) -> Tensor:
+        """Returns images of blocks."""
+        return F.pixel_shuffle(z, 2)
 
 
 def angles(times: Tensor, length: int) -> Tensor:

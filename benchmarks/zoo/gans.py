@@ -57,7 +57,12 @@ class Adversarial(LightningModule):
         generator: Makes images.
         discriminator: Judges them.
         lr: Learning rate of both.
+
+    Attributes:
+        betas: Of both.
     """
+
+    betas = 0.5, 0.999
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, lr: float) -> None:
         super().__init__()
@@ -78,7 +83,7 @@ class Adversarial(LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Returns one Adam each."""
         return [
-            torch.optim.Adam(network.parameters(), lr=self.lr, betas=(0.5, 0.999))
+            torch.optim.Adam(network.parameters(), lr=self.lr, betas=self.betas)
             for network in (self.discriminator, self.generator)
         ]
 
@@ -131,6 +136,7 @@ class HingeGAN(GAN):
 class WGANGP(GAN):
     """A Wasserstein GAN with a gradient penalty, whose generator steps at every third batch."""
 
+    betas = 0.0, 0.9
     last = 0.0
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -154,13 +160,6 @@ class WGANGP(GAN):
             self.last = float(loss_g.detach())
         return {"loss": torch.tensor(self.last)}
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns one Adam each, as in the paper."""
-        return [
-            torch.optim.Adam(network.parameters(), lr=self.lr, betas=(0.0, 0.9))
-            for network in (self.discriminator, self.generator)
-        ]
-
 
 class LSGAN(GAN):
     """A GAN with least squares in place of logarithms."""
@@ -177,6 +176,8 @@ class LSGAN(GAN):
 class R1GAN(GAN):
     """A GAN with the non-saturating loss and a penalty on the discriminator's gradient at real images."""
 
+    betas = 0.0, 0.99
+
     def loss_d(self, real: Tensor, fake: Tensor) -> Tensor:
         """Returns the loss of the discriminator with its penalty."""
         real = real.clone().requires_grad_()
@@ -184,13 +185,6 @@ class R1GAN(GAN):
         slopes = torch.autograd.grad(of_real.sum(), real, create_graph=True)[0].flatten(1)
         loss = F.softplus(-of_real).mean() + F.softplus(self.discriminator(fake)).mean()
         return loss + 0.5 * slopes.square().sum(1).mean()
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Returns one Adam each, without momentum."""
-        return [
-            torch.optim.Adam(network.parameters(), lr=self.lr, betas=(0.0, 0.99))
-            for network in (self.discriminator, self.generator)
-        ]
 
 
 class Residual(nn.Module):

@@ -20,9 +20,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from benchmarks.zoo.autoencoders import VAE, VQVAE, WAE, ConditionalVAE
+from benchmarks.zoo.autoencoders import VAE, VQVAE, WAE, Autoencoder, ConditionalVAE
 from benchmarks.zoo.data import Data
-from benchmarks.zoo.flows import DDPM, FlowMatching, Glow, RealNVP, VDiffusion
+from benchmarks.zoo.flows import DDPM, Flow, FlowMatching, Glow, RealNVP, VDiffusion
 from benchmarks.zoo.gans import (
     GAN,
     LSGAN,
@@ -219,7 +219,7 @@ def drawn(module: LightningModule, data: Data, n: int) -> Tensor:
 
 def influences(module: LightningModule, n: int = 48) -> list[float] | None:
     """Returns how far images move when one latent dimension is drawn anew, for each; None without such latents."""
-    if isinstance(module, ConditionalVAE) or not isinstance(module, (GAN, VAE, WAE)):
+    if isinstance(module, ConditionalVAE) or not isinstance(module, (GAN, Autoencoder)):
         return None
     decode = module if isinstance(module, GAN) else module.decode
     length = int(module.latent_dim)
@@ -232,7 +232,7 @@ def influences(module: LightningModule, n: int = 48) -> list[float] | None:
 
 def probe(module: LightningModule, data: Data, n: int = 1000) -> list[float] | None:
     """Returns the share of each class that ridge regression recognises by latents; None where nothing encodes."""
-    if not isinstance(module, (VAE, WAE, RealNVP, Glow)):
+    if not isinstance(module, (Autoencoder, Flow)):
         return None
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(data.labels), generator=generator)[: 2 * n]

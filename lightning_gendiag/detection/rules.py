@@ -18,7 +18,7 @@ BEFORE, SINCE = 8, 3
 
 WORSE = 2.0
 """Images became worse if their similarity fell by more than so many times what it fluctuates; that of a healthy GAN falls and
-rises again by that much. Other wholes count as worse from one time on."""
+rises again by that much. For other aggregates, once what they fluctuate is enough."""
 
 MOVING = 24
 """Number of the newest evaluations over which a value must move to show that a model is learning."""

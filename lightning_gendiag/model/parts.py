@@ -501,7 +501,7 @@ class ModelParts:
 
         Args:
             images: The images.
-            labels: (n,) their classes, of which an encoder that takes none gets none; None for any.
+            labels: (n,) their classes, for an encoder that takes classes; by default those of random real images.
         """
         return self._encoded(self.way("encode"), images, labels)
 

@@ -79,7 +79,7 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     metric_class = PosteriorKL
     needs = ()
     _assumes_prior_of = ""
-    """Of which posterior, unlike a Gaussian, the prior is not known."""
+    """What the posterior is, where it is no Gaussian and its prior is not known."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         if self._assumes_prior_of:
             view.say(
                 f"Posterior KL: the posterior is {self._assumes_prior_of}, whose prior is taken to be N(0, 1). If it is "
-                f"another, define it, a torch distribution, as {type(view.module).__name__}.prior."
+                f"another, define it as {type(view.module).__name__}.prior, a torch distribution."
             )
         if by_channel:
             view.say(f"Posterior KL: channels of the latents {shape} are watched, each the sum over its positions.")
