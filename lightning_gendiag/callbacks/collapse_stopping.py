@@ -13,6 +13,7 @@ from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticWarning
 from lightning_gendiag.callbacks.session import Member
 from lightning_gendiag.detection.alarm import Alarm, counted
+from lightning_gendiag.detection.history import Evaluation
 from lightning_gendiag.detection.report import FILE, report
 from lightning_gendiag.detection.rules import Judge
 from lightning_gendiag.functional.text import representation
@@ -120,8 +121,7 @@ class CollapseStopping(Member, EarlyStopping):
         for monitor in self.session.monitors:
             latest = monitor.latest
             if latest is not None and latest.number > self.judge.evaluations.get(monitor.name, 0):
-                alarms = self.judge.update(monitor.name, latest, self.session.history, monitor.contributions)
-                raised += [(monitor, alarm) for alarm in alarms]
+                raised += [(monitor, alarm) for alarm in self._judged(monitor, latest)]
         critical = self.judge.stopping(self.session.history)
         for number, (monitor, alarm) in enumerate(raised, len(self.alarms) - len(raised) + 1):
             alarm.also_changed = self.judge.also_changed(alarm)
@@ -141,6 +141,19 @@ class CollapseStopping(Member, EarlyStopping):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason_message = " ".join(alarm.message for alarm in critical) or None
+
+    def _judged(self, monitor: Monitor[Any, Any], latest: Evaluation) -> list[Alarm]:
+        """Returns the alarms of the newest evaluation; where a small one raises any, a full one follows and decides."""
+        history, before = self.session.history, self.judge.snapshot(monitor.name)
+        alarms = self.judge.update(monitor.name, latest, history, monitor.contributions)
+        if alarms and self.session.look_closer(monitor) and monitor.latest is not None:
+            self.judge.restore(monitor.name, before)
+            alarms = self.judge.update(monitor.name, monitor.latest, history, monitor.contributions)
+        return alarms
+
+    def needed(self, monitor: str) -> int:
+        """Returns the number of evaluations of a monitor with which an alarm is possible."""
+        return self.judge.needed(monitor)
 
     def _effect(self, trainer: Trainer, alarm: Alarm) -> str:
         """What an alarm means for the run, in a sentence."""

@@ -60,11 +60,11 @@ class GenerativeDiagnostics(Member, Callback):
     Args:
         action: Of the :class:`CollapseStopping` that is added, unless there is one; None adds none.
         every_n_epochs: Number of epochs from one evaluation to the next, by default 1; latent regions are evaluated a
-            fifth, regional primitives a tenth as often. By default, a run of ``max_steps`` within one epoch and one of endless
-            epochs are evaluated by steps instead.
+            fifth, regional primitives a tenth as often. By default, a run of fewer than 75 epochs, one of ``max_steps``
+            within one epoch, and one of endless epochs are evaluated by steps instead.
         every_n_train_steps: The same in batches that stepped an optimizer.
         warmup_epochs: See :class:`Monitor`.
-        num_samples: See :class:`ModelAdapter`.
+        num_samples: See :class:`ModelAdapter`; by default as many as fit ``max_overhead``, 64 to 1,024.
         num_reference: See :class:`ModelAdapter`.
         reference: See :class:`ModelAdapter`.
         sample: See :class:`ModelAdapter`.
@@ -80,8 +80,10 @@ class GenerativeDiagnostics(Member, Callback):
         adapter: An adapter in place of all these.
         num_regions: See :class:`CosineMeanSimilarityMonitor`.
         skip: Names of diagnostics that are not wanted, such as ``("k_star",)``.
-        max_overhead: Largest share of the training's time that the diagnostics may take together after setup; if they
-            need more, they run less often. ``None`` lets them run whenever they are due, which finds more in short runs.
+        max_overhead: Largest share of the training's time that the diagnostics may take together. What they cost is
+            measured at the first evaluation, and the number of samples and the times of evaluations are chosen by it, which
+            a line of the log says. ``None`` lets them run whenever they are due, at most at the end of each epoch, with
+            1,024 samples.
         log_images: See :class:`Monitor`.
         on_error: See :class:`Monitor`.
 
@@ -218,13 +220,15 @@ class GenerativeDiagnostics(Member, Callback):
             self._choose_steps(trainer)
 
     def _choose_steps(self, trainer: Trainer) -> None:
-        steps = stream_period(trainer)
+        steps = stream_period(trainer, within_epochs=self.max_overhead is not None)
         self._set_steps(steps)
+        unknown = trainer.num_training_batches == math.inf
         # whether such an epoch ends is seen when it does
-        self._of_unknown_length = steps is not None and trainer.max_steps <= 0
+        self._of_unknown_length = unknown and trainer.max_steps <= 0
         if steps is not None and self._active:
-            unknown = trainer.num_training_batches == math.inf
+            few = stream_period(trainer) is None
             reason = "the length of an epoch is not known" if unknown else "the run does not end its first epoch"
+            reason = "epochs are few" if few else reason
             rank_zero_info(
                 f"Diagnostics evaluate every {steps:,} training steps, since {reason}. "
                 "To choose another schedule, pass every_n_train_steps=... or every_n_epochs=...."

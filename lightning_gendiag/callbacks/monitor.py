@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning
-from lightning_gendiag.callbacks.session import Member
+from lightning_gendiag.callbacks.schedule import run_progress
+from lightning_gendiag.callbacks.session import Member, Purpose
 from lightning_gendiag.detection.history import Curve, Evaluation, Observation
 from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.functional.text import representation
@@ -41,6 +42,10 @@ MAP_NUMBERS = 1 << 22
 
 LEAST_MAP_IMAGES = 400
 """Number of images from which on maps are steady."""
+
+PANEL_GROWTH, LIMITED_PANEL_GROWTH = 0.1, 0.5
+"""Panels are drawn each time the number of evaluations has grown by this share, since TensorBoard keeps ten of a tag; more
+rarely where the time is limited."""
 
 FAILURES = 3
 """Number of failures in a row that switch a monitor off."""
@@ -81,7 +86,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             switched off; ``"raise"`` for debugging.
         name: Of this monitor in tags and checkpoints, for two of one kind on a trainer.
         log_images: Whether panels are logged beside the scalars: at the first 20 evaluations, then each time their
-            number grows by 10 %, and once at the end.
+            number grows by 10 %, and once at the end; with ``max_overhead``, each time it grows by half.
         max_overhead: Largest share of the training's time, in (0, 1], that all monitors with such a limit may take
             together after setup: if they need more, all evaluate less often in proportion. By default there is no limit.
 
@@ -190,6 +195,15 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
 
     def log_alarm(self, alarm: Alarm, result: ResultT, context: PlotContext) -> None:
         """Logs a picture of where an alarm lies; on rank 0 only."""
+
+    @property
+    def expected_seconds(self) -> float:
+        """What an evaluation may take, as long as none has been measured."""
+        return 0.0
+
+    def compares_samples(self) -> bool:
+        """Returns whether it compares the samples of the view, so that their number says what an evaluation costs."""
+        return False
 
     def depends_on_model(self, view: ModelView) -> bool:
         """Returns whether the metric holds what changes with the module, and must be built at each evaluation."""
@@ -377,7 +391,25 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
                     raise
                 self._unseen = error
 
-    def evaluate(self, view: ModelView, step: int, epoch_over: bool, unreadable: Exception | None = None) -> bool:
+    @property
+    def failed(self) -> bool:
+        """Whether the newest attempt to evaluate failed."""
+        return self._failures > 0
+
+    @property
+    def draws(self) -> bool:
+        """Whether panels are drawn of the next evaluation; the same on all ranks."""
+        is_last = run_progress(self.session.trainer) == 1
+        return self.log_images and (self.evaluations + 1 >= self._next_panel or is_last)
+
+    def evaluate(
+        self,
+        view: ModelView,
+        step: int,
+        epoch_over: bool,
+        unreadable: Exception | None = None,
+        purpose: Purpose = "series",
+    ) -> bool:
         """Evaluates the module once, and returns whether there was anything to evaluate.
 
         A rank that fails must not leave the others waiting in a collective, so all agree after each part.
@@ -387,6 +419,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             step: On the loggers' axis.
             epoch_over: Whether a training epoch has ended, or a batch.
             unreadable: Why a batch could not be read, if one could not.
+            purpose: ``"series"`` for the next value of all series, ``"rehearsal"`` to measure the time, so that nothing is
+                noted, ``"decision"`` to replace the newest value by one that is less uncertain.
         """
         started = time.monotonic()
         self.last_step = step
@@ -417,19 +451,27 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             scalars = {name: float(value) for name, value in self.scalars(self.result).items()}
             observations = self.observations(self.result)
             epoch = self.session.trainer.current_epoch
-            evaluation = Evaluation(self.evaluations + 1, step, epoch, observations, view.averaged)
+            number = self.evaluations + (purpose != "decision")
+            evaluation = Evaluation(number, step, epoch, observations, view.averaged)
         except Exception as caught:
             error = caught
         if not self._agreed(error) or evaluation is None:
             return ready
         self._failures = 0
+        if purpose == "rehearsal":
+            return ready
+        draws = purpose == "decision" or self.draws
         self.evaluations, self.latest = evaluation.number, evaluation
         self.session.history.append(self.name, evaluation)
+        if purpose == "decision":
+            # its numbers were logged at this step
+            self._log_panels(evaluation, self.session.logger(evaluation.step, self.name))
+            return ready
         self.session.note_evaluation(self)
         for name, value in scalars.items():
             # loggers are served below: through self.log they would get only every log_every_n_steps
             compat.log_value(view.subject.trained, f"{PREFIX}/{self.name}/{name}", value, epoch_over=epoch_over)
-        self._publish(evaluation, scalars, started)
+        self._publish(evaluation, scalars, draws, started)
         return ready
 
     def _agreed(self, error: Exception | None) -> bool:
@@ -439,10 +481,12 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._contain(error or RuntimeError("the diagnostic failed on another process"))
         return False
 
-    def _publish(self, evaluation: Evaluation, scalars: dict[str, float], started: float) -> None:
-        """Logs panels and numbers of an evaluation."""
+    def _publish(self, evaluation: Evaluation, scalars: dict[str, float], draws: bool, started: float) -> None:
+        """Logs numbers of an evaluation, and panels where they are drawn."""
         logger = self.session.logger(evaluation.step, self.name)
-        if evaluation.number >= self._next_panel:
+        if draws:
+            growth = PANEL_GROWTH if self.max_overhead is None else LIMITED_PANEL_GROWTH
+            self._next_panel = evaluation.number + max(1, int(evaluation.number * growth))
             self._log_panels(evaluation, logger)
         seconds = time.monotonic() - started
         self.seconds += seconds
@@ -458,11 +502,10 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             self._log_panels(self.latest, self.session.logger(self.latest.step, self.name))
 
     def _log_panels(self, evaluation: Evaluation, logger: DiagnosticLogger) -> None:
-        """Logs panels less and less often, since TensorBoard keeps ten of a tag, and not where nothing has changed."""
+        """Logs the panels, but not where nothing has changed."""
         unchanged = bool(evaluation.observations) and evaluation.observations == self._logged
         if not self.log_images or not self.session.trainer.is_global_zero or unchanged or self.result is None:
             return
-        self._next_panel = evaluation.number + max(1, evaluation.number // 10)
         self._logged = evaluation.observations
         try:
             self.log_plots(self.result, PlotContext(evaluation, self.session.history.curves(self.name), logger))

@@ -1,10 +1,12 @@
-"""When monitors evaluate: how often each is due, and how much of the training's time they may take together."""
+"""When monitors evaluate, and of how many samples: as often as is worth having within a share of the training's time."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +16,14 @@ if TYPE_CHECKING:
 
 
 EVALUATIONS = 75
-"""Number of evaluations in a run of ``max_steps`` within one epoch."""
+"""Number of evaluations that are worth having: a run of fewer epochs is evaluated within them, and evaluations have more
+samples where there are so many all the same."""
+
+NEWEST = 5
+"""The cost of a monitor is the median of its newest evaluations."""
+
+LEAST_ALLOWANCE = 0.1
+"""Where the setup has used the budget up, monitors are due as if this part of it were left."""
 
 ENDLESS = 1000
 """Number of steps from one evaluation to the next in a run whose length is not known."""
@@ -39,20 +48,22 @@ class TimeBudget:
         """Seconds since training began, without those that checks and evaluations took."""
         return time.monotonic() - self.started - self.spent
 
-    def grants(self, max_overhead: float, progress: float = 1.0) -> bool:
+    def grants(self, max_overhead: float, progress: float = 1.0, cost: float | None = None) -> bool:
         """Returns whether another round may take place: the first always, a later one if it stays within the limit.
 
         Args:
             max_overhead: Largest share of the training's time.
             progress: Share of the run that is done, 0 to 1; 1 where its length is not known.
+            cost: Seconds that the round will take; by default those of other rounds.
         """
         # rounds in which no monitor had its real images yet do not count
         self.rounds *= self.ready
         later = self.spent - self.first
-        # the first round took much longer than others will
-        usual = later / (self.rounds - 1) if self.rounds > 1 else self.first / 4
+        if cost is None:
+            # the first round took much longer than others will
+            cost = later / (self.rounds - 1) if self.rounds > 1 else self.first / 4
         # one more round, and one in reserve for the end of the run
-        return self.rounds == 0 or self.first * progress + later + 2 * usual <= max_overhead * self.training
+        return self.rounds == 0 or self.first * progress + later + 2 * cost <= max_overhead * self.training
 
     def charge(self, seconds: float, ready: bool = True) -> None:
         """Adds the time of an evaluation.
@@ -82,8 +93,9 @@ class Schedule:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.budget = TimeBudget()
-        self.exceeded = False
-        """Whether the budget has refused a round."""
+        self.dues = 0
+        """Number of times at which a monitor with a limit was due."""
+        self._costs: dict[str, deque[float]] = {}
         self._waiting: set[str] = set()
         self._last_round: dict[str, int] = {}
 
@@ -99,34 +111,94 @@ class Schedule:
         limits = [monitor.max_overhead for monitor in due if monitor.max_overhead is not None]
         if not limits:
             return due
+        self.dues += 1
         if not self.budget.ready:
             # rounds in which no monitor had its real images yet do not count
             self._last_round.clear()
-        granted = self.budget.grants(min(limits), run_progress(self.trainer))
+        limited = [monitor for monitor in monitors if monitor.max_overhead is not None]
+        asking = [
+            monitor
+            for monitor in limited
+            if monitor in due or (monitor.name in self._waiting and _by_steps(monitor) != epoch_over)
+        ]
+        periods = self.periods(limited)
+        # one that is due a tenth as often as another takes part in each tenth round
+        chosen = [m for m in asking if self.budget.rounds + 1 - self._last_round.get(m.name, 0) >= periods[m.name]]
+        cost = sum(map(self.cost, chosen))
+        names = {m.name for m in chosen}
+        granted = self.budget.grants(min(limits), run_progress(self.trainer) or 1.0, cost or None)
         if self.trainer.world_size > 1:
-            granted = self.trainer.strategy.broadcast(granted)
+            granted, names = self.trainer.strategy.broadcast((granted, names))
         self.budget.rounds += granted
-        self.exceeded |= not granted
-        chosen = []
-        for monitor in monitors:
-            if monitor.max_overhead is None:
-                chosen += [monitor] if monitor in due else []
-            elif monitor in due or (monitor.name in self._waiting and _by_steps(monitor) != epoch_over):
-                # in proportion: one that is due a tenth as often as another takes part in each tenth round
-                rounds = self.budget.rounds - self._last_round.get(monitor.name, 0)
-                if granted and rounds >= self._relative_period(monitor, monitors):
-                    self._waiting.discard(monitor.name)
-                    self._last_round[monitor.name] = self.budget.rounds
-                    chosen.append(monitor)
-                else:
-                    self._waiting.add(monitor.name)
-        return chosen
+        for monitor in asking:
+            if granted and monitor.name in names:
+                self._waiting.discard(monitor.name)
+                self._last_round[monitor.name] = self.budget.rounds
+            else:
+                self._waiting.add(monitor.name)
+        return [m for m in monitors if (m in due if m.max_overhead is None else granted and m.name in names)]
 
     def _is_due(self, monitor: Monitor[Any, Any], step: int, epoch_over: bool) -> bool:
         epoch = self.trainer.current_epoch
         if monitor.every_n_train_steps is None:
             return epoch_over and (epoch + 1) % monitor.every_n_epochs == 0 and epoch + 1 > monitor.warmup_epochs
         return not epoch_over and (step + 1) % monitor.every_n_train_steps == 0 and epoch >= monitor.warmup_epochs
+
+    # ---- what evaluations cost ----
+
+    def note(self, monitor: Monitor[Any, Any], seconds: float, anew: bool = False) -> None:
+        """Notes what an evaluation of a monitor took, without what is done once.
+
+        Args:
+            monitor: The monitor.
+            seconds: The same on all processes.
+            anew: Whether evaluations before were of another size.
+        """
+        if anew:
+            self._costs.pop(monitor.name, None)
+        self._costs.setdefault(monitor.name, deque(maxlen=NEWEST)).append(seconds)
+
+    def cost(self, monitor: Monitor[Any, Any]) -> float:
+        """Returns the seconds that an evaluation of a monitor takes."""
+        return median(self._costs.get(monitor.name, [monitor.expected_seconds]))
+
+    def _allowance(self, max_overhead: float) -> float:
+        """The seconds that each of the coming rounds may take."""
+        budget, dues = self.budget, max(self.dues, 1)
+        progress, each = run_progress(self.trainer), max_overhead * budget.training / dues
+        if progress is None:
+            return each
+        coming = dues * (1 / max(progress, 1e-9) - 1) + 1
+        left = max_overhead * budget.training / max(progress, 1e-9) - budget.spent
+        return max(left / coming, LEAST_ALLOWANCE * each)
+
+    def periods(self, monitors: Sequence[Monitor[Any, Any]]) -> dict[str, int]:
+        """Returns in which number of rounds each monitor takes part once.
+
+        Cheap ones are evaluated whenever they are due, and expensive ones as often as their share of the time allows.
+
+        Args:
+            monitors: All with a limit.
+        """
+        units, relative = {m: _unit(m) for m in monitors}, {m: self._relative_period(m, monitors) for m in monitors}
+        least = {unit: min(relative[m] for m in monitors if units[m] == unit) for unit in units.values()}
+        costs = dict.fromkeys(least, 0.0)
+        for monitor, unit in units.items():
+            costs[unit] += self.cost(monitor) * least[unit] / relative[monitor]
+        limit = min(monitor.max_overhead for monitor in monitors if monitor.max_overhead is not None)
+        periods = shared(costs, least, self._allowance(limit))
+        return {m.name: periods[unit] * relative[m] // least[unit] for m, unit in units.items()}
+
+    def affords(self, monitors: Sequence[Monitor[Any, Any]], among: Sequence[Monitor[Any, Any]]) -> bool:
+        """Returns whether monitors evaluate as often as is worth having.
+
+        Args:
+            monitors: Those that are asked for.
+            among: All with a limit.
+        """
+        progress, periods = run_progress(self.trainer), self.periods(among)
+        dues = self.dues / progress if progress else 0.0
+        return all(periods[m.name] <= max(self._relative_period(m, among), dues // EVALUATIONS) for m in monitors)
 
     def _relative_period(self, monitor: Monitor[Any, Any], monitors: Sequence[Monitor[Any, Any]]) -> int:
         """How many times as often as this monitor the most frequent one is due."""
@@ -148,25 +220,64 @@ def _period(monitor: Monitor[Any, Any]) -> int:
     return monitor.every_n_train_steps or monitor.every_n_epochs
 
 
-def run_progress(trainer: Trainer) -> float:
-    """Returns the share of a run that is done, 0 to 1; 1 where its length is not known."""
+def _unit(monitor: Monitor[Any, Any]) -> str:
+    """What a monitor shares its time with: those that compare the same samples are evaluated together."""
+    return "samples" if monitor.compares_samples() else monitor.name
+
+
+def shared(costs: Mapping[str, float], least: Mapping[str, int], allowance: float) -> dict[str, int]:
+    """Returns in which number of rounds each part takes place once, so that together they take at most an allowance a round.
+
+    Those that need less than an equal share get what they need, and the others divide the rest equally.
+
+    Args:
+        costs: Seconds of each part.
+        least: Smallest period of each.
+        allowance: Seconds, more than 0.
+
+    Example:
+        >>> shared({"regions": 0.01, "entropies": 0.02, "primitives": 2.0}, dict.fromkeys(("regions", "entropies",
+        ... "primitives"), 1), 0.1)
+        {'regions': 1, 'entropies': 1, 'primitives': 29}
+    """
+    left, rest = allowance, dict(costs)
+    while small := [name for name, cost in rest.items() if cost / least[name] <= left / len(rest)]:
+        left -= sum(rest.pop(name) / least[name] for name in small)
+    return {
+        name: max(least[name], math.ceil(cost * len(rest) / max(left, 1e-9))) if name in rest else least[name]
+        for name, cost in costs.items()
+    }
+
+
+def run_progress(trainer: Trainer) -> float | None:
+    """Returns the share of a run that is done, 0 to 1; None where its length is not known."""
     epochs, steps = trainer.max_epochs or 0, trainer.max_steps
     epoch = trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_idx + 1) / max(trainer.num_training_batches, 1)
     shares = [epoch / epochs] if epochs > 0 else []
     shares += [trainer.global_step / steps] if steps > 0 else []
-    return min(max(shares, default=1.0), 1.0)
+    return min(max(shares), 1.0) if shares else None
 
 
-def stream_period(trainer: Trainer) -> int | None:
+def stream_period(trainer: Trainer, within_epochs: bool = False) -> int | None:
     """Returns the number of steps between evaluations of a run that would be over, or go on, within its first epoch.
 
+    Args:
+        trainer: The trainer.
+        within_epochs: Whether a run of few epochs is evaluated within them as well.
+
     Returns:
-        None for a run with several epochs, which is evaluated at their ends.
+        None for a run with many epochs, which is evaluated at their ends.
     """
     # each of several optimizers counts its own steps
     steps, batches = trainer.max_steps // max(1, len(trainer.optimizers)), trainer.num_training_batches
     if batches == math.inf:
         return max(1, steps // EVALUATIONS) if steps > 0 else ENDLESS
-    # within one epoch, whatever number of batches a step takes
-    long = 0 < steps * trainer.accumulate_grad_batches <= batches
-    return max(1, steps // EVALUATIONS) if long else None
+    # an epoch has as many steps, whatever number of batches a step takes
+    in_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    if 0 < steps * trainer.accumulate_grad_batches <= batches:
+        return max(1, steps // EVALUATIONS)
+    epochs = min([n for n in (trainer.max_epochs or 0, steps / max(in_epoch, 1)) if n > 0], default=math.inf)
+    if not within_epochs or epochs >= EVALUATIONS:
+        return None
+    period = max(1, in_epoch // math.ceil(EVALUATIONS / epochs))
+    return period if period < in_epoch else None

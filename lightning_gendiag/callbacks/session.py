@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import ReferenceType, WeakValueDictionary, ref
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning, Layout
+from lightning_gendiag.callbacks.planning import in_words, rehearse
 from lightning_gendiag.callbacks.schedule import Schedule
 from lightning_gendiag.detection.history import History
 from lightning_gendiag.model import compat
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from lightning_gendiag.callbacks.monitor import Monitor
 
 
+Purpose = Literal["series", "rehearsal", "decision"]
+"""What an evaluation is for: the next value of all series, to measure its time, or to look closer at the newest value."""
+
+
 class Listener(Protocol):
     """What is notified after evaluations, wherever it stands among the trainer's callbacks."""
 
@@ -31,6 +36,10 @@ class Listener(Protocol):
 
     def restart(self, monitor: str) -> None:
         """Forgets what was learned of a monitor."""
+        ...
+
+    def needed(self, monitor: str) -> int:
+        """Returns the number of evaluations of a monitor with which an alarm is possible."""
         ...
 
 
@@ -63,7 +72,7 @@ class Session:
         self._batches = 0
         self._evaluated_at: dict[str, int] = {}
         self._followers: list[compat.Follower] = []
-        self._said_budget = False
+        self._planned = False
         self._defined = False
         self._ended = False
 
@@ -143,11 +152,16 @@ class Session:
             self._views[adapter] = ModelView(adapter, self.subject, self.trainer)
         return self._views[adapter]
 
+    @property
+    def views(self) -> list[ModelView]:
+        """All views."""
+        return list(self._views.values())
+
     # ---- hooks, handed over by the first monitor ----
 
     def on_train_start(self) -> None:
         """Begins to count the time, and prepares Lightning for our keys."""
-        self.schedule, self._said_budget, self._defined = Schedule(self.trainer), False, False
+        self.schedule, self._planned, self._defined = Schedule(self.trainer), False, False
         compat.expect_equal_values(self.trainer, f"{PREFIX}/")
         found = (
             compat.following(callback, f"{PREFIX}/", self.is_fresh) for callback in compat.callbacks_of(self.trainer)
@@ -212,8 +226,6 @@ class Session:
     def _evaluate(self, step: int, epoch_over: bool) -> None:
         enabled = [monitor for monitor in self.monitors if monitor.enabled]
         chosen = self.schedule.choose(enabled, step, epoch_over)
-        if self.schedule.exceeded and not self._said_budget:
-            self._say_budget(step, min(m.max_overhead for m in enabled if m.max_overhead is not None))
         if not chosen:
             return
         for view in {id(view): view for view in map(self.view_of, chosen)}.values():
@@ -221,25 +233,63 @@ class Session:
                 self._restart(view)
             if any(self.view_of(monitor) is view for monitor in chosen if not monitor.watches_batches):
                 view.agree_on_prior()
+        plans = not self._planned and self._is_ready(chosen, epoch_over)
+        if plans:
+            chosen = rehearse(self, chosen, step, epoch_over)
         for monitor in chosen:
-            started = time.monotonic()
-            view = self.view_of(monitor)
-            ready = True
-            try:
-                if not monitor.watches_batches:
-                    view.refresh()
-                ready = monitor.evaluate(view, step, epoch_over, self._unreadable.get(view.adapter))
-            finally:
-                if monitor.max_overhead is not None:
-                    self.schedule.budget.charge(time.monotonic() - started, ready)
+            is_first = monitor.latest is None
+            seconds = self.timed(monitor, step, epoch_over)
+            if seconds is not None and not is_first:
+                self.schedule.note(monitor, seconds)
         for monitor in chosen:
             self._unreadable.pop(self.view_of(monitor).adapter, None)
         for listener in self.listeners:
             listener.on_evaluations(self.trainer)
+        if plans:
+            self._planned = True
+            self._say_plan(step)
         evaluated = tuple(f"{PREFIX}/{monitor.name}/" for monitor in chosen)
         for follower in self._followers:
             if follower.act is not None and follower.key.startswith(evaluated) and self.is_fresh(follower.key):
                 follower.act(self.trainer)
+
+    def _is_ready(self, chosen: list[Monitor[Any, Any]], epoch_over: bool) -> bool:
+        """Whether all monitors with a limit have their real images, so that it can be measured what they cost."""
+        limited = [monitor for monitor in chosen if monitor.max_overhead is not None]
+        # all processes ask together
+        ready = [self.view_of(m).real.ready(epoch_over) for m in limited if m.needs_reference]
+        return bool(limited) and all(ready)
+
+    def timed(
+        self, monitor: Monitor[Any, Any], step: int, epoch_over: bool, purpose: Purpose = "series"
+    ) -> float | None:
+        """Lets a monitor evaluate, and returns the seconds that it took; None if there was nothing to evaluate."""
+        started = time.monotonic()
+        view, ready = self.view_of(monitor), True
+        draws = purpose == "series" and (monitor.max_overhead is None or monitor.draws)
+        view.thorough = draws or purpose == "decision"
+        try:
+            if not monitor.watches_batches:
+                view.refresh()
+            ready = monitor.evaluate(view, step, epoch_over, self._unreadable.get(view.adapter), purpose)
+        finally:
+            seconds = time.monotonic() - started
+            if monitor.max_overhead is not None:
+                self.schedule.budget.charge(seconds, ready)
+        return seconds if ready else None
+
+    def look_closer(self, monitor: Monitor[Any, Any]) -> bool:
+        """Lets a monitor with a limit evaluate once more, in place of its newest evaluation, without that limit.
+
+        Returns:
+            Whether the newest evaluation is another now.
+        """
+        if monitor.max_overhead is None or monitor.watches_batches:
+            return False
+        latest = monitor.latest
+        with self.view_of(monitor).looking_closer():
+            self.timed(monitor, monitor.last_step or 0, False, "decision")
+        return monitor.latest is not latest
 
     def note_evaluation(self, monitor: Monitor[Any, Any]) -> None:
         """Notes that a monitor has evaluated the weights that the module has now."""
@@ -267,21 +317,16 @@ class Session:
     def _restart(self, view: ModelView) -> None:
         """Begins anew with the data that this fit brings."""
         view.forget_reference()
+        self._planned = False
         for monitor in self.monitors:
             if self.view_of(monitor) is view:
                 self.restart(monitor)
         rank_zero_info("The training data are others than before: the diagnostics begin anew with these.")
 
-    def _say_budget(self, step: int, max_overhead: float) -> None:
-        self._said_budget = True
-        budget = self.schedule.budget
-        text = (
-            f"Diagnostics, with their setup, took {budget.spent:.1f} s of the first {budget.training + budget.spent:.1f} s. "
-            f"From now on they evaluate less often, so that they take at most {max_overhead:.0%} of the training time. To "
-            "evaluate whenever it is due, pass max_overhead=None."
-        )
+    def _say_plan(self, step: int) -> None:
+        text = in_words(self)
         rank_zero_info(text)
-        self.logger(step).log_text("budget", text)
+        self.logger(step).log_text("plan", text)
 
     def logger(self, step: int, name: str = "") -> DiagnosticLogger:
         """Returns a logger for a monitor, or for what is of none."""

@@ -121,10 +121,12 @@ class History:
         self._entries: dict[str, dict[str, list[Entry]]] = {}
 
     def append(self, monitor: str, evaluation: Evaluation) -> None:
-        """Adds one evaluation of a monitor."""
+        """Adds one evaluation of a monitor, in place of one of the same number."""
         held = self._entries.setdefault(monitor, {})
         for series, value, severity, *_ in evaluation.observations:
             entries = held.setdefault(series.name, [])
+            if entries and entries[-1].number == evaluation.number:
+                entries.pop()
             entries.append(Entry(evaluation.number, evaluation.step, value, severity))
             if len(entries) > LARGEST_LENGTH:
                 del entries[:-KEPT_WHOLE:2]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_gendiag.detection.alarm import Alarm, listed
 from lightning_gendiag.detection.contributions import explaining
@@ -37,6 +37,15 @@ MERGED = 3
 
 Contributions = Callable[[dict[str, float], dict[str, float]], dict[str, float]]
 """From the components' values before and after to each one's contribution to the overall drop."""
+
+
+class Snapshot(NamedTuple):
+    """What is taken back where an evaluation is replaced."""
+
+    detectors: dict[str, dict[str, Any]]
+    """State of each series' detector."""
+    alarms: list[tuple[Alarm, int | None]]
+    """All alarms, and when each recovered."""
 
 
 class Judge:
@@ -100,6 +109,19 @@ class Judge:
         raised.sort(key=lambda alarm: -alarm.contributions.get(alarm.names[0], 1.0))
         self.alarms += raised
         return raised
+
+    def snapshot(self, monitor: str) -> Snapshot:
+        """Returns what the next evaluation of a monitor may change."""
+        detectors = {name: detector.state_dict() for name, detector in self._detectors.get(monitor, {}).items()}
+        return Snapshot(detectors, [(alarm, alarm.recovered) for alarm in self.alarms])
+
+    def restore(self, monitor: str, snapshot: Snapshot) -> None:
+        """Takes the newest evaluation of a monitor back, so that another can take its place."""
+        self._detectors.pop(monitor, None)
+        self._states[monitor] = dict(snapshot.detectors)
+        self.alarms[:] = [alarm for alarm, _ in snapshot.alarms]
+        for alarm, recovered in snapshot.alarms:
+            alarm.recovered = recovered
 
     def stopping(self, history: History) -> list[Alarm]:
         """Returns the alarms that stop the run now, each once; to be called after all monitors' evaluations of a step.

@@ -111,13 +111,17 @@ class ModelView:
         self.parts = ModelParts(adapter, subject, self.real, self.isolated)
         self.region_maps: dict[tuple[int | None, int], RegionMap] = {}
         self.amounts: dict[str, int] = {}
-        """Chosen once by the time that a piece takes, and kept: ``samples``, and of which number of real images one is given
-        to ``encode`` and ``reconstruct``."""
+        """Chosen once by the time that they take, and kept: ``samples``, the largest number of them that fit; ``planned``, how
+        many of them an evaluation has; and of which number of real images one is given to ``encode`` and ``reconstruct``."""
         self.averaged = False
         """Whether averaged weights are evaluated."""
+        self.thorough = True
+        """Whether this evaluation is a full one, with what is only shown, such as Fréchet distances within classes."""
+        self.is_closer = False
+        """Whether the newest evaluation is repeated with all samples that fit the time limit of one."""
         self._lacks_average = False
         self._said_weights = self._warned_weights = False
-        self._samples: Images | None = None
+        self._samples: dict[bool, Images] = {}
         self._timed_samples: Images | None = None
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
@@ -250,7 +254,8 @@ class ModelView:
 
     def expire(self) -> None:
         """Forgets what was drawn, since the module may have changed."""
-        self._samples = self._reconstructions = self._encoded = None
+        self._samples.clear()
+        self._reconstructions = self._encoded = None
 
     def refresh(self) -> None:
         """Takes up a copy of the module as it is now, with averaged weights where they are to be evaluated."""
@@ -270,7 +275,8 @@ class ModelView:
         self.region_maps.clear()
         self.amounts.clear()
         self._reference_features.clear()
-        self._extractor = self._samples = self._reconstructions = self._encoded = self._has_prior = None
+        self._extractor = self._reconstructions = self._encoded = self._has_prior = None
+        self._samples.clear()
         self._is_agreed = False
 
     def _average(self) -> nn.Module | None:
@@ -443,7 +449,7 @@ class ModelView:
 
     def samples(self) -> Images:
         """Returns this process's samples of this evaluation, drawn once and shared by all monitors."""
-        if self._samples is None:
+        if self.is_closer not in self._samples:
             size, world = self.adapter.chunk_size, self.world_size
             drawn = []
             with self.isolated():
@@ -456,12 +462,35 @@ class ModelView:
                     chunk = self._timed_samples or self._chunk(index, max(n, 2))
                     self._timed_samples = None
                     drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
-            self._samples = _joined(drawn)
-            self._check_range(self._samples.images)
-        return self._samples
+            self._samples[self.is_closer] = _joined(drawn)
+            self._check_range(self._samples[self.is_closer].images)
+        return self._samples[self.is_closer]
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of samples of an evaluation over all processes; None before it is known."""
+        most = self.adapter.num_samples or self.amounts.get("samples")
+        return most if most is None or self.is_closer else min(self.amounts.get("planned", most), most)
+
+    def compares_samples(self, wanted: Source = "auto") -> bool:
+        """Returns whether samples are compared with real images, and not reconstructions."""
+        return wanted != "reconstructions" and (self.adapter.sample is not None or self.parts.has("sample"))
+
+    def plan(self, samples: int) -> None:
+        """Lets evaluations have at most so many samples from now on."""
+        self.amounts["planned"] = samples
+
+    @contextmanager
+    def looking_closer(self) -> Iterator[None]:
+        """Lets an evaluation have all samples that fit the time limit of one."""
+        self.is_closer = True
+        try:
+            yield
+        finally:
+            self.is_closer = False
 
     def _num_samples(self) -> int:
-        """Number of samples over all processes: the user's, or as many as fit the time limit; inside :meth:`isolated`.
+        """Number of samples over all processes: the user's, or as many as fit the time limits; inside :meth:`isolated`.
 
         Raises:
             InapplicableError: If even the fewest take too long.
@@ -484,7 +513,9 @@ class ModelView:
                     f"Samples: {number:,} at each evaluation instead of {NUM_SAMPLES:,}, since one takes {seconds:.2g} s. "
                     "To choose another number, pass num_samples=...."
                 )
-        return self.amounts["samples"]
+        chosen = self.num_samples
+        assert chosen is not None
+        return chosen
 
     def _refuse_slow_sampler(self) -> None:
         """Raises InapplicableError where the time of two samples shows that the fewest take too long."""

@@ -209,12 +209,19 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         )
         return metric
 
+    def compares_samples(self) -> bool:
+        """Whether it compares samples."""
+        return self.view.compares_samples(self.images)
+
     def update(self, view: ModelView) -> None:
         """Adds this rank's samples or reconstructions."""
         images, labels = view.compared(self.images, rows=True)
         self.metric.update(images, real=False, labels=labels)
         finite = images[images.flatten(1).isfinite().all(1)]
         self._generated = finite.mean(0) if len(finite) else images.new_zeros(images.shape[1:])
+        if view.is_closer:
+            # the samples before are others
+            return
         # samples are drawn with the same seeds each time
         before, self._before = self._before, (view.weights_sum(), float(images.sum(dtype=torch.float64)))
         self._is_unchanged = before is not None and before[0] != self._before[0] and before[1] == self._before[1]

@@ -193,6 +193,10 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
             return self._kernel(images).cpu()
         return torch.cat([class_of(classify(as_images(some)), len(some)).cpu() for some in pieces(images, CHUNK)])
 
+    def compares_samples(self) -> bool:
+        """Whether it compares samples."""
+        return self.view.compares_samples(self.images)
+
     def update(self, view: ModelView) -> None:
         """Adds this rank's real and generated images by their classes and features."""
         images, extract = view.compared(self.images).images, view.resolve_features(self.features)

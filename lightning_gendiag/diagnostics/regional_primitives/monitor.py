@@ -153,6 +153,11 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         """Whether regions are found in real images, or latents are of these."""
         return self.regions is None or (self._session is not None and not self.view.has_prior)
 
+    @property
+    def expected_seconds(self) -> float:
+        """The limit of its own."""
+        return self.max_seconds
+
     def check(self, view: ModelView) -> None:
         """Decodes a latent, finds the layer, and compares the regions with the image."""
         z = next(view.prior_latents(2, all_ranks=True))[:1]

@@ -1,0 +1,123 @@
+"""How large evaluations are and how often they take place, chosen once by what they cost, and said in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_gendiag.callbacks.schedule import run_progress
+from lightning_gendiag.detection.alarm import counted
+
+if TYPE_CHECKING:
+    from lightning_gendiag.callbacks.monitor import Monitor
+    from lightning_gendiag.callbacks.session import Session
+    from lightning_gendiag.model.view import ModelView
+
+SIZES = (64, 128, 256, 512, 1024)
+"""Numbers of samples that an evaluation may have where the time is limited."""
+
+
+def rehearse(
+    session: Session, chosen: Sequence[Monitor[Any, Any]], step: int, epoch_over: bool
+) -> list[Monitor[Any, Any]]:
+    """Sets up the monitors with a limit, measures what they cost, and chooses how many samples they compare.
+
+    There are more samples as long as so many evaluations as are worth having fit the limit. Every process must call it at
+    the same time.
+
+    Args:
+        session: The session.
+        chosen: The monitors that are to evaluate now.
+        step: On the loggers' axis.
+        epoch_over: Whether a training epoch has ended, or a batch.
+
+    Returns:
+        The monitors that evaluate now: all but those that failed.
+    """
+
+    def seconds_of(monitor: Monitor[Any, Any]) -> float:
+        seconds = session.timed(monitor, step, epoch_over, "rehearsal") or 0.0
+        # the same on all processes
+        return session.view_of(monitor).broadcast(lambda: seconds)
+
+    # what passes in batches is seen once
+    limited = [m for m in chosen if m.max_overhead is not None and not m.watches_batches]
+    views = [view for view in session.views if _is_planned(session, view)]
+    for view in views:
+        view.plan(SIZES[0])
+    for monitor in limited:
+        seconds_of(monitor)
+    measured = good = [monitor for monitor in limited if not monitor.failed]
+    comparing = [m for m in good if session.view_of(m) in views and m.compares_samples()]
+    among = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
+    for smaller, size in zip((None, *SIZES), SIZES, strict=False):
+        for view in session.views:
+            view.expire()
+        for view in views:
+            view.plan(size)
+        before = [session.schedule.cost(monitor) for monitor in measured]
+        for monitor in measured:
+            session.schedule.note(monitor, seconds_of(monitor), anew=True)
+        if smaller is not None and not session.schedule.affords(comparing, among):
+            for view in views:
+                view.plan(smaller)
+                view.expire()
+            for monitor, seconds in zip(measured, before, strict=True):
+                session.schedule.note(monitor, seconds, anew=True)
+            break
+        measured = comparing
+        if not views or not comparing or not session.schedule.affords(comparing, among):
+            break
+    return [monitor for monitor in chosen if monitor not in limited or monitor in good]
+
+
+def _is_planned(session: Session, view: ModelView) -> bool:
+    """Whether it is ours to choose how many samples the monitors of a view compare: not once it has been chosen."""
+    comparing = [m for m in session.monitors if m.enabled and session.view_of(m) is view and m.compares_samples()]
+    return (
+        view.adapter.num_samples is None
+        and "planned" not in view.amounts
+        and bool(comparing)
+        and all(monitor.max_overhead is not None for monitor in comparing)
+    )
+
+
+def in_words(session: Session) -> str:
+    """Returns the plan in a line: how many evaluations of how many samples, their cost, and when an alarm is possible."""
+    schedule, trainer = session.schedule, session.trainer
+    limited = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
+    limit = min(m.max_overhead for m in limited if m.max_overhead is not None)
+    periods, progress = schedule.periods(limited), run_progress(trainer)
+    main = next((m for m in limited if m.compares_samples()), None) or min(limited, key=lambda m: periods[m.name])
+    often = periods[main.name]
+    samples = session.view_of(main).num_samples if main.compares_samples() else None
+    of = f" of {samples:,} samples" if samples else ""
+    coming = math.inf if progress is None else schedule.dues * (1 / progress - 1)
+    number = 1 + coming // often
+    if progress is None:
+        text = f"Plan: evaluations{of}, at most {limit:.0%} of the training time"
+    else:
+        seconds = schedule.budget.spent + sum(coming // periods[m.name] * schedule.cost(m) for m in limited)
+        share = min(seconds * progress / schedule.budget.training, limit)
+        text = f"Plan: about {counted(int(number), 'evaluation')}{of}, {share:.0%} of the training time"
+    rarer = [
+        f"{m.name} never, since it may take {schedule.cost(m):.2g} s"
+        if periods[m.name] > coming
+        else f"{m.name} at one in {round(periods[m.name] / often):,}"
+        for m in limited
+        if periods[m.name] > often
+    ]
+    text += f" ({', '.join(rarer)})" * bool(rarer)
+    needed = max((listener.needed(main.name) for listener in session.listeners), default=0)
+    advice = "To evaluate whenever it is due, pass max_overhead=None."
+    if needed > number:
+        return f"{text}; no alarm is possible, since it takes {needed} evaluations. {advice}"
+    if needed:
+        later = (needed - 1) * often
+        by_steps = main.every_n_train_steps
+        unit, count = ("epoch", trainer.current_epoch + 1 + later * main.every_n_epochs)
+        if by_steps:
+            unit, count = "step", (schedule.dues + later) * by_steps
+        text += f"; the first alarm is possible after {unit} {count:,}"
+    return f"{text}. {advice}"
