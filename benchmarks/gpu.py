@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
 import sys
 import time
 import traceback
@@ -22,36 +21,40 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import lightning_gendiag
-from lightning_gendiag import CosineMeanSimilarity, GenerationBalance, ManifoldEntropy, RegionMap, decoder_gram
-from lightning_gendiag import find_regions as regions_found_in
-from lightning_gendiag import k_star as k_star_of
+from benchmarks.measuring import repeated
+from benchmarks.parts import (
+    Call,
+    Setting,
+    class_features,
+    classification,
+    compare,
+    entropies,
+    find_regions,
+    fit,
+    frechet,
+    jacobian,
+    k_star,
+    real_side,
+    sampling,
+)
 from lightning_gendiag.diagnostics.cosine_mean_similarity.metric import MAP_IMAGES
-from lightning_gendiag.diagnostics.generation_balance.monitor import FEATURE_WIDTH, PIXEL_WIDTH
-from lightning_gendiag.diagnostics.manifold_entropy.monitor import MAX_BYTES, MAX_DIMS, NUM_LATENTS
-from lightning_gendiag.functional.arrays import pieces
-from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.diagnostics.manifold_entropy.monitor import NUM_LATENTS
 from lightning_gendiag.model.amounts import NUM_REFERENCE
-from lightning_gendiag.model.features import FeatureExtractor, KernelClassifier, averaged_pixels, in_chunks
 
 SECONDS, RUNS = 0.4, 20
 """Time for which the runs of a part are repeated, and the largest number of them."""
 
 SLOW = 4.0
 """A part whose first run takes more seconds is not repeated: it is slow for another reason than that it comes first."""
-
-CLASSES, FEATURES, REGIONS = 10, 64, 5
-"""Numbers of classes, features and regions."""
 
 PRODUCTS = {
     "mm", "addmm", "addmm_", "mv", "addmv", "dot", "bmm", "baddbmm", "baddbmm_", "convolution", "convolution_backward",
@@ -60,168 +63,6 @@ PRODUCTS = {
 """Operations that count as matrix products; the last one computes distances by one."""
 
 PACKAGE = Path(lightning_gendiag.__file__).parent
-
-Call = Callable[[], object]
-
-
-class Setting(NamedTuple):
-    """The amount that a part is measured with."""
-
-    size: int
-    """Height and width of the images."""
-    samples: int
-    """Number of images or latents."""
-    device: torch.device
-
-    def images(self, seed: int) -> Tensor:
-        """Returns smooth images (N, 3, H, W) in 0..1."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        images = torch.empty(self.samples, 3, self.size, self.size, device=self.device)
-        for some in pieces(images, 256):
-            coarse = torch.rand(len(some), 3, 8, 8, device=self.device, generator=generator)
-            some.copy_(F.interpolate(coarse, size=(self.size, self.size), mode="bilinear"))
-        return images
-
-    def reference(self) -> Setting:
-        """Returns the setting of as many real images as are kept by default."""
-        return self._replace(samples=min(self.samples, NUM_REFERENCE))
-
-    def numbers(self, length: int, seed: int = 0) -> Tensor:
-        """Returns normal numbers (N, length)."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(self.samples, length, device=self.device, generator=generator)
-
-    def labels(self) -> Tensor:
-        """Returns classes (N,)."""
-        return torch.arange(self.samples, device=self.device) % CLASSES
-
-    def regions(self) -> RegionMap:
-        """Returns a map of equal stripes."""
-        return RegionMap((torch.arange(self.size) * REGIONS // self.size)[:, None].expand(-1, self.size))
-
-
-# ---- the parts: each prepares its data and returns what is timed ----
-
-
-@cache
-def network(size: int, device: torch.device) -> nn.Sequential:
-    """Returns a convolutional generator or decoder from latents (N, L) to images (N, 3, size, size)."""
-    torch.manual_seed(0)
-    wide = 4 * size
-    layers: list[nn.Module] = [nn.Unflatten(1, (MAX_DIMS, 1, 1)), nn.ConvTranspose2d(MAX_DIMS, wide, 4)]
-    for _ in range((size // 4).bit_length() - 1):
-        layers += [nn.BatchNorm2d(wide), nn.ReLU(), nn.ConvTranspose2d(wide, wide // 2, 4, 2, 1)]
-        wide //= 2
-    layers += [nn.BatchNorm2d(wide), nn.ReLU(), nn.Conv2d(wide, 3, 3, padding=1), nn.Tanh()]
-    return nn.Sequential(*layers).to(device).eval().requires_grad_(False)
-
-
-@cache
-def judges(own: Setting) -> tuple[FeatureExtractor, KernelClassifier]:
-    """Returns the feature extractor and the classifier of :func:`fitted`."""
-    return fitted(own.images(0), own.labels())
-
-
-def fitted(images: Tensor, labels: Tensor) -> tuple[FeatureExtractor, KernelClassifier]:
-    """Returns the default feature extractor and classifier of generation balance."""
-    extractor = FeatureExtractor(images, FEATURES)
-
-    def responses(some: Tensor) -> Tensor:
-        return extractor.responses(some).sqrt()
-
-    known = [None, extractor.reference_responses.sqrt()]
-    return extractor, KernelClassifier(
-        images, labels, [(averaged_pixels, PIXEL_WIDTH), (responses, FEATURE_WIDTH)], known
-    )
-
-
-def sampling(own: Setting) -> Call:
-    made, latents = network(own.size, own.device), own.numbers(MAX_DIMS)
-    return lambda: torch.cat([made(some) for some in pieces(latents, ModelAdapter().chunk_size)])
-
-
-def compared(own: Setting, real: Tensor) -> CosineMeanSimilarity:
-    """Returns a metric that has real images, and too few generated ones to take time."""
-    metric = CosineMeanSimilarity(own.regions(), reset_real_features=False).to(own.device)
-    metric.update(real, real=True)
-    metric.update(own._replace(samples=2).images(1), real=False)
-    return metric
-
-
-def real_side(own: Setting) -> Call:
-    real = own.images(0)
-    return lambda: compared(own, real).compute()
-
-
-def compare(own: Setting) -> Call:
-    metric, generated = compared(own, own.images(0)), own.images(1)
-    # the real side is kept
-    metric.compute()
-
-    def call() -> object:
-        metric.reset()
-        metric.update(generated, real=False)
-        return metric.compute()
-
-    return call
-
-
-def class_features(own: Setting) -> Call:
-    extractor, images = judges(own.reference())[0], own.images(1)
-    return lambda: in_chunks(extractor, images)
-
-
-def classification(own: Setting) -> Call:
-    classifier, images = judges(own.reference())[1], own.images(1)
-    return lambda: classifier(images)
-
-
-def frechet(own: Setting) -> Call:
-    real, generated, labels = own.numbers(FEATURES), own.numbers(FEATURES, 1), own.labels()
-    confusion = torch.ones(CLASSES, CLASSES) + 90 * torch.eye(CLASSES)
-
-    def call() -> object:
-        metric = GenerationBalance(CLASSES, confusion=confusion).to(own.device)
-        metric.update(labels, real=True, features=real)
-        metric.update(labels, real=False, features=generated)
-        return metric.compute()
-
-    return call
-
-
-def k_star(own: Setting) -> Call:
-    labels = own.labels()
-    latents = own._replace(samples=CLASSES).numbers(MAX_DIMS)[labels] + 2 * own.numbers(MAX_DIMS, 1)
-    return lambda: k_star_of(latents, labels)
-
-
-def jacobian(own: Setting) -> Call:
-    decode, latents = network(own.size, own.device), own.numbers(MAX_DIMS)
-    return lambda: decoder_gram(decode, latents, max_bytes=MAX_BYTES)
-
-
-def entropies(own: Setting) -> Call:
-    jacobians = own._replace(samples=own.samples * 2 * MAX_DIMS).numbers(MAX_DIMS).double()
-    jacobians = jacobians.view(own.samples, -1, MAX_DIMS)
-    grams, order = jacobians.mT @ jacobians, torch.arange(MAX_DIMS)
-
-    def call() -> object:
-        metric = ManifoldEntropy(MAX_DIMS, order=order).to(own.device)
-        metric.update(grams)
-        return metric.compute()
-
-    return call
-
-
-def fit(own: Setting) -> Call:
-    images, labels = own.images(0), own.labels()
-    return lambda: fitted(images, labels)
-
-
-def find_regions(own: Setting) -> Call:
-    images = own.images(0)
-    return lambda: regions_found_in(images, REGIONS, progress=False)
-
 
 PARTS: dict[str, Callable[[Setting], Call]] = {
     "sampling": sampling,
@@ -366,14 +207,10 @@ def measured(part: str, prepare: Callable[[Setting], Call], own: Setting) -> Row
     """Measures a part: the first run, which warms up, counts products and waits; further ones are timed."""
     call = prepare(own)
     with noted_waits(own.device) as places, Recording() as recording:
-        times = [seconds_of(call)]
-    if times[0] < SLOW:
-        times = [seconds_of(call)]
-        while sum(times) < SECONDS and len(times) < RUNS:
-            times.append(seconds_of(call))
+        first = seconds_of(call)
+    seconds = first if first > SLOW else repeated(lambda: seconds_of(call), SECONDS, RUNS)
     waits = sum(places.values())
-    milliseconds = 1000 * statistics.median(times)
-    return Row(part, own.size, own.samples, milliseconds, 1000 * recording.seconds(), waits, dict(places))
+    return Row(part, own.size, own.samples, 1000 * seconds, 1000 * recording.seconds(), waits, dict(places))
 
 
 def work(sizes: list[int], samples: list[int], device: torch.device) -> Iterator[tuple[str, Any, Setting]]:
