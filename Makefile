@@ -35,6 +35,7 @@ bench: $(READY)  ## every measurement; each script prints a table; more than an 
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overhead --models vae --arms all --epochs 24
 	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.scale --exponents
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

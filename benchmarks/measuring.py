@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing as mp
 import resource
+import statistics
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -50,6 +51,14 @@ def timed_anew(prepare: Callable[[], Callable[[], T]]) -> tuple[float, T]:
         num_threads=torch.get_num_threads(),
     )
     return float(timer.blocked_autorange().median), returned[0]
+
+
+def repeated(run: Callable[[], float], seconds: float, most: int) -> float:
+    """Returns the median of the seconds that runs take, which are repeated for so long in all, and at most so often."""
+    times = [run()]
+    while sum(times) < seconds and len(times) < most:
+        times.append(run())
+    return statistics.median(times)
 
 
 def peak_memory() -> float:

@@ -2,22 +2,31 @@
 
 Each size is measured in a process of its own, so that its peak memory is its own. At 64x64, maps of cells are compared with
 the exact map, beside the maps of two halves of the images: no map can be closer to the exact one than it is to itself.
+
+``--exponents`` measures how the time of each part grows instead: resolution, samples, latents, classes and regions vary alone
+around a base case. An exponent is the slope of log seconds over log amount in the upper half of the amounts. It takes less
+than three minutes of one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measuring import in_own_process, peak_memory, timed_anew
+from benchmarks import parts
+from benchmarks.measuring import in_own_process, peak_memory, repeated, timed_anew
+from benchmarks.parts import Setting
 from benchmarks.pixel_cka import smooth_images
 from example_models.data import digits, mnist, scenes
 from lightning_gendiag import CosineMeanSimilarity, RegionMap, find_regions, k_star
@@ -25,6 +34,76 @@ from lightning_gendiag.functional.distances import adjusted_rand_index
 
 COARSE = (1024, 256)
 """Numbers of cells, of 2x2 and of 4x4 pixels, that take the place of 4,096 pixels."""
+
+CPU = torch.device("cpu")
+IMAGES, LATENTS = Setting(32, 512, CPU, dims=32), Setting(32, 8, CPU, dims=32)
+"""The base case of parts that take images, and of those that take latents."""
+
+FEW = IMAGES._replace(samples=200)
+"""Images in which regions are found."""
+
+SIZES_OF_IMAGES, SAMPLES = [16, 32, 64, 128], [128, 256, 512, 1024, 2048]
+LENGTHS, NUMBERS = [8, 16, 32, 64, 128], [2, 5, 10, 20, 50]
+
+AXES: dict[tuple[str, str], tuple[list[int], dict[str, tuple[Callable[[Setting], parts.Call], Setting]]]] = {
+    ("resolution", "size"): (
+        SIZES_OF_IMAGES,
+        {
+            "sampling": (parts.sampling, IMAGES),
+            "cosine mean similarity, real side": (parts.real_side, IMAGES),
+            "cosine mean similarity, compare": (parts.compare, IMAGES),
+            "class features": (parts.class_features, IMAGES),
+            "classification": (parts.classification, IMAGES),
+            "Jacobian Gram matrices": (parts.jacobian, LATENTS),
+            "find_regions": (parts.find_regions, FEW),
+        },
+    ),
+    ("samples", "samples"): (
+        SAMPLES,
+        {
+            "sampling": (parts.sampling, IMAGES),
+            "cosine mean similarity, real side": (parts.real_side, IMAGES),
+            "cosine mean similarity, compare": (parts.compare, IMAGES),
+            "class features": (parts.class_features, IMAGES),
+            "classification": (parts.classification, IMAGES),
+            "shares, Fréchet distance by class": (parts.frechet, IMAGES),
+            "k*": (parts.k_star, IMAGES),
+            "find_regions": (parts.find_regions, IMAGES._replace(size=16)),
+        },
+    ),
+    ("latent dimensions", "dims"): (
+        LENGTHS,
+        {
+            "k*": (parts.k_star, IMAGES),
+            "Jacobian Gram matrices": (parts.jacobian, LATENTS),
+            "manifold entropy of these": (parts.entropies, LATENTS),
+        },
+    ),
+    ("latents", "samples"): (
+        [4, 8, 16, 32, 64],
+        {
+            "Jacobian Gram matrices": (parts.jacobian, LATENTS),
+            "manifold entropy of these": (parts.entropies, LATENTS),
+        },
+    ),
+    ("classes", "classes"): (
+        NUMBERS,
+        {
+            "classification": (parts.classification, IMAGES),
+            "shares, Fréchet distance by class": (parts.frechet, IMAGES),
+            "k*": (parts.k_star, IMAGES),
+        },
+    ),
+    ("regions", "regions"): (
+        NUMBERS,
+        {
+            "cosine mean similarity, real side": (parts.real_side, IMAGES),
+            "cosine mean similarity, compare": (parts.compare, IMAGES),
+            "find_regions": (parts.find_regions, FEW),
+        },
+    ),
+}
+"""By the name of an amount and the field of the setting that it is: its values, and the parts with their base cases."""
 
 
 def coloured(n: int, size: int, seed: int = 0) -> Tensor:
@@ -93,11 +172,55 @@ def agreement(folder: Path | None) -> None:
         print(f"  {name:44s} {values[0]:10.2f}" + "".join(f"{value:12.2f}" for value in values[1:]), flush=True)
 
 
+@torch.no_grad()
+def seconds_of(part: Callable[[Setting], parts.Call], own: Setting) -> float:
+    """Returns the seconds of a part, after a run to warm up where that is short."""
+    call = part(own)
+
+    def run() -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    first = run()
+    return first if first > 1 else repeated(run, 0.1, 20)
+
+
+def exponent(amounts: list[int], seconds: list[float]) -> float:
+    """Returns the slope of log seconds over log amount in the upper half of the amounts."""
+    upper = slice(len(amounts) // 2, None)
+    return float(np.polyfit(np.log(amounts[upper]), np.log(seconds[upper]), 1)[0])
+
+
+def exponents(only: str) -> list[dict[str, Any]]:
+    """Prints the table of seconds against amounts, and returns its rows."""
+    rows: list[dict[str, Any]] = []
+    for (axis, field), (amounts, measured_parts) in AXES.items():
+        print(f"\n{f'seconds by {axis}':36s}" + "".join(f"{amount:>9d}" for amount in amounts) + f"{'exponent':>10s}")
+        for name, (part, base) in measured_parts.items():
+            if only not in name:
+                continue
+            # the field is one of the integers
+            settings = [base._replace(**{field: amount}) for amount in amounts]  # type: ignore[arg-type]
+            seconds = [seconds_of(part, own) for own in settings]
+            slope = exponent(amounts, seconds)
+            print(f"  {name:34s}" + "".join(f"{value:9.4f}" for value in seconds) + f"{slope:10.2f}", flush=True)
+            rows.append({"axis": axis, "part": name, "amounts": amounts, "seconds": seconds, "exponent": slope})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="measure the names that contain this, and no agreement of maps")
     parser.add_argument("--mnist", type=Path, help="folder with MNIST's test images")
+    parser.add_argument("--exponents", action="store_true", help="measure how the time of each part grows")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON, with --exponents")
     options = parser.parse_args()
+    if options.exponents:
+        rows = exponents(options.only)
+        if options.json:
+            print(json.dumps(rows))
+        return
     print(f"{'':44s} {'seconds':>8s} {'GiB at the peak':>16s} {'GiB before':>11s}")
     for name in SIZES:
         if options.only in name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -173,6 +174,8 @@ def median(values: Tensor) -> Tensor:
     values = values.flatten()
     lower = values.median()
     half = len(values) // 2
-    if len(values) % 2 or (values <= lower).sum() > half:
+    if len(values) % 2:
         return lower
-    return (lower + values[values > lower].min()) / 2
+    # decided on the device, which the host then need not wait for
+    upper = values.where(values > lower, math.inf).min()
+    return torch.where((values <= lower).sum() > half, lower, (lower + upper) / 2)

@@ -75,12 +75,15 @@ def decoder_gram(
             f"z must be (N, L) in float32 or float64, got {z.dtype} of shape {tuple(z.shape)}. "
             "To fix this, pass z.flatten(1).float(), and a decoder that takes it."
         )
-    wanted = torch.arange(z.shape[1], device=z.device) if dims is None else torch.as_tensor(dims, device=z.device)
-    if wanted.ndim != 1 or len(wanted) == 0 or not 0 <= int(wanted.min()) <= int(wanted.max()) < z.shape[1]:
+    wanted = torch.arange(z.shape[1], device=z.device) if dims is None else torch.as_tensor(dims)
+    if dims is not None and (
+        wanted.ndim != 1 or len(wanted) == 0 or not 0 <= int(wanted.min()) <= int(wanted.max()) < z.shape[1]
+    ):
         raise ValueError(
             f"dims must be numbers of latent dimensions, 0 to {z.shape[1] - 1}, got {dims}. "
             "To fix this, leave dims out for all dimensions."
         )
+    wanted = wanted.to(z.device)
     if len(z) == 0:
         return torch.zeros(0, len(wanted), len(wanted), dtype=torch.float64, device=z.device)
     row_scale = torch.as_tensor(data_scale, dtype=torch.float64, device=z.device)
@@ -187,10 +190,10 @@ def _by_direction(out: Tensor, at: Tensor, wanted: Tensor, rows: Tensor, columns
         # at other weights than zeros, so that a backward pass that is not linear is noticed
         weights = torch.ones_like(out)
     weights.requires_grad_()
-    slope = torch.autograd.grad(out, at, weights, create_graph=True)[0]  # (n, L)
+    slope = torch.autograd.grad(out, at, weights, create_graph=True)[0].index_select(1, wanted)  # (n, l)
     jacobian = torch.empty(len(at), len(wanted), out.shape[1], dtype=at.dtype, device=at.device)
-    for place, dim in enumerate(wanted.tolist()):
-        jacobian[:, place] = torch.autograd.grad(slope[:, dim].sum(), weights, retain_graph=True)[0]
+    for place, column in enumerate(slope.unbind(1)):
+        jacobian[:, place] = torch.autograd.grad(column.sum(), weights, retain_graph=True)[0]
     first = jacobian[:, 0]
     plain = torch.autograd.grad(out, at, first, retain_graph=True)[0][:, wanted]  # J'J of one column
     if not torch.allclose(
@@ -245,7 +248,7 @@ def active_dims(decode: Decode, z: Tensor, count: int, *, probes: int = 16, seed
         at = z.detach().clone().requires_grad_()
         out = _flat(decode, at)
         for _ in range(probes):
-            signs = torch.randint(0, 2, out.shape, generator=generator).to(out) * 2 - 1
+            signs = torch.randint(0, 2, out.shape, generator=generator).to(out, non_blocking=True) * 2 - 1
             squares += torch.autograd.grad(out, at, signs, retain_graph=True)[0].double().square().sum(0)
     return squares.topk(min(count, z.shape[1])).indices.sort().values
 

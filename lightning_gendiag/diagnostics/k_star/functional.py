@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +19,9 @@ CELLS = 1 << 24
 
 PAIRS = 1 << 20
 """Pairs whose distances are computed again in float64 at a time."""
+
+UNSURE = 256
+"""Samples whose distances are computed again at a time."""
 
 FRACTURED, CLUSTERED = 0.5, -0.5
 """Skewness above and below which a class counts as fractured and clustered, as in the papers."""
@@ -144,26 +146,25 @@ def k_star(latents: Tensor, labels: Tensor, *, distance: Distance = "euclidean")
     invalid = 1 - finite.double().mean() if len(x) else torch.zeros((), dtype=torch.float64, device=x.device)
     values = torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
     labels = labels.long()
-    x, known = x[finite], labels[finite]
     # samples are sorted by class, so that a class is a slice of columns
-    order = known.argsort(stable=True)
-    x, known = x[order], known[order]
+    order = finite.nonzero()[:, 0]
+    order = order[labels[order].argsort(stable=True)]
+    x, known = x[order], labels[order]
     if distance == "cosine":
         x = torch.nn.functional.normalize(x.double(), dim=1).to(x.dtype)
-    classes, sizes = torch.unique_consecutive(known, return_counts=True)
+    classes, place, sizes = torch.unique_consecutive(known, return_inverse=True, return_counts=True)
+    of_class = sizes.tolist()
     counts = torch.full((len(x),), math.nan, dtype=torch.float64, device=x.device)
     rivals = torch.zeros(len(classes), len(classes), dtype=torch.float64, device=x.device)
     if len(classes) > 1:
-        place = torch.repeat_interleave(torch.arange(len(classes), device=x.device), sizes)
         with exact_matmul():
-            for rows, count, first in _blocks(x, sizes.tolist()):
-                counts[rows] = count.double()
-                pairs = place[rows] * len(classes) + place[first]
-                rivals += torch.bincount(pairs, minlength=len(classes) ** 2).view_as(rivals)
-    size = torch.repeat_interleave(sizes, sizes)
+            counts, first = _nearer(x, place, of_class)
+        pairs = place * len(classes) + place[first]
+        rivals += torch.bincount(pairs, minlength=len(classes) ** 2).view_as(rivals)
+    size = sizes[place]
     normal = (counts / size).masked_fill(size == 1, math.nan)
-    values[finite.nonzero()[:, 0][order]] = normal
-    parts = torch.split(normal, sizes.tolist())
+    values[order] = normal
+    parts = torch.split(normal, of_class)
     moments = [torch.stack([part.mean(), part.std(correction=0), _skewness(part)]) for part in parts]
     mean, std, skewness = torch.stack(moments, 1) if len(classes) else normal.new_zeros(3, 0)
     rivals = rivals / rivals.sum(1, keepdim=True)
@@ -200,42 +201,51 @@ def check_distance(distance: str) -> None:
         )
 
 
-def _blocks(x: Tensor, sizes: list[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields blocks of rows, how many of their class are nearer than any other class, and the nearest other sample.
+def _nearer(x: Tensor, place: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Returns how many of its class are nearer to each row than any other class, and the nearest sample of another class.
 
-    Rows must be sorted by class, and ``sizes`` are those of the classes in this order.
+    No block is waited for: rows whose distances are too close to compare are collected, and computed again at the end.
+
+    Args:
+        x: (N, D) rows, sorted by class.
+        place: (N,) numbers of their classes, 0..K-1.
+        sizes: numbers of samples of the K classes.
+
+    Returns:
+        (N,) counts in float64, which include the row itself, and (N,) numbers of rows.
     """
     centred = x - x.mean(0)
     squares = centred.square().sum(1)
     # twice the rounding error of a squared distance from a matrix product
     slack = 4 * torch.finfo(x.dtype).eps * math.sqrt(x.shape[1] + 4) * (squares.max() + squares)
-    start = 0
+    counts, firsts = torch.empty_like(slack, dtype=torch.float64), torch.empty_like(place)
+    unsure = torch.empty_like(place, dtype=torch.bool)
+    start, step = 0, max(1, CELLS // len(x))
     for size in sizes:
         stop = start + size
-        step = max(1, CELLS // len(x))
         for begin in range(start, stop, step):
             rows = slice(begin, min(begin + step, stop))
             d = squared_distances(centred[rows], centred)  # (B, N)
             own, tolerance = d[:, start:stop].clone(), slack[rows]
             d[:, start:stop] = math.inf
-            near, first = d.min(1)
+            near, firsts[rows] = d.min(1)
             # the sample itself is always first
             own[:, rows.start - start :].diagonal().fill_(-math.inf)
-            d[:, start:stop] = own
             surely = (own < (near - tolerance)[:, None]).sum(1)
-            perhaps = (own <= (near + tolerance)[:, None]).sum(1)
-            for row in torch.split((perhaps > surely).nonzero()[:, 0], 64):
-                surely[row], first[row] = _measured(x, d[row], row + rows.start, start, stop, near[row], tolerance[row])
-            yield rows, surely, first
+            counts[rows] = surely.double()
+            unsure[rows] = (own <= (near + tolerance)[:, None]).sum(1) > surely
         start = stop
+    for again in torch.split(unsure.nonzero()[:, 0], UNSURE):
+        d = squared_distances(centred[again], centred)
+        counts[again], firsts[again] = _measured(x, d, again, place, slack[again])
+    return counts, firsts
 
 
-def _measured(
-    x: Tensor, d: Tensor, rows: Tensor, start: int, stop: int, near: Tensor, tolerance: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Computes the same for rows whose distances are too close to compare, from differences in float64."""
-    column = torch.arange(d.shape[1], device=d.device)
-    own = (column >= start) & (column < stop)
+def _measured(x: Tensor, d: Tensor, rows: Tensor, place: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the same for rows whose distances (B, N) are too close to compare, from differences in float64."""
+    own = place[rows][:, None] == place
+    near = d.masked_fill(own, math.inf).amin(1)
+    d.scatter_(1, rows[:, None], -math.inf)
     close = (d - near[:, None]).abs() <= 2 * tolerance[:, None]
     exact = torch.full(d.shape, math.inf, dtype=torch.float64, device=d.device)
     i, j = close.nonzero(as_tuple=True)
@@ -245,15 +255,15 @@ def _measured(
     nearest, first = exact.masked_fill(own, math.inf).min(1)
     surely = ((d < (near - 2 * tolerance)[:, None]) & own).sum(1)
     closer = ((exact < nearest[:, None]) & own & close).sum(1)
-    return surely + closer, first
+    return (surely + closer).double(), first
 
 
 def _skewness(values: Tensor) -> Tensor:
     """Computes the third standardised moment; -inf where all values are one, nan where all are equal otherwise."""
-    if len(values) == 0 or values.isnan().any():
+    if len(values) == 0:
         return torch.full((), math.nan, dtype=torch.float64, device=values.device)
     deviation = values - values.mean()
+    skewness = deviation.pow(3).mean() / deviation.square().mean().pow(1.5)
     # values that are all equal differ from their mean by rounding only
-    if (values == values[0]).all():
-        return torch.full_like(values[0], -math.inf if float(values[0]) == 1 else math.nan)
-    return deviation.pow(3).mean() / deviation.square().mean().pow(1.5)
+    of_equal = torch.where(values[0] == 1, -math.inf, math.nan)
+    return torch.where((values == values[0]).all(), of_equal, skewness)

@@ -109,13 +109,15 @@ class PosteriorKL(Diagnostic):
                 )
         divergence = posterior_kl(mean.detach(), log_variance.detach()) if divergence is None else divergence.double()
         finite = divergence.isfinite().all(1)
-        m, v = mean.detach().double()[finite], log_variance.detach().double()[finite].exp()
-        self.rows_seen = self.rows_seen + len(m)
-        self.left_out = self.left_out + (~finite).sum()
-        self.divergence = self.divergence + divergence[finite].sum(0)
-        self.means = self.means + m.sum(0)
-        self.variances = self.variances + v.sum(0)
-        self.products = self.products + (m.T @ m if self.products.ndim == 2 else m.square().sum(0))
+        # zeros in place of rows that are left out, since the host would wait for the number of rows that are not
+        divergence, m, v = (
+            values.where(finite[:, None], 0.0)
+            for values in (divergence, mean.detach().double(), log_variance.detach().double().exp())
+        )
+        self.accumulate(
+            rows_seen=finite.sum(), left_out=(~finite).sum(), divergence=divergence.sum(0), means=m.sum(0),
+            variances=v.sum(0), products=m.T @ m if self.products.ndim == 2 else m.square().sum(0),
+        )  # fmt: skip
 
     def compute(self) -> PosteriorKLResult:
         """Computes the divergences over all rows; nan where there are none."""

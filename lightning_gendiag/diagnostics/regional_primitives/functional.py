@@ -170,8 +170,8 @@ def minimal_features(
                 [0., 1.],
                 [1., 1.]])
     """
-    regions = regions.to(feature.device)
     n = check_regions(regions)
+    regions = regions.to(feature.device)
     if feature.shape != baseline.shape:
         raise ValueError(
             f"baseline must have the feature's shape {tuple(feature.shape)}, got {tuple(baseline.shape)}. "
@@ -363,8 +363,8 @@ def decompose(
         >>> decompose(pixels, torch.ones(2), regions, found).norms.round(decimals=3)  # nothing is drawn together
         tensor([0.0000, 0.7070, 0.7070, 0.0000])
     """
-    regions = regions.to(feature.device)
     n = check_regions(regions)
+    regions = regions.to(feature.device)
     interactions = or_interactions(minimal.features)
     baseline = interactions[0]
     cover = torch.nn.functional.one_hot(regions + 1, n + 1)[..., 1:].to(feature.dtype).flatten(0, 1)  # (P, n)
@@ -395,7 +395,8 @@ def decompose(
     # by completeness the components that cover region i add up to its own minimal feature
     alone = minimal.features[2 ** torch.arange(n, device=feature.device)]
     relevant = by_region(images(alone) - own).diagonal() / change
-    others = torch.stack([baseline + interactions[1:][~meets[1:, i]].sum(0) for i in range(n)])
+    apart = [interactions[1:].where(_wide(~meets[1:, i], interactions), 0.0).sum(0) for i in range(n)]
+    others = baseline + torch.stack(apart)
     irrelevant = by_region(images(others) - empty).diagonal() / change
     return Decomposition(
         norms, effects, torch.cat([part.view(-1) for part in curve]), relevant, irrelevant,
@@ -412,9 +413,9 @@ def importance(tail: Callable[[Tensor], Tensor], feature: Tensor, baseline: Tens
     with torch.no_grad():
         own, empty = tail(torch.stack([feature, baseline]))
     change = (own - empty).square().sum(0).flatten()
-    flat = regions.flatten().to(change.device)
-    inside = flat >= 0
-    shares = torch.zeros(n, dtype=change.dtype, device=change.device).index_add_(0, flat[inside], change[inside])
+    # one entry more for what is in no region
+    places = regions.flatten().to(change.device).clamp(min=-1) + 1
+    shares = torch.zeros(n + 1, dtype=change.dtype, device=change.device).index_add_(0, places, change)[1:]
     return shares / shares.sum().clamp(min=math.ulp(0.0))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.regional_primitives.functional import (
@@ -101,10 +102,9 @@ class RegionalPrimitives(Diagnostic):
                     f"{name} must be {tuple(shape)} for {self.num_regions} regions, got {tuple(given[name].shape)}. "
                     "To fix this, pass the result of decompose on the same regions: metric.update(*decompose(...))."
                 )
-        if not all(bool(value.isfinite().all()) for value in given.values()):
-            self.accumulate(left_out=1)
-        else:
-            self.accumulate(images=1, **{name: value.detach().double() for name, value in given.items()})
+        finite = torch.stack([value.isfinite().all() for value in given.values()]).all()
+        added = {name: value.detach().double().where(finite, 0.0) for name, value in given.items()}
+        self.accumulate(images=finite, left_out=~finite, **added)
 
     def compute(self) -> RegionalPrimitivesResult:
         """Computes the means over all images; nan where there are none."""
