@@ -361,7 +361,7 @@ def test_a_run_within_one_epoch_is_evaluated_by_steps(
 ) -> None:
     own = SimpleNamespace(
         max_steps=max_steps, num_training_batches=batches_of_an_epoch, accumulate_grad_batches=accumulated,
-        optimizers=[None] * optimizers,
+        optimizers=[None] * optimizers, max_epochs=-1,
     )  # fmt: skip
     assert stream_period(own) == expected  # type: ignore[arg-type]
 

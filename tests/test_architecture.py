@@ -20,7 +20,7 @@ FLOORS = [
     {"functional", "detection", "plots"},
     {"regions", "metric", "samplers"},
     {"model"},
-    {"callbacks/logging", "callbacks/schedule", "callbacks/session", "callbacks/monitor"},
+    {"callbacks/logging", "callbacks/schedule", "callbacks/planning", "callbacks/session", "callbacks/monitor"},
     {"diagnostics"},
     {"callbacks/checkpoints", "callbacks/collapse_stopping", "callbacks/generative_diagnostics"},
 ]

@@ -81,7 +81,7 @@ unlearned = pytest.mark.filterwarnings("ignore:generated images span")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_applicable_diagnostics_are_attached_to_every_example(name: str) -> None:
     make, size, expected = EXAMPLES[name]
-    diagnostics = GenerativeDiagnostics(adapter=small(), on_error="raise")
+    diagnostics = GenerativeDiagnostics(adapter=small(), on_error="raise", max_overhead=None)
     # the run has one epoch, in which every monitor must be due
     for monitor in diagnostics.monitors.values():
         monitor.every_n_epochs = 1
@@ -121,7 +121,7 @@ def test_rows_are_evaluated_by_what_needs_no_images() -> None:
 
 def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_path: Any) -> None:
     own_k_star, stopping = KStarMonitor(), CollapseStopping(action="warn")
-    diagnostics = GenerativeDiagnostics(adapter=small(), skip=("posterior_kl",))
+    diagnostics = GenerativeDiagnostics(adapter=small(), skip=("posterior_kl",), max_overhead=None)
     checkpoint = ModelCheckpoint(tmp_path)
     own = trainer(diagnostics, own_k_star, stopping, checkpoint, max_epochs=1, enable_checkpointing=True)
     own.fit(VAE(3, width=2), batches(32))

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning
-from lightning_gendiag.callbacks.schedule import run_progress
 from lightning_gendiag.callbacks.session import Member, Purpose
 from lightning_gendiag.detection.history import Curve, Evaluation, Observation
 from lightning_gendiag.functional.arrays import as_images
@@ -19,6 +18,7 @@ from lightning_gendiag.metric import Diagnostic, Result
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.model.amounts import run_progress
 from lightning_gendiag.model.reference import InapplicableError
 from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions

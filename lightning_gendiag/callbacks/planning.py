@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_gendiag.callbacks.schedule import run_progress
 from lightning_gendiag.detection.alarm import counted
 
 if TYPE_CHECKING:
@@ -88,18 +87,17 @@ def in_words(session: Session) -> str:
     schedule, trainer = session.schedule, session.trainer
     limited = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
     limit = min(m.max_overhead for m in limited if m.max_overhead is not None)
-    periods, progress = schedule.periods(limited), run_progress(trainer)
+    periods, coming = schedule.periods(limited), schedule.coming
     main = next((m for m in limited if m.compares_samples()), None) or min(limited, key=lambda m: periods[m.name])
     often = periods[main.name]
     samples = session.view_of(main).num_samples if main.compares_samples() else None
     of = f" of {samples:,} samples" if samples else ""
-    coming = math.inf if progress is None else schedule.dues * (1 / progress - 1)
     number = 1 + coming // often
-    if progress is None:
+    if coming == math.inf:
         text = f"Plan: evaluations{of}, at most {limit:.0%} of the training time"
     else:
         seconds = schedule.budget.spent + sum(coming // periods[m.name] * schedule.cost(m) for m in limited)
-        share = min(seconds * progress / schedule.budget.training, limit)
+        share = min(seconds / schedule.budget.training / (1 + coming / schedule.dues), limit)
         text = f"Plan: about {counted(int(number), 'evaluation')}{of}, {share:.0%} of the training time"
     rarer = [
         f"{m.name} never, since it may take {schedule.cost(m):.2g} s"

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from lightning_gendiag.model.amounts import run_progress
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -162,15 +164,19 @@ class Schedule:
         """Returns the seconds that an evaluation of a monitor takes."""
         return median(self._costs.get(monitor.name, [monitor.expected_seconds]))
 
+    @property
+    def coming(self) -> float:
+        """Number of rounds to come after this one; inf where the length of the run is not known."""
+        progress = run_progress(self.trainer)
+        return math.inf if progress is None else max(self.dues, 1) * (1 / max(progress, 1e-9) - 1)
+
     def _allowance(self, max_overhead: float) -> float:
-        """The seconds that each of the coming rounds may take."""
-        budget, dues = self.budget, max(self.dues, 1)
-        progress, each = run_progress(self.trainer), max_overhead * budget.training / dues
-        if progress is None:
+        """The seconds that each round from this one on may take."""
+        budget, each = self.budget, max_overhead * self.budget.training / max(self.dues, 1)
+        if self.coming == math.inf:
             return each
-        coming = dues * (1 / max(progress, 1e-9) - 1) + 1
-        left = max_overhead * budget.training / max(progress, 1e-9) - budget.spent
-        return max(left / coming, LEAST_ALLOWANCE * each)
+        rounds = max(self.dues, 1) + self.coming
+        return max((each * rounds - budget.spent) / (self.coming + 1), LEAST_ALLOWANCE * each)
 
     def periods(self, monitors: Sequence[Monitor[Any, Any]]) -> dict[str, int]:
         """Returns in which number of rounds each monitor takes part once.
@@ -186,7 +192,7 @@ class Schedule:
         for monitor, unit in units.items():
             costs[unit] += self.cost(monitor) * least[unit] / relative[monitor]
         limit = min(monitor.max_overhead for monitor in monitors if monitor.max_overhead is not None)
-        periods = shared(costs, least, self._allowance(limit))
+        periods = shared(costs, least, self._allowance(limit), self.coming + 1)
         return {m.name: periods[unit] * relative[m] // least[unit] for m, unit in units.items()}
 
     def affords(self, monitors: Sequence[Monitor[Any, Any]], among: Sequence[Monitor[Any, Any]]) -> bool:
@@ -196,9 +202,9 @@ class Schedule:
             monitors: Those that are asked for.
             among: All with a limit.
         """
-        progress, periods = run_progress(self.trainer), self.periods(among)
-        dues = self.dues / progress if progress else 0.0
-        return all(periods[m.name] <= max(self._relative_period(m, among), dues // EVALUATIONS) for m in monitors)
+        periods, dues = self.periods(among), self.dues + self.coming
+        spare = 1 if dues == math.inf else dues // EVALUATIONS
+        return all(periods[m.name] <= max(self._relative_period(m, among), spare) for m in monitors)
 
     def _relative_period(self, monitor: Monitor[Any, Any], monitors: Sequence[Monitor[Any, Any]]) -> int:
         """How many times as often as this monitor the most frequent one is due."""
@@ -225,37 +231,32 @@ def _unit(monitor: Monitor[Any, Any]) -> str:
     return "samples" if monitor.compares_samples() else monitor.name
 
 
-def shared(costs: Mapping[str, float], least: Mapping[str, int], allowance: float) -> dict[str, int]:
+def shared(costs: Mapping[str, float], least: Mapping[str, int], allowance: float, rounds: float) -> dict[str, int]:
     """Returns in which number of rounds each part takes place once, so that together they take at most an allowance a round.
 
-    Those that need less than an equal share get what they need, and the others divide the rest equally.
+    Those that need less than an equal share get what they need, and the others divide the rest equally. What does not fit
+    even once leaves its share to the others.
 
     Args:
         costs: Seconds of each part.
         least: Smallest period of each.
         allowance: Seconds, more than 0.
+        rounds: Number of rounds to come, at least 1.
 
     Example:
-        >>> shared({"regions": 0.01, "entropies": 0.02, "primitives": 2.0}, dict.fromkeys(("regions", "entropies",
-        ... "primitives"), 1), 0.1)
+        >>> costs = {"regions": 0.01, "entropies": 0.02, "primitives": 2.0}
+        >>> shared(costs, dict.fromkeys(costs, 1), 0.1, 100)
         {'regions': 1, 'entropies': 1, 'primitives': 29}
     """
     left, rest = allowance, dict(costs)
     while small := [name for name, cost in rest.items() if cost / least[name] <= left / len(rest)]:
         left -= sum(rest.pop(name) / least[name] for name in small)
-    return {
-        name: max(least[name], math.ceil(cost * len(rest) / max(left, 1e-9))) if name in rest else least[name]
-        for name, cost in costs.items()
-    }
-
-
-def run_progress(trainer: Trainer) -> float | None:
-    """Returns the share of a run that is done, 0 to 1; None where its length is not known."""
-    epochs, steps = trainer.max_epochs or 0, trainer.max_steps
-    epoch = trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_idx + 1) / max(trainer.num_training_batches, 1)
-    shares = [epoch / epochs] if epochs > 0 else []
-    shares += [trainer.global_step / steps] if steps > 0 else []
-    return min(max(shares), 1.0) if shares else None
+    periods = {name: max(least[name], math.ceil(cost * len(rest) / max(left, 1e-9))) for name, cost in rest.items()}
+    dearest = max(rest, key=rest.__getitem__, default="")
+    if len(costs) > 1 and periods.get(dearest, 0) > rounds:
+        others = {name: cost for name, cost in costs.items() if name != dearest}
+        return shared(others, least, allowance, rounds) | {dearest: periods[dearest]}
+    return {name: periods.get(name, least[name]) for name in costs}
 
 
 def stream_period(trainer: Trainer, within_epochs: bool = False) -> int | None:

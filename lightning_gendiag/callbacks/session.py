@@ -233,7 +233,11 @@ class Session:
                 self._restart(view)
             if any(self.view_of(monitor) is view for monitor in chosen if not monitor.watches_batches):
                 view.agree_on_prior()
-        plans = not self._planned and self._is_ready(chosen, epoch_over)
+        limited = [monitor for monitor in chosen if monitor.max_overhead is not None]
+        plans = bool(limited) and not self._planned
+        if plans and not self._is_ready(limited, epoch_over):
+            # together, once all have their real images
+            plans, chosen = False, [monitor for monitor in chosen if monitor not in limited]
         if plans:
             chosen = rehearse(self, chosen, step, epoch_over)
         for monitor in chosen:
@@ -253,12 +257,12 @@ class Session:
             if follower.act is not None and follower.key.startswith(evaluated) and self.is_fresh(follower.key):
                 follower.act(self.trainer)
 
-    def _is_ready(self, chosen: list[Monitor[Any, Any]], epoch_over: bool) -> bool:
-        """Whether all monitors with a limit have their real images, so that it can be measured what they cost."""
-        limited = [monitor for monitor in chosen if monitor.max_overhead is not None]
+    def _is_ready(self, monitors: list[Monitor[Any, Any]], epoch_over: bool) -> bool:
+        """Whether all monitors have their real images, or images that cannot be read, on any process."""
         # all processes ask together
-        ready = [self.view_of(m).real.ready(epoch_over) for m in limited if m.needs_reference]
-        return bool(limited) and all(ready)
+        ready = [self.view_of(monitor).real.ready(epoch_over) for monitor in monitors if monitor.needs_reference]
+        unreadable = any(self.view_of(monitor).adapter in self._unreadable for monitor in monitors)
+        return all(ready) or not self.trainer.strategy.reduce_boolean_decision(not unreadable, all=True)
 
     def timed(
         self, monitor: Monitor[Any, Any], step: int, epoch_over: bool, purpose: Purpose = "series"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from lightning.pytorch import Trainer
 
 T = TypeVar("T")
 
@@ -94,3 +95,12 @@ def fitting(seconds: float, limit: float, least: int, most: int) -> int:
         (100, 64, 1024)
     """
     return max(least, min(most, int(limit / max(seconds, 1e-9))))
+
+
+def run_progress(trainer: Trainer) -> float | None:
+    """Returns the share of a run that is done, 0 to 1; None where its length is not known."""
+    epochs, steps = trainer.max_epochs or 0, trainer.max_steps
+    epoch = trainer.current_epoch + (trainer.fit_loop.epoch_loop.batch_idx + 1) / max(trainer.num_training_batches, 1)
+    shares = [epoch / epochs] if epochs > 0 else []
+    shares += [trainer.global_step / steps] if steps > 0 else []
+    return min(max(shares), 1.0) if shares else None

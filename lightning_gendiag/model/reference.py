@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
-from lightning_gendiag.model.amounts import NUM_REFERENCE, reference_size
+from lightning_gendiag.model.amounts import NUM_REFERENCE, reference_size, run_progress
 from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images, Labels, Rows, count_of_images, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
@@ -239,8 +239,8 @@ class Reference:
 
     @property
     def _half_over(self) -> bool:
-        """Whether half of a run of ``max_steps`` has passed, after which a stream's next images would come too late."""
-        return 0 < self.trainer.max_steps <= 2 * self.trainer.global_step
+        """Whether half of the run has passed, after which the next images would come too late."""
+        return (run_progress(self.trainer) or 0.0) >= 0.5
 
     # ---- whether a later fit brings other data ----
 
