@@ -115,6 +115,8 @@ class ModelView:
         to ``encode`` and ``reconstruct``."""
         self.averaged = False
         """Whether averaged weights are evaluated."""
+        self.thorough = True
+        """Whether this evaluation is a full one, with what is only shown, such as Fréchet distances within classes."""
         self._lacks_average = False
         self._said_weights = self._warned_weights = False
         self._samples: Images | None = None
