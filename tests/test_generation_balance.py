@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from scipy.optimize import minimize
 from scipy.stats import binomtest
@@ -173,6 +174,19 @@ def test_rows_that_are_not_finite_are_left_out_and_counted() -> None:
     assert float(result.invalid) == pytest.approx(1 / 3)
 
 
+def test_images_that_are_said_to_be_finite_count_whatever_their_features_are() -> None:
+    features = torch.tensor([[0.0], [2.0], [torch.nan], [1.0]])
+    metric = GenerationBalance(2)
+    metric.update(torch.tensor([0, 0, 1, 1]), real=True, features=features.nan_to_num())
+    metric.update(
+        torch.tensor([0, 0, 0, 1]), real=False, features=features, finite=torch.tensor([True, True, True, False])
+    )
+    result = metric.compute()
+    assert result.generated_count.tolist() == [3, 0]
+    assert float(result.invalid) == 1 / 4
+    assert float(result.fid[0]) == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -271,13 +285,13 @@ def test_features_of_the_reference_are_computed_once_for_all_monitors(
         LatentRegionsMonitor(components=1, num_points=10, **options),
     ]
     trainer(monitors[0], max_epochs=1).fit(VAE(3, width=2), batches(32))
-    # samples go through the filters for the classes and for the distances
-    assert network.images == 400 + 20 * 2
+    # samples go through the filters once, for the classes and for the distances
+    assert network.images == 400 + 20
     network.images = 0
     trainer(*monitors, max_epochs=1).fit(VAE(3, width=2), batches(32))
     without_points = network.images
     # ten points of each of four kinds, which two networks compare, and those of the only component, which one compares
-    assert without_points <= 400 + 20 * 2 + 4 * 10 * 2 + 32
+    assert without_points <= 400 + 20 + 4 * 10 * 2 + 32
 
 
 def test_features_of_some_rows_of_the_reference_are_those_of_its_images() -> None:
@@ -617,6 +631,36 @@ def test_the_users_features_are_used_for_distances_and_for_neighbours() -> None:
     )
     trainer(own, max_epochs=1).fit(ClassSampler(), batches(16, 32))
     assert own.result.fid.isfinite().all()
+
+
+class Quick(GenerationBalanceMonitor):
+    """Evaluates what is judged alone."""
+
+    def update(self, view: Any) -> None:
+        view.thorough = False
+        super().update(view)
+
+
+@pytest.mark.parametrize("options", [{}, {"space": "features"}, {"space": "pixels"}, {"classifier": "classify"}])
+def test_evaluations_that_are_not_full_lack_distances_within_classes_alone(options: dict[str, Any]) -> None:
+    class Broken(Classified):
+        def sample(self, n: int) -> Tensor:
+            images = super().sample(n)
+            images[: n // 5] = torch.nan
+            return images
+
+    results = []
+    for kind in (GenerationBalanceMonitor, Quick):
+        seed_everything(0, verbose=False)
+        monitor = kind(adapter=adapter(chunk_size=500), on_error="raise", **options)
+        trainer(monitor, max_epochs=1).fit(Broken(), batches(16, 32))
+        results.append(monitor.result)
+    full, quick = results
+    assert full.fid.isfinite().any()
+    assert {"fid_mean", "fid_worst"} <= set(full.scalars())
+    assert not any(name.startswith("fid") for name in quick.scalars())
+    assert float(quick.invalid) == pytest.approx(1 / 5)
+    torch.testing.assert_close(full._replace(fid=quick.fid), quick, rtol=0, atol=0, equal_nan=True)
 
 
 def test_images_with_nan_are_counted_as_invalid() -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, T
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning
 from lightning_gendiag.callbacks.session import Member, Purpose
@@ -26,7 +28,6 @@ from lightning_gendiag.regions.region_map import RegionMap, features_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
 
     from lightning_gendiag.detection.alarm import Alarm
     from lightning_gendiag.model.batches import Images
@@ -447,7 +448,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         evaluation: Evaluation | None = None
         scalars: dict[str, float] = {}
         try:
-            self.result = self.postprocess(view, self.metric.compute())
+            # moved at once, since each number that is read on an accelerator would wait for it
+            self.result = apply_to_collection(self.postprocess(view, self.metric.compute()), Tensor, Tensor.cpu)
             scalars = {name: float(value) for name, value in self.scalars(self.result).items()}
             observations = self.observations(self.result)
             epoch = self.session.trainer.current_epoch
@@ -468,9 +470,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             self._log_panels(evaluation, self.session.logger(evaluation.step, self.name))
             return ready
         self.session.note_evaluation(self)
-        for name, value in scalars.items():
-            # loggers are served below: through self.log they would get only every log_every_n_steps
-            compat.log_value(view.subject.trained, f"{PREFIX}/{self.name}/{name}", value, epoch_over=epoch_over)
+        tags = {f"{PREFIX}/{self.name}/{name}": value for name, value in scalars.items()}
+        compat.log_values(view.subject.trained, tags)
         self._publish(evaluation, scalars, draws, started)
         return ready
 

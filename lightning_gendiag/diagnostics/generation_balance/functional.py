@@ -52,7 +52,7 @@ class GenerationBalanceResult(NamedTuple):
     fid: Tensor
     """(K,) Fréchet distance of real and generated features within the class; nan with fewer than two of either."""
     invalid: Tensor
-    """() fraction of the generated images whose features contain nan or inf and that are left out."""
+    """() fraction of the generated images that are not finite, or whose features are not, and that are left out."""
     accuracy: Tensor
     """() accuracy of the classifier on real images, 0 to 1; nan where it is not known."""
 
@@ -114,7 +114,6 @@ class GenerationBalanceResult(NamedTuple):
     def scalars(self) -> dict[str, Tensor]:
         """Returns the scalars of all classes together and, for up to 20 classes, of each class, each of shape ()."""
         known = self.fid[~self.fid.isnan()]
-        nan = torch.full_like(self.invalid, math.nan)
         values = {
             "imbalance": self.imbalance,
             "divergence": self.divergence,
@@ -122,10 +121,10 @@ class GenerationBalanceResult(NamedTuple):
             "dominating": self.dominating.sum().double(),
             "undetermined": (self.undetermined & (self.real_count > 0)).sum().double(),
             "coverage": self.coverage,
-            "fid_mean": known.mean() if len(known) else nan,
-            "fid_worst": known.max() if len(known) else nan,
             "invalid": self.invalid,
         }
+        if len(known):
+            values |= {"fid_mean": known.mean(), "fid_worst": known.max()}
         if not self.accuracy.isnan():
             values["accuracy"] = self.accuracy
         if len(self.fid) <= MAX_CLASS_TAGS:

@@ -62,10 +62,10 @@ class GenerationBalance(Diagnostic):
         "coverage": more_is_better(
             "Fraction of the real classes that are generated with at least a tenth of their real share."
         ),
-        "fid_mean": less_is_better("Mean Fréchet distance within classes."),
-        "fid_worst": less_is_better("Largest Fréchet distance within a class."),
+        "fid_mean": less_is_better("Mean Fréchet distance within classes.", optional=True),
+        "fid_worst": less_is_better("Largest Fréchet distance within a class.", optional=True),
         "invalid": less_is_better(
-            "Fraction of the generated images whose features contain nan or inf and that are left out."
+            "Fraction of the generated images that are not finite, or whose features are not, and that are left out."
         ),
         "accuracy": more_is_better(
             "Accuracy of the classifier on real images that it was not trained on.", optional=True
@@ -109,17 +109,19 @@ class GenerationBalance(Diagnostic):
         self.add_sums(counts=pair, featured=pair, sums=(*pair, 1), products=(*pair, 1, 1), left_out=(2,))
         self.add_configuration(num_classes=num_classes, confidence=confidence, confusion=confusion)
 
-    def update(self, labels: Tensor, real: bool, features: Tensor | None = None) -> None:
+    def update(self, labels: Tensor, real: bool, features: Tensor | None = None, finite: Tensor | None = None) -> None:
         """Adds images by their classes.
 
         Args:
             labels: (N,) integers 0..K-1, the true ones of real images and those of a classifier for generated images.
             real: whether the images are real.
-            features: (N, F) features of the images, for the Fréchet distance within each class. Images whose features
-                contain nan or inf are left out.
+            features: (N, F) features of the images, for the Fréchet distance within each class, from which images whose
+                features contain nan or inf are left out.
+            finite: (N,) booleans, false for images that are left out of everything and counted as invalid; by default
+                those whose features contain nan or inf.
 
         Raises:
-            ValueError: if labels or features have another shape, type or range than expected.
+            ValueError: if an argument has another shape, type or range than expected.
         """
         if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
@@ -132,19 +134,37 @@ class GenerationBalance(Diagnostic):
                 f"labels must be 0 to {self.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}. "
                 "To fix this, pass a larger num_classes, or number the classes from 0."
             )
+        if finite is not None and (finite.shape != labels.shape or finite.dtype != torch.bool):
+            raise ValueError(
+                f"finite must be ({len(labels)},) booleans, got {finite.dtype} of shape {tuple(finite.shape)}. "
+                "To fix this, pass images.flatten(1).isfinite().all(1)."
+            )
         side = self.counts.new_tensor([not real, real])
         if features is not None:
             f = self._checked(features, len(labels))
-            finite = f.isfinite().all(1)
-            labels, f = labels[finite], f[finite]
-            sums = f.new_zeros(2, self.num_classes, f.shape[1])
-            products = f.new_zeros(2, self.num_classes, f.shape[1], f.shape[1])
-            for c in torch.unique(labels):
-                own = f[labels == c]
-                sums[int(real), c], products[int(real), c] = own.sum(0), own.T @ own
-            self.accumulate(sums=sums, products=products, left_out=side * (~finite).sum())
-        counts = side[:, None] * torch.bincount(labels, minlength=self.num_classes)
-        self.accumulate(counts=counts, featured=0 if features is None else counts)
+            has_features = f.isfinite().all(1)
+            finite = has_features if finite is None else finite
+            self._add_features(labels[finite & has_features], f[finite & has_features], side)
+        if finite is not None:
+            self.accumulate(left_out=side * (~finite).sum())
+            labels = labels[finite]
+        self.accumulate(counts=self._counts(labels, side))
+
+    def _counts(self, labels: Tensor, side: Tensor) -> Tensor:
+        """Returns the number (2, K) of images of each class, 0 on the other side."""
+        return side[:, None] * torch.bincount(labels, minlength=self.num_classes)
+
+    def _add_features(self, labels: Tensor, features: Tensor, side: Tensor) -> None:
+        """Adds the sums of finite features (n, F) of each class."""
+        sums = features.new_zeros(self.num_classes, features.shape[1])
+        products = features.new_zeros(self.num_classes, features.shape[1], features.shape[1])
+        for c in torch.unique(labels):
+            own = features[labels == c]
+            sums[c], products[c] = own.sum(0), own.T @ own
+        self.accumulate(
+            featured=self._counts(labels, side), sums=side[:, None, None] * sums,
+            products=side[:, None, None, None] * products,
+        )  # fmt: skip
 
     def _checked(self, features: Tensor, n: int) -> Tensor:
         """Returns features (n, F) in float64."""

@@ -19,7 +19,13 @@ from lightning_gendiag.diagnostics.generation_balance.functional import Generati
 from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance
 from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.functional.results import MAX_CLASS_TAGS
-from lightning_gendiag.model.features import FeatureExtractor, KernelClassifier, averaged_pixels, class_of
+from lightning_gendiag.model.features import (
+    FeatureExtractor,
+    KernelClassifier,
+    averaged_pixels,
+    class_of,
+    in_chunks,
+)
 from lightning_gendiag.model.view import Source, check_source
 
 if TYPE_CHECKING:
@@ -83,8 +89,8 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
             :class:`~lightning_gendiag.model.features.KernelClassifier` that is fitted on the reference.
         space: What the default classifier compares: ``"pixels"``, ``"features"``, or ``"auto"`` for both. Features are
             those of ``features`` where it does not change with the model, and responses of random filters otherwise.
-        features: Feature extractor for the FID within each class: a module, or a callable ``(module, images)`` that
-            returns (n, F), which is called with the reference at each evaluation; by default a
+        features: Feature extractor for the FID within each class, at full evaluations: a module, or a callable
+            ``(module, images)`` that returns (n, F), which is then called with the reference too; by default a
             :class:`~lightning_gendiag.model.features.FeatureExtractor` fitted on the reference.
         images: See :class:`CosineMeanSimilarityMonitor`.
         num_classes: K; by default one more than the largest label in the reference.
@@ -102,7 +108,6 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     needs = ()
     needs_images = needs_labels = True
     _kernel: KernelClassifier | None = None
-    _real: tuple[Tensor, Tensor]
     _images: Tensor | None = None
     _made = "generated"
     _said = False
@@ -142,18 +147,17 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         return view.resolve_named(self.classifier, "classifier", "submodule or method")
 
     def build_metric(self, view: ModelView) -> GenerationBalance:
-        """Computes the features of this rank's real images, and fits or assesses the classifier."""
+        """Fits or assesses the classifier."""
         images, labels = view.reference_images.images, view.real.classes()
-        rows, num_classes, classify = view.compared_rows(self.images), int(labels.max()) + 1, self._classifier(view)
+        num_classes, classify = int(labels.max()) + 1, self._classifier(view)
         self._made = "reconstructed" if view.source(self.images) == "reconstructions" else "generated"
         with view.isolated(exact=True):
-            self._real = labels[rows], view.features_of_reference(self.features, rows).cpu()
             if classify is None:
                 if self._kernel is None or (self.space == "features" and view.moves_with_model(self.features)):
                     self._kernel = KernelClassifier(images, labels, *self._spaces(view))
                 classes = self._kernel.held_out
             else:
-                classes = self._classes(view, images.to(view.device))
+                classes = self._by(classify, images.to(view.device))
                 scores = classify(as_images(images[:2]).to(view.device))
                 scored = scores.shape[1] if isinstance(scores, Tensor) and scores.ndim == 2 else 0
                 num_classes = max(num_classes, int(classes.max()) + 1, scored)
@@ -175,42 +179,71 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def _compared_features(self, view: ModelView) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """The features that the default classifier compares, and those of the reference."""
-        # a callable may change with the model, which a classifier should not
-        if self.features is None or (self.space != "features" and view.moves_with_model(self.features)):
+        if self._compares_responses(view):
             extractor = view.feature_extractor
             return partial(_rooted, extractor), extractor.reference_responses.sqrt()
         return view.resolve_features(self.features), view.features_of_reference(self.features)
 
-    def depends_on_model(self, view: ModelView) -> bool:
-        """Whether the reference's features or the classifier's errors change with the module."""
-        return view.moves_with_model(self.features) or view.moves_with_model(self.classifier)
+    def _compares_responses(self, view: ModelView) -> bool:
+        """Whether the default classifier compares responses of random filters instead of features that were given."""
+        # a callable may change with the model, which a classifier should not
+        return self.features is None or (self.space != "features" and view.moves_with_model(self.features))
 
-    def _classes(self, view: ModelView, images: Tensor) -> Tensor:
-        """Classes (n,) of finite images, n > 0, on the CPU; inside ``view.isolated``."""
-        classify = self._classifier(view)
-        if classify is None:
-            assert self._kernel is not None
-            return self._kernel(images).cpu()
+    def depends_on_model(self, view: ModelView) -> bool:
+        """Whether the classifier's errors change with the module."""
+        compares = self.classifier is None and self.space == "features" and view.moves_with_model(self.features)
+        return compares or view.moves_with_model(self.classifier)
+
+    def _by(self, classify: Callable[[Tensor], Any], images: Tensor) -> Tensor:
+        """Classes (n,) of finite images, n > 0, by the user's classifier, on the CPU; inside ``view.isolated``."""
         return torch.cat([class_of(classify(as_images(some)), len(some)).cpu() for some in pieces(images, CHUNK)])
 
     def compares_samples(self) -> bool:
         """Whether it compares samples."""
         return self.view.compares_samples(self.images)
 
+    def _classes_and_features(self, view: ModelView, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Classes (n,) of finite images, n > 0, and at full evaluations their features (n, F); inside ``view.isolated``.
+
+        What the default classifier and the features have in common is computed once.
+        """
+        classify, of_filters = self._classifier(view), self._compares_responses(view)
+        compared: Tensor | None = None
+        if classify is None and self.space != "pixels":
+            extract = partial(in_chunks, view.feature_extractor.responses)
+            compared = extract(images) if of_filters else view.resolve_features(self.features)(images)
+        features: Tensor | None = None
+        if view.thorough:
+            if compared is None or of_filters != (self.features is None):
+                features = view.resolve_features(self.features)(images)
+            else:
+                features = view.feature_extractor.projected(compared) if of_filters else compared
+        if classify is not None:
+            return self._by(classify, images), features
+        assert self._kernel is not None
+        if compared is None:
+            return self._kernel(images), features
+        known = compared.sqrt() if of_filters else compared
+        return self._kernel(images, [None, known] if self.space == "auto" else [known]), features
+
     def update(self, view: ModelView) -> None:
-        """Adds this rank's real and generated images by their classes and features."""
-        images, extract = view.compared(self.images).images, view.resolve_features(self.features)
-        labels, real = (part.to(view.device) for part in self._real)
-        self.metric.update(labels, real=True, features=real)
+        """Adds this rank's real and generated images by their classes, and at full evaluations by their features."""
+        rows, images = view.compared_rows(self.images), view.compared(self.images).images
         finite = images.flatten(1).isfinite().all(1)
         classes = torch.zeros(len(images), dtype=torch.long, device=view.device)
-        # rows of images that are not finite stay nan, and the metric leaves them out
-        features = torch.full((len(images), real.shape[1]), math.nan, device=view.device, dtype=real.dtype)
-        if finite.any():
-            with view.isolated(exact=True):
-                classes[finite] = self._classes(view, images[finite]).to(view.device)
-                features[finite] = extract(images[finite])
-        self.metric.update(classes, real=False, features=features)
+        real: Tensor | None = None
+        features: Tensor | None = None
+        with view.isolated(exact=True):
+            if view.thorough:
+                real = view.features_of_reference(self.features, rows)
+                features = real.new_full((len(images), real.shape[1]), math.nan)
+            if finite.any():
+                own, of_own = self._classes_and_features(view, images[finite])
+                classes[finite] = own.to(view.device)
+                if features is not None and of_own is not None:
+                    features[finite] = of_own
+        self.metric.update(view.real.classes()[rows].to(view.device), real=True, features=real)
+        self.metric.update(classes, real=False, features=features, finite=finite)
         if self.log_images and view.is_global_zero:
             self._images = plots.sheet(images[finite].cpu(), classes[finite].cpu(), self.metric.num_classes)
 

@@ -17,7 +17,7 @@ MAX_CLASSES = 10
 
 
 def panel(result: GenerationBalanceResult, images: Tensor | None, occasion: canvas.Occasion) -> Tensor:
-    """Draws the share of each class beside the real one, the FID within each class, and generated images.
+    """Draws the share of each class beside the real one, the FID within each class if it is known, and generated images.
 
     Args:
         result: Of the evaluation.
@@ -36,11 +36,11 @@ def panel(result: GenerationBalanceResult, images: Tensor | None, occasion: canv
         changes += [f"{change}: class {listed(some, 12)}"] if some else []
     shares, targets = result.generated_share.tolist(), result.real_share.tolist()
     intervals, fid = result.interval.tolist(), result.fid.tolist()
+    has_fid = not result.fid.isnan().all()
     bars = charts.bars(shares, names, alarmed, floor=0.0, targets=targets, intervals=intervals)
-    tiles = [
-        canvas.Tile("share: generated, line = real", bars),
-        canvas.Tile("FID within each class", charts.bars(fid, names, alarmed, floor=0.0)),
-    ]
+    tiles = [canvas.Tile("share: generated, line = real", bars)]
+    if has_fid:
+        tiles.append(canvas.Tile("FID within each class", charts.bars(fid, names, alarmed, floor=0.0)))
     if images is not None:
         tiles.append(canvas.Tile("generated, one row per class", pictures.contact_sheet(images)))
     unclear = unknown(result)
