@@ -175,4 +175,4 @@ def median(values: Tensor) -> Tensor:
     half = len(values) // 2
     if len(values) % 2 or (values <= lower).sum() > half:
         return lower
-    return (lower + values[values > lower].min()) / 2
+    return (lower + values.where(values > lower, torch.inf).min()) / 2

@@ -112,20 +112,20 @@ def find_regions(
     for total, batch in _progress(work, "finding regions", progress):
         add(batch, gamma, max_bytes, total)
     whole = sums[0] + sums[1] if len(batches) > 1 else add(batches[0], gamma, max_bytes, _no_alignments(batches))
-    whole = _mirror(whole / len(batches))
+    whole = _mirror(whole.div_(len(batches)))
 
     def clusters(cka: Tensor) -> tuple[Tensor, int | None]:
         if method == "paper":
             return _clusters(cka, num_regions, linkage), None
         high, wide = images.shape[-2:]
-        found, background = balanced_clusters(cka.double().cpu().numpy(), high, wide, num_regions, connected)
+        found, background = balanced_clusters(cka.cpu().numpy(), high, wide, num_regions, connected)
         return torch.from_numpy(found), background
 
     labels, background = clusters(whole)
     labels = labels.view(images.shape[-2:])
     stability = math.nan
     if halves:
-        found = (_mirror(total / len(half)) for total, half in zip(sums, halves, strict=True))
+        found = (_mirror(total.div_(len(half))) for total, half in zip(sums, halves, strict=True))
         stability = adjusted_rand_index(*(clusters(cka)[0] for cka in found))
     alignment, dependence = _alignment(whole, labels.flatten())
     if cell > 1:
