@@ -14,7 +14,14 @@ from example_models.data import digits, scenes
 from lightning_gendiag import RegionMap, find_regions, pixel_cka
 from lightning_gendiag.functional.distances import adjusted_rand_index
 from lightning_gendiag.regions.balanced import _edges, _tree
-from lightning_gendiag.regions.pixel_cka import SERIES, _differ_little, _mirror, _series_cka
+from lightning_gendiag.regions.pixel_cka import (
+    SERIES,
+    _alignments_with,
+    _differ_little,
+    _kernel_rows,
+    _mirror,
+    _series_cka,
+)
 from tests.helpers.images import blocks, regional_images
 
 
@@ -118,6 +125,18 @@ def test_the_series_for_grey_pixels_approximates_the_kernel(generator: torch.Gen
         found = _mirror(_series_cka(pixels, gamma / smaller, 1 << 30, torch.zeros_like(expected)))
         assert float((found - expected).abs().max()) < 1e-4
         assert found[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_series_gives_the_products_with_mean_kernels(channels: int, generator: torch.Generator) -> None:
+    pixels = torch.randn(20, channels, 30, generator=generator, dtype=torch.float64)
+    pixels[..., 0] = 0.3
+    gamma = 0.99 * SERIES / (2 * float((pixels - pixels.mean(0)).square().max()))
+    rows = _kernel_rows(pixels, gamma)
+    means = rows.view(3, 10, -1).mean(1)
+    found = _alignments_with(pixels, gamma, means)
+    assert float((found - rows @ means.T).abs().max()) < 1e-4
+    assert found[0].count_nonzero() == 0
 
 
 def test_neighbours_are_merged_by_what_the_sum_of_squares_within_clusters_grows(generator: torch.Generator) -> None:

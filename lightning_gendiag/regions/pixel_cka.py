@@ -118,7 +118,8 @@ def _batches(images: Tensor, gamma: float | None, batch_size: int) -> tuple[list
             f"images must be at least 2 in batches of at least 2, got {len(images)} in batches of {batch_size}. "
             "To fix this, collect more images; maps from 400 images or more are steadier."
         )
-    if not images.isfinite().all():
+    # nan becomes both the least and the largest value
+    if not torch.stack(images.aminmax()).isfinite().all():
         raise ValueError(
             "images must be finite, got nan or inf. To fix this, leave such images out: images[images.isfinite()"
             ".flatten(1).all(1)]."
@@ -161,21 +162,23 @@ def _block_rows(pixels: Tensor, gamma: float) -> Tensor:
     n = len(pixels)
     x = pixels.permute(2, 0, 1)  # (B, n, C)
     if x.shape[-1] == 1:
-        distances = (x - x.mT).square_()
+        exponents = (x - x.mT).square_().mul_(-gamma)
     elif x.shape[-1] > MATRIX_PRODUCT:
         # shifted by a value, so that vectors that never vary stay exactly equal
         x = x - x[:, :1]
         squares = x.square().sum(-1)
-        distances = torch.baddbmm(squares[:, :, None] + squares[:, None, :], x, x.mT, alpha=-2).clamp_(min=0)
-        distances.diagonal(dim1=1, dim2=2).zero_()
+        exponents = squares[:, :, None] + squares[:, None, :]
+        exponents.baddbmm_(x, x.mT, beta=-gamma, alpha=2 * gamma).clamp_(max=0)  # (B, n, C) @ (B, C, n) -> (B, n, n)
+        exponents.diagonal(dim1=1, dim2=2).zero_()
     else:
-        distances = torch.zeros(len(x), n, n, dtype=x.dtype, device=x.device)
+        exponents = torch.zeros(len(x), n, n, dtype=x.dtype, device=x.device)
         for channel in x.unbind(-1):
-            distances += (channel[:, :, None] - channel[:, None, :]).square_()
+            exponents.add_((channel[:, :, None] - channel[:, None, :]).square_(), alpha=-gamma)
     # centring removes constants, and expm1 keeps the digits that exp would lose beside 1
-    kernels = distances.mul_(-gamma).expm1_()
+    kernels = exponents.expm1_()
     mean = kernels.mean(-1)  # (B, n)
-    kernels.sub_(mean[:, :, None]).sub_(mean[:, None, :]).add_(mean.mean(-1)[:, None, None])
+    mean -= mean.mean(-1, keepdim=True) / 2
+    kernels.sub_(mean[:, :, None]).sub_(mean[:, None, :])
     i, j = torch.triu_indices(n, n, device=x.device)
     rows = kernels.flatten(1).index_select(1, i * n + j)
     rows.mul_((2 - (i == j).to(rows.dtype)).sqrt_())
@@ -253,6 +256,21 @@ def _series_features(pixels: Tensor, gamma: float) -> Tensor:
     squares = features.square().sum(1)  # (2, P)
     norms = (squares.square().sum(0) + 2 * features.prod(0).sum(0).square()).sqrt_().sqrt_()
     return features.div_(torch.where(norms > 0, norms, math.inf))
+
+
+def _alignments_with(pixels: Tensor, gamma: float, means: Tensor) -> Tensor:
+    """Computes the products (P, R) of the kernels of pixels (n, C, P) with mean ones (R, n (n + 1) / 2), given as rows."""
+    if not _differ_little([pixels], gamma):
+        return _kernel_rows(pixels, gamma) @ means.T
+    n = len(pixels)
+    i, j = torch.triu_indices(n, n, device=means.device)
+    # both entries off the diagonal in one of them, which gives the same quadratic forms
+    upper = means.new_zeros(len(means), n, n)
+    upper[:, i, j] = means * (2 - (i == j).to(means.dtype)).sqrt_()
+    forms = means.new_zeros(len(means), pixels.shape[2])
+    for feature in _series_features(pixels, gamma):
+        forms += (upper @ feature).mul_(feature).sum(1)  # (R, n, n) @ (n, P) -> (R, n, P)
+    return forms.T
 
 
 def _differ_little(batches: Sequence[Tensor], gamma: float) -> bool:
