@@ -13,7 +13,15 @@ from torch import Tensor
 from example_models.data import digits, scenes
 from lightning_gendiag import RegionMap, find_regions, pixel_cka
 from lightning_gendiag.functional.distances import adjusted_rand_index
-from lightning_gendiag.regions.pixel_cka import SERIES, _differ_little, _series_cka
+from lightning_gendiag.regions.balanced import _edges, _tree
+from lightning_gendiag.regions.pixel_cka import (
+    SERIES,
+    _alignments_with,
+    _differ_little,
+    _kernel_rows,
+    _mirror,
+    _series_cka,
+)
 from tests.helpers.images import blocks, regional_images
 
 
@@ -111,11 +119,54 @@ def test_the_series_for_grey_pixels_approximates_the_kernel(generator: torch.Gen
     assert _differ_little([pixels], gamma)
     assert not _differ_little([pixels], 1.02 * gamma)
     assert not _differ_little([pixels.expand(-1, 3, -1)], gamma)
-    expected = pixel_cka(images, gamma, batch_size=50)
-    for max_bytes in (1 << 30, 1 << 14):
-        found = _series_cka(pixels, gamma, max_bytes, torch.zeros_like(expected)).triu()
-        assert float((found - expected.triu()).abs().max()) < 1e-4
+    # the smaller the exponents, the more products of features are left out
+    for smaller in (1, 10, 100, 1000):
+        expected = pixel_cka(images, gamma / smaller, batch_size=50)
+        found = _mirror(_series_cka(pixels, gamma / smaller, 1 << 30, torch.zeros_like(expected)))
+        assert float((found - expected).abs().max()) < 1e-4
+        assert found[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_series_gives_the_products_with_mean_kernels(channels: int, generator: torch.Generator) -> None:
+    pixels = torch.randn(20, channels, 30, generator=generator, dtype=torch.float64)
+    pixels[..., 0] = 0.3
+    gamma = 0.99 * SERIES / (2 * float((pixels - pixels.mean(0)).square().max()))
+    rows = _kernel_rows(pixels, gamma)
+    means = rows.view(3, 10, -1).mean(1)
+    found = _alignments_with(pixels, gamma, means)
+    assert float((found - rows @ means.T).abs().max()) < 1e-4
     assert found[0].count_nonzero() == 0
+
+
+def test_neighbours_are_merged_by_what_the_sum_of_squares_within_clusters_grows(generator: torch.Generator) -> None:
+    height, width = 4, 5
+    vectors = torch.randn(height * width, 6, generator=generator, dtype=torch.float64)
+    edges = _edges(torch.ones(height, width, dtype=torch.bool).numpy())
+
+    def within(some: list[int]) -> float:
+        return float((vectors[some] - vectors[some].mean(0)).square().sum())
+
+    # the definition: all pairs of neighbouring clusters are compared anew before each merge
+    clusters = {i: [i] for i in range(height * width)}
+    expected = []
+    while len(clusters) > 1:
+        where = {position: node for node, some in clusters.items() for position in some}
+        pairs = {tuple(sorted((where[a], where[b]))) for a, b in edges.tolist() if where[a] != where[b]}
+        costs = {
+            (a, b): within(clusters[a] + clusters[b]) - within(clusters[a]) - within(clusters[b]) for a, b in pairs
+        }
+        a, b = min(costs, key=lambda pair: costs[pair])
+        clusters[height * width + len(expected)] = clusters.pop(a) + clusters.pop(b)
+        expected.append((a, b, costs[a, b]))
+    found = _tree((vectors @ vectors.T).numpy(), edges)
+    assert [sorted(merge[:2]) for merge in found] == [list(merge[:2]) for merge in expected]
+    assert [merge[2] for merge in found] == pytest.approx([merge[2] for merge in expected])
+
+
+def test_a_matrix_of_many_rows_is_mirrored(generator: torch.Generator) -> None:
+    upper = torch.randn(1100, 1100, generator=generator)
+    assert torch.equal(_mirror(upper.clone()), upper.triu() + upper.triu(1).T)
 
 
 def test_the_data_choose_the_number_of_regions() -> None:

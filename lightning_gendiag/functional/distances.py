@@ -22,7 +22,8 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
         >>> squared_distances(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[25.]])
     """
-    squares = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
+    own = x.square().sum(1)
+    squares = own[:, None] + (own if y is x else y.square().sum(1))
     return torch.addmm(squares, x, y.T, alpha=-2).clamp_(min=0)  # (M, D) @ (D, N) -> (M, N)
 
 

@@ -27,17 +27,22 @@ LEAST_FOUND = 0.01
 MOVES = 20
 """Largest number of rounds in which pixels move to the nearest of the regions that meet."""
 
+ROWS = 512
+"""Rows of the kernel that are added up in float64 at a time."""
+
+Kernel = NDArray[Any]
 Matrix = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
 def balanced_clusters(
-    cka: Matrix, height: int, width: int, num_regions: int | None, connected: bool = True
+    cka: Kernel, height: int, width: int, num_regions: int | None, connected: bool = True
 ) -> tuple[Integers, int | None]:
     """Divides the positions of an image into regions.
 
     Args:
-        cka: (P, P) alignments of positions in row-major order; 0 on the diagonal where a position never varies.
+        cka: (P, P) alignments of positions in row-major order, in float32 or float64; 0 on the diagonal where a position never
+            varies. Their sums are in float64.
         height: H.
         width: W.
         num_regions: R, 1 to P, of which one may be the background. None cuts the tree at half of its largest merging
@@ -49,14 +54,14 @@ def balanced_clusters(
     """
     background = _background(cka.diagonal() == 0, height, width, num_regions, connected)
     inside = np.flatnonzero(~background)
-    kernel, edges = cka[np.ix_(inside, inside)], None
+    kernel, edges = cka if len(inside) == len(cka) else cka[np.ix_(inside, inside)], None
     if connected:
         edges = _edges(~background.reshape(height, width))
         places = np.stack(np.divmod(inside, width), 1) / max(height, width)
         places -= places.mean(0)
-        kernel = kernel + POSITION * places @ places.T
+        kernel = kernel + (POSITION * places @ places.T).astype(kernel.dtype)
     count = None if num_regions is None else num_regions - bool(background.any())
-    found = _moved(kernel, edges, *_divided(kernel, edges, count))
+    found = _settled(kernel, edges, *_divided(kernel, edges, count))
     sizes = np.bincount(found)
     first = np.unique(found, return_index=True)[1]
     labels = np.full(height * width, len(sizes), dtype=np.int64)
@@ -116,49 +121,63 @@ def _edges(inside: NDArray[np.bool_]) -> Integers:
     return np.concatenate(pairs)
 
 
-def _tree(kernel: Matrix, edges: Integers | None) -> list[tuple[int, int, float]]:
+def _tree(kernel: Kernel, edges: Integers | None) -> list[tuple[int, int, float]]:
     """Merges neighbouring clusters, or any without edges, by Ward's method; returns the nodes and the cost of each merge.
 
-    Nodes 0..P-1 are the positions, and node P + i is the i-th merge.
+    Nodes 0..P-1 are the positions, and node P + i is the i-th merge. The sum over a pair of clusters is that of the columns
+    of the smaller one in the row of the larger one, so that a merge adds two rows and no columns.
     """
     if edges is None:
         return _tree_of_all(kernel)
-    sums, count = kernel.copy(), len(kernel)
-    size, node, version = [1] * count, list(range(count)), [0] * count
-    near: list[set[int]] = [set() for _ in range(count)]
-    for a, b in edges.tolist():
-        near[a].add(b)
-        near[b].add(a)
+    count = len(kernel)
+    rows: list[Kernel] = list(kernel)
+    members: list[Integers] = list(np.arange(count)[:, None])
+    own: list[float] = kernel.diagonal().tolist()
+    size, node = [1] * count, list(range(count))
+    # sums over pairs of neighbouring clusters
+    both: list[dict[int, float]] = [{} for _ in range(count)]
+    for (a, b), value in zip(edges.tolist(), kernel[edges[:, 0], edges[:, 1]].tolist(), strict=True):
+        both[a][b] = both[b][a] = value
 
     def entry(a: int, b: int) -> tuple[float, int, int, int, int]:
-        a, b = min(a, b), max(a, b)
-        own, other = sums[a, a], sums[b, b]
-        cost = own / size[a] + other / size[b] - (own + other + 2 * sums[a, b]) / (size[a] + size[b])
-        return float(cost), a, b, version[a], version[b]
+        a, b = (a, b) if a < b else (b, a)
+        m, n, x, y = size[a], size[b], own[a], own[b]
+        # the sizes tell whether a cluster was merged since
+        return x / m + y / n - (x + y + 2 * both[a][b]) / (m + n), a, b, m, n
+
+    def between(a: int, b: int) -> float:
+        large, small = (a, b) if size[a] > size[b] else (b, a)
+        if size[small] == 1:
+            return float(rows[large].item(small))
+        return float(np.add.reduce(rows[large].take(members[small])))
 
     heap = [entry(a, b) for a, b in edges.tolist()]
     heapq.heapify(heap)
     tree: list[tuple[int, int, float]] = []
     while heap:
-        cost, a, b, *versions = heapq.heappop(heap)
-        if versions != [version[a], version[b]]:
+        cost, a, b, m, n = heapq.heappop(heap)
+        if size[a] != m or size[b] != n:
             continue
         tree.append((node[a], node[b], cost))
-        sums[a] += sums[b]
-        sums[:, a] += sums[:, b]
-        size[a] += size[b]
-        node[a] = count + len(tree) - 1
-        version[a], version[b] = version[a] + 1, -1
-        for other in near[b]:
-            near[other].discard(b)
-            near[other].add(a)
-        near[a] = (near[a] | near[b]) - {a, b}
-        for other in near[a]:
+        near_a, near_b = both[a], both[b]
+        own[a] += own[b] + 2 * near_b.pop(a)
+        del near_a[b]
+        for other in near_a.keys() | near_b.keys():
+            x, y = near_a.get(other), near_b.get(other)
+            near = both[other]
+            if y is not None:
+                del near[b]
+            near_a[other] = near[a] = (between(a, other) if x is None else x) + (between(b, other) if y is None else y)
+        rows[a] = np.add(rows[a], rows[b], dtype=np.float64) if m == 1 else np.add(rows[a], rows[b], out=rows[a])
+        members[a] = np.concatenate([members[a], members[b]])
+        rows[b] = members[b] = members[b][:0]
+        size[a], size[b], node[a] = m + n, 0, count + len(tree) - 1
+        for other in near_a:
             heapq.heappush(heap, entry(a, other))
     return tree
 
 
-def _tree_of_all(kernel: Matrix) -> list[tuple[int, int, float]]:
+def _tree_of_all(kernel: Kernel) -> list[tuple[int, int, float]]:
     """Returns the same where all positions are neighbours of each other, for which there is a faster algorithm."""
     from scipy.cluster import hierarchy
 
@@ -170,8 +189,8 @@ def _tree_of_all(kernel: Matrix) -> list[tuple[int, int, float]]:
     return [(int(a), int(b), height**2 / 2) for a, b, height, _ in hierarchy.linkage(distances, "ward").tolist()]
 
 
-def _divided(kernel: Matrix, edges: Integers | None, num_regions: int | None) -> tuple[Integers, float]:
-    """Cuts the tree into regions, and returns their labels (P,) and the least size that all of them have."""
+def _divided(kernel: Kernel, edges: Integers | None, num_regions: int | None) -> tuple[Integers, float]:
+    """Cuts the tree into regions, and returns their labels (P,), -1 for specks, and the least size that all others have."""
     count = len(kernel)
     tree = _tree(kernel, edges)
     size = [1] * count
@@ -212,13 +231,26 @@ def _divided(kernel: Matrix, edges: Integers | None, num_regions: int | None) ->
                 labels[node] = region
             else:
                 below.extend(tree[node - count][:2])
-    return _joined(labels, edges, _distances(kernel, labels)), least
+    return labels, least
 
 
-def _distances(kernel: Matrix, labels: Integers) -> Matrix:
+def _member(labels: Integers, num_regions: int) -> Matrix:
+    """Returns 1 where a position is in a region and 0 elsewhere, (P, R)."""
+    member: Matrix = (labels[:, None] == np.arange(num_regions)).astype(np.float64)
+    return member
+
+
+def _move(sums: Matrix, kernel: Kernel, labels: Integers, moved: Integers) -> None:
+    """Updates in place the sums (P, R) of the kernel over regions, where some positions have other labels than before."""
+    changed, num_regions = np.flatnonzero(moved != labels), sums.shape[1]
+    for some in np.split(changed, range(ROWS, len(changed), ROWS)):
+        sums += kernel[some].T @ (_member(moved[some], num_regions) - _member(labels[some], num_regions))
+
+
+def _distances(sums: Matrix, labels: Integers) -> Matrix:
     """Returns squared distances (P, R) of positions from the means of regions, up to one number for each position."""
-    member = np.eye(int(labels.max()) + 1)[labels] * (labels >= 0)[:, None]
-    mean = kernel @ member / member.sum(0)
+    member = _member(labels, sums.shape[1])
+    mean = sums / member.sum(0)
     distances: Matrix = (member * mean).sum(0) / member.sum(0) - 2 * mean
     return distances
 
@@ -238,16 +270,25 @@ def _joined(labels: Integers, edges: Integers | None, distances: Matrix) -> Inte
     return labels
 
 
-def _moved(kernel: Matrix, edges: Integers | None, labels: Integers, least: float) -> Integers:
-    """Moves positions to the nearest region, as k-means does, while regions stay connected and large enough."""
+def _settled(kernel: Kernel, edges: Integers | None, labels: Integers, least: float) -> Integers:
+    """Moves positions to the nearest region, as k-means does, while regions stay connected and large enough.
+
+    Positions without a region (-1) are first added to the nearest one.
+    """
+    sums = np.zeros((len(labels), int(labels.max()) + 1))
+    _move(sums, kernel, np.full_like(labels, -1), labels)
+    joined = _joined(labels, edges, _distances(sums, labels))
+    _move(sums, kernel, labels, joined)
+    labels = joined
     for _ in range(MOVES):
-        distances = _distances(kernel, labels)
+        distances = _distances(sums, labels)
         moved = distances.argmin(1).astype(np.int64)
         if edges is not None:
             moved = _joined(np.where(_in_largest_part(moved, edges), moved, -1), edges, distances)
         counts = np.bincount(moved, minlength=distances.shape[1])
         if counts.min() < least or (moved == labels).all():
             break
+        _move(sums, kernel, labels, moved)
         labels = moved
     return labels
 

@@ -14,6 +14,7 @@ from lightning_gendiag.functional.arrays import as_images, exact_matmul
 from lightning_gendiag.functional.distances import adjusted_rand_index, squared_distances
 from lightning_gendiag.regions.balanced import balanced_clusters
 from lightning_gendiag.regions.pixel_cka import (
+    _alignments_with,
     _batch_cka,
     _batches,
     _differ_little,
@@ -98,8 +99,9 @@ def find_regions(
     if num_regions is not None:
         check_num_regions(num_regions, height, width, max_pixels)
     if cell > 1:
-        padding = (0, -width % cell, 0, -height % cell)
-        images = F.pixel_unshuffle(F.pad(images, padding, mode="replicate"), cell)  # (N, C*s*s, H/s, W/s)
+        if width % cell or height % cell:
+            images = F.pad(images, (0, -width % cell, 0, -height % cell), mode="replicate")
+        images = F.pixel_unshuffle(images, cell)  # (N, C*s*s, H/s, W/s)
 
     batches, gamma = _batches(images, gamma, batch_size)
     halves = [batches[0::2], batches[1::2]]
@@ -112,20 +114,20 @@ def find_regions(
     for total, batch in _progress(work, "finding regions", progress):
         add(batch, gamma, max_bytes, total)
     whole = sums[0] + sums[1] if len(batches) > 1 else add(batches[0], gamma, max_bytes, _no_alignments(batches))
-    whole = _mirror(whole / len(batches))
+    whole = _mirror(whole.div_(len(batches)))
 
     def clusters(cka: Tensor) -> tuple[Tensor, int | None]:
         if method == "paper":
             return _clusters(cka, num_regions, linkage), None
         high, wide = images.shape[-2:]
-        found, background = balanced_clusters(cka.double().cpu().numpy(), high, wide, num_regions, connected)
+        found, background = balanced_clusters(cka.cpu().numpy(), high, wide, num_regions, connected)
         return torch.from_numpy(found), background
 
     labels, background = clusters(whole)
     labels = labels.view(images.shape[-2:])
     stability = math.nan
     if halves:
-        found = (_mirror(total / len(half)) for total, half in zip(sums, halves, strict=True))
+        found = (_mirror(total.div_(len(half))) for total, half in zip(sums, halves, strict=True))
         stability = adjusted_rand_index(*(clusters(cka)[0] for cka in found))
     alignment, dependence = _alignment(whole, labels.flatten())
     if cell > 1:
@@ -186,7 +188,7 @@ def _refined(labels: Tensor, batches: Sequence[Tensor], cell: int, gamma: float,
             # (n, C, border * s * s): the pixels of the cells at borders
             pixels = batch[..., border].reshape(n, -1, cell * cell, len(border)).transpose(2, 3).flatten(2)
             for i in range(0, len(pixels_to), block):
-                pixels_to[i : i + block] += _kernel_rows(pixels[..., i : i + block], gamma) @ mean.T
+                pixels_to[i : i + block] += _alignments_with(pixels[..., i : i + block], gamma, mean)
         # cosines between the mean CKAs of a pixel with all regions and those of each region
         likeness = F.normalize(pixels_to * size.sqrt(), dim=1) @ F.normalize(regions_to * size.sqrt(), dim=1).T
     allowed = meeting[border].repeat_interleave(cell * cell, 0)

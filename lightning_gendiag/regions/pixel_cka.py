@@ -27,6 +27,12 @@ CACHED = 1 << 18
 SERIES = 0.05
 """Largest exponent ``2 g x^2`` for which three terms of the kernel's series replace the kernel."""
 
+NEGLIGIBLE = 5e-5
+"""Largest part of an alignment that is left out of the series, in addition to further terms."""
+
+MIRRORED = 512
+"""Rows of a matrix that are mirrored at a time."""
+
 
 def median_bandwidth(x: Tensor) -> Tensor:
     """Computes the RBF bandwidth ``g = 1 / median |x_i - x_j|^2`` over all pairs, including a row with itself.
@@ -44,8 +50,8 @@ def median_bandwidth(x: Tensor) -> Tensor:
     # shifted by a row and not by the mean, so that equal rows stay exactly equal
     x = x - x[:1]
     distances = squared_distances(x, x)
-    # a matrix product leaves a trace of rounding where rows are equal
-    noise = 8 * torch.finfo(x.dtype).eps * x.square().sum(1).max()
+    # a matrix product leaves a trace of rounding where rows are equal; the first of them is 0
+    noise = 8 * torch.finfo(x.dtype).eps * distances[0].max()
     typical = median(distances)
     if typical <= noise:
         typical = distances.mean()
@@ -112,7 +118,8 @@ def _batches(images: Tensor, gamma: float | None, batch_size: int) -> tuple[list
             f"images must be at least 2 in batches of at least 2, got {len(images)} in batches of {batch_size}. "
             "To fix this, collect more images; maps from 400 images or more are steadier."
         )
-    if not images.isfinite().all():
+    # nan becomes both the least and the largest value
+    if not torch.stack(images.aminmax()).isfinite().all():
         raise ValueError(
             "images must be finite, got nan or inf. To fix this, leave such images out: images[images.isfinite()"
             ".flatten(1).all(1)]."
@@ -155,21 +162,23 @@ def _block_rows(pixels: Tensor, gamma: float) -> Tensor:
     n = len(pixels)
     x = pixels.permute(2, 0, 1)  # (B, n, C)
     if x.shape[-1] == 1:
-        distances = (x - x.mT).square_()
+        exponents = (x - x.mT).square_().mul_(-gamma)
     elif x.shape[-1] > MATRIX_PRODUCT:
         # shifted by a value, so that vectors that never vary stay exactly equal
         x = x - x[:, :1]
         squares = x.square().sum(-1)
-        distances = torch.baddbmm(squares[:, :, None] + squares[:, None, :], x, x.mT, alpha=-2).clamp_(min=0)
-        distances.diagonal(dim1=1, dim2=2).zero_()
+        exponents = squares[:, :, None] + squares[:, None, :]
+        exponents.baddbmm_(x, x.mT, beta=-gamma, alpha=2 * gamma).clamp_(max=0)  # (B, n, C) @ (B, C, n) -> (B, n, n)
+        exponents.diagonal(dim1=1, dim2=2).zero_()
     else:
-        distances = torch.zeros(len(x), n, n, dtype=x.dtype, device=x.device)
+        exponents = torch.zeros(len(x), n, n, dtype=x.dtype, device=x.device)
         for channel in x.unbind(-1):
-            distances += (channel[:, :, None] - channel[:, None, :]).square_()
+            exponents.add_((channel[:, :, None] - channel[:, None, :]).square_(), alpha=-gamma)
     # centring removes constants, and expm1 keeps the digits that exp would lose beside 1
-    kernels = distances.mul_(-gamma).expm1_()
+    kernels = exponents.expm1_()
     mean = kernels.mean(-1)  # (B, n)
-    kernels.sub_(mean[:, :, None]).sub_(mean[:, None, :]).add_(mean.mean(-1)[:, None, None])
+    mean -= mean.mean(-1, keepdim=True) / 2
+    kernels.sub_(mean[:, :, None]).sub_(mean[:, None, :])
     i, j = torch.triu_indices(n, n, device=x.device)
     rows = kernels.flatten(1).index_select(1, i * n + j)
     rows.mul_((2 - (i == j).to(rows.dtype)).sqrt_())
@@ -193,7 +202,7 @@ def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor) -> T
             for i in starts:
                 rows[i : i + block] = _kernel_rows(pixels[..., i : i + block], gamma)
             # a few wide products compute half of the square at the speed of large matrices
-            wide = max(block, positions // 4)
+            wide = max(block, positions // 8)
             for i in range(0, positions, wide):
                 total[i : i + wide, i:].addmm_(rows[i : i + wide], rows[i:].T)
             return total
@@ -206,37 +215,76 @@ def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor) -> T
 
 
 def _series_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor) -> Tensor:
-    """Computes the same as ``_batch_cka`` for grey pixels (n, 1, P) that differ little, in an n-th of the time.
+    """Adds the same as ``_batch_cka`` for grey pixels (n, 1, P) that differ little, in an n-th of the time.
 
-    Three terms of the Taylor series replace the kernel: ``k(x, y) = sum_k f_k(x) f_k(y)`` with
-    ``f_k(x) = exp(-g x^2) x^k sqrt((2 g)^k / k!)``, so ``<K_i, K_j> = |F_i' F_j|^2`` for centred features F (n, 3) of pixels.
+    ``<K_i, K_j> = |F_i' F_j|^2`` is a sum of four squares for the features F (n, 2) of :func:`_series_features`. Those that
+    are at most ``NEGLIGIBLE`` together for all pairs are left out.
     """
     positions = pixels.shape[2]
-    # shifted by a value before the mean is subtracted, so that equal values stay exactly equal
-    x = pixels[:, 0] - pixels[:1, 0]
-    x = x - x.mean(0)  # (n, P)
-    decay = (-gamma * x.square()).expm1_()
-    features = torch.stack([decay, (2 * gamma) ** 0.5 * x * (1 + decay), 2**0.5 * gamma * x.square() * (1 + decay)])
-    features -= features.mean(1, keepdim=True)  # (3, n, P)
-    with exact_matmul():
-        norms = torch.einsum("anp,bnp->pab", features, features).flatten(1).norm(dim=1).sqrt_()
-    features /= torch.where(norms > 0, norms, math.inf)
-    block = max(1, min(positions, max_bytes // (4 * positions * pixels.element_size())))
+    linear, square = _series_features(pixels, gamma)
+    most = float(square.square().sum(0).max())
+    pairs = [(linear, linear)]
+    if 2 * most + most**2 > NEGLIGIBLE:
+        pairs += [(linear, square), (square, linear)]
+    if most**2 > NEGLIGIBLE:
+        pairs += [(square, square)]
+    held = CACHED if pixels.device.type == "cpu" else max_bytes // (2 * pixels.element_size())
+    block = min(positions, max(1, held // positions))
     with exact_matmul():
         for i in range(0, positions, block):
-            for a in features:
-                for b in features:
-                    total[i : i + block, i:] += (a[:, i : i + block].T @ b[:, i:]).square_()
+            for a, b in pairs:
+                products = a[:, i : i + block].T @ b[:, i:]  # (B, n) @ (n, P - i) -> (B, P - i)
+                total[i : i + block, i:].addcmul_(products, products)
     return total
 
 
+def _series_features(pixels: Tensor, gamma: float) -> Tensor:
+    """Returns features F (2, n, P) of grey pixels (n, 1, P) that differ little, whose products are their kernels.
+
+    Three terms of the Taylor series replace the kernel: ``k(x, y) = sum_k f_k(x) f_k(y)`` with
+    ``f_k(x) = exp(-g x^2) x^k sqrt((2 g)^k / k!)``. Of the first and the third, both nearly multiples of ``g x^2``, a rotation
+    gives one that is nearly ``sqrt(3) g x^2`` and one of the order ``(g x^2)^2``, which is left out. Features are centred,
+    and scaled such that the kernels have norm 1.
+    """
+    # shifted by a value before the mean is subtracted, so that equal values stay exactly equal
+    x = pixels[:, 0] - pixels[:1, 0]
+    x = x - x.mean(0)  # (n, P)
+    exponent = gamma * x.square()
+    change = (-exponent).expm1_()
+    features = torch.stack([(2 * gamma) ** 0.5 * x * (1 + change), (2 * exponent * (1 + change) - change) / 3**0.5])
+    features -= features.mean(1, keepdim=True)
+    squares = features.square().sum(1)  # (2, P)
+    norms = (squares.square().sum(0) + 2 * features.prod(0).sum(0).square()).sqrt_().sqrt_()
+    return features.div_(torch.where(norms > 0, norms, math.inf))
+
+
+def _alignments_with(pixels: Tensor, gamma: float, means: Tensor) -> Tensor:
+    """Computes the products (P, R) of the kernels of pixels (n, C, P) with mean ones (R, n (n + 1) / 2), given as rows."""
+    if not _differ_little([pixels], gamma):
+        return _kernel_rows(pixels, gamma) @ means.T
+    n = len(pixels)
+    i, j = torch.triu_indices(n, n, device=means.device)
+    # both entries off the diagonal in one of them, which gives the same quadratic forms
+    upper = means.new_zeros(len(means), n, n)
+    upper[:, i, j] = means * (2 - (i == j).to(means.dtype)).sqrt_()
+    forms = means.new_zeros(len(means), pixels.shape[2])
+    for feature in _series_features(pixels, gamma):
+        forms += (upper @ feature).mul_(feature).sum(1)  # (R, n, n) @ (n, P) -> (R, n, P)
+    return forms.T
+
+
 def _differ_little(batches: Sequence[Tensor], gamma: float) -> bool:
-    """Returns whether pixels are grey and so near to their means that three terms of the series are exact to 1e-4."""
+    """Returns whether pixels are grey and so near to their means that the series is exact to 1e-4."""
     return batches[0].shape[1] == 1 and all(
         2 * gamma * float((batch - batch.mean(0)).square().max()) < SERIES for batch in batches
     )
 
 
 def _mirror(upper: Tensor) -> Tensor:
-    """Returns the symmetric matrix that has the upper triangle of ``upper``."""
-    return torch.triu(upper).add_(torch.triu(upper, 1).T)
+    """Makes a matrix symmetric in place by its upper triangle, and returns it."""
+    for i in range(0, len(upper), MIRRORED):
+        j = i + MIRRORED
+        own = upper[i:j, i:j]
+        own.copy_(own.triu() + own.triu(1).T)
+        upper[j:, i:j] = upper[i:j, j:].T
+    return upper
