@@ -1,0 +1,203 @@
+"""How large evaluations are and how often they take place, on a clock that only the models and monitors of a test move."""
+
+from __future__ import annotations
+
+import math
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, GenerativeDiagnostics, ModelAdapter
+from lightning_gendiag.callbacks import schedule, session
+from lightning_gendiag.callbacks.collapse_stopping import CollapseWarning
+from lightning_gendiag.callbacks.schedule import shared
+from lightning_gendiag.model.view import ModelView
+from tests.helpers.models import ScriptedGenerator
+from tests.helpers.running import batches, trainer
+
+NOW = SimpleNamespace(seconds=0.0)
+STEP = 1.0
+"""Seconds of a training step."""
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (schedule, session):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: NOW.seconds))
+
+
+class Timed(ScriptedGenerator):
+    """A model whose training steps take a second of that clock."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        NOW.seconds += STEP
+        return super().training_step(batch, batch_idx)
+
+
+class Priced(CosineMeanSimilarityMonitor):
+    """A monitor whose evaluations take ``fixed`` seconds and ``each`` more for each sample."""
+
+    def __init__(self, fixed: float, each: float, once: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(num_regions=2, log_images=False, **kwargs)
+        self.fixed, self.each, self.once = fixed, each, once
+        self.sizes: list[int] = []
+
+    def build_metric(self, view: ModelView) -> Any:
+        NOW.seconds += self.once
+        return super().build_metric(view)
+
+    def update(self, view: ModelView) -> None:
+        super().update(view)
+        samples = len(view.samples().images)
+        self.sizes.append(samples)
+        NOW.seconds += self.fixed + self.each * samples
+
+
+def run(monitor: Priced, epochs: int = 100, *others: Any, script: Any = None) -> Any:
+    own = trainer(monitor, *others, max_epochs=epochs)
+    own.fit(Timed(script, size=8), batches(8, 64))
+    return own
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "size", "evaluations"),
+    [(0.01, 1e-4, 1024, 100), (0.01, 4e-4, 256, 100), (0.01, 2e-3, 64, 100), (0.6, 1e-3, 64, 29), (60.0, 0.0, 64, 1)],
+)
+def test_evaluations_are_as_large_as_still_lets_there_be_enough_of_them(
+    fixed: float, each: float, size: int, evaluations: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    # a hundred epochs of four seconds, of which a twentieth is 20 seconds
+    monitor = Priced(fixed, each, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        own = run(monitor)
+    # all evaluations from the first one on are of one size
+    assert set(monitor.sizes[-monitor.evaluations :]) == {size}
+    assert monitor.evaluations == pytest.approx(evaluations, rel=0.1)
+    budget = monitor.session.schedule.budget
+    assert budget.training == pytest.approx(400 * STEP)
+    assert budget.spent <= max(0.05 * 400 * STEP, 4 * (fixed + each * size))
+    (plan,) = (record.message for record in caplog.records if record.message.startswith("Plan: "))
+    said = re.match(r"Plan: about (\d+) evaluations? of ([\d,]+) samples, (\d+)% of the training time", plan)
+    assert said is not None
+    assert int(said[1]) == pytest.approx(monitor.evaluations, rel=0.15)
+    assert said[2] == f"{size:,}"
+    assert own.current_epoch == 100
+
+
+def test_the_plan_says_when_an_alarm_is_possible_and_when_none_is(caplog: pytest.LogCaptureFixture) -> None:
+    for fixed in (0.01, 2.0):
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            run(Priced(fixed, 1e-5, adapter=ModelAdapter(num_reference=64), max_overhead=0.05), 100, CollapseStopping())
+    possible, impossible = (record.message for record in caplog.records if record.message.startswith("Plan: "))
+    # three series are judged: two regions and the image
+    assert re.search(r"the first alarm is possible after epoch 1[2-4]\.", possible)
+    assert re.search(r"no alarm is possible, since it takes 1[2-4] evaluations\. .*max_overhead=None", impossible)
+
+
+def test_the_number_of_samples_is_the_users_where_one_is_given_or_a_monitor_has_no_limit() -> None:
+    given = Priced(0.01, 1e-3, adapter=ModelAdapter(num_samples=48, num_reference=64), max_overhead=0.05)
+    run(given, 12)
+    assert set(given.sizes) == {48}
+    free = Priced(0.01, 1e-3, adapter=ModelAdapter(num_reference=64))
+    run(free, 3, CosineMeanSimilarityMonitor(num_regions=2, name="limited", max_overhead=0.05, log_images=False))
+    assert set(free.sizes) == {1024}
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    monitor = Priced(0.01, 1e-4, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    run(monitor, 1)
+    assert len(monitor.sizes) > 2
+    assert monitor.evaluations == 1
+    assert [len(curve.steps) for curve in monitor.session.history.curves("cms").values()] == [1] * 8
+
+
+def test_a_resumed_run_keeps_the_number_of_samples(tmp_path: Any) -> None:
+    before = Priced(0.01, 4e-4, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    own = run(before, 100)
+    own.save_checkpoint(tmp_path / "run.ckpt")
+    # as if evaluations were cheap now
+    after = Priced(0.0, 1e-6, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    trainer(after, max_epochs=110).fit(
+        Timed(size=8), batches(8, 64), ckpt_path=tmp_path / "run.ckpt", weights_only=False
+    )
+    assert after.evaluations > before.evaluations
+    assert set(before.sizes[-before.evaluations :]) == set(after.sizes) == {256}
+
+
+def broken(images: Tensor) -> Tensor:
+    images = images.clone()
+    images[:, :, :4] = -1.0
+    return images
+
+
+@pytest.mark.parametrize("is_real", [False, True])
+@pytest.mark.filterwarnings("ignore::lightning_gendiag.callbacks.collapse_stopping.CollapseWarning")
+def test_where_a_small_evaluation_is_suspicious_a_full_one_decides(is_real: bool) -> None:
+    # small evaluations have 64 samples in one call, and full ones 1,024 in calls of 128
+    def script(images: Tensor, epoch: int) -> Tensor:
+        return broken(images) if epoch >= 40 and (is_real or len(images) == 64) else images
+
+    monitor = Priced(0.01, 2e-3, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    stopping = CollapseStopping("warn")
+    run(monitor, 60, stopping, script=script)
+    assert 1024 in monitor.sizes
+    numbers = [entry.number for entry in monitor.session.history.entries("cms", "image")]
+    # a full evaluation takes the place of the small one
+    assert numbers == list(range(1, monitor.evaluations + 1))
+    assert bool(stopping.alarms) == is_real
+    if is_real:
+        assert 40 <= stopping.alarms[0].epoch <= 43
+
+
+class Still(Timed):
+    """A model whose weights change and whose samples do not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        super().training_step(batch, batch_idx)
+        return self.weight.sum()
+
+    def sample(self, n: int) -> Tensor:
+        return self.pool[:n].repeat(math.ceil(n / len(self.pool)), 1, 1, 1)[:n]
+
+
+def test_a_full_evaluation_does_not_hide_that_samples_stay_the_same() -> None:
+    monitor = Priced(0.01, 2e-3, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    stopping = CollapseStopping("warn")
+    with pytest.warns(CollapseWarning, match="samples do not change"):
+        trainer(monitor, stopping, max_epochs=100).fit(Still(size=8), batches(8, 64))
+    assert 1024 in monitor.sizes
+
+
+def test_a_run_of_few_epochs_is_evaluated_within_them() -> None:
+    diagnostics = GenerativeDiagnostics(None, adapter=ModelAdapter(num_reference=64), skip=("training_data",))
+    own = trainer(diagnostics, max_epochs=3)
+    own.fit(Timed(size=8), batches(8, 64 * 16, 16))
+    # 64 steps an epoch, of which every second one is due
+    assert diagnostics.monitors["cms"].every_n_train_steps == 2
+    assert diagnostics.monitors["cms"].evaluations > 75
+    unlimited = GenerativeDiagnostics(None, adapter=ModelAdapter(num_reference=64, num_samples=32), max_overhead=None)
+    trainer(unlimited, max_epochs=3).fit(Timed(size=8), batches(8, 64))
+    assert unlimited.monitors["cms"].evaluations == 3
+
+
+def test_the_time_is_shared_by_what_each_part_costs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        count = int(torch.randint(1, 7, (), generator=generator))
+        costs = {str(n): float(10 ** (3 * torch.rand((), generator=generator) - 3)) for n in range(count)}
+        least = {name: int(torch.randint(1, 11, (), generator=generator)) for name in costs}
+        allowance = float(10 ** (2 * torch.rand((), generator=generator) - 2))
+        periods = shared(costs, least, allowance, 1000)
+        assert all(periods[name] >= least[name] for name in costs)
+        fitting = {name for name, period in periods.items() if period <= 1000}
+        assert sum(costs[name] / periods[name] for name in fitting) <= allowance * (1 + 1e-9)
+        # the cheapest waits only where even an equal share is too little for it
+        cheapest = min(fitting, key=lambda name: costs[name] / least[name])
+        if costs[cheapest] / least[cheapest] <= allowance / len(fitting):
+            assert periods[cheapest] == least[cheapest]
+    # what does not fit once leaves its share to the others
+    assert shared({"a": 0.1, "b": 100.0}, {"a": 1, "b": 1}, 0.11, 50)["a"] == 1
