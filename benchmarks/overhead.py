@@ -1,8 +1,9 @@
 """Measures what diagnostics cost: examples trained without any, with torchmetrics' FID, each monitor, and all by default.
 
 Each arm trains in a process of its own, which measures the seconds of ``trainer.fit``, its peak memory and the size of the
-event files. Monitors alone evaluate at every epoch; so does FID, from a small network on as many samples. "default" is
-``GenerativeDiagnostics()`` with its limit of 5 % of the training's time; another arm is the same without a limit.
+event files. Monitors alone evaluate at every epoch; so does FID, from a small network on 1,024 samples. "default" is
+``GenerativeDiagnostics()`` with its limit of 5 % of the training's time; another arm is the same without a limit. At its end
+the default arm measures FID of as many samples as its own evaluations have, with which one of these is compared.
 
 The arms train one epoch in turn, so that a machine that slows down slows all of them. All train the same batches, bit for
 bit, yet two processes without any callback differ by some per cent: "batches" is the median of each arm's epochs, in
@@ -86,9 +87,10 @@ class Turns(Callback):
 
 
 class FID(Callback):
-    """torchmetrics' FID of 1,024 samples at every epoch, with features of a small network."""
+    """torchmetrics' FID of some samples at every epoch, with features of a small network."""
 
-    def __init__(self, images: torch.Tensor) -> None:
+    def __init__(self, images: torch.Tensor, samples: int = 1024) -> None:
+        self.samples = samples
         self.images = (images[:1024] + 1).clamp(0, 2) / 2
         network = FeatureExtractor((255 * self.images).byte())
         self.metric = FrechetInceptionDistance(network, reset_real_features=False, normalize=True)
@@ -101,20 +103,39 @@ class FID(Callback):
         pl_module.eval()
         with torch.no_grad():
             if hasattr(pl_module, "sample"):
-                samples = torch.cat([pl_module.sample(128) for _ in range(8)])
+                parts = torch.arange(self.samples).split(128)
+                samples = torch.cat([pl_module.sample(len(part)) for part in parts])
             else:
-                samples = pl_module(torch.randn(1024, pl_module.hparams["latent_dim"]))
+                samples = pl_module(torch.randn(self.samples, pl_module.hparams["latent_dim"]))
             self.metric.update((samples + 1).clamp(0, 2) / 2, real=False)
         pl_module.train()
-        pl_module.log("fid", self.metric.compute())
+        value = self.metric.compute()
         self.metric.reset()
         self.seconds, self.evaluations = self.seconds + time.monotonic() - started, self.evaluations + 1
+        if trainer.training:
+            pl_module.log("fid", value)
+
+
+def images_of(model: str) -> torch.Tensor:
+    """Returns the images of a model's size."""
+    return data.digits({"flow": 8, "diffusion": 16}.get(model, 32))[0]
+
+
+def seconds_of_fid(model: str, trainer: Trainer, module: LightningModule, samples: int) -> float:
+    """Returns the median seconds of FID of some samples, after two to warm up."""
+    fid = FID(images_of(model), samples)
+    taken = []
+    for _ in range(9):
+        before = fid.seconds
+        fid.on_train_epoch_end(trainer, module)
+        taken.append(fid.seconds - before)
+    return statistics.median(taken[2:])
 
 
 ARMS: dict[str, Callable[[str], list[Callback]]] = {
     "none": lambda model: [],
     "none, again": lambda model: [],
-    "fid": lambda model: [FID(data.digits({"flow": 8, "diffusion": 16}.get(model, 32))[0])],
+    "fid": lambda model: [FID(images_of(model))],
     "cms": lambda model: [CosineMeanSimilarityMonitor()],
     "generation_balance": lambda model: [GenerationBalanceMonitor()],
     "k_star": lambda model: [KStarMonitor("discriminator.7" if model == "gan" else "encode")],
@@ -153,16 +174,26 @@ def arm(model: str, name: str, epochs: int, turns: Connection) -> None:
     monitors: list[Any] = [c for c in trainer.callbacks if isinstance(c, (Monitor, FID))]  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitors += callback.monitors.values() if isinstance(callback, GenerativeDiagnostics) else ()
-    turns.send(
-        {
-            "batches": statistics.median(first.epochs),
-            "between": between,
-            "peak_mib": 1024 * peak_memory(),
-            "events_mib": events / 2**20,
-            "evaluations": max((monitor.evaluations for monitor in monitors), default=0),
-            "evaluating": sum(monitor.seconds for monitor in monitors),
+    measured = {
+        "batches": statistics.median(first.epochs),
+        "between": between,
+        "peak_mib": 1024 * peak_memory(),
+        "events_mib": events / 2**20,
+        "evaluations": max((monitor.evaluations for monitor in monitors), default=0),
+        "evaluating": sum(monitor.seconds for monitor in monitors),
+    }
+    session = Session.of(trainer)
+    if session.automatic:
+        budget, samples = session.schedule.budget, session.views[0].num_samples or 0
+        measured |= {
+            "evaluating": budget.spent,
+            "first": budget.first,
+            "samples": samples,
+            "over_fid": (budget.spent - budget.first)
+            / max(budget.rounds - 1, 1)
+            / seconds_of_fid(model, trainer, module, samples),
         }
-    )
+    turns.send(measured)
 
 
 def measured(model: str, names: list[str], epochs: int) -> dict[str, dict[str, float]]:
@@ -221,6 +252,10 @@ def main() -> None:
                 "fid_over_none": found["fid"]["seconds"] / none["seconds"],
                 "default_evaluating_share": found["default"]["evaluating"] / none["seconds"],
                 "fid_evaluating_share": found["fid"]["evaluating"] / none["seconds"],
+                "evaluations": found["default"]["evaluations"],
+                "samples": found["default"]["samples"],
+                "first_evaluation_s": found["default"]["first"],
+                "evaluation_over_fid": found["default"]["over_fid"],
                 "peak_memory_ratio": found["default"]["peak_mib"] / none["peak_mib"],
             }
     if options.json:
