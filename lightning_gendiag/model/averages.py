@@ -7,6 +7,7 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -246,6 +247,7 @@ def _words(name: str) -> set[str]:
     return {word.lower() for word in _WORD.findall(name)}
 
 
+@lru_cache(maxsize=4096)
 def _says(name: str) -> bool:
     return not _words(name).isdisjoint(EMA_WORDS | AVERAGE_WORDS)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_gendiag.functional.arrays import as_images, exact_matmul, pieces
+from lightning_gendiag.functional.arrays import as_images, exact_matmul, kth_smallest, pieces
 from lightning_gendiag.functional.distances import squared_distances
 
 CHUNK = 256
@@ -179,9 +179,10 @@ class KernelClassifier:
         self._centres = [part.mean(0) for part in rows]
         self._rows = [part - centre for part, centre in zip(rows, self._centres, strict=True)]
         squares = [squared_distances(part, part).fill_diagonal_(0) for part in self._rows]
-        upper = torch.triu_indices(len(learned), len(learned), 1)
+        # of two different images; the distances of an image from itself are the smallest
+        middle = len(learned) + (len(learned) * (len(learned) - 1) - 1) // 2
         self._variances = [
-            max(float(square[upper[0], upper[1]].median()) * width, 1e-12)
+            max(float(kth_smallest(square, middle)) * width, 1e-12)
             for square, (_, width) in zip(squares, spaces, strict=True)
         ]
         targets = F.one_hot(labels[learned]).double()

@@ -193,9 +193,14 @@ class ModelParts:
         if message and tried_with == shape:
             raise ValueError(message)
         name, chosen_with = self._chosen.get(need, ("", None))
+        if name and chosen_with == shape:
+            # of another copy; the ways after it need not be looked for
+            same = next((way for way in self._given(need) or self._found(need) if way.name == name), None)
+            if same is not None:
+                return same
         # the one that was chosen before comes first
         ways = sorted(self._given(need) or self._found(need), key=lambda way: way.name != name)
-        if ways and ways[0].name == name and (chosen_with == shape or self._already_fits(ways[0], shape)):
+        if ways and ways[0].name == name and self._already_fits(ways[0], shape):
             self._chosen[need] = name, shape
             return ways[0]
         failures = self.failed[need] = {}

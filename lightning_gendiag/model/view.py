@@ -32,7 +32,7 @@ from lightning_gendiag.model.amounts import (
 from lightning_gendiag.model.averages import has_own_average
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, in_chunks
-from lightning_gendiag.model.generators import random_state_kept, seed_all
+from lightning_gendiag.model.generators import Generator, own_generators, random_state_kept, seed_all
 from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
 from lightning_gendiag.model.parts import ModelParts
 from lightning_gendiag.model.reference import InapplicableError, Reference
@@ -125,6 +125,8 @@ class ModelView:
         self._timed_samples: Images | None = None
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
+        self._generators: list[Generator] | None = None
+        """Those of the module and the adapter, which are looked for once between two batches."""
         self._said: set[str] = set()
         self._has_prior: bool | None = None
         self._is_agreed = False
@@ -253,9 +255,9 @@ class ModelView:
             self.real.read(self.adapter.reference)
 
     def expire(self) -> None:
-        """Forgets what was drawn, since the module may have changed."""
+        """Forgets what was drawn and found, since the module may have changed."""
         self._samples.clear()
-        self._reconstructions = self._encoded = None
+        self._reconstructions = self._encoded = self._generators = None
 
     def refresh(self) -> None:
         """Takes up a copy of the module as it is now, with averaged weights where they are to be evaluated."""
@@ -318,7 +320,9 @@ class ModelView:
                 "To fix this, add lightning.pytorch.callbacks.WeightAveraging to the trainer."
             )
         with ExitStack() as stack:
-            stack.enter_context(random_state_kept(self.device, self.subject.trained, self.adapter))
+            if self._generators is None:
+                self._generators = own_generators((self.subject.trained, self.adapter))
+            stack.enter_context(random_state_kept(self.device, *self._generators))
             if self.subject.in_place:
                 averaging = compat.averaging_of(self.trainer) if self.averaged else None
                 if averaging is not None:

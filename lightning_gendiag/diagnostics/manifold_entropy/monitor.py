@@ -27,17 +27,28 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 26
 """Approximate working memory of an evaluation: more than :func:`decoder_gram` takes by default, since it is faster."""
 
-NUM_LATENTS, MAX_DIMS = 32, 128
-"""Numbers of latents and of dimensions where neither the user nor their cost says otherwise."""
+NUM_LATENTS = 8
+"""Number of latents where neither the user nor their cost says otherwise.
 
-LEAST_LATENTS, LEAST_DIMS = 8, 16
-"""Smallest numbers of them, unless even these take longer than ``MOST_SECONDS``: then there are fewer latents, at least 2."""
+Standard errors of 8, 16 and 32 latents, on the example GAN (32 dimensions), VAE (10) and flow (64):
+
+- entropy of a dimension: 0.05 to 0.09, 0.03 to 0.07 and 0.02 to 0.05 nats
+- mutual information of a pair: 0.01 to 0.03, 0.01 to 0.02 and 0.004 to 0.013 nats; the largest one of the flow 0.07, 0.05
+  and 0.03
+- dimensions in use: 0.3 to 1.3 %, 0.3 to 1.4 % and 0.2 to 1.0 %
+
+Since they are the same latents at every evaluation, an entropy fluctuates little by their number: from one epoch to the next
+the error changes by 0.004 to 0.05 nats with 8 latents, and the entropy itself by 0.06 to 0.11. The time is in proportion.
+"""
+
+MAX_DIMS, LEAST_DIMS = 128, 16
+"""Largest number of dimensions where neither the user nor their cost says otherwise, and the number that is always used."""
 
 SECONDS = 1.2
-"""Approximate limit of the time for the Gram matrices of an evaluation, by which these numbers are chosen."""
+"""Approximate limit of the time for the Gram matrices of an evaluation, by which the number of dimensions is chosen."""
 
 MOST_SECONDS = 20.0
-"""Approximate limit of the time where the smallest numbers do not fit ``SECONDS``."""
+"""Approximate limit of the time of the smallest number of dimensions; if they take longer, there are fewer latents."""
 
 TRAVERSED = 6
 """Number of latent directions that the panel traverses, each at seven places; of a very slow decoder one."""
@@ -79,8 +90,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     Args:
         num_latents: Number of draws of the prior per evaluation, over all processes, or of latents of real images where
             nothing shows that N(0, 1) is their prior. They are the same at every evaluation, so few are enough; by default
-            32, or fewer where they would take longer than about a second: at least 8, or 2 where 8 would take longer than
-            about 20 seconds.
+            8, or fewer, at least 2, where 16 dimensions of 8 latents would take longer than about 20 seconds.
         log_volume: A flow's own ``log |det J|``: the name of a method of the module, or a callable ``(module, z)`` from
             (N, L) to (N,). By default it follows from the Gram matrix.
         max_dims: Largest number of dimensions that are monitored; by default 128, or fewer where 8 latents would take too
@@ -171,8 +181,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
             wanted = min(length, max_dims)
             seconds = self._seconds_of_a_direction(view, z) / view.world_size
             if self.num_latents is None:
-                least = fitting(seconds * min(LEAST_DIMS, wanted), MOST_SECONDS, 2, LEAST_LATENTS)
-                self._chosen_latents = fitting(seconds * wanted, SECONDS, least, NUM_LATENTS)
+                self._chosen_latents = fitting(seconds * min(LEAST_DIMS, wanted), MOST_SECONDS, 2, NUM_LATENTS)
             if self.max_dims is None:
                 max_dims = fitting(seconds * self._latents, SECONDS, min(LEAST_DIMS, wanted), wanted)
             if self._latents < (self.num_latents or NUM_LATENTS) or max_dims < wanted:
@@ -217,7 +226,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
 
     def _traverse(self, view: ModelView) -> Tensor | None:
         """(d, 7, C, H, W): images from the latents' mean along the strongest directions; None where data are no images."""
-        is_slow = self.num_latents is None and self._latents < LEAST_LATENTS
+        is_slow = self.num_latents is None and self._latents < NUM_LATENTS
         strongest = self.dims[self._order[: 1 if is_slow else TRAVERSED]]
         mean, std = torch.zeros(view.latent_dim), torch.ones(view.latent_dim)
         if not view.has_prior:

@@ -194,14 +194,15 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
             return []
         classes = result.classes.sum(0).argsort(descending=True, stable=True)[:WATCHED].sort().values.tolist()
         moved = result.moved_classes if "classes" in moves else []
+        shares = result.share[0].tolist()
         observations = []
         for c in classes:
-            message = result.class_words(c) if len(moved) <= 3 else moves["classes"]
             series = replace(CLASS.numbered(c), label=f"data: class {c}", confirm=confirm)
-            share = float(result.share[0, c])
-            observations.append(
-                Observation(series, share, math.inf if c in moved else 0.0, message=message * (c in moved))
-            )
+            if c in moved:
+                message = result.class_words(c) if len(moved) <= 3 else moves["classes"]
+                observations.append(Observation(series, shares[c], math.inf, message=message))
+            else:
+                observations.append(Observation(series, shares[c], 0.0))
         return observations
 
     def log_plots(self, result: TrainingDataResult, context: PlotContext) -> None:
