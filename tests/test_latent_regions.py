@@ -57,6 +57,14 @@ def test_the_density_equals_that_of_scipy() -> None:
     torch.testing.assert_close(regions.responsibilities(z).sum(1), torch.ones(len(z)).double())
 
 
+def test_the_density_far_from_zero_is_as_exact_as_near_it() -> None:
+    z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    regions = latent_regions(z, components=2)
+    far = regions._replace(means=regions.means + 1e6)
+    # the shift itself rounds to 1e-10
+    torch.testing.assert_close(far.log_density(z + 1e6), regions.log_density(z), atol=1e-8, rtol=0)
+
+
 def test_known_components_and_their_number_are_recovered() -> None:
     z, labels = blobs(1500)
     regions = latent_regions(z, labels)

@@ -163,6 +163,31 @@ def test_a_linear_generator_has_a_closed_form() -> None:
     torch.testing.assert_close(minimal.features[0], baseline)
 
 
+@pytest.mark.parametrize(
+    ("layer", "same"),
+    [
+        # without a second derivative
+        (torch.nn.functional.hardsigmoid, lambda x: (x / 6 + 0.5).clamp(0, 1)),
+        # without a derivative in forward mode; it turns the image upside down
+        (lambda x: torch.nn.functional.grid_sample(x, upside_down(x), align_corners=True), lambda x: x.flip(2)),
+    ],
+)
+def test_operations_with_only_one_kind_of_derivative_can_be_used(layer: Any, same: Any) -> None:
+    tail = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Unflatten(1, (1, 4, 4))).double().requires_grad_(False)
+    feature, baseline = torch.linspace(-1, 1, 6).double(), torch.zeros(6).double()
+    regions = torch.arange(4).repeat(4, 1) // 2
+    found, expected = (
+        minimal_features(lambda x, f=f: f(tail(x)), feature, baseline, regions).features for f in (layer, same)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def upside_down(images: Tensor) -> Tensor:
+    """Returns the places (N, H, W, 2) from which ``grid_sample`` takes images (N, C, H, W) upside down."""
+    turned = torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]).to(images).expand(len(images), 2, 3)
+    return torch.nn.functional.affine_grid(turned, list(images.shape), align_corners=True)
+
+
 def test_a_set_optimized_alone_or_in_small_batches_has_the_same_features() -> None:
     together = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS)
     small = minimal_features(squashed, FEATURE, 0 * FEATURE, REGIONS, batch_size=3)

@@ -24,8 +24,8 @@ BLOCK = 4096
 MAX_OUTPUTS = 4096
 """Largest number of outputs for which backward passes are run one by one without being asked for."""
 
-FORWARD_FAILS = (NotImplementedError, RuntimeError)
-"""Errors that torch raises where an operation has no forward-mode derivative."""
+DERIVATIVE_FAILS = (NotImplementedError, RuntimeError)
+"""Errors that torch raises where an operation has no derivative in forward mode, or no second one."""
 
 
 def decoder_gram(
@@ -122,7 +122,7 @@ def _gram(
         if mode != "reverse":
             try:
                 return _forward(decode, z, wanted, rows, columns, max_bytes)
-            except FORWARD_FAILS as error:
+            except DERIVATIVE_FAILS as error:
                 if mode == "forward" or isinstance(error, torch.OutOfMemoryError):
                     raise RuntimeError(_explained(decode, z, error)) from error
     # inside a decoder a backward pass holds several times the memory of the output
@@ -135,11 +135,11 @@ def _gram(
                 out = _flat(decode, at)
                 try:
                     grams.append(_by_direction(out, at, wanted, rows, columns))
-                except FORWARD_FAILS as failure:
+                except DERIVATIVE_FAILS as failure:
                     if isinstance(failure, torch.OutOfMemoryError) or (mode == "auto" and len(rows) > MAX_OUTPUTS):
                         raise
                     grams.append(_by_output(out, at, wanted, rows[:outputs], columns))
-            except FORWARD_FAILS as error:
+            except DERIVATIVE_FAILS as error:
                 raise RuntimeError(
                     f"decode must be differentiable, twice where it has more than {MAX_OUTPUTS:,} outputs and no "
                     f"forward-mode derivative, got {type(error).__name__}: {error} To fix this, remove torch.no_grad and "
@@ -263,7 +263,7 @@ def _explained(decode: Decode, z: Tensor, error: Exception) -> str:
         hooks = [layer.register_forward_pre_hook(lambda layer, _: entered.append(layer)) for layer in layers]
         try:
             torch.func.jvp(partial(_flat, decode), (z[:1],), (torch.ones_like(z[:1]),))
-        except FORWARD_FAILS:
+        except DERIVATIVE_FAILS:
             location = f" in {layers[entered[-1]]} ({type(entered[-1]).__name__})" if entered else ""
         finally:
             for hook in hooks:

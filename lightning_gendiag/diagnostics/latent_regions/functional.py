@@ -122,10 +122,14 @@ class LatentRegionsResult(NamedTuple):
 
     def _distances(self, z: Tensor) -> Tensor:
         """Computes squared Mahalanobis distances (n, K) of points (n, D) from the components."""
-        root = torch.linalg.cholesky(self.covariances)
-        away = z.double()[None] - self.means[:, None]  # (K, n, D)
-        white: Tensor = torch.linalg.solve_triangular(root, away.mT, upper=False)
-        return white.square().sum(1).T
+        roots = torch.linalg.cholesky(self.covariances)
+        whitening = torch.linalg.inv(roots)  # (K, D, D)
+        # relative to a point among the means, so that no digits are lost where all are far from 0
+        centre = self.means.mean(0)
+        means = (whitening @ (self.means - centre)[..., None]).flatten()
+        white = (z.to(centre) - centre) @ whitening.flatten(0, 1).T - means  # (n, D) @ (D, K * D) -> (n, K * D)
+        distances: Tensor = white.square_().unflatten(1, self.means.shape).sum(2)
+        return distances
 
     # ---- the regions ----
 
@@ -140,12 +144,12 @@ class LatentRegionsResult(NamedTuple):
         if kind == "cluster":
             from scipy.stats import chi2
 
-            sure, own = self._joint(z).softmax(1).max(1)
+            sure, own = surest(self._joint(z))
             near = self._distances(z).gather(1, own[:, None])[:, 0] <= float(chi2.ppf(INSIDE, self.means.shape[1]))
             return (sure >= SURE) & near
         if kind == "grey":
             joint = self._joint(z)
-            return (joint.softmax(1).amax(1) <= UNSURE) & (joint.logsumexp(1) >= self.typical)
+            return (surest(joint)[0] <= UNSURE) & (joint.logsumexp(1) >= self.typical)
         nearest = torch.cdist(z.double(), self.saddles).argmin(1)
         above = self._joint(z).logsumexp(1) - self._joint(self.saddles).logsumexp(1)[nearest]
         return (above <= self.depths[nearest] / 2) & (above >= -BELOW)
@@ -195,9 +199,8 @@ class LatentRegionsResult(NamedTuple):
             else:
                 which = torch.multinomial(own.weights, 4 * n, replacement=True, generator=generator)
                 which = which if component is None else torch.full_like(which, component)
-                z = torch.empty_like(noise)
-                for k, root in enumerate(roots):
-                    z[which == k] = own.means[k] + noise[which == k] @ root.T
+                spread = (noise @ roots.flatten(0, 1).T).unflatten(1, own.means.shape)  # (4 n, K, D)
+                z = own.means[which] + spread[torch.arange(4 * n), which]
             inside = own._inside(kind, z)
             if component is not None:
                 # a broad component may surround a narrow one
@@ -369,6 +372,12 @@ def inception_score(probabilities: Tensor) -> Tensor:
     mean = probabilities.mean(0, keepdim=True)  # (1, K)
     score: Tensor = (entropy(mean)[0] - entropy(probabilities).mean()).exp()
     return score
+
+
+def surest(joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the largest of the probabilities that are proportional to the exponentials of (n, K), and its number, (n,)."""
+    most, own = joint.max(1)
+    return (most - joint.logsumexp(1)).exp(), own
 
 
 def weighted(values: Tensor, weights: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         extract = view.resolve_features(self.features)
         with view.isolated(exact=True):
             for k, some in enumerate(latents):
-                images = _finite_images(view, some)
+                images, _ = _finite_images(view, some)
                 self._decoded.append(images[: plots.SHOWN].cpu())
                 # a distance says little with fewer points than features
                 if len(images) >= num_points // 2:
@@ -192,15 +192,22 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
                     if probabilities is not None:
                         positive = probabilities.double().clamp(min=LEAST_PROBABILITY)
                         inception[k] = inception_score(positive / positive.sum(1, keepdim=True))
-            for k in range(len(result.weights)):
-                points = result.sample("cluster", POINTS_PER_COMPONENT, generator, component=k)
-                images = _finite_images(view, points)
-                if len(images) and len(result.classes):
-                    probabilities = self._probabilities(view, images, result.classes.cpu())
-                    if probabilities is not None:
-                        counts = torch.bincount(probabilities.argmax(1), minlength=len(result.classes))
-                        decoded_share[k] = counts.to(decoded_share) / len(images)
+            if len(result.classes) and len(result.weights):
+                decoded_share = self._decoded_share(view, result, generator).to(decoded_share)
         return result._replace(fid=fid, inception=inception, decoded_share=decoded_share)
+
+    def _decoded_share(self, view: ModelView, result: LatentRegionsResult, generator: torch.Generator) -> Tensor:
+        """(K, C) shares of the classes among images decoded from inside each component; nan where there are none."""
+        parts = [
+            result.sample("cluster", POINTS_PER_COMPONENT, generator, component=k) for k in range(len(result.weights))
+        ]
+        component = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+        images, finite = _finite_images(view, torch.cat(parts))
+        probabilities = self._probabilities(view, images, result.classes.cpu()) if len(images) else None
+        counts = torch.zeros(result.decoded_share.shape)
+        if probabilities is not None:
+            counts.index_put_((component[finite], probabilities.argmax(1)), torch.ones(()), accumulate=True)
+        return counts / counts.sum(1, keepdim=True)
 
     def _choose_points(self, view: ModelView, result: LatentRegionsResult) -> int:
         """Returns the number of points of each kind, chosen once by the time of a few; inside ``view.isolated``."""
@@ -286,9 +293,10 @@ def _probabilities_in(output: Any, n: int) -> Tensor:
     return scores if inside else scores.softmax(1)
 
 
-def _finite_images(view: ModelView, latents: Tensor) -> Tensor:
-    """Returns the finite ones of the images that latents (n, L) decode to, on the module's device."""
+def _finite_images(view: ModelView, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the finite ones of the images that latents (n, L) decode to, on the module's device, and which (n,) are."""
     if not len(latents):
-        return as_images(view.reference_images.images[:0]).to(view.device)
+        return as_images(view.reference_images.images[:0]).to(view.device), torch.zeros(0, dtype=torch.bool)
     images = torch.cat([view.decoded_images(some) for some in pieces(view.as_input(latents), CHUNK)])
-    return images[images.flatten(1).isfinite().all(1)].float()
+    finite = images.flatten(1).isfinite().all(1)
+    return images[finite].float(), finite.cpu()

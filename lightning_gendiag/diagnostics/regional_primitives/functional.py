@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gendiag.functional.arrays import exact_matmul, pieces
-from lightning_gendiag.functional.jacobian import plain_attention
+from lightning_gendiag.functional.jacobian import DERIVATIVE_FAILS, plain_attention
 from lightning_gendiag.functional.results import loggable
 
 MAX_REGIONS = 12
@@ -250,8 +250,15 @@ def _solve(
     def move(at: Tensor, w: Tensor, damping: Tensor, first: bool) -> Tensor:
         image, pull = torch.func.vjp(tail, at)[:2]
 
+        # J v is what J' y, which is linear in y, pulls v back to: one pass, where forward mode would take two
+        pushed_by = torch.func.vjp(lambda y: pull(y)[0], torch.zeros_like(image))[1]
+
         def push(v: Tensor) -> Tensor:
-            out: Tensor = torch.func.jvp(tail, (at,), (v,))[1]
+            try:
+                out: Tensor = pushed_by(v)[0]
+            except DERIVATIVE_FAILS:
+                # an operation cannot be differentiated twice
+                out = torch.func.jvp(tail, (at,), (v,))[1]
             return out
 
         drawn = pull(w * (image - target))[0]
