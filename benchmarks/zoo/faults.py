@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.zoo.data import Batches
 from benchmarks.zoo.flows import DDPM
 from benchmarks.zoo.gans import Adversarial
-from benchmarks.zoo.models import Kind, at_rest, influences
+from benchmarks.zoo.models import Kind, at_rest, influences_in
 
 
 class Planting:
@@ -112,8 +112,7 @@ def dead_dimensions(run: Planting) -> None:
 def harmed_dimensions(run: Planting) -> list[int]:
     """Returns the four dimensions that move images most, since others may be dead already."""
     with at_rest(run.module, 0):
-        moved = influences(run.module)
-    assert moved is not None
+        moved = influences_in(run.network, run.module.latent_dim)
     return torch.tensor(moved).topk(4).indices.tolist()
 
 

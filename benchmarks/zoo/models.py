@@ -217,12 +217,15 @@ def drawn(module: LightningModule, data: Data, n: int) -> Tensor:
     return module.sample(n)
 
 
-def influences(module: LightningModule, n: int = 48) -> list[float] | None:
+def influences(module: LightningModule) -> list[float] | None:
     """Returns how far images move when one latent dimension is drawn anew, for each; None without such latents."""
     if isinstance(module, ConditionalVAE) or not isinstance(module, (GAN, Autoencoder)):
         return None
-    decode = module if isinstance(module, GAN) else module.decode
-    length = int(module.latent_dim)
+    return influences_in(module if isinstance(module, GAN) else module.decode, int(module.latent_dim))
+
+
+def influences_in(decode: Callable[[Tensor], Tensor], length: int, n: int = 48) -> list[float]:
+    """Returns how far images move when one of ``length`` latent dimensions is drawn anew, for each."""
     z = torch.randn(n, length)
     changed = z.repeat(length, 1, 1)
     changed[torch.arange(length), :, torch.arange(length)] = torch.randn(length, n)
