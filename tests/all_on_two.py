@@ -39,7 +39,7 @@ def main(folder: Path, processes: int) -> None:
     seed_everything(0, verbose=False)
     options = {
         "adapter": ModelAdapter(reference=digits(32), num_samples=200, num_reference=301),
-        "on_error": "raise", "max_overhead": 1.0,
+        "on_error": "raise", "max_overhead": None,
     }  # fmt: skip
     monitors = [
         CosineMeanSimilarityMonitor(num_regions=3, null_splits=8, **options),

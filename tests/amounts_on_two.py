@@ -1,4 +1,4 @@
-"""Lets two processes of which one is slower choose how much they do: ``python -m tests.amounts_on_two FOLDER``."""
+"""Lets two processes of which one is slower choose how much they do: ``python -m tests.amounts_on_two FOLDER [LIMIT]``."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ class Uneven(SmallVAE):
         return super().sample(n)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, max_overhead: float | None = None) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    cms, entropy = CosineMeanSimilarityMonitor(num_regions=2), ManifoldEntropyMonitor()
-    own = trainer(cms, entropy, max_epochs=1, devices=2, strategy="ddp")
+    cms = CosineMeanSimilarityMonitor(num_regions=2, max_overhead=max_overhead)
+    entropy = ManifoldEntropyMonitor(max_overhead=max_overhead)
+    own = trainer(cms, entropy, max_epochs=1 if max_overhead is None else 8, devices=2, strategy="ddp")
     own.fit(Uneven(), batches())
     chosen = cms.view.amounts | {"latents": entropy.get_extra_state()["latents"]}
+    chosen |= {monitor.name: monitor.evaluations for monitor in (cms, entropy)}
     torch.save(chosen, folder / f"amounts_{own.global_rank}.pt")
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(float, sys.argv[2:]))

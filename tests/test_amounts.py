@@ -239,8 +239,7 @@ def test_the_numbers_are_kept_in_checkpoints_and_chosen_anew_for_other_data(tmp_
     ("seconds", "options", "expected"),
     [
         # seconds of one dimension of one latent, and of sixteen unless that is slow; 40 dimensions may be monitored
-        (0.0, {}, (32, 40)),
-        (0.032, {}, (15, 40)),
+        (0.0, {}, (8, 40)),
         (0.07, {}, (8, 34)),
         (0.08, {}, (8, 16)),
         (0.25, {}, (5, 16)),
@@ -331,13 +330,15 @@ def test_slow_points_of_latent_regions_are_fewer(
     assert len(drawn[0]) == expected
 
 
-def test_two_processes_choose_the_same_numbers(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.amounts_on_two", str(tmp_path)]
+@pytest.mark.parametrize("limit", [[], ["0.5"]])
+def test_two_processes_choose_the_same_numbers(tmp_path: Path, limit: list[str]) -> None:
+    command = [sys.executable, "-m", "tests.amounts_on_two", str(tmp_path), *limit]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, timeout=120, env=environment, cwd=Path(__file__).parents[1])
     first, second = (torch.load(tmp_path / f"amounts_{rank}.pt", weights_only=True) for rank in range(2))
     assert first == second
     assert first["samples"] < 1024
+    assert first.get("planned") == (64 if limit else None)
 
 
 @pytest.mark.parametrize(

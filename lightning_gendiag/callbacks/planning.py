@@ -17,6 +17,10 @@ SIZES = (64, 128, 256, 512, 1024)
 """Numbers of samples that an evaluation may have where the time is limited."""
 
 
+SLOW = 0.2
+"""Samples that took so many seconds are not drawn once more to measure their time without what takes place once."""
+
+
 def rehearse(
     session: Session, chosen: Sequence[Monitor[Any, Any]], step: int, epoch_over: bool
 ) -> list[Monitor[Any, Any]]:
@@ -51,13 +55,18 @@ def rehearse(
     comparing = [m for m in good if session.view_of(m) in views and m.compares_samples()]
     among = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
     for smaller, size in zip((None, *SIZES), SIZES, strict=False):
+        drawn = {view: view.sampling_seconds for view in session.views if size == SIZES[0]}
+        drawn = {view: seconds for view, seconds in drawn.items() if seconds > SLOW}
         for view in session.views:
-            view.expire()
+            if view not in drawn:
+                view.expire()
         for view in views:
             view.plan(size)
         before = [session.schedule.cost(monitor) for monitor in measured]
         for monitor in measured:
-            session.schedule.note(monitor, seconds_of(monitor), anew=True)
+            # the first that compares samples draws them
+            drawing = drawn.pop(session.view_of(monitor), 0.0) if monitor.compares_samples() else 0.0
+            session.schedule.note(monitor, seconds_of(monitor) + drawing, anew=True)
         if smaller is not None and not session.schedule.affords(comparing, among):
             for view in views:
                 view.plan(smaller)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -121,6 +122,8 @@ class ModelView:
         """Whether the newest evaluation is repeated with all samples that fit the time limit of one."""
         self._lacks_average = False
         self._said_weights = self._warned_weights = False
+        self.sampling_seconds = 0.0
+        """What the newest samples took."""
         self._samples: dict[bool, Images] = {}
         self._timed_samples: Images | None = None
         self._reconstructions: Images | None = None
@@ -454,7 +457,7 @@ class ModelView:
     def samples(self) -> Images:
         """Returns this process's samples of this evaluation, drawn once and shared by all monitors."""
         if self.is_closer not in self._samples:
-            size, world = self.adapter.chunk_size, self.world_size
+            size, world, started = self.adapter.chunk_size, self.world_size, time.monotonic()
             drawn = []
             with self.isolated():
                 total = self._num_samples()
@@ -467,6 +470,7 @@ class ModelView:
                     self._timed_samples = None
                     drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
             self._samples[self.is_closer] = _joined(drawn)
+            self.sampling_seconds = time.monotonic() - started
             self._check_range(self._samples[self.is_closer].images)
         return self._samples[self.is_closer]
 
