@@ -89,7 +89,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         log_images: Whether panels are logged beside the scalars: at the first 20 evaluations, then each time their
             number grows by 10 %, and once at the end; with ``max_overhead``, each time it grows by half.
         max_overhead: Largest share of the training's time, in (0, 1], that all monitors with such a limit may take
-            together after setup: if they need more, all evaluate less often in proportion. By default there is no limit.
+            together. The first evaluation measures what they cost, and chooses by it how many samples they compare, 64 to
+            1,024 unless the adapter says otherwise, and how often each evaluates. By default there is no limit.
 
     Raises:
         ValueError: If an argument is out of its range; in ``on_fit_start`` for a configuration that cannot work.
