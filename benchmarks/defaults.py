@@ -356,11 +356,10 @@ class Forks(Callback):
             self.end_fork()
 
     def _able(self, trainer: Trainer) -> list[Monitor[Any, Any]]:
-        """The monitors that can raise an alarm, or the one that evaluates most often where none can."""
+        """The monitors that can raise an alarm, and those that compare samples, some of whose alarms need no level."""
         monitors, stopping = [m for m in Session.of(trainer).monitors if m.enabled], self.diagnostics.stopping
         assert stopping is not None
-        able = [m for m in monitors if m.evaluations >= stopping.needed(m.name)]
-        return able or [max(monitors, key=lambda m: m.evaluations)]
+        return [m for m in monitors if m.compares_samples() or m.evaluations >= stopping.needed(m.name)]
 
     def end_fork(self, error: str = "") -> None:
         """Writes what a fork found, and ends it without any cleaning up, which is for the process that forked."""

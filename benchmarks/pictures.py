@@ -1,15 +1,18 @@
 """Makes the pictures of the guides from runs of the examples: ``python -m benchmarks.pictures``.
 
 Each picture is what TensorBoard shows: the newest panel, or the picture of the first alarm, of one monitor. About five
-minutes on two cores. The screenshot ``docs/tensorboard.png`` is taken by hand.
+minutes on two cores. The screenshot ``docs/tensorboard.png`` is taken by hand, and ``--power FILE`` draws ``docs/power.png``
+from the last line of ``python -m benchmarks.defaults --json --samples ...``.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,14 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.zoo.judging import bounds
 from example_models import gan, vae
 from example_models.data import digit_batches, digits
 from lightning_gendiag import CollapseStopping, KStarMonitor, Monitor, RegionalPrimitivesMonitor, TrainingDataMonitor
+from lightning_gendiag.plots import canvas, charts
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -117,12 +123,75 @@ def beside(pictures: list[Image.Image]) -> Image.Image:
     return sheet
 
 
+def power(found: dict[str, dict[str, Any]]) -> Tensor:
+    """Returns curves of the share of faults that are found, and of how long that takes, over the number of samples.
+
+    Args:
+        found: Figures by number of samples, those of the plan first, as ``benchmarks.defaults`` gives them.
+    """
+    cells = list(found.values())
+    ranges = [bounds(round(cell["found"] * cell["faults"]), cell["faults"]) for cell in cells]
+    shares = [(100 * cell["found"], 100 * low, 100 * high) for cell, (low, high) in zip(cells, ranges, strict=True)]
+    # where fewer than half, or nine tenths, are found, that takes longer than was measured
+    delays = [tuple(cell[name] or math.inf for name in ("seconds", "seconds", "seconds_90")) for cell in cells]
+    longest = max((value for delay in delays for value in delay if math.isfinite(value)), default=1.0)
+    samples = [cell["samples"] for cell in cells]
+    tiles = [
+        canvas.Tile("% of the faults found", _over_samples(samples, shares, 100.0)),
+        canvas.Tile("delay in s of training", _over_samples(samples, delays, 1.1 * longest)),
+    ]
+    legend = [
+        canvas.Row(canvas.ALARM, "the plan's own choice", strong=True),
+        canvas.Row(canvas.region_colour(0), "a fixed number of samples at each evaluation"),
+    ]
+    note = (
+        f"{cells[0]['faults']} faults for each number. Left: within six evaluations, with 95 % intervals. Right: the median, "
+        "and a line up to the delay within which nine tenths are found, which ends at the top where fewer are found."
+    )
+    return canvas.panel("Power by the number of samples", tiles, legend, note)
+
+
+def _over_samples(samples: Sequence[float], values: Sequence[Sequence[float]], high: float) -> Tensor:
+    """Draws values with their ranges over numbers of samples on a logarithmic axis; the first one is the plan's."""
+    image, draw = canvas.blank_tile()
+    left, right, top, base = 34, canvas.TILE - 16, 8, canvas.TILE - 20
+    low, span = math.log(min(samples)), math.log(max(samples) / min(samples))
+
+    def at(number: float, value: float) -> tuple[float, float]:
+        return left + 8 + (right - left - 8) * (math.log(number) - low) / span, base - (base - top) * min(
+            value / high, 1
+        )
+
+    for share in (0.0, 0.5, 1.0):
+        y = base - (base - top) * share
+        draw.line((left, y, canvas.TILE, y), fill=charts.GRID)
+        draw.text((left - 4, y), f"{share * high:.3g}", fill=canvas.FAINT, font=canvas.font(12), anchor="rm")
+    for number in samples[1:]:
+        draw.text((at(number, 0)[0], base + 4), f"{number:.0f}", fill=canvas.FAINT, font=canvas.font(12), anchor="mt")
+    points = [at(number, value[0]) for number, value in zip(samples, values, strict=True)]
+    draw.line(points[1:], fill=canvas.region_colour(0), width=2)
+    # the plan's last, so that no other covers it
+    for place in reversed(range(len(samples))):
+        (x, y), (value, least, most) = points[place], values[place]
+        colour, size = (canvas.region_colour(0), 3) if place else (canvas.ALARM, 5)
+        draw.line((at(samples[place], least), at(samples[place], most)), fill=colour, width=1)
+        if math.isfinite(value):
+            draw.ellipse((x - size, y - size, x + size, y + size), fill=colour)
+    return canvas.picture_of(image)
+
+
 def main() -> None:
     """Trains the examples and writes the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="folder of runs that are used again where they are there")
     parser.add_argument("--page", choices=sorted(PICTURES), help="the page whose picture is made; by default all")
+    parser.add_argument("--power", type=Path, help="what benchmarks.defaults --json wrote; draws docs/power.png alone")
     options = parser.parse_args()
+    if options.power:
+        figures = json.loads(options.power.read_text().splitlines()[-1])
+        Image.fromarray(power(figures["power"]).numpy()).save(DOCS / "power.png")
+        print("docs/power.png")
+        return
     folder = options.runs or Path(tempfile.mkdtemp())
     pages = {page: parts for page, parts in PICTURES.items() if options.page in (None, page)}
     for name, train in RUNS.items():

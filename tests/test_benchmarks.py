@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import defaults
 from benchmarks.gpu import Recording, main
 
 
@@ -29,3 +32,28 @@ def test_the_benchmark_of_gpus_runs_on_a_cpu(capsys: pytest.CaptureFixture[str])
     assert not found["failed"]
     assert [row["part"].split(", ")[1] for row in found["rows"]] == ["real side", "compare"]
     assert all(row["ms"] > row["products_ms"] > 0 for row in found["rows"])
+
+
+def test_consecutive_seeds_plant_all_faults() -> None:
+    for model, example in defaults.EXAMPLES.items():
+        units = [defaults.Unit(model, seed, None, 2.0, 6, 280.0) for seed in range(5000, 5003)]
+        assert {name for unit in units for name in unit.chosen()} == set(example.faults())
+        assert all(len(set(unit.chosen())) == 6 for unit in units)
+
+
+def test_faults_that_are_not_found_delay_for_ever() -> None:
+    def fault(*evaluations: int) -> dict[str, Any]:
+        alarms = [{"evaluation": number, "seconds": 2.0 * number} for number in evaluations]
+        return {"name": "nan weight", "counts": True, "found": bool(alarms), "named": bool(alarms), "alarms": alarms}
+
+    failed, minor = {"name": "nan weight", "error": "no result"}, fault() | {"counts": False, "name": "region blurred"}
+    run = {"model": "gan", "samples": None, "healthy": None, "faults": [fault(1), fault(4, 9), fault(8), failed, minor]}
+    found, power = defaults.summary([run]), defaults.power([run])
+    assert (found.faults, found.found, found.runs) == (3, 1.0, 0)
+    assert found.within_3 == pytest.approx(1 / 3)
+    assert (found.delay, found.seconds) == (4, 8.0)
+    # of three, one is found later than within six evaluations
+    assert power.found == pytest.approx(2 / 3)
+    assert power.seconds == 8.0
+    assert math.isnan(power.seconds_90)
+    assert defaults.figures([run])["power"]["planned"]["seconds_90"] is None
