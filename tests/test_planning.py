@@ -153,6 +153,16 @@ def test_where_a_small_evaluation_is_suspicious_a_full_one_decides(is_real: bool
         assert 40 <= stopping.alarms[0].epoch <= 43
 
 
+@pytest.mark.filterwarnings("ignore:.*the run goes on without it.*", "ignore:generated images span")
+def test_a_first_epoch_with_too_few_images_is_no_reason_to_end_the_run() -> None:
+    diagnostics = GenerativeDiagnostics("warn", skip=("training_data",))
+    own = trainer(diagnostics, max_epochs=80)
+    own.fit(Timed(size=8), batches(8, 3))
+    assert own.current_epoch == 80
+    # of the second epoch there are enough
+    assert 70 < diagnostics.monitors["cms"].evaluations < 80
+
+
 class Still(Timed):
     """A model whose weights change and whose samples do not."""
 

@@ -52,6 +52,9 @@ def rehearse(
     for monitor in limited:
         seconds_of(monitor)
     measured = good = [monitor for monitor in limited if not monitor.failed]
+    if not good:
+        for view in views:
+            view.plan(None)
     comparing = [m for m in good if session.view_of(m) in views and m.compares_samples()]
     among = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
     for smaller, size in zip((None, *SIZES), SIZES, strict=False):

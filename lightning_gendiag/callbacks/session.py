@@ -240,6 +240,7 @@ class Session:
             plans, chosen = False, [monitor for monitor in chosen if monitor not in limited]
         if plans:
             chosen = rehearse(self, chosen, step, epoch_over)
+            plans = any(monitor in limited for monitor in chosen)
         for monitor in chosen:
             is_first = monitor.latest is None
             seconds = self.timed(monitor, step, epoch_over)
@@ -259,8 +260,12 @@ class Session:
 
     def _is_ready(self, monitors: list[Monitor[Any, Any]], epoch_over: bool) -> bool:
         """Whether all monitors have their real images, or images that cannot be read, on any process."""
-        # all processes ask together
-        ready = [self.view_of(monitor).real.ready(epoch_over) for monitor in monitors if monitor.needs_reference]
+        try:
+            # all processes ask together
+            ready = [self.view_of(monitor).real.ready(epoch_over) for monitor in monitors if monitor.needs_reference]
+        except Exception:
+            # raised again where each monitor contains it
+            return True
         unreadable = any(self.view_of(monitor).adapter in self._unreadable for monitor in monitors)
         return all(ready) or not self.trainer.strategy.reduce_boolean_decision(not unreadable, all=True)
 

@@ -484,9 +484,12 @@ class ModelView:
         """Returns whether samples are compared with real images, and not reconstructions."""
         return wanted != "reconstructions" and (self.adapter.sample is not None or self.parts.has("sample"))
 
-    def plan(self, samples: int) -> None:
-        """Lets evaluations have at most so many samples from now on."""
-        self.amounts["planned"] = samples
+    def plan(self, samples: int | None) -> None:
+        """Lets evaluations have at most so many samples from now on; None for as many as fit the time limit of one."""
+        if samples is None:
+            self.amounts.pop("planned", None)
+        else:
+            self.amounts["planned"] = samples
 
     @contextmanager
     def looking_closer(self) -> Iterator[None]:
