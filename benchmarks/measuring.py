@@ -8,9 +8,13 @@ import math
 import multiprocessing as mp
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -74,6 +78,23 @@ def in_own_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     """Returns what a function of a module returns in a new process, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+@contextmanager
+def package_at(commit: str) -> Iterator[None]:
+    """Lets processes of :func:`in_own_process` import the package as it was at a commit."""
+    root = Path(__file__).parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(
+            ["git", "archive", commit, "lightning_gendiag"], cwd=root, capture_output=True, check=True
+        )
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        # a new process has the paths of this one
+        sys.path.insert(0, folder)
+        try:
+            yield
+        finally:
+            sys.path.remove(folder)
 
 
 def plateau(series: Iterable[float], patience: int) -> int | None:

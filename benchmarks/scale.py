@@ -6,6 +6,10 @@ the exact map, beside the maps of two halves of the images: no map can be closer
 ``--exponents`` measures how the time of each part grows instead: resolution, samples, latents, classes and regions vary alone
 around a base case. An exponent is the slope of log seconds over log amount in the upper half of the amounts. It takes less
 than three minutes of one core.
+With ``--against COMMIT`` each size is measured with the package of today and with that of a commit in turn, and the results
+are compared::
+
+    python -m benchmarks.scale --against fbed8ff --only find_regions
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import json
 import resource
 import time
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,14 +27,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import seed_everything
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import parts
-from benchmarks.measuring import in_own_process, peak_memory, repeated, timed_anew
+from benchmarks.measuring import in_own_process, package_at, peak_memory, repeated, timed_anew, trained
 from benchmarks.parts import Setting
 from benchmarks.pixel_cka import smooth_images
-from example_models.data import digits, mnist, scenes
-from lightning_gendiag import CosineMeanSimilarity, RegionMap, find_regions, k_star
+from example_models.data import digit_batches, digits, mnist, scenes
+from example_models.gan import GAN
+from example_models.vae import VAE
+from lightning_gendiag import (
+    CosineMeanSimilarity,
+    LatentRegionsMonitor,
+    RegionMap,
+    find_regions,
+    k_star,
+    latent_regions,
+    minimal_features,
+)
 from lightning_gendiag.functional.distances import adjusted_rand_index
 
 COARSE = (1024, 256)
@@ -104,6 +121,8 @@ AXES: dict[tuple[str, str], tuple[list[int], dict[str, tuple[Callable[[Setting],
     ),
 }
 """By the name of an amount and the field of the setting that it is: its values, and the parts with their base cases."""
+ROUNDS = 3
+"""Measurements of each size with each of two packages."""
 
 
 def coloured(n: int, size: int, seed: int = 0) -> Tensor:
@@ -116,6 +135,11 @@ def coloured(n: int, size: int, seed: int = 0) -> Tensor:
 def region_map(size: int, channels: int = 1) -> Callable[[], RegionMap]:
     images = smooth_images(400, size).float().repeat(1, channels, 1, 1)
     return lambda: find_regions(images, 5, progress=False)
+
+
+def map_of_a_monitor() -> Callable[[], RegionMap]:
+    images = digits(32)[0][:1000]
+    return lambda: find_regions(images, 5, max_pixels=1024, progress=False)
 
 
 def cosines(n: int, size: int) -> Callable[[], Any]:
@@ -133,9 +157,43 @@ def neighbours(n: int) -> Callable[[], Any]:
     return lambda: k_star(latents, labels)
 
 
+def latents() -> Callable[[], Any]:
+    generator = torch.Generator().manual_seed(0)
+    z = 3 * torch.randn(9, 10, generator=generator)[torch.arange(1024) % 9] + torch.randn(1024, 10, generator=generator)
+
+    def regions() -> list[Tensor]:
+        result = latent_regions(z)
+        generator = torch.Generator().manual_seed(0)
+        return [*result, *(result.sample(kind, 500, generator) for kind in ("cluster", "margin", "grey"))]
+
+    return regions
+
+
+def evaluations() -> Callable[[], float]:
+    def seconds() -> float:
+        seed_everything(0, verbose=False)
+        monitor = LatentRegionsMonitor(every_n_epochs=1, max_overhead=None)
+        trained(VAE(), digit_batches(), 4, monitor)
+        return monitor.seconds / monitor.evaluations
+
+    return seconds
+
+
+def minimal() -> Callable[[], Any]:
+    seed_everything(0, verbose=False)
+    model = GAN().eval().requires_grad_(False)
+    features = model.generator[:7](torch.randn(256, int(model.hparams["latent_dim"])))
+    thirds = torch.arange(32) * 3 // 32
+    return lambda: minimal_features(model.generator[7:], features[0], features.mean(0), thirds[:, None] * 3 + thirds)
+
+
 SIZES: dict[str, Callable[[], Callable[[], Any]]] = {
     **{f"find_regions, 400 of 1x{size}x{size}": partial(region_map, size) for size in (32, 64, 128, 256, 512)},
     "find_regions, 400 of 3x256x256": lambda: region_map(256, 3),
+    "find_regions, 1,000 of 1x32x32": map_of_a_monitor,
+    "latent_regions, 1,024 of 10": latents,
+    "LatentRegionsMonitor, an evaluation": evaluations,
+    "minimal_features, 512 sets": minimal,
     "CosineMeanSimilarity, 1,024 of 3x64x64": lambda: cosines(1024, 64),
     "CosineMeanSimilarity, 8,192 of 3x64x64": lambda: cosines(8192, 64),
     "CosineMeanSimilarity, 1,024 of 3x256x256": lambda: cosines(1024, 256),
@@ -144,15 +202,36 @@ SIZES: dict[str, Callable[[], Callable[[], Any]]] = {
 }
 
 
-def measured(name: str) -> tuple[float, float, float]:
-    """Returns seconds, GiB at the peak, and the GiB before, which libraries and images take."""
+def measured(name: str) -> tuple[float, float, float, list[NDArray[Any]]]:
+    """Returns seconds, GiB at the peak, the GiB before, which libraries and images take, and the numbers of the result."""
     prepared = SIZES[name]()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     before = pages * resource.getpagesize() / 2**30
     del prepared
     # prepared anew, since a metric computes its result once
-    seconds, _ = timed_anew(SIZES[name])
-    return seconds, peak_memory(), before
+    seconds, result = timed_anew(SIZES[name])
+    if isinstance(result, float):
+        # the seconds of a part of the call
+        return result, peak_memory(), before, []
+    parts = (result.labels, result.alignment) if isinstance(result, RegionMap) else result
+    return seconds, peak_memory(), before, [part.numpy() for part in parts if isinstance(part, Tensor)]
+
+
+def against(commit: str, names: list[str]) -> None:
+    """Prints the seconds of each size with the package of a commit and with that of today, and how the results differ."""
+    print(f"{'':44s} {commit:>10s} {'today':>8s} {'ratio':>6s} {'largest difference of the results':>34s}")
+    for name in names:
+        seconds: tuple[list[float], list[float]] = [], []
+        for _ in range(ROUNDS):
+            with package_at(commit):
+                before, *_, expected = in_own_process(measured, name)
+            today, *_, found = in_own_process(measured, name)
+            seconds[0].append(before)
+            seconds[1].append(today)
+        ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
+        differ = (np.abs(a.astype(float) - b) for a, b in zip(expected, found, strict=True) if a.size)
+        most = max((float(np.nan_to_num(part).max()) for part in differ), default=float("nan"))
+        print(f"{name:44s} {min(seconds[0]):10.2f} {min(seconds[1]):8.2f} {ratio:6.2f} {most:34.1e}", flush=True)
 
 
 def agreement(folder: Path | None) -> None:
@@ -212,6 +291,7 @@ def exponents(only: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="measure the names that contain this, and no agreement of maps")
+    parser.add_argument("--against", metavar="COMMIT", help="measure the package of a commit as well, and no memory")
     parser.add_argument("--mnist", type=Path, help="folder with MNIST's test images")
     parser.add_argument("--exponents", action="store_true", help="measure how the time of each part grows")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON, with --exponents")
@@ -221,10 +301,13 @@ def main() -> None:
         if options.json:
             print(json.dumps(rows))
         return
+    if options.against:
+        against(options.against, [name for name in SIZES if options.only in name])
+        return
     print(f"{'':44s} {'seconds':>8s} {'GiB at the peak':>16s} {'GiB before':>11s}")
     for name in SIZES:
         if options.only in name:
-            seconds, peak, before = in_own_process(measured, name)
+            seconds, peak, before, _ = in_own_process(measured, name)
             print(f"{name:44s} {seconds:8.1f} {peak:16.2f} {before:11.2f}", flush=True)
     if not options.only:
         agreement(options.mnist)
