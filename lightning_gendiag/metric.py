@@ -127,7 +127,7 @@ class Diagnostic(Metric):
         held: Tensor | list[Tensor] = getattr(self, state)
         if isinstance(held, Tensor):
             return held
-        return torch.cat(held) if held else torch.empty(0, device=self.device)
+        return held[0] if len(held) == 1 else torch.cat(held) if held else torch.empty(0, device=self.device)
 
     @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from lightning_gendiag.functional.arrays import as_images, exact_matmul, median
+from lightning_gendiag.functional.arrays import as_images, exact_matmul, kth_smallest, median
 from lightning_gendiag.functional.distances import adjusted_rand_index, squared_distances
 
 
@@ -18,6 +18,16 @@ def test_squared_distances_equal_those_of_cdist(generator: torch.Generator) -> N
 def test_median_equals_the_quantile_of_torch(n: int, generator: torch.Generator) -> None:
     values = torch.randint(0, 4, (n,), generator=generator).double()
     assert float(median(values)) == pytest.approx(float(torch.quantile(values, 0.5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kth_smallest_entry_is_that_of_sorted_entries(dtype: torch.dtype, generator: torch.Generator) -> None:
+    values = torch.randint(5, (6, 7), generator=generator).to(dtype).T
+    ordered = values.flatten().sort().values
+    for k in range(42):
+        found = kth_smallest(values, k)
+        assert (found.shape, found.dtype) == ((), dtype)
+        assert found == ordered[k]
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5])

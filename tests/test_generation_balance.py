@@ -38,6 +38,7 @@ from lightning_gendiag.model.features import (
     KernelClassifier,
     NeighbourClassifier,
     averaged_pixels,
+    principal_components,
     space_for,
     together,
 )
@@ -300,7 +301,59 @@ def test_features_of_some_rows_of_the_reference_are_those_of_its_images() -> Non
     torch.testing.assert_close(network.of_reference(slice(1, None, 2)), network(images[1::2]), rtol=1e-4, atol=1e-4)
 
 
+def test_principal_components_are_those_of_an_eigendecomposition(generator: torch.Generator) -> None:
+    scale = 0.9 ** torch.arange(300)
+    rows = torch.randn(400, 300, generator=generator) * scale
+    rows -= rows.mean(0)
+    exact = torch.linalg.eigvalsh(rows.double().T.cov()).flip(0)[:20]
+    variance, directions = principal_components(rows, 20)
+    torch.testing.assert_close(variance, exact, rtol=1e-3, atol=0)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(20).double(), rtol=0, atol=1e-5)
+    covariance = (rows.double() @ directions).T.cov()
+    torch.testing.assert_close(covariance, variance.diag(), rtol=1e-3, atol=1e-6)
+    # fewer rows than twice the components leave nothing out
+    few = rows[:15] - rows[:15].mean(0)
+    torch.testing.assert_close(
+        principal_components(few, 10)[0], torch.linalg.svdvals(few.double())[:10].square() / 14, rtol=1e-4, atol=0
+    )
+
+
 SPACES = [(averaged_pixels, 0.3)]
+
+
+def labels_by_eigenvalues(images: Tensor, labels: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what the classifier assigns to its own images in each ridge's regression without their fold, and to others.
+
+    It is a slow twin: in float64, from differences of rows and an eigendecomposition.
+    """
+    x, y = (averaged_pixels(some).double() for some in (images, other))
+    squares = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    variance = 0.3 * squares[~torch.eye(len(x), dtype=torch.bool)].median()
+    values, vectors = torch.linalg.eigh((-squares / (2 * variance)).exp())
+    targets = nn.functional.one_hot(labels).double()
+    fits = []
+    for ridge in (1e-3, 1e-2, 1e-1):
+        inverse = (vectors / (values + ridge)) @ vectors.T
+        weights = inverse @ targets
+        fits.append((float((weights / inverse.diag()[:, None]).square().sum()), weights, inverse))
+    _, weights, inverse = min(fits, key=lambda fit: fit[0])
+    held_out = torch.empty_like(labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    order = order[labels[order].argsort(stable=True)]
+    for fold in (order[first::10] for first in range(10)):
+        errors = torch.linalg.solve(inverse[fold[:, None], fold], weights[fold])
+        held_out[fold] = (targets[fold] - errors).argmax(1)
+    kernel = (-torch.cdist(y, x, compute_mode="donot_use_mm_for_euclid_dist").square() / (2 * variance)).exp()
+    return held_out, (kernel @ weights).argmax(1)
+
+
+def test_the_classifier_assigns_the_labels_of_one_in_float64(generator: torch.Generator) -> None:
+    images, labels = digits(32)
+    noisy = images[1000:1700] + 0.5 * torch.randn(700, 1, 32, 32, generator=generator)
+    classifier = KernelClassifier(images[:600], labels[:600], SPACES)
+    held_out, others = labels_by_eigenvalues(images[:600], labels[:600], noisy)
+    assert torch.equal(classifier.held_out, held_out)
+    assert torch.equal(classifier(noisy), others)
 
 
 def test_the_classifier_recognizes_digits_and_knows_its_errors() -> None:
@@ -786,7 +839,7 @@ def test_recorded_healthy_runs_raise_no_alarm_and_a_dropped_class_is_named(model
 
 def test_large_images_are_classified_in_small_chunks() -> None:
     large = torch.rand(40, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    assert together(large) == 256
+    assert together(large) == 128
     assert together(torch.empty(1, 3, 1024, 1024)) == 4
     assert averaged_pixels(large).shape == (40, 3 * 16 * 16)
     assert averaged_pixels(large[:, :, :8]).shape == (40, 3 * 8 * 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 from lightning_gendiag.functional.arrays import as_images, exact_matmul, kth_smallest, pieces
 from lightning_gendiag.functional.distances import squared_distances
 
-CHUNK = 256
+CHUNK = 128
 """Largest number of images in a chunk."""
 
 POSITIONS = 1 << 22
-"""Largest number of pixels in a chunk: 256 images of 128x128, or 16 of 512x512."""
+"""Largest number of pixels in a chunk: 64 images of 256x256, or 16 of 512x512."""
 
 PIXELS = 4096
 """Images with at most this many values are compared by their pixels, larger ones by features."""
@@ -91,8 +90,8 @@ class FeatureExtractor(nn.Module):
     def responses(self, images: Tensor) -> Tensor:
         """Returns the pooled responses (N, 1024) of the filters to images (N, C, H, W), at least 0, in float32."""
         x = (as_images(images).float() - self.mean) / self.scale
-        x = F.relu(F.conv2d(x, self.first, stride=2, padding=2))
-        x = F.relu(F.conv2d(x, self.second, stride=2, padding=2))
+        x = F.conv2d(x, self.first, stride=2, padding=2).relu_()
+        x = F.conv2d(x, self.second, stride=2, padding=2).relu_()
         return F.adaptive_avg_pool2d(x, 4).flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -175,27 +174,23 @@ class KernelClassifier:
         self.spaces = [space for space, _ in spaces]
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         learned, rest = order[:LEARNED], order[LEARNED:]
-        rows = self._compared(images[learned], [part if part is None else part[learned] for part in known])
-        self._centres = [part.mean(0) for part in rows]
-        self._rows = [part - centre for part, centre in zip(rows, self._centres, strict=True)]
+        self._rows = self._compared(images[learned], [part if part is None else part[learned] for part in known])
+        self._centres = [part.mean(0) for part in self._rows]
+        for part, centre in zip(self._rows, self._centres, strict=True):
+            part -= centre
         squares = [squared_distances(part, part).fill_diagonal_(0) for part in self._rows]
-        # of two different images; the distances of an image from itself are the smallest
+        # the median of two different images; the distances of an image from itself are the smallest
         middle = len(learned) + (len(learned) * (len(learned) - 1) - 1) // 2
         self._variances = [
             max(float(kth_smallest(square, middle)) * width, 1e-12)
             for square, (_, width) in zip(squares, spaces, strict=True)
         ]
         targets = F.one_hot(labels[learned]).double()
-        kernel, least = self._kernel(squares), math.inf
-        for ridge in RIDGES:
-            found = torch.cholesky_inverse(torch.linalg.cholesky(kernel + ridge * torch.eye(len(learned))))
-            weights = found @ targets
-            # the error on each image of a regression without it, in closed form (Allen's PRESS)
-            error = float((weights / found.diagonal()[:, None]).square().sum())
-            if error < least:
-                least, self._weights, inverse = error, weights, found
+        kernel = self._kernel(squares)
+        fits = (_fit(kernel, targets, ridge) for ridge in RIDGES)
+        _, self._weights, without_fold = min(fits, key=lambda fit: fit[0])
         self.held_out = torch.empty_like(labels)
-        self.held_out[learned] = _without_folds(targets, self._weights, inverse)
+        self.held_out[learned] = without_fold
         if len(rest):
             others = self._compared(images[rest], [part if part is None else part[rest] for part in known])
             self.held_out[rest] = self._classes(others)
@@ -207,9 +202,11 @@ class KernelClassifier:
             return [(in_chunks(space, images) if part is None else part).cpu().float() for space, part in parts]
 
     def _kernel(self, squares: list[Tensor]) -> Tensor:
-        """Returns the kernel (n, m) in float64 of squared distances (n, m) in each space, which it overwrites."""
-        parts = zip(squares, self._variances, strict=True)
-        return torch.stack([square.mul_(-0.5 / v).exp_() for square, v in parts]).mean(0, dtype=torch.float64)
+        """Returns the kernel (n, m) of squared distances (n, m) in each space, which it overwrites and empties."""
+        kernel = torch.zeros_like(squares[0])
+        for variance in self._variances:
+            kernel += squares.pop(0).mul_(-0.5 / variance).exp_()
+        return kernel.div_(len(self._variances))
 
     def __call__(self, images: Tensor, known: Sequence[Tensor | None] = ()) -> Tensor:
         """Returns the labels (N,) of images (N, C, H, W), which must be finite.
@@ -222,10 +219,35 @@ class KernelClassifier:
 
     def _classes(self, rows: list[Tensor]) -> Tensor:
         """Returns the labels (N,) of what is compared of images."""
-        parts = zip(rows, self._centres, self._rows, strict=True)
-        squares = [squared_distances(some - centre, held) for some, centre, held in parts]
-        scores: Tensor = self._kernel(squares) @ self._weights
-        return scores.argmax(1)
+        classes = []
+        for some in zip(*(torch.split(part, CHUNK) for part in rows), strict=True):
+            parts = zip(some, self._centres, self._rows, strict=True)
+            squares = [squared_distances(part - centre, held) for part, centre, held in parts]
+            classes.append((self._kernel(squares).double() @ self._weights).argmax(1))
+        return torch.cat(classes)
+
+
+def _fit(kernel: Tensor, targets: Tensor, ridge: float) -> tuple[float, Tensor, Tensor]:
+    """Fits a kernel regression in float64.
+
+    Args:
+        kernel: (N, N) kernel matrix.
+        targets: (N, K), 1 where a row is of a class.
+        ridge: What is added to the diagonal.
+
+    Returns:
+        The sum of the squared errors on each row of a regression without it, the weights (N, K), and the classes (N,) that
+        :func:`_without_folds` returns.
+    """
+    # column by column, since LAPACK then works in place: these are the largest matrices of an evaluation
+    inverse = kernel.double().mT
+    inverse.diagonal().add_(ridge)
+    torch.linalg.cholesky(inverse, out=inverse)
+    torch.cholesky_inverse(inverse, out=inverse)
+    weights = inverse @ targets
+    # in closed form (Allen's PRESS)
+    error = float((weights / inverse.diagonal()[:, None]).square().sum())
+    return error, weights, _without_folds(targets, weights, inverse)
 
 
 def _without_folds(targets: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:

@@ -586,10 +586,12 @@ class ModelView:
         real = self.real.range
         if self._warned_range or real is None or not self.has_reference or not self.has_images:
             return
-        finite = generated[generated.isfinite()]
-        if not len(finite):
+        finite = generated.isfinite()
+        if not finite.any():
             return
-        (low, high), (least, most) = real, (float(finite.min()), float(finite.max()))
+        least = float(torch.where(finite, generated, math.inf).min())
+        most = float(torch.where(finite, generated, -math.inf).max())
+        low, high = real
         slack, bounded = (high - low) / 4, least >= -1 and most <= 1
         reason = ""
         if high > low and (

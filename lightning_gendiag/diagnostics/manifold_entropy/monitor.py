@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from lightning_gendiag.model.view import ModelView
     from lightning_gendiag.plots.canvas import Occasion
 
-MAX_BYTES = 1 << 26
-"""Approximate working memory of an evaluation: more than :func:`decoder_gram` takes by default, since it is faster."""
+MAX_BYTES = {"cpu": 6 << 20}
+"""Approximate working memory of an evaluation, by the kind of device: on a processor more is not faster."""
+
+MAX_BYTES_ON_OTHERS = 1 << 26
+"""The same on other kinds, where the number of calls counts."""
 
 NUM_LATENTS = 8
 """Number of latents where neither the user nor their cost says otherwise.
@@ -210,7 +213,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     def _grams(self, view: ModelView, z: Tensor) -> Tensor:
         return decoder_gram(
             view.decode, z, dims=self.dims, latent_scale=self.latent_scale, data_scale=self.data_scale, mode=self.mode,
-            max_bytes=MAX_BYTES,
+            max_bytes=MAX_BYTES.get(view.device.type, MAX_BYTES_ON_OTHERS),
         )  # fmt: skip
 
     def update(self, view: ModelView) -> None:
