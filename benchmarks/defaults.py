@@ -514,6 +514,8 @@ class Summary(NamedTuple):
     """Median over all faults in evaluations of the monitor that raised the alarm; nan where it is beyond those made."""
     seconds: float
     """Median in seconds of training."""
+    cut: float
+    """Share that ended, by the limit of time or with the run, before there were enough evaluations."""
     runs: int
     """That are healthy and came to their end."""
     alarms: float
@@ -567,6 +569,7 @@ def summary(runs: Sequence[Record], name: str | None = None) -> Summary:
         mean(fault["named"] for fault in faults),
         quantile(alarm["evaluation"] for alarm in first),
         quantile(alarm["seconds"] for alarm in first),
+        mean(fault["cut"] for fault in faults),
         len(ended),
         mean(one["alarms"] for one in ended),
         mean(one["stopped"] for one in ended),
@@ -585,7 +588,9 @@ class Power(NamedTuple):
     seconds: float
     """Median of the delay in seconds of training, over all faults; nan where most are not found."""
     seconds_90: float
-    """The same, of which nine tenths are found sooner."""
+    """The same for nine tenths of them."""
+    cut: float
+    """Share that ended before there were enough evaluations, and may have been found by more."""
     evaluations: float
     """In the run."""
     samples: float
@@ -600,18 +605,19 @@ def power(runs: Sequence[Record]) -> Power:
         mean(math.isfinite(value) for value in seconds),
         quantile(seconds),
         quantile(seconds, 0.9),
+        whole.cut,
         whole.evaluations,
         whole.samples,
     )
 
 
-SHARES = ("found", "within_3", "named", "alarms", "stopped", "overhead")
+SHARES = ("found", "within_3", "named", "cut", "alarms", "stopped", "overhead")
 
 
 def row(title: str, cells: NamedTuple, only: Sequence[str] = ()) -> str:
     """Returns a line of a table."""
     texts = [
-        f"{value:.0%}" if name in SHARES else f"{value:.3g}"
+        f"{value:.0%}" if name in SHARES else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
         for name, value in cells._asdict().items()
         if not only or name in only
     ]
@@ -629,7 +635,7 @@ def lines(runs: Sequence[Record], verbose: bool) -> Iterator[str]:
     yield head("", Summary)
     for model, own in by_model(default).items():
         yield row(model, summary(own))
-    of_faults = Summary._fields[:6]
+    of_faults = Summary._fields[:7]
     yield ""
     yield head("", Summary, of_faults)
     for name, fault in FAULTS.items():
@@ -642,9 +648,8 @@ def lines(runs: Sequence[Record], verbose: bool) -> Iterator[str]:
         for title, own in by_samples(runs).items():
             yield row(title, power(own))
     yield ""
-    faults = [fault for run in runs for fault in run["faults"]]
-    short = sum(fault.get("cut", False) for fault in faults)
-    yield f"{short} of {len(faults)} forks ended before they had enough evaluations, {sum('error' in f for f in faults)} failed"
+    forks, ends = [fault for run in runs for fault in run["faults"]], sum(run["healthy"] is None for run in runs)
+    yield f"{sum('error' in fork for fork in forks)} of {len(forks)} forks failed, {ends} of {len(runs)} runs did not end"
     for run in runs if verbose else ():
         yield f"\n{run['model']} {run['seed']} {run['samples'] or 'planned'}: {run['plan']}"
         for fault in run["faults"]:
@@ -680,7 +685,7 @@ def figures(runs: Sequence[Record]) -> dict[str, Any]:
     by_fault = {name: summary(default, name) for name in FAULTS if counted(default, name)}
     return {
         "models": {model: rounded(summary(own)) for model, own in by_model(default).items()},
-        "faults": {name: rounded(found, Summary._fields[:6]) for name, found in by_fault.items()},
+        "faults": {name: rounded(found, Summary._fields[:7]) for name, found in by_fault.items()},
         "power": {title: rounded(power(own)) for title, own in by_samples(runs).items()},
     }
 

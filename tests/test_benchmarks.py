@@ -44,7 +44,14 @@ def test_consecutive_seeds_plant_all_faults() -> None:
 def test_faults_that_are_not_found_delay_for_ever() -> None:
     def fault(*evaluations: int) -> dict[str, Any]:
         alarms = [{"evaluation": number, "seconds": 2.0 * number} for number in evaluations]
-        return {"name": "nan weight", "counts": True, "found": bool(alarms), "named": bool(alarms), "alarms": alarms}
+        return {
+            "name": "nan weight",
+            "counts": True,
+            "found": bool(alarms),
+            "named": bool(alarms),
+            "cut": False,
+            "alarms": alarms,
+        }
 
     failed, minor = {"name": "nan weight", "error": "no result"}, fault() | {"counts": False, "name": "region blurred"}
     run = {"model": "gan", "samples": None, "healthy": None, "faults": [fault(1), fault(4, 9), fault(8), failed, minor]}
