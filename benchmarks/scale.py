@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import time
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -44,9 +44,9 @@ MAP_NUMBERS = 1 << 22
 LEAST_MAP_IMAGES = 400
 """Number of images from which on maps are steady."""
 
-PANEL_GROWTH, LIMITED_PANEL_GROWTH = 0.1, 0.5
+PANEL_GROWTH, LIMITED_PANEL_GROWTH = 0.1, 1.0
 """Panels are drawn each time the number of evaluations has grown by this share, since TensorBoard keeps ten of a tag; more
-rarely where the time is limited."""
+rarely where the time is limited, since they may take as long as an evaluation."""
 
 FAILURES = 3
 """Number of failures in a row that switch a monitor off."""
@@ -87,7 +87,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             switched off; ``"raise"`` for debugging.
         name: Of this monitor in tags and checkpoints, for two of one kind on a trainer.
         log_images: Whether panels are logged beside the scalars: at the first 20 evaluations, then each time their
-            number grows by 10 %, and once at the end; with ``max_overhead``, each time it grows by half.
+            number grows by 10 %, and once at the end; with ``max_overhead``, each time it doubles.
         max_overhead: Largest share of the training's time, in (0, 1], that all monitors with such a limit may take
             together. The first evaluation measures what they cost, and chooses by it how many samples they compare, 64 to
             1,024 unless the adapter says otherwise, and how often each evaluates. By default there is no limit.
@@ -143,7 +143,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self.result: ResultT | None = None
         self.latest: Evaluation | None = None
         self.evaluations = 0
-        self.seconds = 0.0
+        self.seconds = self.drawing_seconds = 0.0
+        """Of all evaluations, and of the newest panels."""
         self.enabled = True
         self.last_step: int | None = None
         """Step of the newest evaluation, on the loggers' axis."""
@@ -203,9 +204,12 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """What an evaluation may take, as long as none has been measured."""
         return 0.0
 
-    def compares_samples(self) -> bool:
-        """Returns whether it compares the samples of the view, so that their number says what an evaluation costs."""
-        return False
+    def shares(self) -> str:
+        """Returns what monitors draw once together, and are therefore evaluated at the same times; by default nothing.
+
+        ``"samples"`` of the view, whose number says what an evaluation costs, or what the encoder gives (``"encoded"``).
+        """
+        return self.name
 
     def depends_on_model(self, view: ModelView) -> bool:
         """Returns whether the metric holds what changes with the module, and must be built at each evaluation."""
@@ -424,7 +428,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             purpose: ``"series"`` for the next value of all series, ``"rehearsal"`` to measure the time, so that nothing is
                 noted, ``"decision"`` to replace the newest value by one that is less uncertain.
         """
-        started = time.monotonic()
+        started, self.drawing_seconds = time.monotonic(), 0.0
         self.last_step = step
         error: Exception | None = None
         ready = True
@@ -470,9 +474,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             # its numbers were logged at this step
             self._log_panels(evaluation, self.session.logger(evaluation.step, self.name))
             return ready
-        self.session.note_evaluation(self)
         tags = {f"{PREFIX}/{self.name}/{name}": value for name, value in scalars.items()}
         compat.log_values(view.subject.trained, tags)
+        self.session.note_evaluation(tags)
         self._publish(evaluation, scalars, draws, started)
         return ready
 
@@ -508,9 +512,10 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         unchanged = bool(evaluation.observations) and evaluation.observations == self._logged
         if not self.log_images or not self.session.trainer.is_global_zero or unchanged or self.result is None:
             return
-        self._logged = evaluation.observations
+        self._logged, started = evaluation.observations, time.monotonic()
         try:
             self.log_plots(self.result, PlotContext(evaluation, self.session.history.curves(self.name), logger))
+            self.drawing_seconds = time.monotonic() - started
         except Exception as error:
             self.log_images = False
             self._contain(error, counts=False)

@@ -55,7 +55,7 @@ def rehearse(
     if not good:
         for view in views:
             view.plan(None)
-    comparing = [m for m in good if session.view_of(m) in views and m.compares_samples()]
+    comparing = [m for m in good if session.view_of(m) in views and m.shares() == "samples"]
     among = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
     for smaller, size in zip((None, *SIZES), SIZES, strict=False):
         drawn = {view: view.sampling_seconds for view in session.views if size == SIZES[0]}
@@ -68,7 +68,7 @@ def rehearse(
         before = [session.schedule.cost(monitor) for monitor in measured]
         for monitor in measured:
             # the first that compares samples draws them
-            drawing = drawn.pop(session.view_of(monitor), 0.0) if monitor.compares_samples() else 0.0
+            drawing = drawn.pop(session.view_of(monitor), 0.0) if monitor.shares() == "samples" else 0.0
             session.schedule.note(monitor, seconds_of(monitor) + drawing, anew=True)
         if smaller is not None and not session.schedule.affords(comparing, among):
             for view in views:
@@ -85,7 +85,7 @@ def rehearse(
 
 def _is_planned(session: Session, view: ModelView) -> bool:
     """Whether it is ours to choose how many samples the monitors of a view compare: not once it has been chosen."""
-    comparing = [m for m in session.monitors if m.enabled and session.view_of(m) is view and m.compares_samples()]
+    comparing = [m for m in session.monitors if m.enabled and session.view_of(m) is view and m.shares() == "samples"]
     return (
         view.adapter.num_samples is None
         and "planned" not in view.amounts
@@ -100,9 +100,9 @@ def in_words(session: Session) -> str:
     limited = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
     limit = min(m.max_overhead for m in limited if m.max_overhead is not None)
     periods, coming = schedule.periods(limited), schedule.coming
-    main = next((m for m in limited if m.compares_samples()), None) or min(limited, key=lambda m: periods[m.name])
+    main = next((m for m in limited if m.shares() == "samples"), None) or min(limited, key=lambda m: periods[m.name])
     often = periods[main.name]
-    samples = session.view_of(main).num_samples if main.compares_samples() else None
+    samples = session.view_of(main).num_samples if main.shares() == "samples" else None
     of = f" of {samples:,} samples" if samples else ""
     number = 1 + coming // often
     if coming == math.inf:
@@ -114,7 +114,9 @@ def in_words(session: Session) -> str:
     rarer = [
         f"{m.name} never, since it may take {schedule.cost(m):.2g} s"
         if periods[m.name] > coming
-        else f"{m.name} at one in {round(periods[m.name] / often):,}"
+        else f"{m.name} {1 + int(coming // periods[m.name]):,} times"
+        if coming < math.inf
+        else f"{m.name} at one in {periods[m.name] / often:.2g}"
         for m in limited
         if periods[m.name] > often
     ]

@@ -64,8 +64,7 @@ class TimeBudget:
         if cost is None:
             # the first round took much longer than others will
             cost = later / (self.rounds - 1) if self.rounds > 1 else self.first / 4
-        # one more round, and one in reserve for the end of the run
-        return self.rounds == 0 or self.first * progress + later + 2 * cost <= max_overhead * self.training
+        return self.rounds == 0 or self.first * progress + later + cost <= max_overhead * self.training
 
     def charge(self, seconds: float, ready: bool = True) -> None:
         """Adds the time of an evaluation.
@@ -98,8 +97,9 @@ class Schedule:
         self.dues = 0
         """Number of times at which a monitor with a limit was due."""
         self._costs: dict[str, deque[float]] = {}
+        self._drawing: dict[str, float] = {}
         self._waiting: set[str] = set()
-        self._last_round: dict[str, int] = {}
+        self._last_due: dict[str, int] = {}
 
     def choose(self, monitors: Sequence[Monitor[Any, Any]], step: int, epoch_over: bool) -> list[Monitor[Any, Any]]:
         """Returns the monitors that evaluate at a step, the same on every process.
@@ -116,7 +116,7 @@ class Schedule:
         self.dues += 1
         if not self.budget.ready:
             # rounds in which no monitor had its real images yet do not count
-            self._last_round.clear()
+            self._last_due.clear()
         limited = [monitor for monitor in monitors if monitor.max_overhead is not None]
         asking = [
             monitor
@@ -125,20 +125,32 @@ class Schedule:
         ]
         periods = self.periods(limited)
         # one that is due a tenth as often as another takes part in each tenth round
-        chosen = [m for m in asking if self.budget.rounds + 1 - self._last_round.get(m.name, 0) >= periods[m.name]]
-        cost = sum(map(self.cost, chosen))
-        names = {m.name for m in chosen}
-        granted = self.budget.grants(min(limits), run_progress(self.trainer) or 1.0, cost or None)
+        wanted = [m for m in asking if self.dues - self._last_due.get(m.name, 0) >= periods[m.name]]
+        names = self._granted(wanted, periods, min(limits))
         if self.trainer.world_size > 1:
-            granted, names = self.trainer.strategy.broadcast((granted, names))
-        self.budget.rounds += granted
+            names = self.trainer.strategy.broadcast(names)
+        self.budget.rounds += bool(names)
         for monitor in asking:
-            if granted and monitor.name in names:
+            if monitor.name in names:
                 self._waiting.discard(monitor.name)
-                self._last_round[monitor.name] = self.budget.rounds
+                self._last_due[monitor.name] = self.dues
             else:
                 self._waiting.add(monitor.name)
-        return [m for m in monitors if (m in due if m.max_overhead is None else granted and m.name in names)]
+        return [m for m in monitors if (m in due if m.max_overhead is None else m.name in names)]
+
+    def _granted(
+        self, wanted: Sequence[Monitor[Any, Any]], periods: Mapping[str, int], max_overhead: float
+    ) -> set[str]:
+        """Names of the monitors for which there is time, those first that have waited longest for their period."""
+        progress, taken, granted = run_progress(self.trainer) or 1.0, 0.0, set()
+        waited = {m.shares(): (self.dues - self._last_due.get(m.name, 0)) / periods[m.name] for m in wanted}
+        for unit in sorted(waited, key=lambda unit: -waited[unit]):
+            members = [monitor for monitor in wanted if monitor.shares() == unit]
+            taken += sum(self.cost(m) + m.draws * self._drawing.get(m.name, 0.0) for m in members)
+            if not self.budget.grants(max_overhead, progress, taken or None):
+                break
+            granted |= {monitor.name for monitor in members}
+        return granted
 
     def _is_due(self, monitor: Monitor[Any, Any], step: int, epoch_over: bool) -> bool:
         epoch = self.trainer.current_epoch
@@ -149,7 +161,7 @@ class Schedule:
     # ---- what evaluations cost ----
 
     def note(self, monitor: Monitor[Any, Any], seconds: float, anew: bool = False) -> None:
-        """Notes what an evaluation of a monitor took, without what is done once.
+        """Notes what an evaluation of a monitor took, without its panels and what is done once.
 
         Args:
             monitor: The monitor.
@@ -159,6 +171,10 @@ class Schedule:
         if anew:
             self._costs.pop(monitor.name, None)
         self._costs.setdefault(monitor.name, deque(maxlen=NEWEST)).append(seconds)
+
+    def note_drawing(self, monitor: Monitor[Any, Any], seconds: float) -> None:
+        """Notes what the panels of a monitor took, which are drawn at some evaluations only."""
+        self._drawing[monitor.name] = seconds
 
     def cost(self, monitor: Monitor[Any, Any]) -> float:
         """Returns the seconds that an evaluation of a monitor takes."""
@@ -175,8 +191,10 @@ class Schedule:
         budget, each = self.budget, max_overhead * self.budget.training / max(self.dues, 1)
         if self.coming == math.inf:
             return each
-        rounds = max(self.dues, 1) + self.coming
-        return max((each * rounds - budget.spent) / (self.coming + 1), LEAST_ALLOWANCE * each)
+        # panels are drawn each time the number of evaluations doubles
+        panels = sum(self._drawing.values()) * math.log2(1 + self.coming)
+        left = each * (max(self.dues, 1) + self.coming) - budget.spent - panels
+        return max(left / (self.coming + 1), LEAST_ALLOWANCE * each)
 
     def periods(self, monitors: Sequence[Monitor[Any, Any]]) -> dict[str, int]:
         """Returns in which number of rounds each monitor takes part once.
@@ -186,7 +204,7 @@ class Schedule:
         Args:
             monitors: All with a limit.
         """
-        units, relative = {m: _unit(m) for m in monitors}, {m: self._relative_period(m, monitors) for m in monitors}
+        units, relative = {m: m.shares() for m in monitors}, {m: self._relative_period(m, monitors) for m in monitors}
         least = {unit: min(relative[m] for m in monitors if units[m] == unit) for unit in units.values()}
         costs = dict.fromkeys(least, 0.0)
         for monitor, unit in units.items():
@@ -224,11 +242,6 @@ def _by_steps(monitor: Monitor[Any, Any]) -> bool:
 
 def _period(monitor: Monitor[Any, Any]) -> int:
     return monitor.every_n_train_steps or monitor.every_n_epochs
-
-
-def _unit(monitor: Monitor[Any, Any]) -> str:
-    """What a monitor shares its time with: those that compare the same samples are evaluated together."""
-    return "samples" if monitor.compares_samples() else monitor.name
 
 
 def shared(costs: Mapping[str, float], least: Mapping[str, int], allowance: float, rounds: float) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import ReferenceType, WeakValueDictionary, ref
 
@@ -162,7 +163,6 @@ class Session:
     def on_train_start(self) -> None:
         """Begins to count the time, and prepares Lightning for our keys."""
         self.schedule, self._planned, self._defined = Schedule(self.trainer), False, False
-        compat.expect_equal_values(self.trainer, f"{PREFIX}/")
         found = (
             compat.following(callback, f"{PREFIX}/", self.is_fresh) for callback in compat.callbacks_of(self.trainer)
         )
@@ -272,7 +272,7 @@ class Session:
     def timed(
         self, monitor: Monitor[Any, Any], step: int, epoch_over: bool, purpose: Purpose = "series"
     ) -> float | None:
-        """Lets a monitor evaluate, and returns the seconds that it took; None if there was nothing to evaluate."""
+        """Lets a monitor evaluate, and returns the seconds without panels; None if there was nothing to evaluate."""
         started = time.monotonic()
         view, ready = self.view_of(monitor), True
         draws = purpose == "series" and (monitor.max_overhead is None or monitor.draws)
@@ -285,7 +285,9 @@ class Session:
             seconds = time.monotonic() - started
             if monitor.max_overhead is not None:
                 self.schedule.budget.charge(seconds, ready)
-        return seconds if ready else None
+                if monitor.drawing_seconds:
+                    self.schedule.note_drawing(monitor, monitor.drawing_seconds)
+        return seconds - monitor.drawing_seconds if ready else None
 
     def look_closer(self, monitor: Monitor[Any, Any]) -> bool:
         """Lets a monitor with a limit evaluate once more, in place of its newest evaluation, without that limit.
@@ -300,21 +302,20 @@ class Session:
             self.timed(monitor, monitor.last_step or 0, False, "decision")
         return monitor.latest is not latest
 
-    def note_evaluation(self, monitor: Monitor[Any, Any]) -> None:
-        """Notes that a monitor has evaluated the weights that the module has now."""
-        self._evaluated_at[f"{PREFIX}/{monitor.name}/"] = self._batches
+    def note_evaluation(self, keys: Iterable[str]) -> None:
+        """Notes which keys were evaluated for the weights that the module has now."""
+        self._evaluated_at.update(dict.fromkeys(keys, self._batches))
 
     def is_fresh(self, key: str) -> bool:
         """Returns whether a key of ours was evaluated for the weights that the module has now."""
-        return any(key.startswith(tag) and batches == self._batches for tag, batches in self._evaluated_at.items())
+        return self._evaluated_at.get(key) == self._batches
 
     def _define_keys(self) -> None:
         """Puts the keys that are known into ``trainer.callback_metrics`` as nan, so that callbacks find them at any time."""
         for monitor in self.monitors:
-            for name in monitor.known_scalars() if monitor.enabled else ():
-                compat.log_value(
-                    self.subject.trained, f"{PREFIX}/{monitor.name}/{name}", float("nan"), epoch_over=False
-                )
+            names = monitor.known_scalars() if monitor.enabled else []
+            tags = dict.fromkeys((f"{PREFIX}/{monitor.name}/{name}" for name in names), float("nan"))
+            compat.log_values(self.subject.trained, tags)
 
     def restart(self, monitor: Monitor[Any, Any]) -> None:
         """Forgets what was learned of a monitor, everywhere."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -73,18 +71,6 @@ def log_values(module: LightningModule, values: Mapping[str, float]) -> None:
         module.trainer._logger_connector._callback_metrics[name] = torch.tensor(
             value, device=module.device, dtype=dtype
         )
-
-
-def log_value(module: LightningModule, name: str, value: float, *, epoch_over: bool) -> None:
-    """Writes a single number as :func:`log_values` does."""
-    log_values(module, {name: value})
-
-
-def expect_equal_values(trainer: Trainer, prefix: str) -> None:
-    """Lets Lightning not advise, for each of our keys, to synchronize numbers that are equal on all processes already."""
-    if trainer.world_size > 1:
-        message = rf"It is recommended to use `self\.log\('{re.escape(prefix)}"
-        warnings.filterwarnings("ignore", message, category=UserWarning)
 
 
 class TrainerView:

@@ -209,9 +209,9 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         )
         return metric
 
-    def compares_samples(self) -> bool:
-        """Whether it compares samples."""
-        return self.view.compares_samples(self.images)
+    def shares(self) -> str:
+        """Samples, where these are compared."""
+        return "samples" if self.view.compares_samples(self.images) else self.name
 
     def update(self, view: ModelView) -> None:
         """Adds this rank's samples or reconstructions."""

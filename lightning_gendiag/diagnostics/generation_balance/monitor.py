@@ -198,9 +198,9 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         """Classes (n,) of finite images, n > 0, by the user's classifier, on the CPU; inside ``view.isolated``."""
         return torch.cat([class_of(classify(as_images(some)), len(some)).cpu() for some in pieces(images, CHUNK)])
 
-    def compares_samples(self) -> bool:
-        """Whether it compares samples."""
-        return self.view.compares_samples(self.images)
+    def shares(self) -> str:
+        """Samples, where these are compared."""
+        return "samples" if self.view.compares_samples(self.images) else self.name
 
     def _classes_and_features(self, view: ModelView, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Classes (n,) of finite images, n > 0, and at full evaluations their features (n, F); inside ``view.isolated``.

@@ -86,6 +86,10 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
         KStar(distance, max_rows=max_rows)
         self.features, self.images, self.distance, self.max_rows = features, images, distance, max_rows
 
+    def shares(self) -> str:
+        """What the encoder gives for real images, where these are its features."""
+        return "encoded" if (self.features, self.images) == ("encode", "real") else self.name
+
     def check(self, view: ModelView) -> None:
         """Looks for the encoder or the layer, and for a sampler that takes labels where one is needed."""
         if self.images == "generated" and not view.adapter.conditional:

@@ -223,9 +223,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         with view.isolated(exact=True):
             for z in view.prior_latents(self._latents):
                 self.metric.update(self._grams(view, z), None if volume is None else volume(z))
-            if self.log_images:
-                # on all ranks, since the model may communicate in each call
-                self._traversal = self._traverse(view)
+            # on all ranks, since the model may communicate in each call
+            self._traversal = self._traverse(view) if self.log_images and view.thorough else None
 
     def _traverse(self, view: ModelView) -> Tensor | None:
         """(d, 7, C, H, W): images from the latents' mean along the strongest directions; None where data are no images."""

@@ -104,6 +104,10 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         super().reset()
         self._known_spread = self.spread
 
+    def shares(self) -> str:
+        """What the encoder gives for real images."""
+        return "encoded"
+
     def check(self, view: ModelView) -> None:
         """Looks for the encoder, and for a mean and a variance in what it returns for the first real images."""
         self._encoder(view)

@@ -55,6 +55,10 @@ INVALID = Series("invalid", "rule", "share with nan or inf", event="broke", stop
 """What goes wrong in the data stops a run where what is generated becomes worse by it, which other monitors see."""
 
 
+EXPECTED_SECONDS = 0.01
+"""Of an evaluation, as long as none has been measured."""
+
+
 class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
     """Monitors :class:`TrainingData`: whether the training batches still hold what the first ones of the run held.
 
@@ -136,6 +140,11 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
         self._held, self._numbers = [], 0
 
     # ---- at an evaluation ----
+
+    @property
+    def expected_seconds(self) -> float:
+        """Of small batches."""
+        return EXPECTED_SECONDS
 
     def build_metric(self, view: ModelView) -> TrainingData:
         """Creates the metric for the data of the first batch."""
