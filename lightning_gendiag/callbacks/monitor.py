@@ -42,11 +42,11 @@ MAP_NUMBERS = 1 << 22
 """Largest count of numbers in the images in which regions are found, unless these are fewer than ``LEAST_MAP_IMAGES``."""
 
 LEAST_MAP_IMAGES = 400
-"""Number of images from which on maps are steady."""
+"""Number of images from which on maps are steady; in a short run no more are used."""
 
-PANEL_GROWTH, LIMITED_PANEL_GROWTH = 0.1, 1.0
+PANEL_GROWTH, LIMITED_PANEL_GROWTH, SHORT_PANEL_GROWTH = 0.1, 1.0, 3.0
 """Panels are drawn each time the number of evaluations has grown by this share, since TensorBoard keeps ten of a tag; more
-rarely where the time is limited, since they may take as long as an evaluation."""
+rarely where the time is limited, and in a short run, since they may take as long as an evaluation."""
 
 FAILURES = 3
 """Number of failures in a row that switch a monitor off."""
@@ -87,7 +87,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             switched off; ``"raise"`` for debugging.
         name: Of this monitor in tags and checkpoints, for two of one kind on a trainer.
         log_images: Whether panels are logged beside the scalars: at the first 20 evaluations, then each time their
-            number grows by 10 %, and once at the end; with ``max_overhead``, each time it doubles.
+            number grows by 10 %, and once at the end; with ``max_overhead``, each time it doubles, or in a run of minutes
+            grows fourfold.
         max_overhead: Largest share of the training's time, in (0, 1], that all monitors with such a limit may take
             together. The first evaluation measures what they cost, and chooses by it how many samples they compare, 64 to
             1,024 unless the adapter says otherwise, and how often each evaluates. By default there is no limit.
@@ -253,6 +254,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             is_row = self.takes_rows and view.reference.images.ndim == 2
             data = view.as_images(view.reference, self.takes_rows).images
             most = max(LEAST_MAP_IMAGES, MAP_NUMBERS // data[0].numel())
+            most = LEAST_MAP_IMAGES if view.real.is_short else most
             images = as_images(data[: min(num_images, most)]).to(view.device)
             positions = images[0, 0].numel()
             if num_regions is not None and num_regions > positions:
@@ -491,7 +493,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Logs numbers of an evaluation, and panels where they are drawn."""
         logger = self.session.logger(evaluation.step, self.name)
         if draws:
-            growth = PANEL_GROWTH if self.max_overhead is None else LIMITED_PANEL_GROWTH
+            limited = SHORT_PANEL_GROWTH if self.view.real.is_short else LIMITED_PANEL_GROWTH
+            growth = PANEL_GROWTH if self.max_overhead is None else limited
             self._next_panel = evaluation.number + max(1, int(evaluation.number * growth))
             self._log_panels(evaluation, logger)
         seconds = time.monotonic() - started

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_gendiag.detection.alarm import counted
+from lightning_gendiag.model.amounts import run_progress
 
 if TYPE_CHECKING:
     from lightning_gendiag.callbacks.monitor import Monitor
@@ -17,8 +18,23 @@ SIZES = (64, 128, 256, 512, 1024)
 """Numbers of samples that an evaluation may have where the time is limited."""
 
 
+SHORT = 15.0
+"""A run is short where the limit allows fewer seconds than these over all of it."""
+
 SLOW = 0.2
 """Samples that took so many seconds are not drawn once more to measure their time without what takes place once."""
+
+
+def is_short(session: Session, monitors: Sequence[Monitor[Any, Any]]) -> bool:
+    """Returns whether a run is so short that setup and evaluations must be small.
+
+    Args:
+        session: The session.
+        monitors: Those with a limit.
+    """
+    progress = run_progress(session.trainer)
+    limit = min(monitor.max_overhead for monitor in monitors if monitor.max_overhead is not None)
+    return bool(progress) and limit * session.schedule.budget.training < SHORT * (progress or 1.0)
 
 
 def rehearse(
@@ -131,5 +147,5 @@ def in_words(session: Session) -> str:
         unit, count = ("epoch", trainer.current_epoch + 1 + later * main.every_n_epochs)
         if by_steps:
             unit, count = "step", (schedule.dues + later) * by_steps
-        text += f"; the first alarm is possible after {unit} {count:,}"
+        text += f"; the first alarm is possible after {unit} {math.ceil(count):,}"
     return f"{text}. {advice}"

@@ -99,7 +99,7 @@ class Schedule:
         self._costs: dict[str, deque[float]] = {}
         self._drawing: dict[str, float] = {}
         self._waiting: set[str] = set()
-        self._last_due: dict[str, int] = {}
+        self._last_due: dict[str, float] = {}
 
     def choose(self, monitors: Sequence[Monitor[Any, Any]], step: int, epoch_over: bool) -> list[Monitor[Any, Any]]:
         """Returns the monitors that evaluate at a step, the same on every process.
@@ -125,7 +125,7 @@ class Schedule:
         ]
         periods = self.periods(limited)
         # one that is due a tenth as often as another takes part in each tenth round
-        wanted = [m for m in asking if self.dues - self._last_due.get(m.name, 0) >= periods[m.name]]
+        wanted = [m for m in asking if self.dues - self._last_due.get(m.name, 0.0) >= periods[m.name]]
         names = self._granted(wanted, periods, min(limits))
         if self.trainer.world_size > 1:
             names = self.trainer.strategy.broadcast(names)
@@ -133,13 +133,15 @@ class Schedule:
         for monitor in asking:
             if monitor.name in names:
                 self._waiting.discard(monitor.name)
-                self._last_due[monitor.name] = self.dues
+                # what is due each 2.5 times waits two times and three in turn
+                before = self._last_due.get(monitor.name, 0.0)
+                self._last_due[monitor.name] = max(before + periods[monitor.name], self.dues - 1 + 1e-6)
             else:
                 self._waiting.add(monitor.name)
         return [m for m in monitors if (m in due if m.max_overhead is None else m.name in names)]
 
     def _granted(
-        self, wanted: Sequence[Monitor[Any, Any]], periods: Mapping[str, int], max_overhead: float
+        self, wanted: Sequence[Monitor[Any, Any]], periods: Mapping[str, float], max_overhead: float
     ) -> set[str]:
         """Names of the monitors for which there is time, those first that have waited longest for their period."""
         progress, taken, granted = run_progress(self.trainer) or 1.0, 0.0, set()
@@ -170,7 +172,7 @@ class Schedule:
         """
         if anew:
             self._costs.pop(monitor.name, None)
-        self._costs.setdefault(monitor.name, deque(maxlen=NEWEST)).append(seconds)
+        self._costs.setdefault(monitor.name, deque(maxlen=NEWEST)).append(max(seconds, 0.0))
 
     def note_drawing(self, monitor: Monitor[Any, Any], seconds: float) -> None:
         """Notes what the panels of a monitor took, which are drawn at some evaluations only."""
@@ -196,7 +198,7 @@ class Schedule:
         left = each * (max(self.dues, 1) + self.coming) - budget.spent - panels
         return max(left / (self.coming + 1), LEAST_ALLOWANCE * each)
 
-    def periods(self, monitors: Sequence[Monitor[Any, Any]]) -> dict[str, int]:
+    def periods(self, monitors: Sequence[Monitor[Any, Any]]) -> dict[str, float]:
         """Returns in which number of rounds each monitor takes part once.
 
         Cheap ones are evaluated whenever they are due, and expensive ones as often as their share of the time allows.
@@ -210,8 +212,9 @@ class Schedule:
         for monitor, unit in units.items():
             costs[unit] += self.cost(monitor) * least[unit] / relative[monitor]
         limit = min(monitor.max_overhead for monitor in monitors if monitor.max_overhead is not None)
-        periods = shared(costs, least, self._allowance(limit), self.coming + 1)
-        return {m.name: periods[unit] * relative[m] // least[unit] for m, unit in units.items()}
+        weights = {unit: list(units.values()).count(unit) for unit in costs}
+        periods = shared(costs, weights, least, self._allowance(limit), self.coming + 1)
+        return {m.name: periods[unit] * relative[m] / least[unit] for m, unit in units.items()}
 
     def affords(self, monitors: Sequence[Monitor[Any, Any]], among: Sequence[Monitor[Any, Any]]) -> bool:
         """Returns whether monitors evaluate as often as is worth having.
@@ -244,32 +247,44 @@ def _period(monitor: Monitor[Any, Any]) -> int:
     return monitor.every_n_train_steps or monitor.every_n_epochs
 
 
-def shared(costs: Mapping[str, float], least: Mapping[str, int], allowance: float, rounds: float) -> dict[str, int]:
+def shared(
+    costs: Mapping[str, float], weights: Mapping[str, int], least: Mapping[str, float], allowance: float, rounds: float
+) -> dict[str, float]:
     """Returns in which number of rounds each part takes place once, so that together they take at most an allowance a round.
 
-    Those that need less than an equal share get what they need, and the others divide the rest equally. What does not fit
-    even once leaves its share to the others.
+    Periods go with the square roots of the costs, which makes the mean period least, but no part takes more than an equal
+    share. What does not fit even once leaves its share to the others.
 
     Args:
         costs: Seconds of each part.
+        weights: Number of monitors in each.
         least: Smallest period of each.
         allowance: Seconds, more than 0.
         rounds: Number of rounds to come, at least 1.
 
     Example:
-        >>> costs = {"regions": 0.01, "entropies": 0.02, "primitives": 2.0}
-        >>> shared(costs, dict.fromkeys(costs, 1), 0.1, 100)
-        {'regions': 1, 'entropies': 1, 'primitives': 29}
+        >>> costs = {"regions": 0.01, "entropies": 0.04, "primitives": 2.0}
+        >>> once = dict.fromkeys(costs, 1)
+        >>> shared(costs, once, once, 0.1, 100)
+        {'regions': 1, 'entropies': 1.2, 'primitives': 60.0}
     """
-    left, rest = allowance, dict(costs)
-    while small := [name for name, cost in rest.items() if cost / least[name] <= left / len(rest)]:
-        left -= sum(rest.pop(name) / least[name] for name in small)
-    periods = {name: max(least[name], math.ceil(cost * len(rest) / max(left, 1e-9))) for name, cost in rest.items()}
-    dearest = max(rest, key=rest.__getitem__, default="")
-    if len(costs) > 1 and periods.get(dearest, 0) > rounds:
+    left, rest, periods = allowance, dict(costs), dict.fromkeys(costs, 0.0)
+    parts = sum(weights.values())
+    while rest:
+        scale = sum(math.sqrt(cost * weights[name]) for name, cost in rest.items()) / max(left, 1e-9)
+        free = {name: scale * math.sqrt(cost / weights[name]) for name, cost in rest.items()}
+        for name, cost in rest.items():
+            periods[name] = max(free[name], cost * parts / weights[name] / allowance, least[name])
+        # those whose period is another than that of the square root have a share of their own
+        settled = [name for name in rest if periods[name] > free[name]]
+        left -= sum(rest.pop(name) / periods[name] for name in settled)
+        if not settled:
+            break
+    dearest = max(costs, key=costs.__getitem__)
+    if len(costs) > 1 and periods[dearest] > max(rounds, least[dearest]):
         others = {name: cost for name, cost in costs.items() if name != dearest}
-        return shared(others, least, allowance, rounds) | {dearest: periods[dearest]}
-    return {name: periods.get(name, least[name]) for name in costs}
+        return shared(others, weights, least, allowance, rounds) | {dearest: periods[dearest]}
+    return periods
 
 
 def stream_period(trainer: Trainer, within_epochs: bool = False) -> int | None:

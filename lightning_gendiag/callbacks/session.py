@@ -10,7 +10,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning, Layout
-from lightning_gendiag.callbacks.planning import in_words, rehearse
+from lightning_gendiag.callbacks.planning import in_words, is_short, rehearse
 from lightning_gendiag.callbacks.schedule import Schedule
 from lightning_gendiag.detection.history import History
 from lightning_gendiag.model import compat
@@ -260,6 +260,10 @@ class Session:
 
     def _is_ready(self, monitors: list[Monitor[Any, Any]], epoch_over: bool) -> bool:
         """Whether all monitors have their real images, or images that cannot be read, on any process."""
+        short = is_short(self, monitors)
+        short = self.trainer.strategy.broadcast(short) if self.trainer.world_size > 1 else short
+        for view in self.views:
+            view.real.is_short = short
         try:
             # all processes ask together
             ready = [self.view_of(monitor).real.ready(epoch_over) for monitor in monitors if monitor.needs_reference]

@@ -17,6 +17,9 @@ NUM_SAMPLES = 1024
 NUM_REFERENCE, LEAST_REFERENCE = 1024, 256
 """Number of real images that are kept where the user does not say otherwise, and the smallest number of large ones."""
 
+SHORT_REFERENCE = 512
+"""Number of real images in a short run: setup with twice as many takes more than twice as long."""
+
 REFERENCE_NUMBERS = 1 << 26
 """Largest count of numbers in the real images unless these are fewer than ``LEAST_REFERENCE``: 256 MiB in float32.
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
-from lightning_gendiag.model.amounts import NUM_REFERENCE, reference_size, run_progress
+from lightning_gendiag.model.amounts import NUM_REFERENCE, SHORT_REFERENCE, reference_size, run_progress
 from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images, Labels, Rows, count_of_images, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
@@ -49,6 +49,8 @@ class Reference:
     def __init__(self, adapter: ModelAdapter, trainer: Trainer, device: torch.device) -> None:
         self.adapter, self.trainer, self.device = adapter, trainer, device
         self.images: Images | None = None
+        self.is_short = False
+        """Whether the run is so short that setup and evaluations must be small."""
         self._seen: Tensor | None = None
         self._range_of: Tensor | None = None
         self._range = (math.nan, math.nan)
@@ -209,6 +211,8 @@ class Reference:
         known = len(labels) == len(images)
         # of the pooled images, since the first batch of another process may be another
         most = self._most_like(images)
+        if self.is_short and self.adapter.num_reference is None:
+            most = min(most, SHORT_REFERENCE)
         self.images = Images(images[:most].cpu(), labels[:most].cpu() if known else None)
         self.conditions = conditions[:most].cpu() if len(conditions) else None
         self._say_size()

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.averages import load_own_average
 from lightning_gendiag.model.copying import ModuleCopy, copy_module, fits_in_memory
-from lightning_gendiag.model.generators import random_state_kept
+from lightning_gendiag.model.generators import Generator, own_generators, random_state_kept
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,6 +35,7 @@ class Subject:
         self._average: nn.Module | None = None
         self._own = False
         self._current = False
+        self._generators: list[Generator] | None = None
         if self.in_place:
             self._say("it is larger than half of the free memory")
 
@@ -45,9 +46,16 @@ class Subject:
             self._renew()
         return self.trained if self._copy is None else self._copy.module
 
+    @property
+    def generators(self) -> list[Generator]:
+        """The random generators of the module, looked for once as long as it does not change."""
+        if self._generators is None:
+            self._generators = own_generators((self.trained,))
+        return self._generators
+
     def expire(self) -> None:
         """Notes that the module may have changed."""
-        self._current = False
+        self._current, self._generators = False, None
 
     def refresh(self, average: nn.Module | None = None, own: bool = True) -> None:
         """Renews the copy where the module may have changed.
@@ -75,7 +83,7 @@ class Subject:
         previous, self._copy, self.own_average = self._copy, None, None
         try:
             # a class that says how its objects are copied may call its constructor
-            with random_state_kept(self.trained.device, self.trained):
+            with random_state_kept(self.trained.device, *self.generators):
                 self._copy = copy_module(self.trained, previous)
                 compat.be_silent(self._copy.module, self.trainer)
                 if self._average is not None:

@@ -129,6 +129,7 @@ class ModelView:
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
         self._generators: list[Generator] | None = None
+        self._copied_generators: list[Generator] | None = None
         """Those of the module and the adapter, which are looked for once between two batches."""
         self._said: set[str] = set()
         self._has_prior: bool | None = None
@@ -260,7 +261,7 @@ class ModelView:
     def expire(self) -> None:
         """Forgets what was drawn and found, since the module may have changed."""
         self._samples.clear()
-        self._reconstructions = self._encoded = self._generators = None
+        self._reconstructions = self._encoded = self._generators = self._copied_generators = None
 
     def refresh(self) -> None:
         """Takes up a copy of the module as it is now, with averaged weights where they are to be evaluated."""
@@ -324,7 +325,7 @@ class ModelView:
             )
         with ExitStack() as stack:
             if self._generators is None:
-                self._generators = own_generators((self.subject.trained, self.adapter))
+                self._generators = own_generators((*self.subject.generators, self.adapter))
             stack.enter_context(random_state_kept(self.device, *self._generators))
             if self.subject.in_place:
                 averaging = compat.averaging_of(self.trainer) if self.averaged else None
@@ -423,7 +424,7 @@ class ModelView:
             way, made = self.parts.way("reconstruct"), []
             with self.isolated(exact=True):
                 pieces = self._real_pieces("reconstruct", RECONSTRUCTED)
-                seed_all(self.adapter.seed, self.device, self.module, self.adapter)
+                self._seed(self.adapter.seed)
                 for given, size, labels in pieces:
                     images = self.parts.reconstructed(way.call(given), given)[:size]
                     made.append(Images(images, labels))
@@ -570,7 +571,7 @@ class ModelView:
     def _chunk(self, index: int, n: int) -> Images:
         """One seeded call of the sampler, as float32 images; inside :meth:`isolated`."""
         way = self.parts.way("sample")
-        seed_all(self.adapter.seed + 7919 * index, self.device, self.module, self.adapter)
+        self._seed(self.adapter.seed + 7919 * index)
         labels = self.parts.sample_labels(n) if way.takes_labels else None
         try:
             output = way.call(n) if labels is None else way.call(n, labels)
@@ -580,6 +581,12 @@ class ModelView:
                 f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
                 f"To fix this, {self.parts.advice('sample')}."
             ) from error
+
+    def _seed(self, seed: int) -> None:
+        """Seeds the global generators, and those of the copy and of the adapter."""
+        if self._copied_generators is None:
+            self._copied_generators = own_generators((self.module, self.adapter))
+        seed_all(seed, self.device, *self._copied_generators)
 
     def _check_range(self, generated: Tensor) -> None:
         """Warns once where generated and real images seem to have different ranges of values."""
