@@ -359,7 +359,7 @@ class Forks(Callback):
         """The monitors that can raise an alarm, and those that compare samples, some of whose alarms need no level."""
         monitors, stopping = [m for m in Session.of(trainer).monitors if m.enabled], self.diagnostics.stopping
         assert stopping is not None
-        return [m for m in monitors if m.compares_samples() or m.evaluations >= stopping.needed(m.name)]
+        return [m for m in monitors if m.shares() == "samples" or m.evaluations >= stopping.needed(m.name)]
 
     def end_fork(self, error: str = "") -> None:
         """Writes what a fork found, and ends it without any cleaning up, which is for the process that forked."""
@@ -457,9 +457,9 @@ def healthy(trainer: Trainer, diagnostics: GenerativeDiagnostics) -> Record:
     return {
         "alarms": [f"{alarm.diagnostic}: {alarm.message}" for alarm in alarms],
         "stopped": any(alarm.is_critical for alarm in alarms),
-        "evaluations": max((evaluations[m.name] for m in session.monitors if m.compares_samples()), default=0),
+        "evaluations": max((evaluations[m.name] for m in session.monitors if m.shares() == "samples"), default=0),
         "by_monitor": evaluations,
-        "samples": next((session.view_of(m).num_samples for m in session.monitors if m.compares_samples()), None),
+        "samples": next((session.view_of(m).num_samples for m in session.monitors if m.shares() == "samples"), None),
         "overhead": budget.spent / budget.training,
         "setup": budget.first,
     }

@@ -269,7 +269,7 @@ def shared(
         {'regions': 1, 'entropies': 1.2, 'primitives': 60.0}
     """
     left, rest, periods = allowance, dict(costs), dict.fromkeys(costs, 0.0)
-    parts = sum(weights.values())
+    parts = sum(weights[name] for name in costs)
     while rest:
         scale = sum(math.sqrt(cost * weights[name]) for name, cost in rest.items()) / max(left, 1e-9)
         free = {name: scale * math.sqrt(cost / weights[name]) for name, cost in rest.items()}
