@@ -46,15 +46,15 @@ def median_bandwidth(x: Tensor) -> Tensor:
         () the bandwidth; inf where all rows are equal.
     """
     if len(x) > BANDWIDTH_IMAGES:
-        x = x[torch.linspace(0, len(x) - 1, BANDWIDTH_IMAGES).round().long()]
+        x = x[torch.linspace(0, len(x) - 1, BANDWIDTH_IMAGES, device=x.device).round().long()]
     # shifted by a row and not by the mean, so that equal rows stay exactly equal
     x = x - x[:1]
     distances = squared_distances(x, x)
     # a matrix product leaves a trace of rounding where rows are equal; the first of them is 0
     noise = 8 * torch.finfo(x.dtype).eps * distances[0].max()
     typical = median(distances)
-    if typical <= noise:
-        typical = distances.mean()
+    # decided on the device, which the host then need not wait for
+    typical = torch.where(typical > noise, typical, distances.mean())
     return torch.where(typical > noise, 1 / typical, math.inf)
 
 

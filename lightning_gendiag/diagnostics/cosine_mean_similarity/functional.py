@@ -145,10 +145,10 @@ def _scale(real: Tensor, regions: RegionMap, bandwidth: Bandwidth) -> tuple[_Sca
         if bandwidth == "region" and regions.background is not None:
             # it varies in a few images at most, whose differences are no scale
             gammas[regions.background] = centre.new_tensor(math.inf)
-        if any(gamma.isinf() for gamma in gammas):
+        if torch.stack(gammas).isinf().any():
             image = median_bandwidth(torch.cat(rows, 1))
-            image = image if image.isfinite() else torch.full_like(image, 1 / len(order))
-            gammas = [image if gamma.isinf() else gamma for gamma in gammas] * (len(sizes) // len(gammas))
+            image = torch.where(image.isfinite(), image, 1 / len(order))
+            gammas = [torch.where(gamma.isinf(), image, gamma) for gamma in gammas] * (len(sizes) // len(gammas))
     weight = torch.cat([gamma.sqrt().expand(size) for gamma, size in zip(gammas, sizes, strict=True)])
     for part, gamma in zip(rows, gammas, strict=True):
         part *= gamma.sqrt()

@@ -129,9 +129,10 @@ class GenerationBalance(Diagnostic):
                 "To fix this, pass one class number per image, such as scores.argmax(1)."
             )
         labels = labels.detach().long()
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+        low, high = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
+        if not 0 <= low <= high < self.num_classes:
             raise ValueError(
-                f"labels must be 0 to {self.num_classes - 1}, got {int(labels.min())} to {int(labels.max())}. "
+                f"labels must be 0 to {self.num_classes - 1}, got {low} to {high}. "
                 "To fix this, pass a larger num_classes, or number the classes from 0."
             )
         if finite is not None and (finite.shape != labels.shape or finite.dtype != torch.bool):
@@ -158,13 +159,16 @@ class GenerationBalance(Diagnostic):
         """Adds the sums of finite features (n, F) of each class."""
         sums = features.new_zeros(self.num_classes, features.shape[1])
         products = features.new_zeros(self.num_classes, features.shape[1], features.shape[1])
-        for c in torch.unique(labels):
-            own = features[labels == c]
-            sums[c], products[c] = own.sum(0), own.T @ own
+        counts = torch.bincount(labels, minlength=self.num_classes)
+        # read once, so that the host waits for no class
+        for c, own in enumerate(torch.split(features[labels.argsort(stable=True)], counts.tolist())):
+            if len(own):
+                sums[c], products[c] = own.sum(0), own.T @ own
         self.accumulate(
-            featured=self._counts(labels, side), sums=side[:, None, None] * sums,
+            featured=side[:, None] * counts,
+            sums=side[:, None, None] * sums,
             products=side[:, None, None, None] * products,
-        )  # fmt: skip
+        )
 
     def _checked(self, features: Tensor, n: int) -> Tensor:
         """Returns features (n, F) in float64."""
@@ -180,35 +184,38 @@ class GenerationBalance(Diagnostic):
         """Computes shares, intervals and distances over all images; shares are nan for a side without images."""
         # all bounds hold together: two sides of two shares of K classes
         tail = (1 - self.confidence) / (4 * self.num_classes)
-        n = self.featured[..., None]
-        mean = self.sums / n
-        covariance = (self.products - n[..., None] * mean[..., None] * mean[..., None, :]) / (n[..., None] - 1)
-        fid = torch.full_like(self.counts[0], math.nan)
-        enough = (self.featured >= 2).all(0)
-        if enough.any():
-            fid[enough] = frechet_distance(
-                mean[0, enough], covariance[0, enough], mean[1, enough], covariance[1, enough]
-            ).clamp(min=0)
-        seen = self.counts[0].sum() + self.left_out[0]
-        generated, real = self.counts
+        device = self.counts.device
+        # few numbers, in many small steps
+        (generated, real), left_out = self.counts.cpu(), self.left_out.cpu()
+        seen = generated.sum() + left_out[0]
         share, interval = generated / generated.sum(), binomial_interval(generated, tail)
         error, accuracy = torch.zeros_like(share), torch.full_like(seen, math.nan)
         if self.confusion is not None:
-            confusion = self.confusion.to(generated.device)
             true = real / real.sum() if float(real.sum()) else torch.full_like(real, 1 / self.num_classes)
             if float(generated.sum()):
-                share = corrected_shares(share, error_rates(confusion)[0], true)
-                interval = corrected_interval(generated, share, confusion, tail)
-            error = share_error(true, confusion)
-            accuracy = confusion.trace() / confusion.sum()
-        return GenerationBalanceResult(
+                share = corrected_shares(share, error_rates(self.confusion)[0], true)
+                interval = corrected_interval(generated, share, self.confusion, tail)
+            error = share_error(true, self.confusion)
+            accuracy = self.confusion.trace() / self.confusion.sum()
+        result = GenerationBalanceResult(
             real_count=real,
             generated_count=generated,
             generated_share=share,
             real_interval=binomial_interval(real, tail),
             interval=interval,
             classifier_error=error,
-            fid=fid,
-            invalid=self.left_out[0] / seen if float(seen) else torch.zeros_like(seen),
+            fid=self._distances(),
+            invalid=left_out[0] / seen if float(seen) else torch.zeros_like(seen),
             accuracy=accuracy,
         )
+        return GenerationBalanceResult(*(value.to(device) for value in result))
+
+    def _distances(self) -> Tensor:
+        """Returns the Fréchet distance (K,) within each class; nan where a side has fewer than two images of it."""
+        n, enough = self.featured[..., None], (self.featured >= 2).all(0)
+        mean = self.sums / n
+        covariance = (self.products - n[..., None] * mean[..., None] * mean[..., None, :]) / (n[..., None] - 1)
+        mean = mean.where(enough[:, None], 0.0)
+        covariance = covariance.where(enough[:, None, None], 0.0)
+        distances = frechet_distance(mean[0], covariance[0], mean[1], covariance[1]).clamp(min=0)
+        return distances.where(enough, math.nan)
