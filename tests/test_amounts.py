@@ -239,7 +239,8 @@ def test_the_numbers_are_kept_in_checkpoints_and_chosen_anew_for_other_data(tmp_
     ("seconds", "options", "expected"),
     [
         # seconds of one dimension of one latent, and of sixteen unless that is slow; 40 dimensions may be monitored
-        (0.0, {}, (8, 40)),
+        (0.0, {}, (32, 40)),
+        (0.032, {}, (15, 40)),
         (0.07, {}, (8, 34)),
         (0.08, {}, (8, 16)),
         (0.25, {}, (5, 16)),

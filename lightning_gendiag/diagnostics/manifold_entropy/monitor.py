@@ -30,31 +30,33 @@ MAX_BYTES = {"cpu": 6 << 20}
 MAX_BYTES_ON_OTHERS = 1 << 26
 """The same on other kinds, where the number of calls counts."""
 
-NUM_LATENTS = 8
-"""Number of latents where neither the user nor their cost says otherwise.
+NUM_LATENTS, LIMITED_LATENTS, SHORT_LATENTS = 32, 8, 4
+"""Number of latents where neither the user nor their cost says otherwise: without a limit of the time, with one, and with one
+in a short run.
 
-Standard errors of 8, 16 and 32 latents, on the example GAN (32 dimensions), VAE (10) and flow (64):
+Standard errors of 4, 8, 16 and 32 latents, on the example GAN (32 dimensions), VAE (10) and flow (64):
 
-- entropy of a dimension: 0.05 to 0.09, 0.03 to 0.07 and 0.02 to 0.05 nats
-- mutual information of a pair: 0.01 to 0.03, 0.01 to 0.02 and 0.004 to 0.013 nats; the largest one of the flow 0.07, 0.05
-  and 0.03
-- dimensions in use: 0.3 to 1.3 %, 0.3 to 1.4 % and 0.2 to 1.0 %
+- entropy of a dimension: 0.06 to 0.13, 0.05 to 0.09, 0.03 to 0.07 and 0.02 to 0.05 nats
+- mutual information of a pair, of 8, 16 and 32: 0.01 to 0.03, 0.01 to 0.02 and 0.004 to 0.013 nats; the largest one of the
+  flow 0.07, 0.05 and 0.03
+- dimensions in use, of 8, 16 and 32: 0.3 to 1.3 %, 0.3 to 1.4 % and 0.2 to 1.0 %
 
 Since they are the same latents at every evaluation, an entropy fluctuates little by their number: from one epoch to the next
 the error changes by 0.004 to 0.05 nats with 8 latents, and the entropy itself by 0.06 to 0.11. The time is in proportion.
 """
 
-SHORT_LATENTS = 4
-"""Number of latents in a short run. The standard error of an entropy is 0.06 to 0.13 nats, and changes by 0.06 an epoch."""
+MAX_DIMS = 128
+"""Largest number of dimensions where neither the user nor their cost says otherwise."""
 
-MAX_DIMS, LEAST_DIMS = 128, 16
-"""Largest number of dimensions where neither the user nor their cost says otherwise, and the number that is always used."""
+LEAST_LATENTS, LEAST_DIMS = 8, 16
+"""Smallest numbers of them by ``SECONDS``, unless even these take longer than ``MOST_SECONDS``: then there are fewer latents,
+at least 2."""
 
 SECONDS = 1.2
-"""Approximate limit of the time for the Gram matrices of an evaluation, by which the number of dimensions is chosen."""
+"""Approximate limit of the time for the Gram matrices of an evaluation, by which these numbers are chosen."""
 
 MOST_SECONDS = 20.0
-"""Approximate limit of the time of the smallest number of dimensions; if they take longer, there are fewer latents."""
+"""Approximate limit of the time where the smallest numbers do not fit ``SECONDS``."""
 
 TRAVERSED = 6
 """Number of latent directions that the panel traverses, each at seven places; of a very slow decoder one."""
@@ -96,7 +98,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     Args:
         num_latents: Number of draws of the prior per evaluation, over all processes, or of latents of real images where
             nothing shows that N(0, 1) is their prior. They are the same at every evaluation, so few are enough; by default
-            8, or fewer, at least 2, where 16 dimensions of 8 latents would take longer than about 20 seconds.
+            32, with ``max_overhead`` 8, or 4 in a run of minutes; fewer where they would take longer than about a second: at
+            least 8, or 2 where 8 would take longer than about 20 seconds.
         log_volume: A flow's own ``log |det J|``: the name of a method of the module, or a callable ``(module, z)`` from
             (N, L) to (N,). By default it follows from the Gram matrix.
         max_dims: Largest number of dimensions that are monitored; by default 128, or fewer where 8 latents would take too
@@ -183,12 +186,14 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     def _choose(self, view: ModelView, z: Tensor) -> None:
         """Chooses the numbers of latents and of dimensions by the time of one latent's Gram matrix, and the dimensions."""
         length, max_dims = z.shape[1], self.max_dims or MAX_DIMS
-        most = SHORT_LATENTS if view.real.is_short else NUM_LATENTS
+        most = SHORT_LATENTS if view.real.is_short else LIMITED_LATENTS
+        most = NUM_LATENTS if self.max_overhead is None else most
         if self.num_latents is None or self.max_dims is None:
             wanted = min(length, max_dims)
             seconds = self._seconds_of_a_direction(view, z) / view.world_size
             if self.num_latents is None:
-                self._chosen_latents = fitting(seconds * min(LEAST_DIMS, wanted), MOST_SECONDS, 2, most)
+                least = fitting(seconds * min(LEAST_DIMS, wanted), MOST_SECONDS, 2, LEAST_LATENTS)
+                self._chosen_latents = fitting(seconds * wanted, SECONDS, min(least, most), most)
             if self.max_dims is None:
                 max_dims = fitting(seconds * self._latents, SECONDS, min(LEAST_DIMS, wanted), wanted)
             if self._latents < (self.num_latents or most) or max_dims < wanted:
