@@ -193,8 +193,8 @@ class Schedule:
         budget, each = self.budget, max_overhead * self.budget.training / max(self.dues, 1)
         if self.coming == math.inf:
             return each
-        # panels are drawn each time the number of evaluations doubles
-        panels = sum(self._drawing.values()) * math.log2(1 + self.coming)
+        # panels are drawn each time the number of evaluations has doubled at least
+        panels = sum(self._drawing.values()) * math.log2(1 + self.coming) / 2
         left = each * (max(self.dues, 1) + self.coming) - budget.spent - panels
         return max(left / (self.coming + 1), LEAST_ALLOWANCE * each)
 

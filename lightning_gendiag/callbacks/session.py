@@ -224,10 +224,11 @@ class Session:
     # ---- evaluating ----
 
     def _evaluate(self, step: int, epoch_over: bool) -> None:
-        enabled = [monitor for monitor in self.monitors if monitor.enabled]
+        enabled, started = [monitor for monitor in self.monitors if monitor.enabled], time.monotonic()
         chosen = self.schedule.choose(enabled, step, epoch_over)
         if not chosen:
             return
+        self.schedule.budget.charge(time.monotonic() - started, ready=False)
         for view in {id(view): view for view in map(self.view_of, chosen)}.values():
             if view.real.is_of_other_data():
                 self._restart(view)
@@ -248,8 +249,12 @@ class Session:
                 self.schedule.note(monitor, seconds)
         for monitor in chosen:
             self._unreadable.pop(self.view_of(monitor).adapter, None)
+        started, spent = time.monotonic(), self.schedule.budget.spent
         for listener in self.listeners:
             listener.on_evaluations(self.trainer)
+        # without full evaluations that they asked for, which are charged already
+        closer = self.schedule.budget.spent - spent
+        self.schedule.budget.charge(time.monotonic() - started - closer, ready=False)
         if plans:
             self._planned = True
             self._say_plan(step)
