@@ -14,7 +14,7 @@ from lightning_gendiag import CosineMeanSimilarity, GenerationBalance, ManifoldE
 from lightning_gendiag import find_regions as regions_found_in
 from lightning_gendiag import k_star as k_star_of
 from lightning_gendiag.diagnostics.generation_balance.monitor import FEATURE_WIDTH, PIXEL_WIDTH
-from lightning_gendiag.diagnostics.manifold_entropy.monitor import MAX_BYTES, MAX_DIMS
+from lightning_gendiag.diagnostics.manifold_entropy.monitor import MAX_BYTES, MAX_BYTES_ON_OTHERS, MAX_DIMS
 from lightning_gendiag.functional.arrays import pieces
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.amounts import NUM_REFERENCE
@@ -164,7 +164,8 @@ def k_star(own: Setting) -> Call:
 
 def jacobian(own: Setting) -> Call:
     decode, latents = network(own.size, own.dims, own.device), own.numbers(own.dims)
-    return lambda: decoder_gram(decode, latents, max_bytes=MAX_BYTES)
+    max_bytes = MAX_BYTES.get(own.device.type, MAX_BYTES_ON_OTHERS)
+    return lambda: decoder_gram(decode, latents, max_bytes=max_bytes)
 
 
 def entropies(own: Setting) -> Call:
