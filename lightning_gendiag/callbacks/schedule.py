@@ -21,6 +21,9 @@ EVALUATIONS = 75
 """Number of evaluations that are worth having: a run of fewer epochs is evaluated within them, and evaluations have more
 samples where there are so many all the same."""
 
+HELD_BACK = 0.04
+"""Part of the limit that is left for what is not measured, such as hooks at each batch."""
+
 NEWEST = 5
 """The cost of a monitor is the median of its newest evaluations."""
 
@@ -64,7 +67,8 @@ class TimeBudget:
         if cost is None:
             # the first round took much longer than others will
             cost = later / (self.rounds - 1) if self.rounds > 1 else self.first / 4
-        return self.rounds == 0 or self.first * progress + later + cost <= max_overhead * self.training
+        limit = (1 - HELD_BACK) * max_overhead * self.training
+        return self.rounds == 0 or self.first * progress + later + cost <= limit
 
     def charge(self, seconds: float, ready: bool = True) -> None:
         """Adds the time of an evaluation.
@@ -190,7 +194,8 @@ class Schedule:
 
     def _allowance(self, max_overhead: float) -> float:
         """The seconds that each round from this one on may take."""
-        budget, each = self.budget, max_overhead * self.budget.training / max(self.dues, 1)
+        budget = self.budget
+        each = (1 - HELD_BACK) * max_overhead * budget.training / max(self.dues, 1)
         if self.coming == math.inf:
             return each
         # panels are drawn each time the number of evaluations has doubled at least
