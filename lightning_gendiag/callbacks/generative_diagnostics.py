@@ -80,10 +80,9 @@ class GenerativeDiagnostics(Member, Callback):
         adapter: An adapter in place of all these.
         num_regions: See :class:`CosineMeanSimilarityMonitor`.
         skip: Names of diagnostics that are not wanted, such as ``("k_star",)``.
-        max_overhead: Largest share of the training's time that the diagnostics may take together. What they cost is
-            measured at the first evaluation, and the number of samples and the times of evaluations are chosen by it, which
-            a line of the log says. ``None`` lets them run whenever they are due, at most at the end of each epoch, with
-            1,024 samples.
+        max_overhead: Largest share of the training's time that the diagnostics may take together. The first evaluation
+            measures what they cost, and chooses by it the number of samples and how often each diagnostic is evaluated; the
+            log says what was chosen. With ``None``, each is evaluated whenever it is due, with 1,024 samples.
         log_images: See :class:`Monitor`.
         on_error: See :class:`Monitor`.
 

@@ -132,7 +132,7 @@ def in_words(session: Session) -> str:
         if periods[m.name] > coming
         else f"{m.name} {1 + int(coming // periods[m.name]):,} times"
         if coming < math.inf
-        else f"{m.name} at one in {periods[m.name] / often:.2g}"
+        else f"{m.name} at one of {periods[m.name] / often:.2g} evaluations"
         for m in limited
         if periods[m.name] > often
     ]
