@@ -225,9 +225,9 @@ class GenerativeDiagnostics(Member, Callback):
         # whether such an epoch ends is seen when it does
         self._of_unknown_length = unknown and trainer.max_steps <= 0
         if steps is not None and self._active:
-            few = stream_period(trainer) is None
             reason = "the length of an epoch is not known" if unknown else "the run does not end its first epoch"
-            reason = "epochs are few" if few else reason
+            if stream_period(trainer) is None:
+                reason = "epochs are few"
             rank_zero_info(
                 f"Diagnostics evaluate every {steps:,} training steps, since {reason}. "
                 "To choose another schedule, pass every_n_train_steps=... or every_n_epochs=...."

@@ -120,6 +120,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     """Packages that it needs beyond the dependencies."""
     period_multiplier: ClassVar[int] = 1
     """``GenerativeDiagnostics`` evaluates expensive monitors this many times less often."""
+    expected_seconds: float = 0.0
+    """What an evaluation may take, as long as none has been measured."""
 
     def __init__(
         self,
@@ -204,11 +206,6 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def log_alarm(self, alarm: Alarm, result: ResultT, context: PlotContext) -> None:
         """Logs a picture of where an alarm lies; on rank 0 only."""
 
-    @property
-    def expected_seconds(self) -> float:
-        """What an evaluation may take, as long as none has been measured."""
-        return 0.0
-
     def shares(self) -> str:
         """Returns what monitors draw once together, and are therefore evaluated at the same times; by default nothing.
 
@@ -257,8 +254,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         if key not in view.region_maps:
             is_row = self.takes_rows and view.reference.images.ndim == 2
             data = view.as_images(view.reference, self.takes_rows).images
-            most = max(LEAST_MAP_IMAGES, MAP_NUMBERS // data[0].numel())
-            most = LEAST_MAP_IMAGES if view.real.is_short else most
+            most = max(LEAST_MAP_IMAGES, 0 if view.real.is_short else MAP_NUMBERS // data[0].numel())
             images = as_images(data[: min(num_images, most)]).to(view.device)
             positions = images[0, 0].numel()
             if num_regions is not None and num_regions > positions:
@@ -474,7 +470,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._failures = 0
         if purpose == "rehearsal":
             return ready
-        draws = purpose == "decision" or self.draws
+        draws = self.draws
         self.evaluations, self.latest = evaluation.number, evaluation
         self.session.history.append(self.name, evaluation)
         if purpose == "decision":

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_gendiag.callbacks.schedule import limit_of
 from lightning_gendiag.detection.alarm import counted
 from lightning_gendiag.model.amounts import run_progress
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 SIZES = (64, 128, 256, 512, 1024)
 """Numbers of samples that an evaluation may have where the time is limited."""
-
 
 SHORT = 15.0
 """A run is short where the limit allows fewer seconds than these over all of it."""
@@ -33,8 +33,7 @@ def is_short(session: Session, monitors: Sequence[Monitor[Any, Any]]) -> bool:
         monitors: Those with a limit.
     """
     progress = run_progress(session.trainer)
-    limit = min(monitor.max_overhead for monitor in monitors if monitor.max_overhead is not None)
-    return bool(progress) and limit * session.schedule.budget.training < SHORT * (progress or 1.0)
+    return bool(progress) and limit_of(monitors) * session.schedule.budget.training < SHORT * (progress or 1.0)
 
 
 def rehearse(
@@ -72,12 +71,11 @@ def rehearse(
         for view in views:
             view.plan(None)
     comparing = [m for m in good if session.view_of(m) in views and m.shares() == "samples"]
-    among = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
     for smaller, size in zip((None, *SIZES), SIZES, strict=False):
-        drawn = {view: view.sampling_seconds for view in session.views if size == SIZES[0]}
-        drawn = {view: seconds for view, seconds in drawn.items() if seconds > SLOW}
+        slow = [view for view in session.views if size == SIZES[0] and view.sampling_seconds > SLOW]
+        drawn = {view: view.sampling_seconds for view in slow}
         for view in session.views:
-            if view not in drawn:
+            if view not in slow:
                 view.expire()
         for view in views:
             view.plan(size)
@@ -86,7 +84,7 @@ def rehearse(
             # the first that compares samples draws them
             drawing = drawn.pop(session.view_of(monitor), 0.0) if monitor.shares() == "samples" else 0.0
             session.schedule.note(monitor, seconds_of(monitor) + drawing, anew=True)
-        if smaller is not None and not session.schedule.affords(comparing, among):
+        if smaller is not None and not session.schedule.affords(comparing, session.limited):
             for view in views:
                 view.plan(smaller)
                 view.expire()
@@ -94,7 +92,7 @@ def rehearse(
                 session.schedule.note(monitor, seconds, anew=True)
             break
         measured = comparing
-        if not views or not comparing or not session.schedule.affords(comparing, among):
+        if not views or not comparing or not session.schedule.affords(comparing, session.limited):
             break
     return [monitor for monitor in chosen if monitor not in limited or monitor in good]
 
@@ -113,8 +111,7 @@ def _is_planned(session: Session, view: ModelView) -> bool:
 def in_words(session: Session) -> str:
     """Returns the plan in a line: how many evaluations of how many samples, their cost, and when an alarm is possible."""
     schedule, trainer = session.schedule, session.trainer
-    limited = [m for m in session.monitors if m.enabled and m.max_overhead is not None]
-    limit = min(m.max_overhead for m in limited if m.max_overhead is not None)
+    limited, limit = session.limited, limit_of(session.limited)
     periods, coming = schedule.periods(limited), schedule.coming
     main = next((m for m in limited if m.shares() == "samples"), None) or min(limited, key=lambda m: periods[m.name])
     often = periods[main.name]

@@ -114,14 +114,13 @@ class Schedule:
             epoch_over: Whether a training epoch has ended, or a batch.
         """
         due = [monitor for monitor in monitors if self._is_due(monitor, step, epoch_over)]
-        limits = [monitor.max_overhead for monitor in due if monitor.max_overhead is not None]
-        if not limits:
+        limited = [monitor for monitor in monitors if monitor.max_overhead is not None]
+        if not any(monitor in due for monitor in limited):
             return due
         self.dues += 1
         if not self.budget.ready:
             # rounds in which no monitor had its real images yet do not count
             self._last_due.clear()
-        limited = [monitor for monitor in monitors if monitor.max_overhead is not None]
         asking = [
             monitor
             for monitor in limited
@@ -130,7 +129,7 @@ class Schedule:
         periods = self.periods(limited)
         # one that is due a tenth as often as another takes part in each tenth round
         wanted = [m for m in asking if self.dues - self._last_due.get(m.name, 0.0) >= periods[m.name]]
-        names = self._granted(wanted, periods, min(limits))
+        names = self._granted(wanted, periods, limit_of(due))
         if self.trainer.world_size > 1:
             names = self.trainer.strategy.broadcast(names)
         self.budget.rounds += bool(names)
@@ -216,9 +215,8 @@ class Schedule:
         costs = dict.fromkeys(least, 0.0)
         for monitor, unit in units.items():
             costs[unit] += self.cost(monitor) * least[unit] / relative[monitor]
-        limit = min(monitor.max_overhead for monitor in monitors if monitor.max_overhead is not None)
         weights = {unit: list(units.values()).count(unit) for unit in costs}
-        periods = shared(costs, weights, least, self._allowance(limit), self.coming + 1)
+        periods = shared(costs, weights, least, self._allowance(limit_of(monitors)), self.coming + 1)
         return {m.name: periods[unit] * relative[m] / least[unit] for m, unit in units.items()}
 
     def affords(self, monitors: Sequence[Monitor[Any, Any]], among: Sequence[Monitor[Any, Any]]) -> bool:
@@ -242,6 +240,11 @@ class Schedule:
             and _by_steps(other) == _by_steps(monitor)
         ]
         return _period(monitor) // min(periods)
+
+
+def limit_of(monitors: Sequence[Monitor[Any, Any]]) -> float:
+    """Returns the smallest share of the training's time that any of these monitors allows; at least one must have a limit."""
+    return min(monitor.max_overhead for monitor in monitors if monitor.max_overhead is not None)
 
 
 def _by_steps(monitor: Monitor[Any, Any]) -> bool:

@@ -158,6 +158,11 @@ class Session:
         """All views."""
         return list(self._views.values())
 
+    @property
+    def limited(self) -> list[Monitor[Any, Any]]:
+        """The enabled monitors whose time is limited."""
+        return [monitor for monitor in self.monitors if monitor.enabled and monitor.max_overhead is not None]
+
     # ---- hooks, handed over by the first monitor ----
 
     def on_train_start(self) -> None:

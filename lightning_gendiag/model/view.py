@@ -129,8 +129,9 @@ class ModelView:
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
         self._generators: list[Generator] | None = None
-        self._copied_generators: list[Generator] | None = None
         """Those of the module and the adapter, which are looked for once between two batches."""
+        self._copied_generators: list[Generator] | None = None
+        """Those of the copy and the adapter."""
         self._said: set[str] = set()
         self._has_prior: bool | None = None
         self._is_agreed = False

@@ -149,11 +149,7 @@ class GenerationBalance(Diagnostic):
         if finite is not None:
             self.accumulate(left_out=side * (~finite).sum())
             labels = labels[finite]
-        self.accumulate(counts=self._counts(labels, side))
-
-    def _counts(self, labels: Tensor, side: Tensor) -> Tensor:
-        """Returns the number (2, K) of images of each class, 0 on the other side."""
-        return side[:, None] * torch.bincount(labels, minlength=self.num_classes)
+        self.accumulate(counts=side[:, None] * torch.bincount(labels, minlength=self.num_classes))
 
     def _add_features(self, labels: Tensor, features: Tensor, side: Tensor) -> None:
         """Adds the sums of finite features (n, F) of each class."""

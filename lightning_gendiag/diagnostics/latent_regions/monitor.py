@@ -52,10 +52,6 @@ LEAST_PROBABILITY = 1e-6
 SPREAD = Series("latents", "rule", "standard deviation of the latents", stop="alone")
 
 
-EXPECTED_SECONDS = 1.0
-"""Of an evaluation, as long as none has been measured."""
-
-
 class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     """Monitors :class:`LatentRegions` of an encoder and a decoder.
 
@@ -90,6 +86,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     metric_class = LatentRegions
     needs = ("encode", "decode")
     period_multiplier = 5
+    expected_seconds = 1.0
     requires = ("sklearn",)
     _chosen: int | None = None
     _chosen_points: int | None = None
@@ -120,11 +117,6 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         """Forgets the numbers of components and of points and the classifier as well."""
         super().reset()
         self._chosen = self._chosen_points = self._neighbours = None
-
-    @property
-    def expected_seconds(self) -> float:
-        """That of a small decoder."""
-        return EXPECTED_SECONDS
 
     def check(self, view: ModelView) -> None:
         """Looks for scikit-learn, an encoder and, where the data are images, a decoder."""

@@ -186,8 +186,8 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     def _choose(self, view: ModelView, z: Tensor) -> None:
         """Chooses the numbers of latents and of dimensions by the time of one latent's Gram matrix, and the dimensions."""
         length, max_dims = z.shape[1], self.max_dims or MAX_DIMS
-        most = SHORT_LATENTS if view.real.is_short else LIMITED_LATENTS
-        most = NUM_LATENTS if self.max_overhead is None else most
+        limited = SHORT_LATENTS if view.real.is_short else LIMITED_LATENTS
+        most = NUM_LATENTS if self.max_overhead is None else limited
         if self.num_latents is None or self.max_dims is None:
             wanted = min(length, max_dims)
             seconds = self._seconds_of_a_direction(view, z) / view.world_size

@@ -154,7 +154,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         return self.regions is None or (self._session is not None and not self.view.has_prior)
 
     @property
-    def expected_seconds(self) -> float:
+    def expected_seconds(self) -> float:  # type: ignore[override]
         """The limit of its own."""
         return self.max_seconds
 

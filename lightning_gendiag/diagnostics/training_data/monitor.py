@@ -55,10 +55,6 @@ INVALID = Series("invalid", "rule", "share with nan or inf", event="broke", stop
 """What goes wrong in the data stops a run where what is generated becomes worse by it, which other monitors see."""
 
 
-EXPECTED_SECONDS = 0.01
-"""Of an evaluation, as long as none has been measured."""
-
-
 class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
     """Monitors :class:`TrainingData`: whether the training batches still hold what the first ones of the run held.
 
@@ -82,6 +78,7 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
     metric_class = TrainingData
     needs = ()
     watches_batches = True
+    expected_seconds = 0.01
     _watched: TrainingData | None = None
     first: dict[str, Tensor] | None = None
     """Sums of the first batches, with which later ones are compared; None before the first evaluation."""
@@ -140,11 +137,6 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
         self._held, self._numbers = [], 0
 
     # ---- at an evaluation ----
-
-    @property
-    def expected_seconds(self) -> float:
-        """Of small batches."""
-        return EXPECTED_SECONDS
 
     def build_metric(self, view: ModelView) -> TrainingData:
         """Creates the metric for the data of the first batch."""
