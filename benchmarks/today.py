@@ -47,7 +47,7 @@ def as_today(monitor: str, observation: Observation, real_shares: Sequence[float
     series, key = observation.series, (monitor, observation.series.role)
     if key in DECLARED:
         now = DECLARED[key]
-        same = ("min_std", "min_delta", "confirm", "stop", "patience")
+        same = ("min_std", "min_delta", "small", "confirm", "stop", "patience")
         series = replace(series, **{name: getattr(now, name) for name in same})
     if series.name == divergence.UNUSED.name:
         series = replace(series, progress=divergence.UNUSED.progress)

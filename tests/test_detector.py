@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 
 import pytest
+import torch
 
 from lightning_gendiag.detection import Detector, alarm_positions
 
@@ -59,6 +61,42 @@ def test_a_fault_after_the_end_of_a_climb_is_found() -> None:
     for seed in range(10):
         climb = [10 * (1 - math.exp(-i / 4)) + 0.1 * value for i, value in enumerate(normal(40, seed))]
         assert next(i for i in alarms(climb[:30] + [value + 2 for value in climb[30:]]) if i >= 30) in (30, 31, 32)
+
+
+def test_small_rises_must_last_unless_the_series_was_steady() -> None:
+    noise = torch.randn(60, 60, generator=torch.Generator().manual_seed(3)).double()
+    wave, step = torch.zeros(60).double(), torch.zeros(60).double()
+    # a wave is back within three values, and a step stays
+    wave[40:43] = torch.tensor([1.0, 1.2, 0.4]).double()
+    step[40:] = 1.1
+    waves, delays = [0, 0], []
+    for row in (0.3 * noise).unbind():
+        steady, large = (0.05 * row + step).tolist(), (row + 3 * step).tolist()
+        assert alarms(steady, min_std=0.05, small=1.4) == alarms(steady, min_std=0.05) == [41]
+        assert alarms(large, min_std=0.05, small=1.4) == alarms(large, min_std=0.05)
+        found = [alarms((row + step).tolist(), min_std=0.05, small=small) for small in (0.0, 1.4)]
+        if all(found):
+            delays.append(found[1][0] - found[0][0])
+        for number, small in enumerate((0.0, 1.4)):
+            waves[number] += bool(alarms((row + wave).tolist(), min_std=0.05, small=small))
+    assert len(delays) >= 55
+    assert statistics.median(delays) <= 1
+    assert sum(delays) > 20
+    assert waves[1] < 0.67 * waves[0]
+
+
+def test_a_rise_that_must_last_is_kept_in_the_state() -> None:
+    row = 0.2 * torch.randn(60, generator=torch.Generator().manual_seed(3)).double()
+    row[40:] += 1.1
+    whole = Detector(3e-4, min_std=0.1, small=1.4)
+    found = [position for position, value in enumerate(row.tolist()) if whole.update(position, value).opened]
+    parts, again = Detector(3e-4, min_std=0.1, small=1.4), []
+    for position, value in enumerate(row.tolist()):
+        other = Detector(3e-4, min_std=0.1, small=1.4)
+        other.load_state_dict(parts.state_dict())
+        parts = other
+        again += [position] * parts.update(position, value).opened
+    assert found == again != []
 
 
 def test_lasting_rises_up_to_min_delta_raise_no_alarm() -> None:

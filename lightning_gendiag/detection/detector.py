@@ -48,6 +48,14 @@ newer ones: at the start of a run a series may have been far from where it has s
 IMPROVING = 2.5
 """A fall of a series by so many standard errors is a trend."""
 
+HELD, STAYS = 3, 0.8
+"""A small rise must be found at so many values in a row that are no smaller than this part of the mean of the last two. What
+a GAN loses for a moment is on its way back by then."""
+
+CERTAIN = 1.5
+"""Unless its significance against the series' own fluctuation exceeds so many thresholds: then the series does not come and
+go by as much."""
+
 LIMIT_FACTOR, LIMIT_MARGIN = 4.0, 1.0
 """A value after a rise counts for at most this many times the mean of the two smallest, and this many standard deviations
 more."""
@@ -69,6 +77,8 @@ class Detection(NamedTuple):
     deviation: float
     """Distance of the newest value from the level, in standard deviations of the series; 0 while learning, and for rises
     up to ``min_delta``."""
+    pending: bool = False
+    """Whether a rise was found that is too small to be an alarm yet."""
 
     @property
     def evaluations_to_false_alarm(self) -> float:
@@ -88,7 +98,8 @@ class Detector:
     2. The lower half of the values is high. A larger variance lifts some values, and a rise lifts all.
     3. There are enough values, and the rise is large compared with ``min_std``. For this, a value counts for at most 4.5
        standard deviations. Where the series fluctuates by no more than ``min_std``, condition 1 is less strict.
-    4. The last two values both lie a standard deviation above what was expected, so that a single one is no alarm.
+    4. The last two values both lie a standard deviation above what was expected, so that a single one is no alarm. A rise up
+       to ``small`` must last for two more, unless the series was so steady that it cannot be a wave.
 
     The most significant split is the change point. It is an alarm if the rise also exceeds ``min_delta``. A sudden rise
     shows in the shortest splits, a slow one in the longer ones. A rising trend that has lasted is expected to go on, and
@@ -108,6 +119,7 @@ class Detector:
         memory: Largest number of values before the rise that make the fluctuation.
         min_std: Lower bound of the fluctuation, in the unit of the series.
         min_delta: Least rise that matters, in the unit of the series. It does not change how significant a rise is.
+        small: Rises up to this, in the unit of the series, must last for two more values.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -132,6 +144,7 @@ class Detector:
         memory: int = 64,
         min_std: float = 0.0,
         min_delta: float = 0.0,
+        small: float = 0.0,
     ) -> None:
         if not 0 < false_alarm_rate <= 0.1:
             raise ValueError(f"false_alarm_rate must be in (0, 0.1], got {false_alarm_rate}.")
@@ -143,7 +156,7 @@ class Detector:
             raise ValueError(f"recent must be at least shortest, {shortest} values, got {recent}.")
         self.false_alarm_rate = false_alarm_rate
         self.warmup, self.baseline, self.recent, self.memory = warmup, baseline, recent, memory
-        self.min_std, self.min_delta, self.shortest = min_std, min_delta, shortest
+        self.min_std, self.min_delta, self.small, self.shortest = min_std, min_delta, small, shortest
         self.threshold = _normal_quantile(false_alarm_rate / INDEPENDENT_SPLITS)
         # thresholds of deviations grow with that of the significance
         strictness = self.threshold / _normal_quantile(3e-4 / INDEPENDENT_SPLITS)
@@ -152,7 +165,7 @@ class Detector:
         self.values: list[float] = []
         self.active = False
         self.since: int | None = None
-        self.calm = 0
+        self.calm = self.held = 0
         self._pasts: dict[int, _Past] = {}
 
     def update(self, position: int, value: float) -> Detection:
@@ -181,9 +194,12 @@ class Detector:
         deviation = 0.0
         if len(self.values) > self.warmup:
             deviation = self._deviation(self._past(len(self.values) - 1))
-        self.active, score, self.since = self._rise()
+        rise, self.since = self._rise()
         self.calm = 0
-        return Detection(self.active, self.active, False, self.since, score, deviation)
+        self.held = self.held + (rise.newest >= STAYS * rise.height) if rise.alarming else 0
+        lasts = rise.height > self.small or rise.statistic > CERTAIN * self.threshold or self.held >= HELD
+        self.active, pending = rise.alarming and lasts, rise.alarming and not lasts
+        return Detection(self.active, self.active, False, self.since, rise.score, deviation, pending)
 
     def _while_active(self) -> Detection:
         healthy = sum(position < (self.since or 0) for position in self.positions)
@@ -197,12 +213,12 @@ class Detector:
         del self.positions[healthy:-2], self.values[healthy:-2]
         if self.calm < 2:
             return Detection(True, False, False, self.since, deviation, deviation)
-        self.active, self.since, self.calm = False, None, 0
+        self.active, self.since, self.calm, self.held = False, None, 0, 0
         return Detection(False, False, True, None, deviation, deviation)
 
-    def _rise(self) -> tuple[bool, float, int | None]:
-        """Returns whether there is an alarm, the score and the position of the most significant rise."""
-        best: _Rise | None = None
+    def _rise(self) -> tuple[_Rise, int | None]:
+        """Returns the most significant rise and the position of its first value; None where there is no rise."""
+        best, since = _Rise(False, -math.inf, -math.inf, 0.0, 0.0), None
         for length in range(self.shortest, self.recent + 1):
             end = len(self.values) - length
             if end < self.warmup:
@@ -212,9 +228,9 @@ class Detector:
             if min(self.values[-2:]) - past.expected(0) < past.unit:
                 continue
             rise = self._compared(past, self.values[end:])
-            if rise is not None and (best is None or rise[:2] > best[:2]):
+            if rise is not None and rise[:2] > best[:2]:
                 best, since = rise, self.positions[end]
-        return (False, -math.inf, None) if best is None else (best.alarming, best.score, since)
+        return best, since
 
     def _compared(self, past: _Past, values: list[float]) -> _Rise | None:
         """Returns the rise from the past to these values, or None where one of the conditions does not hold."""
@@ -239,10 +255,11 @@ class Detector:
             calibration *= past.strictness
             statistic = min(statistic, self._calibrated(past.step(limited, correlation), past.count - 2, calibration))
             score = min(score, self._calibrated(past.step(rises, correlation), past.count - 2, calibration))
-        surely = fmean(heights[-2:]) - SURE * past.error_of(2) * past.unit
+        height = fmean(heights[-2:])
+        surely = height - SURE * past.error_of(2) * past.unit
         matters = not self.min_delta or surely > self.min_delta
         alarming = matters and min(statistic, floor) > self.threshold
-        return _Rise(alarming, statistic, max(min(statistic, floor), score))
+        return _Rise(alarming, statistic, max(min(statistic, floor), score), height, heights[-1])
 
     def _calibrated(self, student: float, freedom: int, calibration: float) -> float:
         """Returns the normal deviation that exceeds the threshold as soon as t exceeds the calibrated quantile.
@@ -281,12 +298,15 @@ class Detector:
             "active": self.active,
             "since": self.since,
             "calm": self.calm,
+            "held": self.held,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the state of another detector with the same arguments."""
         self.positions, self.values = list(state["positions"]), list(state["values"])
-        self.active, self.since, self.calm = state["active"], state["since"], state["calm"]
+        self.active, self.since = state["active"], state["since"]
+        # states of earlier versions hold no rise
+        self.calm, self.held = state["calm"], state.get("held", 0)
         self._pasts = {}
 
 
@@ -298,6 +318,10 @@ class _Rise(NamedTuple):
     """Significance against the fluctuation of the series, as a normal deviation, with single values limited."""
     score: float
     """Significance against that and against ``min_std``, without the limits."""
+    height: float
+    """Mean of the newest two values over the level, in the unit of the series."""
+    newest: float
+    """The newest value over the level, in the unit of the series."""
 
 
 class _Past:

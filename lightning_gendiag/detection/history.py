@@ -42,6 +42,8 @@ class Series:
     """Fluctuations of the severity below this are never news."""
     min_delta: float = 0.0
     """Lasting rises of the severity up to this are no news."""
+    small: float = 0.0
+    """Rises of the severity up to this must last longer; see :class:`~lightning_gendiag.detection.detector.Detector`."""
     stop: Stop = "whole"
     patience: int = 0
     """Number of further evaluations that an alarm must last before it may stop a run."""

@@ -233,6 +233,7 @@ class Judge:
                 shortest=2 if series.role == "rule" else max(2, series.confirm),
                 min_std=series.min_std,
                 min_delta=series.min_delta,
+                small=series.small,
             )
             state = self._states.get(monitor, {}).pop(series.name, None)
             if state is not None:
@@ -307,7 +308,11 @@ class _Grouping:
             # what the components show then is a consequence
             return alarms
         # a fault of the whole may show in one component an evaluation before it does in the others
-        fallen = [n for n in components if detections[n].active or detections[n].deviation > LARGEST_DEVIATION]
+        fallen = [
+            name
+            for name in components
+            if detections[name].active or detections[name].pending or detections[name].deviation > LARGEST_DEVIATION
+        ]
         if aggregate is not None and opened and len(components) > 1 and len(fallen) >= 0.75 * len(components):
             by = aggregate if detections[aggregate].active else max(opened, key=lambda name: detections[name].score)
             return [*alarms, self._alarm([aggregate, *fallen], by)]
