@@ -17,7 +17,7 @@ ROOT = Path(lightning_gendiag.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 FLOORS = [
-    {"functional", "detection", "plots"},
+    {"functional", "detection", "plots", "tensorboard"},
     {"regions", "metric", "samplers"},
     {"model"},
     {"callbacks/logging", "callbacks/schedule", "callbacks/planning", "callbacks/session", "callbacks/monitor"},
