@@ -55,7 +55,9 @@ class Run:
 
     def write(self, tag: str, step: int, fields: dict[str, Any], arrays: Any = None, pictures: Any = None) -> None:
         files: EventFileWriter = self.writer._get_file_writer()
-        files.add_summary(records.summary(tag, records.packed(fields, arrays, pictures)), step)
+        files.add_summary(
+            records.summary(tag, records.packed(records.Record(fields, arrays or {}, pictures or {}))), step
+        )
 
     def setup(self) -> None:
         """What does not change."""

@@ -20,7 +20,14 @@ FLOORS = [
     {"functional", "detection", "plots", "tensorboard"},
     {"regions", "metric", "samplers"},
     {"model"},
-    {"callbacks/logging", "callbacks/schedule", "callbacks/planning", "callbacks/session", "callbacks/monitor"},
+    {
+        "callbacks/logging",
+        "callbacks/schedule",
+        "callbacks/planning",
+        "callbacks/session",
+        "callbacks/monitor",
+        "callbacks/page",
+    },
     {"diagnostics"},
     {"callbacks/checkpoints", "callbacks/collapse_stopping", "callbacks/generative_diagnostics"},
 ]

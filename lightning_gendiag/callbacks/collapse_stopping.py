@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from lightning_gendiag.detection.history import Evaluation
 from lightning_gendiag.detection.report import FILE, report
 from lightning_gendiag.detection.rules import Judge
 from lightning_gendiag.functional.text import representation
+from lightning_gendiag.tensorboard.records import REPORT, Record
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -73,6 +75,7 @@ class CollapseStopping(Member, EarlyStopping):
             raise ValueError(f"patience must be 0 or more, got {patience}.")
         self.action, self.false_alarm_rate, self.warmup_evaluations = action, false_alarm_rate, warmup_evaluations
         self.judge = Judge(false_alarm_rate, warmup_evaluations, patience)
+        self._shown: object = None
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -135,6 +138,7 @@ class CollapseStopping(Member, EarlyStopping):
                 )
         if (raised or critical) and trainer.is_global_zero:
             self._write_report(trainer)
+        self._show_report(trainer)
         if self.action != "stop" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.strategy.reduce_boolean_decision(bool(critical), all=False):
@@ -189,6 +193,7 @@ class CollapseStopping(Member, EarlyStopping):
         """Writes the report of the whole run."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_report(trainer, over=True)
+            self._show_report(trainer, over=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the report of a run that was interrupted, unless it was before the first evaluation."""
@@ -211,6 +216,20 @@ class CollapseStopping(Member, EarlyStopping):
             if over:
                 written = f" The report is in {', '.join(map(str, paths))}." if paths else ""
                 rank_zero_info(f"{state['summary']}{written}")
+        except Exception as error:
+            rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
+
+    def _show_report(self, trainer: Trainer, over: bool = False) -> None:
+        """Writes the report for the tab of TensorBoard, where its state or its alarms are others than before, or at the end."""
+        board = self.session.logger(max((m.last_step or 0 for m in self.session.monitors), default=0))
+        if not board.has_board:
+            return
+        try:
+            state = self.report(trainer)
+            shown = (state["state"], [(alarm.recovered, alarm.is_critical) for alarm in self.alarms])
+            if over or shown != self._shown:
+                self._shown = shown
+                board.log_record(REPORT, Record({**state, "time": time.time()}))
         except Exception as error:
             rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_gendiag.model.compat import file_writer
+from lightning_gendiag.tensorboard.records import Record, packed, summary
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -66,6 +69,13 @@ class DiagnosticLogger:
         except Exception as error:
             rank_zero_warn(f"{self.prefix}/{name} could not be logged: {error}", category=DiagnosticWarning)
 
+    def log_record(self, tag: str, record: Record) -> None:
+        """Logs what the tab of TensorBoard shows."""
+        parts: list[bytes] = []
+        for writer in self._writers():
+            parts = parts or packed(record)
+            file_writer(writer).add_summary(summary(tag, parts), self.step)
+
     def log_histogram(self, name: str, values: Tensor) -> None:
         """Logs a histogram of the finite values to TensorBoard; nothing where there are none."""
         values = values[values.isfinite()]
@@ -105,6 +115,11 @@ class DiagnosticLogger:
             merged = {category: charts for category, charts in (written or {}).items() if category not in self.layout}
             if merged | self.layout != written:
                 writer.add_custom_scalars(merged | self.layout)
+
+    @property
+    def has_board(self) -> bool:
+        """Whether there is a TensorBoard to write to, on this rank."""
+        return next(self._writers(), None) is not None
 
     def flush(self) -> None:
         """Writes to disk what was logged; TensorBoard's writer waits up to two minutes."""

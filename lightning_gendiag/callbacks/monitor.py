@@ -12,6 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning
+from lightning_gendiag.callbacks.page import Page
 from lightning_gendiag.callbacks.session import Member, Purpose
 from lightning_gendiag.detection.history import Curve, Evaluation, Observation
 from lightning_gendiag.functional.arrays import as_images
@@ -25,6 +26,7 @@ from lightning_gendiag.model.reference import InapplicableError
 from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions
 from lightning_gendiag.regions.region_map import RegionMap, features_in
+from lightning_gendiag.tensorboard.records import Record
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -162,6 +164,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._unseen: Exception | None = None
         self._next_panel = 0
         self._logged: list[Observation] | None = None
+        self._page = self._new_page()
 
     # ---- what a subclass says ----
 
@@ -206,6 +209,18 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def log_alarm(self, alarm: Alarm, result: ResultT, context: PlotContext) -> None:
         """Logs a picture of where an alarm lies; on rank 0 only."""
 
+    def page_setup(self) -> Record:
+        """Returns what the tab shows at every evaluation, such as the regions; on rank 0 only."""
+        return Record()
+
+    def page_numbers(self, result: ResultT) -> dict[str, Any]:
+        """Returns lists of numbers of each evaluation that the tab shows and no series holds; on rank 0 only."""
+        return {}
+
+    def page_frame(self, result: ResultT) -> Record | None:
+        """Returns pictures and larger arrays that the tab shows, of some evaluations; on rank 0 only."""
+        return None
+
     def shares(self) -> str:
         """Returns what monitors draw once together, and are therefore evaluated at the same times; by default nothing.
 
@@ -229,6 +244,12 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._metric, self.result, self.latest, self.enabled = None, None, None, True
         self.evaluations, self.seconds, self.last_step = 0, 0.0, None
         self._failures, self._next_panel, self._logged, self._unseen = 0, 0, None, None
+        self._page = self._new_page()
+
+    def _new_page(self) -> Page | None:
+        """What the tab shows of this monitor; None once it could not be written."""
+        metric = getattr(type(self), "metric_class", None)
+        return Page(self.name, metric.__name__ if metric is not None else type(self).__name__)
 
     # ---- what a subclass uses ----
 
@@ -475,11 +496,14 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self.session.history.append(self.name, evaluation)
         if purpose == "decision":
             # its numbers were logged at this step
-            self._log_panels(evaluation, self.session.logger(evaluation.step, self.name))
+            logger = self.session.logger(evaluation.step, self.name)
+            self._log_panels(evaluation, logger)
+            self._write_page(evaluation, logger)
             return ready
         tags = {f"{PREFIX}/{self.name}/{name}": value for name, value in scalars.items()}
         compat.log_values(view.subject.trained, tags)
         self.session.note_evaluation(tags)
+        self._write_page(evaluation, self.session.logger(evaluation.step, self.name))
         self._publish(evaluation, scalars, draws, started)
         return ready
 
@@ -506,10 +530,35 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             # on rank 0 alone, so the others need not agree
             self._contain(error, counts=False)
 
+    def _write_page(self, evaluation: Evaluation, logger: DiagnosticLogger) -> None:
+        """Writes what the tab shows; what fails once is not tried again."""
+        if self._page is None or self.result is None or not logger.has_board:
+            return
+        try:
+            self._page.write_values(evaluation, self.page_setup, self.page_numbers(self.result), logger)
+        except Exception as error:
+            self._page = None
+            self._contain(error, counts=False, lost="part of the tab")
+        if self._page is not None and self._page.is_due(evaluation.number):
+            self._write_frame(evaluation, logger)
+
+    def _write_frame(self, evaluation: Evaluation, logger: DiagnosticLogger) -> None:
+        """Writes the pictures that the tab shows of the newest evaluation, if they were not written."""
+        if self._page is None or self.result is None or not self.log_images or self._page.has_frame(evaluation):
+            return
+        try:
+            if logger.has_board and (frame := self.page_frame(self.result)) is not None:
+                self._page.write_frame(evaluation, frame, logger)
+        except Exception as error:
+            self._page = None
+            self._contain(error, counts=False, lost="part of the tab")
+
     def log_last(self) -> None:
         """Logs the panels of the newest evaluation, if they were not logged."""
         if self.latest is not None:
-            self._log_panels(self.latest, self.session.logger(self.latest.step, self.name))
+            logger = self.session.logger(self.latest.step, self.name)
+            self._log_panels(self.latest, logger)
+            self._write_frame(self.latest, logger)
 
     def _log_panels(self, evaluation: Evaluation, logger: DiagnosticLogger) -> None:
         """Logs the panels, but not where nothing has changed."""
@@ -527,17 +576,18 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def log_alarm_picture(self, alarm: Alarm, logger: DiagnosticLogger) -> None:
         """Logs a picture of an alarm of the newest evaluation."""
         if self.result is not None and self.latest is not None:
+            self._write_frame(self.latest, logger)
             context = PlotContext(self.latest, self.session.history.curves(self.name), logger)
             self.log_alarm(alarm, self.result, context)
 
-    def _contain(self, error: Exception, counts: bool = True) -> None:
-        """Names a failure in a warning; switches the monitor off after three in a row."""
+    def _contain(self, error: Exception, counts: bool = True, lost: str = "panels") -> None:
+        """Names a failure in a warning; switches the monitor off after three in a row, or else what is ``lost``."""
         if self.on_error == "raise":
             raise error
         self._failures += counts
         off = self._failures >= FAILURES or isinstance(error, InapplicableError)
         self.enabled = self.enabled and not off
-        effect = "from now on" if off else "this time" if counts else "with its panels switched off"
+        effect = "from now on" if off else "this time" if counts else f"with its {lost} switched off"
         text = (
             f"{type(self).__name__} failed at step {self.last_step or 0} and the run goes on without it {effect}: "
             if counts

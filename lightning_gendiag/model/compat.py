@@ -58,6 +58,14 @@ def has_stepped(trainer: Trainer) -> bool:
 # ---- logging ----
 
 
+def file_writer(writer: Any) -> Any:
+    """Returns what a ``SummaryWriter`` writes summaries with, since its public methods take known kinds of data only.
+
+    It is None for Lightning's writer that writes nothing.
+    """
+    return writer._get_file_writer()
+
+
 def log_values(module: LightningModule, values: Mapping[str, float]) -> None:
     """Writes numbers to ``trainer.callback_metrics``, where ``ModelCheckpoint`` and other callbacks look for them.
 

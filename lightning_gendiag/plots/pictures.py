@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lightning_gendiag.plots.canvas import ALARM, INK, TILE, Colour, font, on_white_tile, picture_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 WIDEST = 4
 """Largest width of an enlarged picture as a multiple of its height."""
@@ -100,6 +104,30 @@ def tinted(picture: Tensor, labels: Tensor, colours: Sequence[Colour], strength:
     """Returns a picture blended with the colour of each region, which has a weight of ``strength``."""
     tint = torch.tensor(list(colours), dtype=torch.float)[labels]
     return (picture.float() * (1 - strength) + tint * strength).round().byte()
+
+
+def shrunk(images: Tensor, side: int) -> Tensor:
+    """Returns images (N, C, H, W) of which no side is longer than ``side``."""
+    longest = max(images.shape[2:])
+    if longest <= side:
+        return images
+    shape = [max(1, round(length * side / longest)) for length in images.shape[2:]]
+    return F.interpolate(images.float(), size=shape, mode="area")
+
+
+def pixels(image: Tensor, low: float, high: float) -> NDArray[np.uint8]:
+    """Returns an image (C, H, W) as an array (H, W, 3) uint8, or (H, W) without colours; ``low`` is black."""
+    rgb = as_rgb(image, low, high)
+    return (rgb if image.shape[0] == 3 else rgb[..., 0]).numpy()
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """Returns images (N, C, H, W) in rows as one image (C, rows H, columns W), without the last ones that fill no row."""
+    rows = len(images) // columns
+    _, c, h, w = images.shape
+    return (
+        images[: rows * columns].view(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
+    )
 
 
 def contact_sheet(images: Tensor) -> Tensor:

@@ -51,10 +51,10 @@ class Picture(NamedTuple):
 class Record(NamedTuple):
     """What one record holds."""
 
-    fields: dict[str, Any]
+    fields: Mapping[str, Any] = {}
     """Plain numbers, strings, lists and dictionaries; numbers that are not finite are None."""
-    arrays: dict[str, NDArray[Any]]
-    pictures: dict[str, Picture]
+    arrays: Mapping[str, NDArray[Any]] = {}
+    pictures: Mapping[str, Picture] = {}
 
 
 def setup_tag(monitor: str) -> str:
@@ -90,19 +90,16 @@ def picture(pixels: NDArray[np.uint8]) -> Picture:
     return Picture(buffer.getvalue(), kind, image.width, image.height)
 
 
-def packed(
-    fields: Mapping[str, Any],
-    arrays: Mapping[str, NDArray[Any]] | None = None,
-    pictures: Mapping[str, Picture] | None = None,
-) -> list[bytes]:
+def packed(record: Record) -> list[bytes]:
     """Returns a record as byte strings.
 
     Example:
-        >>> record = unpacked(packed({"step": 3, "values": {"top": float("nan")}}, {"labels": np.zeros((2, 2), np.uint8)}))
-        >>> record.fields, record.arrays["labels"].shape
+        >>> record = Record({"step": 3, "values": {"top": float("nan")}}, {"labels": np.zeros((2, 2), np.uint8)})
+        >>> again = unpacked(packed(record))
+        >>> again.fields, again.arrays["labels"].shape
         ({'step': 3, 'values': {'top': None}}, (2, 2))
     """
-    arrays, pictures = arrays or {}, pictures or {}
+    fields, arrays, pictures = record
     header = {
         "version": VERSION,
         "fields": finite(fields),
@@ -124,19 +121,18 @@ def unpacked(parts: Sequence[bytes]) -> Record:
     """
     try:
         header = json.loads(zlib.decompress(parts[0]))
-        if header["version"] > VERSION:
-            raise ValueError(
-                f"version must be at most {VERSION}, got {header['version']}. To fix this, update lightning_gendiag."
-            )
-        blobs = iter(parts[1:])
-        arrays = {
-            name: np.frombuffer(zlib.decompress(next(blobs)), kind).reshape(shape)
-            for name, kind, shape in header["arrays"]
-        }
-        pictures = {name: Picture(next(blobs), kind, w, h) for name, kind, w, h in header["pictures"]}
-    except (KeyError, TypeError, IndexError, StopIteration, zlib.error) as error:
+        version = int(header["version"])
+        if version <= VERSION:
+            blobs = iter(parts[1:])
+            arrays = {
+                name: np.frombuffer(zlib.decompress(next(blobs)), kind).reshape(shape)
+                for name, kind, shape in header["arrays"]
+            }
+            pictures = {name: Picture(next(blobs), kind, w, h) for name, kind, w, h in header["pictures"]}
+            return Record(header["fields"], arrays, pictures)
+    except (KeyError, TypeError, IndexError, StopIteration, ValueError, RuntimeError, zlib.error) as error:
         raise ValueError(f"the record is damaged: {type(error).__name__}: {error}") from error
-    return Record(header["fields"], arrays, pictures)
+    raise ValueError(f"version must be at most {VERSION}, got {version}. To fix this, update lightning_gendiag.")
 
 
 def finite(value: Any) -> Any:

@@ -23,6 +23,7 @@ from lightning_gendiag.diagnostics.cosine_mean_similarity.metric import CosineMe
 from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.model.view import Source, check_source
 from lightning_gendiag.regions.region_map import RegionMap
+from lightning_gendiag.tensorboard.records import Record
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -129,6 +130,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
     """The regions; None before they are found."""
     _real: plots.RealImages
     _generated: Tensor
+    _some: Tensor
     _map_logged = False
     _quantity = QUANTITY
     _whole = ""
@@ -187,7 +189,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         images, labels = as_images(view.as_images(view.reference, rows=True).images), view.reference.labels
         self._whole = "the row" if view.reference.images.ndim == 2 else ""
         low, high = images.amin(0), images.amax(0)
-        self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()))
+        some = images[: plots.SHOWN].cpu()
+        self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()), some)
         varies = (high > low).any(0)
         constant = [
             name
@@ -222,6 +225,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         self.metric.update(images, real=False, labels=labels)
         finite = images[images.flatten(1).isfinite().all(1)]
         self._generated = finite.mean(0) if len(finite) else images.new_zeros(images.shape[1:])
+        self._some = images[: plots.SHOWN].cpu()
         if view.is_closer:
             # the samples before are others
             return
@@ -284,6 +288,21 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
                 "for {evaluations} evaluations",
             ),
         ]  # fmt: skip
+
+    def page_setup(self) -> Record:
+        """The regions, and real images."""
+        real = plots.page_pictures(self._real, {"mean_real": self._real.mean[None], "samples_real": self._real.some})
+        fields = {"background": self._regions.background, "columns": plots.COLUMNS}
+        return Record(fields, {"labels": plots.page_labels(self._regions.labels)}, real)
+
+    def page_numbers(self, result: CosineMeanSimilarityResult) -> dict[str, Any]:
+        """The distance of each region from real images, in standard deviations of real images from real ones."""
+        return {"distance": (-result.z).tolist()}
+
+    def page_frame(self, result: CosineMeanSimilarityResult) -> Record:
+        """The mean and the first generated images."""
+        made = {"mean_generated": self._generated[None], "samples": self._some}
+        return Record(pictures=plots.page_pictures(self._real, made))
 
     def contributions(self, before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
         """Each region's part of the drop of their product, which is the image's similarity for independent regions."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,17 @@ from lightning_gendiag.detection.history import Curve
 from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import CosineMeanSimilarityResult
 from lightning_gendiag.plots import canvas, charts, pictures
 from lightning_gendiag.regions.region_map import RegionMap
+from lightning_gendiag.tensorboard.records import Picture, picture
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+SHOWN, COLUMNS = 32, 8
+"""Numbers of samples that the tab shows, and of those in a row; half as many where they are large."""
+
+SMALL, LARGEST, LARGEST_MAP = 32, 64, 128
+"""Sides in pixels: samples up to which all are shown, and larger ones are shrunk to; of the map."""
 
 
 class RealImages(NamedTuple):
@@ -24,6 +36,8 @@ class RealImages(NamedTuple):
     """The value that is drawn black."""
     high: float
     """The value that is drawn white."""
+    some: Tensor
+    """(n, C, H, W) the first images."""
 
     def picture(self, image: Tensor) -> Tensor:
         """Returns an image (C, H, W) as an enlarged picture (H, W, 3) uint8, on the scale of the real images."""
@@ -129,3 +143,26 @@ def map_table(regions: RegionMap) -> str:
     boxes = zip(regions.names, regions.sizes.tolist(), regions.boxes.tolist(), strict=True)
     lines += [f"| region_{r} | {name} | {size} | {tuple(box)} |" for r, (name, size, box) in enumerate(boxes)]
     return "\n".join(lines)
+
+
+def page_pictures(real: RealImages, images: Mapping[str, Tensor]) -> dict[str, Picture]:
+    """Encodes images (N, C, H, W) for the tab, as grids where there are several; rows of features have no pictures."""
+    encoded = {}
+    for name, some in images.items():
+        if some.shape[2] > 1 and len(some):
+            small = pictures.shrunk(some.detach().cpu(), LARGEST)
+            number = len(small) if max(small.shape[2:]) <= SMALL else min(len(small), SHOWN // 2)
+            grid = pictures.grid(small[:number], min(COLUMNS, number))
+            encoded[name] = picture(pictures.pixels(grid, real.low, real.high))
+    return encoded
+
+
+def page_labels(labels: Tensor) -> NDArray[np.uint8]:
+    """Returns labels (H, W) for the tab, of which no side is longer than ``LARGEST_MAP``."""
+    longest = max(labels.shape)
+    if longest > LARGEST_MAP:
+        rows, columns = (
+            torch.arange(max(1, side * LARGEST_MAP // longest)) * longest // LARGEST_MAP for side in labels.shape
+        )
+        labels = labels[rows][:, columns]
+    return labels.cpu().numpy().astype(np.uint8)

@@ -27,6 +27,8 @@ from lightning_gendiag.model.features import (
     in_chunks,
 )
 from lightning_gendiag.model.view import Source, check_source
+from lightning_gendiag.plots import pictures
+from lightning_gendiag.tensorboard.records import Record, picture
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 CHUNK = 128
 """Largest number of images that are classified at a time."""
+
+LARGEST_SAMPLE = 48
+"""Largest side of a sample in the tab; pixels."""
 
 Space = tuple[Callable[[Tensor], Tensor], float]
 """What a classifier compares of images, and the width of its kernel."""
@@ -269,6 +274,25 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
                 observations.append(Observation(own.numbered(c), share, severity(share, number, real)))
         whole = replace(BALANCE, role="record") if all(unknown) else BALANCE
         return [*observations, Observation(whole, imbalance, math.log(imbalance + 0.1), label=label)]
+
+    def page_setup(self) -> Record:
+        """The real shares."""
+        real = self.metric.counts[1].cpu()
+        return Record({"columns": plots.SHOWN, "real": (real / real.sum()).tolist()})
+
+    def page_numbers(self, result: GenerationBalanceResult) -> dict[str, Any]:
+        """The interval of each share."""
+        return {"intervals": result.interval.tolist()}
+
+    def page_frame(self, result: GenerationBalanceResult) -> Record | None:
+        """Generated images of each class."""
+        if self._images is None:
+            return None
+        classes, columns = self._images.shape[:2]
+        small = pictures.shrunk(self._images.flatten(0, 1), LARGEST_SAMPLE)
+        grid = pictures.grid(small, columns)
+        sheet = picture(pictures.pixels(grid, float(grid.min()), float(grid.max())))
+        return Record({"classes": list(range(classes))}, pictures={"classes": sheet})
 
     def log_plots(self, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the charts, the table and the panel."""

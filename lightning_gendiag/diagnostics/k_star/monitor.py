@@ -16,6 +16,7 @@ from lightning_gendiag.functional.arrays import as_data, pooled
 from lightning_gendiag.functional.results import MAX_CLASS_TAGS
 from lightning_gendiag.model.batches import known
 from lightning_gendiag.model.reference import InapplicableError
+from lightning_gendiag.tensorboard.records import Record
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -38,6 +39,9 @@ MIN_DELTA = 0.09
 
 CLASS = Series("class", "component", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
 ALL = Series("all classes", "aggregate", "mean k*", event="fractured", min_std=MIN_STD, min_delta=MIN_DELTA)
+
+MOST_ON_PAGE = 50
+"""Largest number of classes whose distributions the tab shows."""
 
 
 class KStarMonitor(Monitor[KStar, KStarResult]):
@@ -159,6 +163,14 @@ class KStarMonitor(Monitor[KStar, KStarResult]):
                 observations.append(Observation(CLASS.numbered(c), value, -value, label))
         mean = float(result.scalars()["mean"])
         return [*observations, Observation(ALL, mean, -mean)]
+
+    def page_frame(self, result: KStarResult) -> Record | None:
+        """The distribution within each class, and the nearest other classes."""
+        if not 0 < len(result.classes) <= MOST_ON_PAGE:
+            return None
+        fields = {"classes": result.classes.tolist(), "patterns": list(result.pattern)}
+        arrays = {"histogram": plots.histograms(result).half().numpy(), "rivals": result.rivals.half().numpy()}
+        return Record(fields, arrays)
 
     def log_plots(self, result: KStarResult, context: PlotContext) -> None:
         """Logs the histogram of all values, the table, the charts and the panel."""

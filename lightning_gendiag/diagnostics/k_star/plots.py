@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_gendiag.diagnostics.k_star.functional import KStarResult
 from lightning_gendiag.plots import canvas, charts
+
+BINS = 20
+"""Number of bins of the distributions that the tab shows."""
 
 
 def panel(result: KStarResult, occasion: canvas.Occasion) -> Tensor:
@@ -34,6 +38,16 @@ def panel(result: KStarResult, occasion: canvas.Occasion) -> Tensor:
         canvas.Tile("first rival (column) of each class", charts.matrix(result.rivals.cpu(), most=1.0)),
     ]
     return canvas.panel(f"{len(names)} classes: {patterns} (step {occasion.step})", tiles, rows, occasion.note)
+
+
+def histograms(result: KStarResult) -> Tensor:
+    """Returns the shares (K, 20) of the values of each class in twenty bins of (0, 1]; nan where a class has none."""
+    known = ~result.values.isnan()
+    values, labels = result.values[known].cpu(), result.labels[known].cpu()
+    places = torch.searchsorted(result.classes.cpu(), labels)
+    bins = (values * BINS).ceil().long().clamp(1, BINS) - 1
+    counts = torch.bincount(places * BINS + bins, minlength=len(result.classes) * BINS).view(-1, BINS).double()
+    return counts / counts.sum(1, keepdim=True)
 
 
 def table(result: KStarResult) -> str:

@@ -25,6 +25,7 @@ from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.functional.distances import frechet_distance
 from lightning_gendiag.model.amounts import fitting
 from lightning_gendiag.model.features import SKLEARN_MISSING, NeighbourClassifier, class_of, space_for
+from lightning_gendiag.tensorboard.records import Record
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -50,6 +51,9 @@ LEAST_PROBABILITY = 1e-6
 """Probability of a class that a classifier rules out, for the inception score."""
 
 SPREAD = Series("latents", "rule", "standard deviation of the latents", stop="alone")
+
+MOST_ON_PAGE = 400
+"""Largest number of latents that the tab shows."""
 
 
 class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
@@ -245,6 +249,22 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restores the numbers of components and of points that were chosen."""
         self._chosen, self._chosen_points = state["components"], state["points"]
+
+    def page_frame(self, result: LatentRegionsResult) -> Record | None:
+        """The latents, where they have two or three dimensions."""
+        latents, labels = self.metric.selected()
+        finite = latents.isfinite().all(1)
+        points, labels = result.project(latents[finite][:MOST_ON_PAGE]), labels[finite][:MOST_ON_PAGE]
+        if not len(points) or points.shape[1] not in (2, 3):
+            return None
+        arrays = {
+            "points": points.half().cpu().numpy(),
+            "grey": result.inside("grey", points).cpu().numpy(),
+            "means": result.means.half().cpu().numpy(),
+        }
+        if (labels >= 0).all():
+            arrays["classes"] = labels.short().cpu().numpy()
+        return Record(arrays=arrays)
 
     def log_plots(self, result: LatentRegionsResult, context: PlotContext) -> None:
         """Logs the charts, the table of components and the panel."""

@@ -18,6 +18,7 @@ from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntrop
 from lightning_gendiag.functional.arrays import middle_slices, tensor_of
 from lightning_gendiag.functional.jacobian import active_dims, check_derivative, decoder_gram
 from lightning_gendiag.model.amounts import fitting
+from lightning_gendiag.tensorboard.records import Record
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -86,6 +87,9 @@ PAIR = Series(
     "pair", "standalone", "mutual information in nats", "nats", event="became entangled", min_std=PAIR_MIN_STD
 )
 IN_USE = Series("dimensions in use", "record", "dimensions in use")
+
+MOST_ON_PAGE = 64
+"""Largest number of dimensions whose mutual information the tab shows."""
 
 
 class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
@@ -286,6 +290,13 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restores the dimensions, their order, and the number of latents."""
         self.dims, self._order, self._chosen_latents = state["dims"], state["order"], state["latents"]
+
+    def page_frame(self, result: ManifoldEntropyResult) -> Record:
+        """The mutual information of the dimensions, or of those with the most entropy."""
+        chosen = result.order[:MOST_ON_PAGE].sort().values
+        shared = result.mutual_information[chosen][:, chosen]
+        fields = {"dimensions": self.dims[chosen].tolist()}
+        return Record(fields, {"mutual_information": shared.half().numpy()})
 
     def log_plots(self, result: ManifoldEntropyResult, context: PlotContext) -> None:
         """Logs the spectrum over time, the charts and the panel."""

@@ -29,6 +29,7 @@ from lightning_gendiag.diagnostics.regional_primitives.metric import RegionalPri
 from lightning_gendiag.functional.arrays import pieces
 from lightning_gendiag.model.amounts import fitting
 from lightning_gendiag.regions.region_map import RegionMap
+from lightning_gendiag.tensorboard.records import Record
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -311,6 +312,15 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         """Restores the regions, how much is done, and the layer unless another one was given."""
         self._amounts = dict(state["amounts"])
         self.labels, self.names, self.layer = state["labels"], list(state["names"]), self.split or state["layer"]
+
+    def page_setup(self) -> Record:
+        """The regions."""
+        return Record({"regions": list(self.names)})
+
+    def page_frame(self, result: RegionalPrimitivesResult) -> Record:
+        """What the largest components of one image draw, and how the error falls as components are added."""
+        names, strip = plots.page_strip(self._drawn, self.names)
+        return Record({"names": names}, {"curve": result.curve.half().numpy()}, strip)
 
     def log_plots(self, result: RegionalPrimitivesResult, context: PlotContext) -> None:
         """Logs the charts, the table of components and the panel."""

@@ -11,9 +11,14 @@ from torch import Tensor
 
 from lightning_gendiag.diagnostics.regional_primitives.functional import RegionalPrimitivesResult, memberships
 from lightning_gendiag.plots import canvas, charts, pictures
+from lightning_gendiag.tensorboard import records
 
 SHOWN = 8
 """Number of pictures of single components in the panel, with that of the baseline."""
+
+
+LARGEST = 64
+"""Largest side of an image in the tab; pixels."""
 
 
 class Drawn(NamedTuple):
@@ -68,6 +73,17 @@ def panel(
         rows.append(canvas.Row(canvas.FAINT, f"{float(result.converged):.0%} of the optimisations converged"))
     count = f"{float(result.components):.0f} of {len(norms)} components"
     return canvas.panel(f"{count} carry 90 % of the energy (step {occasion.step})", tiles, rows, occasion.note)
+
+
+def page_strip(drawn: Drawn | None, names: Sequence[str]) -> tuple[list[str], dict[str, records.Picture]]:
+    """Returns what the tab shows of one image: what is in each column of a picture, and the picture; empty where unknown."""
+    if drawn is None:
+        return [], {}
+    low, high = float(drawn.images.min()), float(drawn.images.max())
+    small = pictures.shrunk(drawn.images, LARGEST)
+    strip = records.picture(pictures.pixels(pictures.grid(small, len(small)), low, high))
+    sets = [" + ".join(name for r, name in enumerate(names) if mask >> r & 1) for mask in drawn.masks.tolist()[2:]]
+    return ["image", "baseline", *sets], {"strip": strip}
 
 
 def table(result: RegionalPrimitivesResult, names: Sequence[str], layer: str) -> str:
