@@ -29,7 +29,7 @@ FLOORS = [
         "callbacks/page",
     },
     {"diagnostics"},
-    {"callbacks/checkpoints", "callbacks/collapse_stopping", "callbacks/generative_diagnostics"},
+    {"callbacks/alerts", "callbacks/checkpoints", "callbacks/collapse_stopping", "callbacks/generative_diagnostics"},
 ]
 """Lowest first. A module imports from its own folder and from lower floors; the base of callbacks counts as a folder."""
 

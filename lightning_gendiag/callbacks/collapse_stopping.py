@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_gendiag.callbacks.alerts import Alerts
 from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticWarning
 from lightning_gendiag.callbacks.session import Member
@@ -47,7 +49,11 @@ class CollapseStopping(Member, EarlyStopping):
             independent normal fluctuations.
         warmup_evaluations: Number of evaluations to learn from before the first judgement.
         patience: Number of further evaluations that an alarm must last before it stops the run; by default each series'
-            own: 8 for single classes, which come and go while a GAN learns, and 0 for all others.
+            own: 4 for single classes, which come and go while a GAN learns, and 0 for all others.
+        on_alarm: Called with each alarm when it is raised, and once more if it stops the run later; on the first process.
+        webhook: Address to which each alarm is posted as JSON, such as that of a channel of Slack: ``text`` for people,
+            ``run``, and ``alarm`` with its fields. At most ten an hour, as with alerts of loggers: an alarm is also an alert
+            of W&B's and Trackio's runs.
 
     Attributes:
         alarms: All alarms, in the order in which they were raised.
@@ -67,6 +73,8 @@ class CollapseStopping(Member, EarlyStopping):
         false_alarm_rate: float = 3e-4,
         warmup_evaluations: int = 6,
         patience: int | None = None,
+        on_alarm: Callable | None = None,  # type: ignore[type-arg]  # a command line accepts the bare kind only
+        webhook: str | None = None,
     ) -> None:
         super().__init__(monitor=PREFIX, strict=False, check_on_train_epoch_end=True)
         if action not in ("stop", "warn"):
@@ -75,6 +83,7 @@ class CollapseStopping(Member, EarlyStopping):
             raise ValueError(f"patience must be 0 or more, got {patience}.")
         self.action, self.false_alarm_rate, self.warmup_evaluations = action, false_alarm_rate, warmup_evaluations
         self.judge = Judge(false_alarm_rate, warmup_evaluations, patience)
+        self.alerts = Alerts(on_alarm, webhook)
         self._shown: object = None
 
     @property
@@ -133,9 +142,9 @@ class CollapseStopping(Member, EarlyStopping):
         for alarm in critical:
             # one that is new has said so
             if all(alarm is not new for _, new in raised):
-                rank_zero_warn(
-                    f"{alarm.message} The change has lasted. {self._effect(trainer, alarm)}", category=CollapseWarning
-                )
+                lasted = f"The change has lasted. {self._effect(trainer, alarm)}"
+                rank_zero_warn(f"{alarm.message} {lasted}", category=CollapseWarning)
+                self.alerts.send(trainer, alarm, lasted)
         if (raised or critical) and trainer.is_global_zero:
             self._write_report(trainer)
         self._show_report(trainer)
@@ -194,6 +203,7 @@ class CollapseStopping(Member, EarlyStopping):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_report(trainer, over=True)
             self._show_report(trainer, over=True)
+            self.alerts.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the report of a run that was interrupted, unless it was before the first evaluation."""
@@ -238,6 +248,7 @@ class CollapseStopping(Member, EarlyStopping):
             return
         effect = self._effect(trainer, alarm)
         rank_zero_warn(f"{alarm.message} {effect}", category=CollapseWarning)
+        self.alerts.send(trainer, alarm, effect)
         logger = self.session.logger(alarm.step, f"alarm_{number}")
         try:
             rows = "".join(f"\n| {name} | {share:.0%} |" for name, share in alarm.contributions.items())
@@ -260,4 +271,6 @@ class CollapseStopping(Member, EarlyStopping):
         self.judge.load_state_dict(state_dict)
 
     def __repr__(self) -> str:
-        return representation(self, patience=self.judge.patience)
+        return representation(
+            self, patience=self.judge.patience, on_alarm=self.alerts.on_alarm, webhook=self.alerts.webhook
+        )

@@ -83,6 +83,8 @@ class GenerativeDiagnostics(Member, Callback):
         max_overhead: Largest share of the training's time that the diagnostics may take together. The first evaluation
             measures what they cost, and chooses by it the number of samples and how often each diagnostic is evaluated; the
             log says what was chosen. With ``None``, each is evaluated whenever it is due, with 1,024 samples.
+        on_alarm: See :class:`CollapseStopping`.
+        webhook: See :class:`CollapseStopping`.
         log_images: See :class:`Monitor`.
         on_error: See :class:`Monitor`.
 
@@ -123,6 +125,8 @@ class GenerativeDiagnostics(Member, Callback):
         num_regions: int | None = 5,
         skip: tuple[str, ...] = (),
         max_overhead: float | None = 0.05,
+        on_alarm: Callable | None = None,  # type: ignore[type-arg]
+        webhook: str | None = None,
         log_images: bool = True,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
@@ -147,10 +151,11 @@ class GenerativeDiagnostics(Member, Callback):
         self.latent_dim, self.conditional, self.images, self.labels = latent_dim, conditional, images, labels
         self.weights, self.seed, self.adapter, self.num_regions, self.skip = weights, seed, adapter, num_regions, skip
         self.max_overhead, self.log_images, self.on_error = max_overhead, log_images, on_error
+        self.on_alarm, self.webhook = on_alarm, webhook
         # without a choice of its own it takes the adapter of another monitor of the trainer
         self._adapter = adapter or (own if chosen else None)
         self.monitors = {kind.name: self._monitor(kind) for kind in MONITORS if kind.name not in skip}
-        self.stopping = None if action is None else CollapseStopping(action)
+        self.stopping = None if action is None else CollapseStopping(action, on_alarm=on_alarm, webhook=webhook)
         self.left_out: dict[str, str] = {}
         self._stops = False
         self._inspected = False
