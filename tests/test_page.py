@@ -21,6 +21,7 @@ from lightning_gendiag import (
     DiagnosticWarning,
     GenerativeDiagnostics,
     ModelAdapter,
+    Observation,
 )
 from lightning_gendiag.callbacks import page
 from lightning_gendiag.diagnostics.cosine_mean_similarity import plots
@@ -59,12 +60,14 @@ class Noted(Callback):
     def __init__(self, diagnostics: GenerativeDiagnostics) -> None:
         self.diagnostics = diagnostics
         self.seen: dict[str, dict[int, dict[str, float]]] = {}
+        self.severities: dict[str, dict[int, list[Observation]]] = {}
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         for name, monitor in self.diagnostics.monitors.items():
             if monitor.latest is not None:
                 values = {o.series.name: o.value for o in monitor.latest.observations}
                 self.seen.setdefault(name, {})[monitor.latest.step] = values
+                self.severities.setdefault(name, {})[monitor.latest.step] = monitor.latest.observations
 
 
 @pytest.mark.filterwarnings("ignore:generated images span")
@@ -85,6 +88,9 @@ def test_every_diagnostic_writes_what_it_observed(tmp_path: Path) -> None:
         for step, record in rows:
             assert record.fields["step"] == step
             assert [one["name"] for one in setup.fields["series"]] == list(record.fields["values"])
+            for o in noted.severities[name][step]:
+                if o.series.role in page.COMPARED and math.isfinite(o.severity):
+                    assert record.fields["severities"][o.series.name] == pytest.approx(o.severity, rel=1e-5)
             for series, value in seen[step].items():
                 expected = pytest.approx(value, rel=1e-5) if math.isfinite(value) else None
                 assert record.fields["values"][series] == expected
@@ -177,7 +183,7 @@ def evaluation(number: int) -> Any:
 
 
 def test_new_series_are_added_to_the_setup() -> None:
-    from lightning_gendiag import Evaluation, Observation, Series
+    from lightning_gendiag import Evaluation, Series
 
     seen: list[tuple[str, Record]] = []
     logger: Any = type("Notes", (), {"log_record": lambda _, tag, record: seen.append((tag, record))})()

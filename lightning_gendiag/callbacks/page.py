@@ -15,8 +15,12 @@ ALL_FRAMES, FRAME_GROWTH = 20, 0.05
 """So many evaluations all have pictures, then each time their number has grown by this share: 110 of 2,000."""
 
 
-DESCRIBED = ("name", "role", "quantity", "unit", "label", "index")
-"""What the tab needs to know of a series."""
+DESCRIBED = ("name", "role", "quantity", "unit", "label", "index", "min_std", "min_delta")
+"""What the tab, and the comparison of two runs, need to know of a series."""
+
+
+COMPARED = ("component", "aggregate", "standalone")
+"""Roles of the series whose severities are written."""
 
 
 class Page:
@@ -55,7 +59,10 @@ class Page:
             fields = {"diagnostic": self.diagnostic, "series": list(self._series.values()), **record.fields}
             logger.log_record(setup_tag(self.name), record._replace(fields=fields))
         values = {o.series.name: o.value for o in evaluation.observations}
-        fields = {**_place(evaluation), "averaged": evaluation.averaged, "values": values, "extra": extra}
+        severities = {o.series.name: o.severity for o in evaluation.observations if o.series.role in COMPARED}
+        fields = {
+            **_place(evaluation), "averaged": evaluation.averaged, "values": values, "severities": severities, "extra": extra,
+        }  # fmt: skip
         logger.log_record(values_tag(self.name, evaluation.number), Record(fields))
 
     def write_frame(self, evaluation: Evaluation, frame: Record, logger: DiagnosticLogger) -> None:
