@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ class Run:
         self, folder: Path, evaluations: int = 60, broken_at: int | None = 40, first: int = 1, dimensions: int = 8
     ) -> None:
         self.writer = SummaryWriter(str(folder))
+        self.first = first
         self.broken_at, self.dimensions, self.source = broken_at, dimensions, np.random.default_rng(7)
         self.setup()
         for number in range(first, evaluations + 1):
@@ -130,7 +130,7 @@ class Run:
             self.frames(number, common, broken)
 
     def values(self, monitor: str, common: dict[str, Any], values: dict[str, float], extra: Any = None) -> None:
-        tag = records.values_tag(monitor, common["number"])
+        tag = records.values_tag(monitor, common["number"], self.first)
         self.write(tag, common["step"], {**common, "values": values, "extra": extra or {}})
 
     def frames(self, number: int, common: dict[str, Any], broken: bool) -> None:
@@ -182,7 +182,7 @@ class Run:
         summary = f"{state.capitalize()}: {alarms[0]['message'] if alarms else 'no series left its level.'}"
         fields = {
             "state": state, "summary": summary, "alarms": alarms, "bad": [], "evaluations": {"cms": evaluations},
-            "last_good_checkpoint": "epoch=9.ckpt" if alarms else None, "time": time.time(),
+            "last_good_checkpoint": "epoch=9.ckpt" if alarms else None,
         }  # fmt: skip
         self.write(records.REPORT, 10 * evaluations, fields)
 

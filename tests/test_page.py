@@ -49,7 +49,8 @@ def written(folder: str | Path) -> dict[str, list[tuple[int, Record]]]:
 
 def values_of(found: dict[str, list[tuple[int, Record]]], monitor: str) -> list[tuple[int, Record]]:
     blocks = sorted(
-        (tag for tag in found if tag.startswith(f"{monitor}/values_")), key=lambda tag: int(tag.split("_")[-1])
+        (tag for tag in found if tag.startswith(f"{monitor}/values_")),
+        key=lambda tag: [int(part) for part in tag.split("_")[-2:]],
     )
     return [one for tag in blocks for one in found[tag]]
 
@@ -140,7 +141,7 @@ def test_what_is_not_wanted_is_not_written(tmp_path: Path, case: str) -> None:
     trainer(monitor, logger=logger).fit(TinyGAN(), batches())
     assert monitor.evaluations == 2
     if case == "no pictures":
-        assert set(written(logger.log_dir or "")) == {"cms/setup", "cms/values_0"}
+        assert set(written(logger.log_dir or "")) == {"cms/setup", "cms/values_1_0"}
 
 
 def test_a_failure_ends_the_page_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

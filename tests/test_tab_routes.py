@@ -38,15 +38,18 @@ def write_run(folder: Path, **options: Any) -> None:
     Run(folder, **options).writer.close()
 
 
+def packed(*parts: Any) -> list[bytes]:
+    """Returns a record of fields, arrays and pictures as byte strings."""
+    return records.packed(records.Record(*parts))
+
+
 def write_record(writer: SummaryWriter, tag: str, step: int, parts: list[bytes]) -> None:
     writer._get_file_writer().add_summary(records.summary(tag, parts), step)
 
 
 def values_record(number: int, values: dict[str, Any], step: int | None = None) -> list[bytes]:
     step = 10 * number if step is None else step
-    return records.packed(
-        {"step": step, "epoch": 0, "number": number, "averaged": False, "values": values, "extra": {}}
-    )
+    return packed({"step": step, "epoch": 0, "number": number, "averaged": False, "values": values, "extra": {}})
 
 
 def age(folder: Path) -> None:
@@ -147,7 +150,7 @@ def test_the_time_of_a_report_is_exact_although_a_record_has_six_digits_of_a_num
 ) -> None:
     written = 1_700_001_234.5
     with SummaryWriter(str(tmp_path)) as writer:
-        summary = records.summary(records.REPORT, records.packed({"state": "healthy", "time": written}))
+        summary = records.summary(records.REPORT, packed({"state": "healthy", "time": written}))
         writer._get_file_writer().add_summary(summary, 10, walltime=written)
     assert serve(tmp_path).json("run", run=".")["report"]["time"] == written
 
@@ -160,11 +163,16 @@ def test_numbers_that_are_not_finite_are_null(server: TabServer) -> None:
 def picture_of(server: TabServer, address: dict[str, Any]) -> np.ndarray:
     response = server.get(address["url"])
     assert response.status_code == 200
-    assert response.content_type == "image/png"
+    assert response.content_type in ("image/png", "image/jpeg")
     assert "max-age=" in response.headers["Cache-Control"]
     pixels = np.array(Image.open(io.BytesIO(response.data)))
     assert pixels.shape == (address["height"], address["width"])
     return pixels
+
+
+def alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether pictures differ by no more than their compression."""
+    return bool(np.abs(one.astype(int) - other).mean() < 3)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +200,11 @@ def test_a_frame_has_the_arrays_and_pictures_of_its_diagnostic(
 
 def test_pictures_are_those_that_were_written(server: TabServer) -> None:
     setup = server.json("run", run="version_10")["monitors"]["cms"]["setup"]
-    assert (picture_of(server, setup["pictures"]["samples_real"]) == sheet(4, 8, 0)).all()
+    assert alike(picture_of(server, setup["pictures"]["samples_real"]), sheet(4, 8, 0))
+    assert (picture_of(server, setup["pictures"]["mean_real"]) == sheet(1, 1, 1)).all()
     frame = server.json("frame", run="version_10", monitor="cms", step=150)
-    assert (picture_of(server, frame["pictures"]["samples"]) == sheet(4, 8, 15)).all()
+    assert alike(picture_of(server, frame["pictures"]["samples"]), sheet(4, 8, 15))
+    assert not alike(picture_of(server, frame["pictures"]["samples"]), sheet(4, 8, 16))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +301,16 @@ def test_a_resumed_run_goes_on_where_it_was_resumed(serve: Serve, tmp_path: Path
     assert min(monitors["cms"]["values"]["bottom right"][10:]) > 0.8
     frame = served.json("frame", run=".", monitor="cms", step=150)
     assert frame["step"] == 130
-    assert (picture_of(served, frame["pictures"]["samples"]) == sheet(4, 8, 13)).all()
+    assert alike(picture_of(served, frame["pictures"]["samples"]), sheet(4, 8, 13))
+
+
+def test_a_resumed_run_loses_no_evaluation(serve: Serve, tmp_path: Path) -> None:
+    write_run(tmp_path, evaluations=60)
+    age(tmp_path)
+    # the Python back end keeps ten records of a tag
+    write_run(tmp_path, evaluations=62, first=41)
+    steps = serve(tmp_path).json("run", run=".")["monitors"]["cms"]["steps"]
+    assert steps == list(range(10, 621, 10))
 
 
 def test_a_frame_that_a_resumed_run_did_not_draw_again_is_gone(serve: Serve, tmp_path: Path) -> None:
@@ -301,7 +320,7 @@ def test_a_frame_that_a_resumed_run_did_not_draw_again_is_gone(serve: Serve, tmp
                 fields = {"step": step, "epoch": 0, "number": number}
                 write_record(writer, records.values_tag("cms", number), step, values_record(number, {"a": 1.0}, step))
                 if number in frames:
-                    write_record(writer, records.frame_tag("cms", number), step, records.packed(fields))
+                    write_record(writer, records.frame_tag("cms", number), step, packed(fields))
 
     write({1: 10, 2: 20, 3: 30, 4: 40}, {1, 2, 3, 4})
     age(tmp_path)
@@ -333,7 +352,7 @@ def test_a_damaged_record_is_left_out_and_counted(tmp_path: Path, damaged: list[
         for number in (1, 2, 3):
             good = values_record(number, {"a": float(number)})
             write_record(writer, records.values_tag("cms", number), 10 * number, damaged if number == 2 else good)
-            frame = records.packed({"number": number})
+            frame = packed({"number": number})
             write_record(writer, records.frame_tag("cms", number), 10 * number, damaged if number == 2 else frame)
         write_record(writer, records.REPORT, 30, damaged)
         write_record(writer, records.setup_tag("cms"), 30, damaged)
@@ -369,9 +388,7 @@ def test_parts_that_are_missing_are_left_out(serve: Serve, tmp_path: Path) -> No
     with SummaryWriter(str(tmp_path)) as writer:
         write_record(writer, records.values_tag("cms", 1), 10, values_record(1, {"a": 1.0, "b": 2.0}))
         write_record(writer, records.values_tag("cms", 2), 20, values_record(2, {"a": 3.0}))
-        write_record(
-            writer, records.frame_tag("k_star", 1), 10, records.packed({}, {"rivals": np.float16([[np.nan, 0.1]])})
-        )
+        write_record(writer, records.frame_tag("k_star", 1), 10, packed({}, {"rivals": np.float16([[np.nan, 0.1]])}))
     served = serve(tmp_path)
     (entry,) = served.json("runs")["runs"]
     assert (entry["state"], entry["summary"], entry["monitors"]) == ("not judged", "", ["cms", "k_star"])
@@ -395,7 +412,7 @@ def test_contents_of_the_wrong_kind_do_no_harm(tmp_path: Path) -> None:
         write_record(writer, records.values_tag("cms", 1), 10, with_nan({"values": [1], "extra": "x"}))
         write_record(writer, records.values_tag("cms", 2), 20, with_nan({"values": {"a": float("inf"), "b": "<b>"}}))
         write_record(writer, records.REPORT, 20, with_nan({"state": 5, "alarms": [3, {"step": "x"}], "summary": None}))
-        page = records.packed(
+        page = packed(
             {},
             {"c": np.array([1j]), "a": np.arange(2)},
             {"page": records.Picture(b"<script>alert(1)</script>", "text/html", 1, 1)},

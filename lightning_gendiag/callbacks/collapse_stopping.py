@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -239,7 +238,7 @@ class CollapseStopping(Member, EarlyStopping):
             shown = (state["state"], [(alarm.recovered, alarm.is_critical) for alarm in self.alarms])
             if over or shown != self._shown:
                 self._shown = shown
-                board.log_record(REPORT, Record({**state, "time": time.time()}))
+                board.log_record(REPORT, Record(state))
         except Exception as error:
             rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 

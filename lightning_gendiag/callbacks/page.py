@@ -36,6 +36,7 @@ class Page:
         self._next_frame = 0
         self._last_frame: Evaluation | None = None
         self._series: dict[str, dict[str, Any]] = {}
+        self._first = 0
 
     def is_due(self, number: int) -> bool:
         """Returns whether pictures are written at an evaluation with this number."""
@@ -58,12 +59,13 @@ class Page:
             record = setup()
             fields = {"diagnostic": self.diagnostic, "series": list(self._series.values()), **record.fields}
             logger.log_record(setup_tag(self.name), record._replace(fields=fields))
+        self._first = self._first or evaluation.number
         values = {o.series.name: o.value for o in evaluation.observations}
         severities = {o.series.name: o.severity for o in evaluation.observations if o.series.role in COMPARED}
         fields = {
             **_place(evaluation), "averaged": evaluation.averaged, "values": values, "severities": severities, "extra": extra,
         }  # fmt: skip
-        logger.log_record(values_tag(self.name, evaluation.number), Record(fields))
+        logger.log_record(values_tag(self.name, evaluation.number, self._first), Record(fields))
 
     def write_frame(self, evaluation: Evaluation, frame: Record, logger: DiagnosticLogger) -> None:
         """Writes the pictures and larger arrays of an evaluation."""
