@@ -4,6 +4,8 @@ from .callbacks.collapse_stopping import CollapseWarning as CollapseWarning
 from .callbacks.generative_diagnostics import GenerativeDiagnostics as GenerativeDiagnostics
 from .callbacks.monitor import DiagnosticWarning as DiagnosticWarning
 from .callbacks.monitor import Monitor as Monitor
+from .comparison import Comparison as Comparison
+from .comparison import compare_runs as compare_runs
 from .detection.alarm import Alarm as Alarm
 from .detection.detector import Detector as Detector
 from .detection.history import Evaluation as Evaluation

@@ -131,7 +131,9 @@ class Run:
 
     def values(self, monitor: str, common: dict[str, Any], values: dict[str, float], extra: Any = None) -> None:
         tag = records.values_tag(monitor, common["number"], self.first)
-        self.write(tag, common["step"], {**common, "values": values, "extra": extra or {}})
+        severities = {name: value if name == "all classes" else -value for name, value in values.items()}
+        fields = {**common, "values": values, "severities": severities, "extra": extra or {}}
+        self.write(tag, common["step"], fields)
 
     def frames(self, number: int, common: dict[str, Any], broken: bool) -> None:
         """Pictures and larger arrays."""

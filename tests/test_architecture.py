@@ -18,7 +18,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__
 
 FLOORS = [
     {"functional", "detection", "plots", "tensorboard"},
-    {"regions", "metric", "samplers"},
+    {"regions", "metric", "samplers", "comparison"},
     {"model"},
     {
         "callbacks/logging",
@@ -30,6 +30,7 @@ FLOORS = [
     },
     {"diagnostics"},
     {"callbacks/alerts", "callbacks/checkpoints", "callbacks/collapse_stopping", "callbacks/generative_diagnostics"},
+    {"__main__"},
 ]
 """Lowest first. A module imports from its own folder and from lower floors; the base of callbacks counts as a folder."""
 

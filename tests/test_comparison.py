@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from scipy import stats
+from torch.utils.tensorboard import SummaryWriter
 
+from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, compare_runs
+from lightning_gendiag.__main__ import main
 from lightning_gendiag.detection.comparison import LEAST, WINDOW, Track, compared, in_words
+from lightning_gendiag.tensorboard.files import read_run
+from tests.helpers.models import TinyGAN
+from tests.helpers.running import batches, trainer
+from tests.tab_runs import Run
 
 
 def noise(runs: int, correlation: float, seed: int = 0, length: int = 30) -> torch.Tensor:
@@ -84,3 +94,89 @@ def test_the_words_name_what_is_worst_first() -> None:
     assert in_words({"cms": compared(tracks, {name: track(calm[:2]) for name in tracks})}) == (
         "4 series have fewer than 4 evaluations."
     )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, broken_at in (("healthy", None), ("broken", 40)):
+        Run(folder / name, broken_at=broken_at).writer.close()
+    return folder / "healthy", folder / "broken"
+
+
+def test_two_runs_are_compared_by_their_event_files(runs: tuple[Path, Path]) -> None:
+    comparison = compare_runs(*runs)
+    worse = {
+        (monitor, one.name) for monitor, some in comparison.changes.items() for one in some if one.verdict == "worse"
+    }
+    assert worse == {
+        ("cms", "bottom right"),
+        ("cms", "image"),
+        ("generation_balance", "class 3"),
+        ("generation_balance", "all classes"),
+    }
+    assert comparison.states == ("healthy", "unhealthy")
+    assert "Worse: bottom right (cosine mean similarity 0.39" in comparison.summary
+    assert "| cms | bottom right | cosine mean similarity | 0.99" in comparison.table
+    assert comparison.figure().shape[2] == 3
+    # the other way round, what was worse is better
+    back = compare_runs(*runs[::-1])
+    better = {(monitor, one.name) for monitor, some in back.changes.items() for one in some if one.verdict == "better"}
+    assert better == worse
+    same = compare_runs(runs[0], runs[0])
+    assert {one.verdict for some in same.changes.values() for one in some} == {"no sure difference"}
+
+
+def test_the_values_are_those_of_the_event_files(runs: tuple[Path, Path]) -> None:
+    change = next(one for one in compare_runs(*runs).changes["cms"] if one.name == "top left")
+    read = read_run(runs[0]).monitors["cms"]
+    values = [fields["values"]["top left"] for fields in read.evaluations]
+    assert len(values) == 60
+    assert change.first == pytest.approx(sum(values[-WINDOW:]) / WINDOW)
+
+
+def test_a_resumed_run_is_read_without_what_it_gave_up(tmp_path: Path) -> None:
+    Run(tmp_path, evaluations=30, broken_at=25).writer.close()
+    for path in tmp_path.glob("*tfevents*"):
+        path.rename(tmp_path / "events.out.tfevents.1.before")
+    Run(tmp_path, evaluations=28, broken_at=None, first=21).writer.close()
+    evaluations = read_run(tmp_path).monitors["cms"].evaluations
+    assert [fields["number"] for fields in evaluations] == list(range(1, 29))
+    assert min(fields["values"]["bottom right"] for fields in evaluations[10:]) > 0.7
+
+
+def test_the_command_line(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["report", str(runs[1])]) == 0
+    assert capsys.readouterr().out.startswith("Unhealthy: bottom right collapsed")
+    figure = tmp_path / "figure.png"
+    assert main(["compare", *map(str, runs), "--table", "--figure", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "Worse: bottom right" in out
+    assert "| diagnostic | series |" in out
+    with Image.open(figure) as image:
+        assert image.size[0] > 400
+    assert main(["report", str(runs[0].parent)]) == 1
+    error = capsys.readouterr().err
+    assert f"run must be a folder with event files, got {runs[0].parent}. To fix this, pass one of {runs[1]}" in error
+    with SummaryWriter(str(tmp_path / "empty")):
+        pass
+    assert main(["report", str(tmp_path / "empty")]) == 1
+    assert "run must have evaluations, got none" in capsys.readouterr().err
+
+
+def test_a_wrong_confidence_is_refused(runs: tuple[Path, Path]) -> None:
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 1"):
+        compare_runs(*runs, confidence=1)
+
+
+@pytest.mark.filterwarnings("ignore:generated images span")
+def test_a_trained_run_can_be_compared(tmp_path: Path) -> None:
+    folders = []
+    for name in ("one", "other"):
+        logger = TensorBoardLogger(tmp_path, name=name)
+        monitor = CosineMeanSimilarityMonitor(num_regions=2)
+        trainer(monitor, CollapseStopping("warn"), max_epochs=5, logger=logger).fit(TinyGAN(), batches())
+        folders.append(logger.log_dir)
+    changes = compare_runs(*folders).changes["cms"]
+    assert len(changes) == 3
+    assert all(math.isfinite(one.margin) for one in changes)
