@@ -1,0 +1,4 @@
+// The page of the tab.
+export function render() {
+  document.body.textContent = "GenDiag";
+}
