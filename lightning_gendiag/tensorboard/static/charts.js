@@ -3,10 +3,10 @@
 
 import {getPlotly} from './api.js';
 import {css, gradient, scaled, variable} from './colours.js';
-import {el, formatted, plotlyText} from './dom.js';
+import {debounced, el, formatted, plotlyText} from './dom.js';
 import {choose, currentStep, goTo, highlighted, nearest, point, state} from './state.js';
 
-const MARGIN = {l: 54, r: 14, t: 10, b: 34};
+const MARGIN = {l: 46, r: 14, t: 8, b: 34};
 const HEAT_COLUMNS = 800;
 
 export const stepRange = () => [state.steps[0] ?? 0, Math.max(state.steps.at(-1) ?? 1, (state.steps[0] ?? 0) + 1)];
@@ -27,8 +27,8 @@ export class Curves {
     this.range = null;
   }
 
-  /** Draws curves: {name, steps, values, colour, dash, run}; marks: {step, colour} are vertical lines. */
-  async show(curves, {axis = '', marks = []} = {}) {
+  /** Draws curves: {name, steps, values, colour, dash, run}; marks {step, colour} are vertical lines. */
+  async show(curves, marks = []) {
     this.curves = curves;
     let plotly;
     try {
@@ -40,7 +40,7 @@ export class Curves {
       return;
     }
     this.plotly = plotly;
-    await plotly.react(this.plot, curves.map(trace), this.layout(axis, marks), {displayModeBar: false, responsive: true});
+    await plotly.react(this.plot, curves.map(trace), this.layout(marks), {displayModeBar: false});
     if (!this.isReady) this.listen();
     this.isReady = true;
     this.widths = '';
@@ -48,7 +48,7 @@ export class Curves {
     this.move();
   }
 
-  layout(axis, marks) {
+  layout(marks) {
     const ink = variable('--fg');
     const line = variable('--line');
     const common = {gridcolor: line, zerolinecolor: line, linecolor: line, ticks: '', automargin: false};
@@ -57,15 +57,16 @@ export class Curves {
       margin: MARGIN, showlegend: false, uirevision: state.run, hovermode: 'closest', hoverdistance: -1, dragmode: 'zoom',
       paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {color: ink, size: 11, family: 'inherit'},
       hoverlabel: {font: {size: 12}, namelength: -1},
-      xaxis: {...common, range: [first, last], title: {text: 'step', standoff: 4}, nticks: 8},
-      yaxis: {...common, title: {text: plotlyText(axis), standoff: 4}, nticks: 6},
+      xaxis: {...common, range: [first, last], title: {text: 'step', standoff: 2}, nticks: 8},
+      yaxis: {...common, nticks: 6},
       shapes: marks.map(({step, colour}) => (
-        {type: 'line', x0: step, x1: step, y0: 0, y1: 1, yref: 'paper', layer: 'below', line: {color: colour, width: 1.5, dash: 'dash'}}
+        {type: 'line', x0: step, x1: step, y0: 0, y1: 1, yref: 'paper', opacity: 0.75, line: {color: colour, width: 2, dash: 'dash'}}
       )),
     };
   }
 
   listen() {
+    fitted(this.plotly, this.plot);
     this.plot.on('plotly_hover', (event) => point([this.curves[event.points[0].curveNumber].name]));
     this.plot.on('plotly_unhover', () => point([]));
     this.plot.on('plotly_click', (event) => goTo(event.points[0].x));
@@ -98,10 +99,19 @@ export class Curves {
 function trace({name, steps, values, colour, dash, run}) {
   const label = run ? `${name} (${run})` : name;
   return {
-    type: 'scatter', mode: steps.length === 1 ? 'markers' : 'lines', x: steps, y: values, name: plotlyText(label),
+    type: 'scatter', mode: hasLonePoint(values) ? 'lines+markers' : 'lines', marker: {size: 4, color: colour}, x: steps, y: values, name: plotlyText(label),
     line: {color: colour, dash: run ? 'dash' : dash, width: 1.7}, hovertemplate: `step %{x}<br>${plotlyText(label)}: %{y:.4g}<extra></extra>`,
   };
 }
+
+/** Keeps a plot as wide as its place, which also changes when a neighbour appears. */
+export function fitted(plotly, plot) {
+  const resize = debounced(() => plot.offsetWidth && plotly.Plots.resize(plot), 80);
+  new ResizeObserver(resize).observe(plot);
+}
+
+/** A value between two missing ones has no line, only a marker shows it. */
+const hasLonePoint = (values) => values.some((value, i) => value != null && values[i - 1] == null && values[i + 1] == null);
 
 /** The colours of a scale with the values at its ends. */
 export function scaleBar(scale, low, high, words) {

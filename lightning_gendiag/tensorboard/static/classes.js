@@ -10,8 +10,8 @@ import {currentStep, extraAt, highlighted, state, valueAt} from './state.js';
 export class Classes extends Panel {
   build() {
     this.rows = el('div', {class: 'bars', 'data-testid': 'class-bars'});
-    this.heat = new Heat('Share of each class over steps', 170);
-    this.curves = new Curves('Share of each class over steps', 190);
+    this.heat = new Heat('Share of each class over steps', 150);
+    this.curves = new Curves('Share of each class over steps', 165);
     this.canvas = el('canvas', {class: 'grid', role: 'img', 'data-testid': 'class-samples'});
     this.caption = el('h3');
     this.source = new Image();
@@ -19,7 +19,7 @@ export class Classes extends Panel {
     this.body.classList.add('three');
     this.heatTitle = el('h3');
     this.body.append(
-      titled('Share of generated images; the line is the interval, ◆ the real share', this.rows),
+      titled('Share at the step; line: its interval; ◆: share in real data', this.rows),
       el('div', {class: 'block'}, this.heatTitle, this.heat.element, this.curves.element),
       el('div', {class: 'block'}, this.caption, this.canvas),
     );
@@ -39,7 +39,7 @@ export class Classes extends Panel {
       scale: 'change', share: (value, row) => value / (2 * (expected(row) || 1e-9)),
       legend: scaleBar('change', 'none', 'twice', 'as many as in the real data'),
     });
-    this.curves.show(this.curvesOf(this.series), {axis: 'share', marks: this.alarmMarks()});
+    this.curves.show(this.curvesOf(this.series), this.alarmMarks());
   }
 
   /** The scale of the bars is the same at all steps, so that bars can be compared while the slider moves. */

@@ -18,19 +18,21 @@ export class Dimensions extends Panel {
     this.spectrumWords = el('div', {class: 'readout'});
     const id = freshId();
     this.sorted = el('input', {type: 'checkbox', id, onchange: () => this.move()});
-    this.heat = new Heat('Latent dimensions over steps', 200);
+    this.heat = new Heat('Latent dimensions over steps', 210);
     this.curves = new Curves('Curve of the highlighted dimension', 200);
     this.curvesTitle = el('h3');
     this.spectrumTitle = el('h3');
     this.heatTitle = el('h3');
     this.body.classList.add('dimensions');
-    this.matrix = new Matrix('Mutual information of pairs of dimensions', {width: 250});
+    this.matrix = new Matrix('Mutual information of pairs of dimensions', {width: 230});
     this.matrixBlock = titled('Mutual information of pairs', this.matrix.element);
-    this.matrixBlock.hidden = true;
+    const hasMatrix = this.monitor.diagnostic === 'ManifoldEntropy' && this.monitor.frames?.length > 0;
+    this.matrixBlock.hidden = !hasMatrix;
+    this.body.classList.toggle('with-matrix', hasMatrix);
     this.body.append(
       el('div', {class: 'block'}, this.spectrumTitle, this.bars, this.spectrumWords, el('label', {for: id, class: 'options'}, this.sorted, 'largest first')),
       el('div', {class: 'block'}, this.heatTitle, this.heat.element),
-      el('div', {class: 'block'}, this.curvesTitle, this.curves.element),
+      el('div', {class: 'block curve'}, this.curvesTitle, this.curves.element),
       this.matrixBlock,
     );
   }
@@ -47,9 +49,10 @@ export class Dimensions extends Panel {
     this.share = (value) => (value - low) / (high - low);
     this.columns = this.series.map((series) => {
       const bar = el('span', {class: 'stem', style: `background:${colourOf(series.index)}`});
-      return {series, bar, column: el('span', {class: 'column', role: 'option', 'data-name': series.name, title: series.name}, bar)};
+      return {series, bar, column: el('span', {class: 'column', role: 'option', 'data-name': series.name, title: series.name, 'data-index': series.index}, bar)};
     });
     this.bars.replaceChildren(...this.columns.map((one) => one.column));
+    this.bars.classList.toggle('numbered', this.series.length <= 32);
     this.heatTitle.textContent = `${capital(this.quantity)} over steps`;
     this.heat.show({names: this.series.map((one) => one.name), steps: monitor.steps, values, scale: 'amount', share: this.share, legend: scaleBar('amount', formatted(low), formatted(high))});
     this.curveKey = null;
@@ -103,8 +106,8 @@ export class Dimensions extends Panel {
     if (key === this.curveKey) return;
     this.curveKey = key;
     const all = series.length === this.series.length ? 'all dimensions' : `dimensions 1 to ${series.length} of ${this.series.length}`;
-    this.curvesTitle.textContent = wanted.length ? wanted.map((one) => one.name).join(', ') : this.others.length ? 'All dimensions together' : capital(all);
-    this.curves.show(this.curvesOf(series), {axis: this.quantity, marks: this.alarmMarks()});
+    this.curvesTitle.textContent = wanted.length ? `${capital(this.quantity)}: ${wanted.map((one) => one.name).join(', ')}` : this.others.length ? 'All dimensions together' : `${capital(this.quantity)}: ${all}`;
+    this.curves.show(this.curvesOf(series), this.alarmMarks());
   }
 
   walk(event) {
@@ -119,6 +122,7 @@ export class Dimensions extends Panel {
   showFrame(frame) {
     const cells = frame.arrays?.mutual_information;
     this.matrixBlock.hidden = !cells;
+    this.body.classList.toggle('with-matrix', !!cells);
     if (!cells) return;
     const nameOf = new Map(this.series.map((one) => [one.index, one.name]));
     const names = (frame.dimensions ?? cells.map((_, i) => i)).map((d) => nameOf.get(d) ?? `dimension ${d}`);

@@ -14,7 +14,7 @@ import {Report} from './report.js';
 import {SeriesPanel} from './series.js';
 import {alarms, chooseAlarm, currentStep, emit, monitors, nearest, on, state, stepsOf} from './state.js';
 import {Timeline} from './timeline.js';
-import {DIAGNOSTICS, titleOf} from './titles.js';
+import {DIAGNOSTICS, ORDER, titleOf} from './titles.js';
 import {Wipe, withPictures} from './wipe.js';
 
 const POLL = 5000;
@@ -133,16 +133,15 @@ async function compareWith(run) {
 }
 
 function createPanels() {
-  const order = Object.keys(DIAGNOSTICS);
-  const place = (diagnostic) => (order.includes(diagnostic) ? order.indexOf(diagnostic) : order.length);
-  const sorted = monitors().sort(([, a], [, b]) => place(a.diagnostic) - place(b.diagnostic));
-  const absent = order.filter((diagnostic) => !sorted.some(([, one]) => one.diagnostic === diagnostic));
+  const absent = ORDER.filter((diagnostic) => !monitors().some(([, one]) => one.diagnostic === diagnostic));
   missing.textContent = absent.length ? `Not in this run: ${listed(absent.map((diagnostic) => titleOf('', diagnostic).toLowerCase()))}.` : '';
-  const created = sorted.map(([name, monitor]) => {
+  const created = monitors().map(([name, monitor]) => {
     const panel = new (PANELS[monitor.diagnostic] ?? SeriesPanel)(name, titleOf(name, monitor.diagnostic), DIAGNOSTICS[monitor.diagnostic]?.[1]);
     panel.element.classList.toggle('narrow', NARROW.has(monitor.diagnostic));
     return panel;
   });
+  const narrow = created.filter((panel) => panel.element.classList.contains('narrow'));
+  if (narrow.length % 2) narrow.at(-1).element.classList.remove('narrow'); // it would leave half a row empty
   if (withPictures().length) created.push(new Wipe());
   return created;
 }

@@ -14,7 +14,7 @@ export class KStar extends Panel {
     this.curvesTitle = el('h3');
     this.histogramBlock = titled('Distribution in each class', this.histogram.element);
     this.rivalsBlock = titled('First rivals of each class', this.rivals.element);
-    for (const block of [this.histogramBlock, this.rivalsBlock]) block.hidden = true;
+    for (const block of [this.histogramBlock, this.rivalsBlock]) block.hidden = !this.monitor.frames?.length;
     this.body.classList.add('three', 'wide-last');
     this.body.append(this.histogramBlock, this.rivalsBlock, el('div', {class: 'block'}, this.curvesTitle, this.curves.element, this.legend.element));
   }
@@ -22,7 +22,7 @@ export class KStar extends Panel {
   draw() {
     const series = this.components;
     this.curvesTitle.textContent = `Mean k* of each class over steps${state.other ? `; dashed: ${state.compare}` : ''}`;
-    this.curves.show(this.curvesOf(series), {axis: series[0]?.quantity ?? 'k*', marks: this.alarmMarks()});
+    this.curves.show(this.curvesOf(series), this.alarmMarks());
     this.legend.draw(series);
   }
 

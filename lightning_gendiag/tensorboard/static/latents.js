@@ -1,10 +1,12 @@
 // Latent regions: points of a latent space of two or three dimensions, in the colours of their classes.
 
 import {getPlotly} from './api.js';
+import {fitted} from './charts.js';
 import {colourOf, variable} from './colours.js';
 import {el} from './dom.js';
 import {Panel, titled} from './panel.js';
 import {OtherSeries} from './series.js';
+import {highlighted} from './state.js';
 
 export class Latents extends Panel {
   build() {
@@ -12,7 +14,7 @@ export class Latents extends Panel {
     this.title = el('h3');
     this.series = new OtherSeries(this);
     this.scatterBlock = el('div', {class: 'block'}, this.title, this.plot);
-    this.scatterBlock.hidden = true;
+    this.scatterBlock.hidden = !this.monitor.frames?.length;
     this.body.classList.add('two');
     this.body.append(this.scatterBlock, titled('Over steps', this.series.element));
   }
@@ -27,13 +29,20 @@ export class Latents extends Panel {
 
   mark() {
     this.series.mark();
+    if (!this.groups) return;
+    const isOn = (group) => group != null && highlighted().includes(`class ${group}`);
+    const isAny = this.groups.some(isOn);
+    const opacity = this.groups.map((group) => (isAny && !isOn(group) ? 0.15 : 1));
+    if (opacity.join() === this.opacity) return;
+    this.opacity = opacity.join();
+    this.plotly.restyle(this.plot, {opacity}, this.groups.map((_, i) => i));
   }
 
   async showFrame(frame) {
     const {points, classes, grey, means} = frame.arrays ?? {};
     this.scatterBlock.hidden = !points?.length;
     if (!points?.length) return;
-    const plotly = await getPlotly();
+    this.plotly = await getPlotly();
     this.title.textContent = `Latents, step ${frame.step}; open: grey area; ✕: centres`;
     const ink = variable('--fg');
     const line = variable('--line');
@@ -43,10 +52,13 @@ export class Latents extends Panel {
     const traces = groups.map((group) => cloud(points.filter((_, i) => group == null || classes[i] === group),
       grey?.filter((_, i) => group == null || classes[i] === group), group, isSolid));
     if (means) traces.push({...coordinates(means, isSolid), name: 'centre', mode: 'markers', hoverinfo: 'name', marker: {symbol: 'x', size: isSolid ? 5 : 11, color: ink}});
-    await plotly.react(this.plot, traces, {
+    await this.plotly.react(this.plot, traces, {
       margin: {l: 34, r: 8, t: 8, b: 28}, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {color: ink, size: 11},
-      uirevision: this.name, legend: {itemsizing: 'constant'}, xaxis: axis, yaxis: {...axis, scaleanchor: 'x'}, scene: {xaxis: axis, yaxis: axis, zaxis: axis},
-    }, {displayModeBar: false, responsive: true});
+      uirevision: this.name, legend: {itemsizing: 'constant', orientation: 'h', y: -0.1}, xaxis: {...axis, constrain: 'domain'}, yaxis: {...axis, scaleanchor: 'x', constrain: 'domain'}, scene: {xaxis: axis, yaxis: axis, zaxis: axis},
+    }, {displayModeBar: false});
+    if (!this.groups) fitted(this.plotly, this.plot);
+    Object.assign(this, {groups, opacity: groups.map(() => 1).join()});
+    this.mark();
   }
 }
 

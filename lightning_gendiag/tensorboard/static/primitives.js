@@ -14,7 +14,7 @@ export class Primitives extends Panel {
     this.norms = el('div', {class: 'readout'});
     this.series = new OtherSeries(this);
     this.frameBlock = el('div', {class: 'block'}, this.strip.element, this.names, el('h3', {}, 'Norms of the components, largest first'), this.line, this.norms);
-    this.frameBlock.hidden = true;
+    this.frameBlock.hidden = !this.monitor.frames?.length;
     this.body.classList.add('two');
     this.body.append(this.frameBlock, titled('Over steps', this.series.element));
   }

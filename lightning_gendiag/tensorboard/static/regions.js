@@ -14,13 +14,13 @@ export class Regions extends Panel {
     const {setup} = this.monitor;
     this.labels = setup.labels ?? null;
     this.real = new Picture('Mean of real images');
-    this.before = new Picture('Before the change');
+    this.before = new Picture('Generated before');
     this.generated = new Picture('Mean of generated images', {'data-testid': 'mean-generated'});
     this.realSamples = new Picture('Real images');
     this.samples = new Picture('Generated images', {'data-testid': 'samples'});
     this.samples.image.classList.add('grid');
     this.realSamples.image.classList.add('grid');
-    this.curves = new Curves('Similarity of each region over steps', 300);
+    this.curves = new Curves('Similarity of each region over steps', 265);
     this.legend = new Legend(this, (series) => this.entryText(series));
     this.curvesTitle = el('h3');
     const pictures = el('div', {class: 'tiles'}, this.real.element, this.before.element, this.generated.element);
@@ -31,7 +31,7 @@ export class Regions extends Panel {
     this.body.classList.add('regions');
     this.body.append(
       el('div', {class: 'looks'}, pictures, el('div', {class: 'pair'}, this.realSamples.element, this.samples.element)),
-      el('div', {class: 'block'}, this.curvesTitle, this.curves.element, this.legend.element),
+      el('div', {class: 'block'}, this.curvesTitle, this.legend.element, this.curves.element),
     );
   }
 
@@ -91,7 +91,7 @@ export class Regions extends Panel {
     const series = components.length ? components : this.monitor.series;
     const quantity = series[0]?.quantity || 'value';
     this.curvesTitle.textContent = `${quantity[0].toUpperCase()}${quantity.slice(1)} of each region${state.other ? `; dashed: ${state.compare}` : ''}`;
-    this.curves.show(this.curvesOf([...series, ...withRole(this.monitor, 'aggregate').filter((one) => !series.includes(one))]), {axis: quantity, marks: this.alarmMarks()});
+    this.curves.show(this.curvesOf([...series, ...withRole(this.monitor, 'aggregate').filter((one) => !series.includes(one))]), this.alarmMarks());
     this.legend.draw([...components, ...withRole(this.monitor, 'aggregate')]);
   }
 

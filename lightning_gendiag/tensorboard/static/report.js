@@ -13,12 +13,12 @@ export class Report {
     this.state = el('div', {class: 'state'});
     this.summary = el('p', {class: 'summary', 'data-testid': 'summary'});
     this.more = el('button', {type: 'button', class: 'link', onclick: () => this.expand()}, 'whole report');
-    this.checkpoint = el('p', {class: 'faint'});
+    this.checkpoint = el('span', {class: 'faint'});
     this.title = el('h2');
     this.list = el('ol', {class: 'alarms', 'data-testid': 'alarms'});
     this.none = el('p', {class: 'faint'});
     this.element = el(
-      'div', {class: 'report'}, el('section', {class: 'verdict', 'aria-label': 'Report'}, this.state, this.summary, this.more, this.checkpoint),
+      'div', {class: 'report'}, el('section', {class: 'verdict', 'aria-label': 'Report'}, this.state, this.summary, this.more),
       el('section', {'aria-label': 'Alarms'}, this.title, this.list, this.none),
     );
   }
@@ -27,10 +27,10 @@ export class Report {
     const report = state.data?.report;
     const word = report?.state ?? 'not judged';
     const evaluations = Math.max(0, ...Object.values(report?.evaluations ?? {}));
-    this.state.replaceChildren(badge(word, {'data-testid': 'state-badge'}), el('span', {class: 'faint'}, evaluations ? counted(evaluations, 'evaluation') : ''));
+    this.state.replaceChildren(badge(word, {'data-testid': 'state-badge'}), el('span', {class: 'faint'}, evaluations ? counted(evaluations, 'evaluation') : ''), this.checkpoint);
     this.summary.textContent = report?.summary || NO_REPORT;
     const checkpoint = report?.last_good_checkpoint;
-    this.checkpoint.textContent = checkpoint ? `Last good checkpoint: ${checkpoint}` : '';
+    this.checkpoint.textContent = checkpoint ? `last good checkpoint: ${checkpoint}` : '';
     const all = [...alarms()].sort((a, b) => (a.recovered != null) - (b.recovered != null) || b.step - a.step);
     const open = all.filter((one) => one.recovered == null).length;
     this.title.textContent = all.length ? `${counted(open, 'open alarm')}${all.length > open ? `, ${all.length - open} recovered` : ''}` : 'Alarms';

@@ -20,8 +20,8 @@ export class OtherSeries {
     const key = JSON.stringify([...groups].map(([axis, list]) => [axis, list.map((one) => one.name)]));
     if (key !== this.key) this.build(groups);
     this.key = key;
-    for (const {axis, list, curves, legend} of this.charts) {
-      curves.show(this.panel.curvesOf(list), {axis, marks: this.panel.alarmMarks()});
+    for (const {list, curves, legend} of this.charts) {
+      curves.show(this.panel.curvesOf(list), this.panel.alarmMarks());
       legend.draw(list);
     }
   }
@@ -29,11 +29,11 @@ export class OtherSeries {
   build(groups) {
     this.charts = [...groups].slice(0, MOST_CHARTS).map(([axis, list]) => {
       const shown = list.slice(0, MOST_CURVES);
-      return {axis, list: shown, hidden: list.length - shown.length, curves: new Curves(`${axis} over steps`, 170), legend: new Legend(this.panel)};
+      return {title: el('h3', {}, axis[0].toUpperCase() + axis.slice(1)), list: shown, hidden: list.length - shown.length, curves: new Curves(`${axis} over steps`, 160), legend: new Legend(this.panel)};
     });
     const left = [...groups].slice(MOST_CHARTS).map(([axis]) => axis);
-    this.element.replaceChildren(...this.charts.map(({curves, legend, hidden}) => el(
-      'div', {class: 'block'}, curves.element, legend.element, hidden ? el('p', {class: 'faint'}, `${hidden} more are in the tab Scalars.`) : null,
+    this.element.replaceChildren(...this.charts.map(({title, curves, legend, hidden}) => el(
+      'div', {class: 'block'}, title, curves.element, legend.element, hidden ? el('p', {class: 'faint'}, `${hidden} more are in the tab Scalars.`) : null,
     )));
     if (left.length) this.element.append(el('p', {class: 'faint'}, `Also in the tab Scalars: ${left.join(', ')}.`));
   }

@@ -1,9 +1,11 @@
 // How far each value of a series lies from the usual level of that series.
 
-import {alarmsOf, beganAt, namesOf, withRole} from './state.js';
+import {alarms, beganAt, namesOf, withRole} from './state.js';
 
-const WINDOW = 16;
+const WINDOW = 24;
 const LEAST = 6;
+const USUAL = 4;
+const DARKEST = 20;
 const LOWER_IS_WORSE = new Set(['CosineMeanSimilarity', 'KStar']);
 
 const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
@@ -33,13 +35,18 @@ function deviations(values, inAlarm, isOneSided) {
   });
 }
 
+/** Whether an alarm is about a series, about one of its components, or names it as changed as well. */
+function concerns(alarm, monitor, series) {
+  if (alarm.also_changed?.includes(`${monitor}: ${series.name}`)) return true;
+  return alarm.diagnostic === monitor && (series.role === 'aggregate' || namesOf(alarm).includes(series.name));
+}
+
 /** Returns a monitor's deviations: an object with one list for each series. */
 export function severities(name, monitor) {
-  const own = alarmsOf(name);
   const directed = new Set(withRole(monitor, 'component', 'aggregate').map((one) => one.name));
   const result = {};
   for (const series of monitor.series) {
-    const about = own.filter((alarm) => namesOf(alarm).includes(series.name));
+    const about = alarms().filter((alarm) => concerns(alarm, name, series));
     const inAlarm = monitor.steps.map((step) =>
       about.some((alarm) => beganAt(alarm) <= step && (alarm.recovered == null || step < alarm.recovered)),
     );
@@ -49,6 +56,6 @@ export function severities(name, monitor) {
   return result;
 }
 
-/** The share on the colour scale: up to 3 standard deviations is usual, 20 is the darkest. */
+/** The share on the colour scale, which is logarithmic from what is usual to what is darkest. */
 export const severityShare = (deviation) =>
-  deviation <= 3 ? 0 : Math.min(1, 0.25 + 0.75 * (Math.log(deviation / 3) / Math.log(20 / 3)));
+  deviation <= USUAL ? 0 : Math.min(1, 0.25 + 0.75 * (Math.log(deviation / USUAL) / Math.log(DARKEST / USUAL)));

@@ -1,5 +1,7 @@
 // What the page shows at the moment, and who is notified when it changes.
 
+import {ORDER} from './titles.js';
+
 export const state = {
   runs: [],
   run: null, // name of the run
@@ -114,7 +116,11 @@ export function namesInAlarm(monitor, step) {
   return new Set(open.flatMap(namesOf));
 }
 
-export const monitors = () => Object.entries(state.data?.monitors ?? {});
+/** Returns the names and monitors of the run, in the order of their panels. */
+export function monitors() {
+  const place = ([, monitor]) => (ORDER.includes(monitor.diagnostic) ? ORDER.indexOf(monitor.diagnostic) : ORDER.length);
+  return Object.entries(state.data?.monitors ?? {}).sort((a, b) => place(a) - place(b));
+}
 
 /** Returns the series with one of the given roles. */
 export const withRole = (monitor, ...roles) => (monitor.series ?? []).filter((one) => roles.includes(one.role));

@@ -82,12 +82,13 @@ export class Timeline {
     this.marks.replaceChildren(...this.rows.flatMap((row, at) => row.alarms.flatMap((alarm) => {
       const top = `calc(${at} * var(--row))`;
       const [from, to] = [stepShare(beganAt(alarm)), stepShare(alarm.recovered ?? last)];
+      const rule = alarm.recovered == null ? el('div', {class: 'rule', style: `left:${100 * from}%`}) : null;
       const span = el('div', {class: 'span', style: `top:${top};left:${100 * from}%;width:${100 * (to - from)}%`});
       const mark = el('button', {
         type: 'button', class: `mark${alarm.recovered == null ? '' : ' recovered'}`, style: `top:${top};left:${100 * stepShare(alarm.step)}%`, 'data-testid': 'timeline-alarm',
         title: alarm.message, 'aria-label': `Alarm at step ${alarm.step}: ${alarm.message}`, onclick: () => chooseAlarm(alarm),
       }, alarm.recovered == null ? '▲' : '△');
-      return [span, mark];
+      return [rule, span, mark].filter(Boolean);
     })));
   }
 
@@ -110,7 +111,7 @@ export class Timeline {
   }
 
   showLegend() {
-    this.readout.replaceChildren(scaleBar('heat', 'as usual', '20 σ', 'from its usual level; ▲ alarm. Click to jump to a step'));
+    this.readout.replaceChildren(scaleBar('heat', 'as usual', '20 σ or more', 'from the usual level of the series. ▲: alarm. Click to jump to a step.'));
   }
 
   move() {

@@ -3,13 +3,15 @@
 export const DIAGNOSTICS = {
   CosineMeanSimilarity: ['Regions', 'Similarity of generated to real images in each region; 1 is equal.'],
   GenerationBalance: ['Classes', 'Shares of the classes among generated images.'],
-  ManifoldEntropy: ['Latent dimensions: entropy', 'How far each dimension moves the data.'],
-  PosteriorKL: ['Latent dimensions: posterior KL', 'How much the encoder tells each dimension.'],
-  KStar: ['k*: classes in the latent space', '1: the class lies together and apart from others; 0: it is scattered.'],
-  LatentRegions: ['Latent regions', ''],
-  RegionalPrimitives: ['Primitives', 'Components of the generator, and the regions they draw.'],
+  ManifoldEntropy: ['Dimensions: entropy', 'How far each latent dimension moves the data.'],
+  PosteriorKL: ['Dimensions: posterior KL', 'How far the posterior of each latent dimension is from the prior; 0 is unused.'],
+  KStar: ['k*', 'Whether the latent space keeps classes together: 1 is together, 0 is scattered.'],
+  LatentRegions: ['Latent regions', 'Clusters of the latents and the areas between them.'],
+  RegionalPrimitives: ['Primitives', 'Components of the generator and the regions they draw.'],
   TrainingData: ['Training data', ''],
 };
+
+export const ORDER = Object.keys(DIAGNOSTICS);
 
 export function titleOf(name, diagnostic) {
   return DIAGNOSTICS[diagnostic]?.[0] ?? name;
