@@ -43,7 +43,7 @@ export class Curves {
     await plotly.react(this.plot, curves.map(trace), this.layout(marks), {displayModeBar: false});
     if (!this.isReady) this.listen();
     this.isReady = true;
-    this.widths = '';
+    this.key = null;
     this.mark();
     this.move();
   }
@@ -207,7 +207,7 @@ export function drawAxis(axis) {
   const every = Math.max(1, unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough));
   const ticks = [];
   for (let step = Math.ceil(first / every) * every; step <= last; step += every) ticks.push(step);
-  axis.replaceChildren(...ticks.map((step) => el('span', {style: `left:${100 * stepShare(step)}%`}, String(step))));
+  axis.replaceChildren(...ticks.map((step) => el('span', {style: `left:${100 * stepShare(step)}%`}, step >= 10000 ? `${step / 1000}k` : String(step))));
 }
 
 /** A matrix of cells with labels; pointing at a cell calls `pointed(row, column)`. */

@@ -8,7 +8,13 @@ const PALETTE = [
 const DISTINCT = 8;
 const DASHES = ['solid', 'dot', 'dashdot', 'longdashdot'];
 
-export const colourOf = (index) => PALETTE[(index ?? 7) % PALETTE.length];
+// the first blue is too dark on a dark page
+const FIRST_ON_DARK = '#1f8ad6';
+
+export function colourOf(index) {
+  const place = (index ?? 7) % PALETTE.length;
+  return place === 0 && isDark() ? FIRST_ON_DARK : PALETTE[place];
+}
 
 /** Colours beyond eight are hard to tell apart, so the lines differ in their dashes as well. */
 export const dashOf = (index) => DASHES[Math.floor((index ?? 0) / DISTINCT) % DASHES.length];

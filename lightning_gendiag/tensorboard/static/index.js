@@ -25,6 +25,7 @@ const PANELS = {
 };
 const NARROW = new Set(['LatentRegions', 'RegionalPrimitives', 'TrainingData']);
 
+let wanted; // the run that was picked last, perhaps not loaded yet
 let head, report, timeline, panels, note, missing, main;
 
 function build() {
@@ -41,7 +42,7 @@ function build() {
   document.body.append(head.element, note, main);
   on('step', () => everywhere('move'));
   on('highlight', () => everywhere('mark'));
-  on('theme', () => everywhere('draw'));
+  on('theme', redraw);
   on('compare', () => panels.update('draw'));
   document.addEventListener('keydown', (event) => head.key(event));
 }
@@ -52,6 +53,14 @@ function everywhere(change) {
   else report[change]();
   timeline[change]();
   panels.update(change);
+}
+
+/** Draws everything anew in the colours of the theme. */
+function redraw() {
+  if (!state.data) return;
+  panels.set(createPanels());
+  report.draw();
+  timeline.draw();
 }
 
 /** Runs an action; what fails is told in words, and the page goes on. */
@@ -77,7 +86,8 @@ async function reload() {
   if (!runs.length) return;
   if (!runs.some((one) => one.run === state.run)) await openRun(mostUrgent(runs).run);
   else if (isOutdated(state.run, state.data)) await refreshRun();
-  if (state.compare && isOutdated(state.compare, state.other)) await compareWith(state.compare);
+  if (!runs.some((one) => one.run === state.compare)) await compareWith(null);
+  else if (isOutdated(state.compare, state.other)) await compareWith(state.compare);
 }
 
 const isOutdated = (run, data) => state.runs.find((one) => one.run === run)?.version !== data?.version;
@@ -89,10 +99,10 @@ function mostUrgent(runs) {
 }
 
 async function openRun(run) {
-  state.run = run;
+  wanted = run;
   const data = await getRun(run);
-  if (state.run !== run) return; // another one was picked meanwhile
-  Object.assign(state, {data, steps: stepsOf(data), alarm: null, chosen: [], pointed: [], follow: true});
+  if (wanted !== run) return; // another one was picked meanwhile
+  Object.assign(state, {run, data, steps: stepsOf(data), alarm: null, chosen: [], pointed: [], follow: true});
   state.position = Math.max(0, state.steps.length - 1);
   if (state.compare === run) Object.assign(state, {compare: null, other: null});
   main.hidden = false;
@@ -100,6 +110,11 @@ async function openRun(run) {
   emit('run');
   report.draw();
   timeline.draw();
+  chooseFirstAlarm();
+}
+
+/** Highlights what the most serious open alarm is about, so that the page shows it at first sight. */
+function chooseFirstAlarm() {
   const open = alarms().filter((one) => one.recovered == null);
   const first = open.findLast((one) => one.is_critical) ?? open.at(-1);
   if (first) chooseAlarm(first, false);
@@ -112,13 +127,14 @@ async function refreshRun() {
   if (state.run !== run) return;
   const step = currentStep();
   const steps = stepsOf(data);
-  if (steps.at(-1) < state.steps.at(-1)) forgetFrames();
+  forgetFrames();
   const chosen = state.alarm;
   Object.assign(state, {data, steps, position: state.follow ? Math.max(0, steps.length - 1) : nearest(steps, step)});
   state.alarm = chosen && (alarms().find((one) => one.step === chosen.step && one.label === chosen.label) ?? null);
   if (shapeOf(old) !== shapeOf(data)) panels.set(createPanels());
   emit('run');
   everywhere('draw');
+  if (state.follow && !state.chosen.length) chooseFirstAlarm();
 }
 
 /** Two replies with the same shape are shown by the same panels. */
@@ -127,6 +143,7 @@ const shapeOf = (data) => JSON.stringify(Object.entries(data.monitors).map(([nam
 ]));
 
 async function compareWith(run) {
+  if (run == null && state.compare == null) return;
   const data = run == null ? null : await getRun(run);
   Object.assign(state, {compare: run, other: data});
   emit('compare');

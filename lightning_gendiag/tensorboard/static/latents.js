@@ -4,7 +4,7 @@ import {getPlotly} from './api.js';
 import {fitted} from './charts.js';
 import {colourOf, variable} from './colours.js';
 import {el} from './dom.js';
-import {Panel, titled} from './panel.js';
+import {Legend, Panel} from './panel.js';
 import {OtherSeries} from './series.js';
 import {highlighted} from './state.js';
 
@@ -13,10 +13,11 @@ export class Latents extends Panel {
     this.plot = el('div', {class: 'plot scatter', role: 'img', 'aria-label': 'Points of the latent space', 'data-testid': 'scatter'});
     this.title = el('h3');
     this.series = new OtherSeries(this);
-    this.scatterBlock = el('div', {class: 'block'}, this.title, this.plot);
+    this.legend = new Legend(this, () => '');
+    this.scatterBlock = el('div', {class: 'block'}, this.title, this.plot, this.legend.element);
     this.scatterBlock.hidden = !this.monitor.frames?.length;
     this.body.classList.add('two');
-    this.body.append(this.scatterBlock, titled('Over steps', this.series.element));
+    this.body.append(this.scatterBlock, this.series.element);
   }
 
   draw() {
@@ -30,6 +31,7 @@ export class Latents extends Panel {
   mark() {
     this.series.mark();
     if (!this.groups) return;
+    this.legend.mark();
     const isOn = (group) => group != null && highlighted().includes(`class ${group}`);
     const isAny = this.groups.some(isOn);
     const opacity = this.groups.map((group) => (isAny && !isOn(group) ? 0.15 : 1));
@@ -54,9 +56,10 @@ export class Latents extends Panel {
     if (means) traces.push({...coordinates(means, isSolid), name: 'centre', mode: 'markers', hoverinfo: 'name', marker: {symbol: 'x', size: isSolid ? 5 : 11, color: ink}});
     await this.plotly.react(this.plot, traces, {
       margin: {l: 34, r: 8, t: 8, b: 28}, paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {color: ink, size: 11},
-      uirevision: this.name, legend: {itemsizing: 'constant', orientation: 'h', y: -0.1}, xaxis: {...axis, constrain: 'domain'}, yaxis: {...axis, scaleanchor: 'x', constrain: 'domain'}, scene: {xaxis: axis, yaxis: axis, zaxis: axis},
+      uirevision: this.name, showlegend: false, xaxis: {...axis, constrain: 'domain'}, yaxis: {...axis, scaleanchor: 'x', constrain: 'domain'}, scene: {xaxis: axis, yaxis: axis, zaxis: axis},
     }, {displayModeBar: false});
     if (!this.groups) fitted(this.plotly, this.plot);
+    this.legend.draw(groups.filter((group) => group != null).map((group) => ({name: `class ${group}`, index: group})));
     Object.assign(this, {groups, opacity: groups.map(() => 1).join()});
     this.mark();
   }

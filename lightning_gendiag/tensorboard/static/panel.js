@@ -51,6 +51,7 @@ export class Panel {
     try {
       if (!this.isBuilt) this.build();
       this.isBuilt = true;
+      this.element.classList.add('built');
       if (change === 'draw') this.draw();
       if (change !== 'mark') this.move();
       this.mark();

@@ -2,7 +2,7 @@
 
 import {pictureUrl} from './api.js';
 import {el, formatted, svg} from './dom.js';
-import {Panel, Picture, titled} from './panel.js';
+import {Panel, Picture} from './panel.js';
 import {OtherSeries} from './series.js';
 
 export class Primitives extends Panel {
@@ -16,7 +16,7 @@ export class Primitives extends Panel {
     this.frameBlock = el('div', {class: 'block'}, this.strip.element, this.names, el('h3', {}, 'Norms of the components, largest first'), this.line, this.norms);
     this.frameBlock.hidden = !this.monitor.frames?.length;
     this.body.classList.add('two');
-    this.body.append(this.frameBlock, titled('Over steps', this.series.element));
+    this.body.append(this.frameBlock, this.series.element);
   }
 
   draw() {

@@ -13,6 +13,7 @@ export class Regions extends Panel {
   build() {
     const {setup} = this.monitor;
     this.labels = setup.labels ?? null;
+    this.mapMode = 'region';
     this.real = new Picture('Mean of real images');
     this.before = new Picture('Generated before');
     this.generated = new Picture('Mean of generated images', {'data-testid': 'mean-generated'});
@@ -29,8 +30,9 @@ export class Regions extends Panel {
       pictures.append(this.mapFigure());
     }
     this.body.classList.add('regions');
+    const hasDistance = this.labels && this.monitor.extra?.distance?.some((one) => one);
     this.body.append(
-      el('div', {class: 'looks'}, pictures, el('div', {class: 'pair'}, this.realSamples.element, this.samples.element)),
+      el('div', {class: 'looks'}, pictures, hasDistance ? this.mapOptions() : null, el('div', {class: 'pair'}, this.realSamples.element, this.samples.element)),
       el('div', {class: 'block'}, this.curvesTitle, this.legend.element, this.curves.element),
     );
   }
@@ -39,19 +41,17 @@ export class Regions extends Panel {
     this.canvas = el('canvas', {role: 'img', 'data-testid': 'region-map', 'aria-label': 'Map of the regions', width: this.labels[0].length, height: this.labels.length});
     const stack = el('div', {class: 'stack'}, this.canvas);
     this.outlines.push(this.outlined(stack));
-    this.mapMode = 'region';
-    this.scale = el('div', {class: 'map-scale'});
+    return el('figure', {}, el('figcaption', {}, 'Map of the regions'), stack);
+  }
+
+  mapOptions() {
+    this.scale = el('span', {class: 'map-scale'});
     const group = freshId();
     const option = (mode, words) => el('label', {}, el('input', {
       type: 'radio', name: group, value: mode, checked: mode === this.mapMode, 'data-testid': `map-${mode}`,
       onchange: () => { this.mapMode = mode; this.paintMap(); },
     }), words);
-    const hasDistance = this.monitor.extra?.distance?.some((one) => one);
-    return el(
-      'figure', {}, el('figcaption', {}, 'Map of the regions'), stack,
-      hasDistance ? el('div', {class: 'options', role: 'radiogroup', 'aria-label': 'Colours of the map'}, option('region', 'by region'), option('distance', 'by distance')) : null,
-      this.scale,
-    );
+    return el('div', {class: 'options', role: 'radiogroup', 'aria-label': 'Colours of the map'}, 'Map coloured', option('region', 'by region'), option('distance', 'by distance from real'), this.scale);
   }
 
   /** Lays the outlines of the regions over a picture; pointing at one highlights it. */
@@ -163,7 +163,7 @@ export class Regions extends Panel {
     const pixels = context.createImageData(this.canvas.width, this.canvas.height);
     this.labels.flat().forEach((label, i) => pixels.data.set([...(byIndex.get(label) ?? [128, 128, 128]), 255], 4 * i));
     context.putImageData(pixels, 0, 0);
-    this.scale.replaceChildren(...(this.mapMode === 'distance' ? [scaleBar('heat', '1 σ', '1000 σ', 'from real')] : []));
+    this.scale?.replaceChildren(...(this.mapMode === 'distance' ? [scaleBar('heat', '1 σ', '1000 σ')] : []));
   }
 }
 

@@ -42,7 +42,7 @@ export class Timeline {
     this.area.style.height = `calc(${this.rows.length} * var(--row))`;
     paintRows(this.canvas, this.rows.length, this.rows.map((row) => row.steps), (row, i) => {
       const value = this.rows[row].values[i];
-      return value == null ? null : scaled('heat', severityShare(value));
+      return value == null ? null : scaled('heat', severityShare(value - this.rows[row].byChance));
     });
     this.drawMarks();
     drawAxis(this.axis);
@@ -53,7 +53,10 @@ export class Timeline {
     this.mark();
   }
 
-  /** Returns a row for the worst series of a monitor, and rows for its series where it is open. */
+  /**
+   * Returns a row for the worst series of a monitor, and rows for its series where it is open. The worst of many series is
+   * further from its level by chance, about by the logarithm of their number.
+   */
   rowsOf(name, monitor) {
     const all = this.severities.get(name);
     const inAlarm = new Set(alarmsOf(name).flatMap(namesOf));
@@ -65,7 +68,7 @@ export class Timeline {
       type: 'button', class: 'group', 'aria-expanded': String(isOpen), title: `${name}: the worst of ${monitor.series.length} series`,
       onclick: () => { this.opened.set(name, !isOpen); this.drawRows(); },
     }, el('span', {'aria-hidden': 'true'}, isOpen ? '▾' : '▸'), titleOf(name, monitor.diagnostic));
-    const head = {name, monitor, steps: monitor.steps, values: worst, label: button, names: [], alarms: isOpen ? [] : alarmsOf(name)};
+    const head = {name, monitor, steps: monitor.steps, values: worst, label: button, names: [], byChance: Math.log(monitor.series.length), alarms: isOpen ? [] : alarmsOf(name)};
     return [head, ...shown.map((series) => this.seriesRow(name, monitor, series, all[series.name]))];
   }
 
@@ -74,7 +77,7 @@ export class Timeline {
     const isPart = withRole(monitor, 'component').includes(series);
     const label = linked(el('button', {type: 'button', class: 'series', 'data-name': series.name, title: series.name},
       el('i', {class: 'dot', style: isPart ? `background:${colourOf(series.index)}` : 'background:transparent'}), el('span', {class: 'name'}, series.name)), [series.name]);
-    return {name, monitor, series, steps: monitor.steps, values, label, names: [series.name], alarms: own};
+    return {name, monitor, series, steps: monitor.steps, values, label, names: [series.name], byChance: 0, alarms: own};
   }
 
   drawMarks() {
@@ -111,7 +114,8 @@ export class Timeline {
   }
 
   showLegend() {
-    this.readout.replaceChildren(scaleBar('heat', 'as usual', '20 σ or more', 'from the usual level of the series. ▲: alarm. Click to jump to a step.'));
+    const hatched = el('span', {class: 'scale'}, el('span', {class: 'scale-bar hatched', 'aria-hidden': 'true'}), 'no level yet. ▲: alarm. Click to jump to a step.');
+    this.readout.replaceChildren(scaleBar('heat', 'as usual', '20 σ or more', 'from the usual level of the series;'), ' ', hatched);
   }
 
   move() {
