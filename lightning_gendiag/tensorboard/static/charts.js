@@ -9,7 +9,11 @@ import {choose, currentStep, goTo, highlighted, nearest, point, state} from './s
 const MARGIN = {l: 46, r: 14, t: 8, b: 34};
 const HEAT_COLUMNS = 800;
 
-export const stepRange = () => [state.steps[0] ?? 0, Math.max(state.steps.at(-1) ?? 1, (state.steps[0] ?? 0) + 1)];
+/** Returns the first and the last step of the run; a single step has some room around it. */
+export function stepRange() {
+  const [first, last] = [state.steps[0] ?? 0, state.steps.at(-1) ?? 0];
+  return first < last ? [first, last] : [first - 1, last + 1];
+}
 
 /** Returns the share of a step on the axis of all charts. */
 export function stepShare(step, [first, last] = stepRange()) {
@@ -30,22 +34,29 @@ export class Curves {
   /** Draws curves: {name, steps, values, colour, dash, run}; marks {step, colour} are vertical lines. */
   async show(curves, marks = []) {
     this.curves = curves;
-    let plotly;
+    const hasValues = curves.some((curve) => curve.values.some((value) => value != null));
+    this.tell(hasValues ? '' : 'There are no values yet.');
+    if (!hasValues) return;
     try {
-      plotly = await getPlotly();
+      this.plotly = await getPlotly();
     } catch (error) {
-      this.words.textContent = error.message;
-      this.words.hidden = false;
-      this.plot.hidden = true;
+      this.tell(error.message);
       return;
     }
-    this.plotly = plotly;
-    await plotly.react(this.plot, curves.map(trace), this.layout(marks), {displayModeBar: false});
+    await this.plotly.react(this.plot, curves.map(trace), this.layout(marks), {displayModeBar: false});
     if (!this.isReady) this.listen();
     this.isReady = true;
     this.key = null;
     this.mark();
     this.move();
+  }
+
+  /** Shows words in place of the curves. */
+  tell(words) {
+    this.words.textContent = words;
+    this.words.hidden = !words;
+    this.plot.hidden = !!words;
+    this.line.hidden = !!words;
   }
 
   layout(marks) {
@@ -75,7 +86,7 @@ export class Curves {
 
   /** Moves the line at the current step. */
   move() {
-    if (!this.isReady) return;
+    if (!this.isReady || this.plot.hidden) return;
     const share = stepShare(currentStep(), this.plot.layout.xaxis.range.map(Number));
     this.line.hidden = share < 0 || share > 1;
     this.line.style.left = `calc(${MARGIN.l}px + ${share} * (100% - ${MARGIN.l + MARGIN.r}px))`;

@@ -50,7 +50,7 @@ export class Classes extends Panel {
   }
 
   row(series) {
-    const bar = el('span', {class: 'bar', style: `background:${colourOf(series.index)}`});
+    const bar = el('span', {class: 'bar', style: `background:${colourOf(series.place)}`});
     const interval = el('span', {class: 'interval'});
     const value = el('span', {class: 'value'});
     const real = this.monitor.setup.real?.[series.index];

@@ -48,7 +48,7 @@ export class Dimensions extends Panel {
     const [low, high] = this.limits;
     this.share = (value) => (value - low) / (high - low);
     this.columns = this.series.map((series) => {
-      const bar = el('span', {class: 'stem', style: `background:${colourOf(series.index)}`});
+      const bar = el('span', {class: 'stem', style: `background:${colourOf(series.place)}`});
       return {series, bar, column: el('span', {class: 'column', role: 'option', 'data-name': series.name, title: series.name, 'data-index': series.index}, bar)};
     });
     this.bars.replaceChildren(...this.columns.map((one) => one.column));

@@ -12,7 +12,7 @@ import {Primitives} from './primitives.js';
 import {Regions} from './regions.js';
 import {Report} from './report.js';
 import {SeriesPanel} from './series.js';
-import {alarms, chooseAlarm, currentStep, emit, monitors, nearest, on, state, stepsOf} from './state.js';
+import {alarms, chooseAlarm, currentStep, emit, monitors, nearest, on, state, stepsOf, withRole} from './state.js';
 import {Timeline} from './timeline.js';
 import {DIAGNOSTICS, ORDER, titleOf} from './titles.js';
 import {Wipe, withPictures} from './wipe.js';
@@ -23,6 +23,7 @@ const PANELS = {
   CosineMeanSimilarity: Regions, GenerationBalance: Classes, ManifoldEntropy: Dimensions, PosteriorKL: Dimensions, KStar, LatentRegions: Latents,
   RegionalPrimitives: Primitives,
 };
+const BY_PARTS = new Set(['GenerationBalance', 'ManifoldEntropy', 'PosteriorKL', 'KStar']);
 const NARROW = new Set(['LatentRegions', 'RegionalPrimitives', 'TrainingData']);
 
 let wanted; // the run that was picked last, perhaps not loaded yet
@@ -39,7 +40,7 @@ function build() {
   const container = el('div', {class: 'panels'});
   panels = new Panels(container);
   main = el('main', {hidden: true}, report.element, timeline.element, container, missing);
-  document.body.append(head.element, note, main);
+  document.body.append(el('div', {class: 'top'}, head.element, note), main);
   on('step', () => everywhere('move'));
   on('highlight', () => everywhere('mark'));
   on('theme', redraw);
@@ -92,6 +93,18 @@ async function reload() {
 
 const isOutdated = (run, data) => state.runs.find((one) => one.run === run)?.version !== data?.version;
 
+/** Returns the data of a run, without gaps where records or fields are missing, and with a place in the palette for each series. */
+async function load(run) {
+  const data = await getRun(run);
+  for (const [name, monitor] of Object.entries(data.monitors)) {
+    const whole = {setup: {}, steps: [], epochs: [], values: {}, extra: {}, frames: [], ...monitor};
+    // an aggregate is grey
+    whole.series = (monitor.series ?? []).map((one, i) => ({...one, place: one.index ?? (one.role === 'aggregate' ? null : i)}));
+    data.monitors[name] = whole;
+  }
+  return data;
+}
+
 /** The newest run among those in the worst state. */
 function mostUrgent(runs) {
   const last = (word) => runs.findLast((one) => one.state === word);
@@ -100,7 +113,7 @@ function mostUrgent(runs) {
 
 async function openRun(run) {
   wanted = run;
-  const data = await getRun(run);
+  const data = await load(run);
   if (wanted !== run) return; // another one was picked meanwhile
   Object.assign(state, {run, data, steps: stepsOf(data), alarm: null, chosen: [], pointed: [], follow: true});
   state.position = Math.max(0, state.steps.length - 1);
@@ -123,7 +136,7 @@ function chooseFirstAlarm() {
 /** Takes in what a live run has written since, and keeps what the user has set. */
 async function refreshRun() {
   const {run, data: old} = state;
-  const data = await getRun(run);
+  const data = await load(run);
   if (state.run !== run) return;
   const step = currentStep();
   const steps = stepsOf(data);
@@ -144,7 +157,7 @@ const shapeOf = (data) => JSON.stringify(Object.entries(data.monitors).map(([nam
 
 async function compareWith(run) {
   if (run == null && state.compare == null) return;
-  const data = run == null ? null : await getRun(run);
+  const data = run == null ? null : await load(run);
   Object.assign(state, {compare: run, other: data});
   emit('compare');
 }
@@ -153,7 +166,8 @@ function createPanels() {
   const absent = ORDER.filter((diagnostic) => !monitors().some(([, one]) => one.diagnostic === diagnostic));
   missing.textContent = absent.length ? `Not in this run: ${listed(absent.map((diagnostic) => titleOf('', diagnostic).toLowerCase()))}.` : '';
   const created = monitors().map(([name, monitor]) => {
-    const panel = new (PANELS[monitor.diagnostic] ?? SeriesPanel)(name, titleOf(name, monitor.diagnostic), DIAGNOSTICS[monitor.diagnostic]?.[1]);
+    const hasParts = !BY_PARTS.has(monitor.diagnostic) || withRole(monitor, 'component').length > 0;
+    const panel = new (hasParts && PANELS[monitor.diagnostic] ? PANELS[monitor.diagnostic] : SeriesPanel)(name, titleOf(name, monitor.diagnostic), DIAGNOSTICS[monitor.diagnostic]?.[1]);
     panel.element.classList.toggle('narrow', NARROW.has(monitor.diagnostic));
     return panel;
   });

@@ -14,10 +14,10 @@ export class Latents extends Panel {
     this.title = el('h3');
     this.series = new OtherSeries(this);
     this.legend = new Legend(this, () => '');
-    this.scatterBlock = el('div', {class: 'block'}, this.title, this.plot, this.legend.element);
+    this.scatterBlock = el('div', {class: 'block'}, this.title, this.plot);
     this.scatterBlock.hidden = !this.monitor.frames?.length;
     this.body.classList.add('two');
-    this.body.append(this.scatterBlock, this.series.element);
+    this.body.append(this.scatterBlock, el('div', {class: 'block'}, this.legend.element, this.series.element));
   }
 
   draw() {
@@ -59,7 +59,7 @@ export class Latents extends Panel {
       uirevision: this.name, showlegend: false, xaxis: {...axis, constrain: 'domain'}, yaxis: {...axis, scaleanchor: 'x', constrain: 'domain'}, scene: {xaxis: axis, yaxis: axis, zaxis: axis},
     }, {displayModeBar: false});
     if (!this.groups) fitted(this.plotly, this.plot);
-    this.legend.draw(groups.filter((group) => group != null).map((group) => ({name: `class ${group}`, index: group})));
+    this.legend.draw(groups.filter((group) => group != null).map((group) => ({name: `class ${group}`, place: group})));
     Object.assign(this, {groups, opacity: groups.map(() => 1).join()});
     this.mark();
   }

@@ -95,8 +95,8 @@ export class Panel {
   /** Returns the curves of series for {@link Curves}, those of the compared run dashed. */
   curvesOf(series) {
     const curve = (monitor, one, run) => ({
-      name: one.name, steps: monitor.steps, values: monitor.values[one.name] ?? [], run, dash: dashOf(one.index),
-      colour: one.role === 'component' ? colourOf(one.index) : '#888888',
+      name: one.name, steps: monitor.steps, values: monitor.values[one.name] ?? [], run, dash: dashOf(one.place),
+      colour: colourOf(one.place),
     });
     const other = twin(this.name);
     const dashed = other ? series.filter((one) => other.values[one.name]).map((one) => curve(other, one, state.compare)) : [];
@@ -105,8 +105,8 @@ export class Panel {
 
   /** Returns where alarms began, as vertical lines for {@link Curves}. */
   alarmMarks() {
-    const index = new Map(this.monitor.series.map((one) => [one.name, one.index]));
-    return alarmsOf(this.name).map((alarm) => ({step: beganAt(alarm), colour: colourOf(index.get(namesOf(alarm)[0]))}));
+    const place = new Map(this.monitor.series.map((one) => [one.name, one.place]));
+    return alarmsOf(this.name).map((alarm) => ({step: beganAt(alarm), colour: colourOf(place.get(namesOf(alarm)[0]))}));
   }
 
   inAlarm() {
@@ -151,8 +151,12 @@ export class Panels {
   update(change) {
     const order = ['mark', 'move', 'draw'];
     for (const panel of this.list) {
-      if (this.visible.has(panel)) panel.update(change);
-      else if (order.indexOf(change) > order.indexOf(this.behind.get(panel))) this.behind.set(panel, change);
+      if (this.visible.has(panel)) {
+        panel.update(change);
+        continue;
+      }
+      panel.showHighlight();
+      if (order.indexOf(change) > order.indexOf(this.behind.get(panel))) this.behind.set(panel, change);
     }
   }
 }
@@ -171,7 +175,7 @@ export function swatch(series) {
   const dashes = {solid: null, dot: '2 2', dashdot: '5 2 1 2', longdashdot: '8 2 1 2'};
   return svg(
     'svg', {class: 'swatch', viewBox: '0 0 16 10', 'aria-hidden': 'true'},
-    svg('line', {x1: 0, x2: 16, y1: 5, y2: 5, stroke: colourOf(series.index), 'stroke-width': 5, 'stroke-dasharray': dashes[dashOf(series.index)]}),
+    svg('line', {x1: 0, x2: 16, y1: 5, y2: 5, stroke: colourOf(series.place), 'stroke-width': 5, 'stroke-dasharray': dashes[dashOf(series.place)]}),
   );
 }
 
@@ -221,11 +225,12 @@ export class Picture {
     this.caption = el('figcaption', {}, caption);
     this.image = el('img', {alt: caption, decoding: 'async', ...attributes});
     this.stack = el('div', {class: 'stack'}, this.image);
-    this.element = el('figure', {}, this.caption, this.stack);
+    this.element = el('figure', {hidden: true}, this.caption, this.stack);
     this.image.addEventListener('error', () => { this.caption.textContent = `${this.caption.textContent} (could not be loaded)`; });
   }
 
   show(url, caption) {
+    this.element.hidden = false;
     this.caption.textContent = caption;
     this.image.alt = caption;
     if (this.image.getAttribute('src') !== url) this.image.setAttribute('src', url);

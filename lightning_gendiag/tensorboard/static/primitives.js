@@ -2,7 +2,7 @@
 
 import {pictureUrl} from './api.js';
 import {el, formatted, svg} from './dom.js';
-import {Panel, Picture} from './panel.js';
+import {Panel, Picture, titled} from './panel.js';
 import {OtherSeries} from './series.js';
 
 export class Primitives extends Panel {
@@ -13,7 +13,8 @@ export class Primitives extends Panel {
     this.line = svg('svg', {class: 'norms', viewBox: '0 0 100 40', preserveAspectRatio: 'none', role: 'img', 'aria-label': 'Norms of the components, largest first'});
     this.norms = el('div', {class: 'readout'});
     this.series = new OtherSeries(this);
-    this.frameBlock = el('div', {class: 'block'}, this.strip.element, this.names, el('h3', {}, 'Norms of the components, largest first'), this.line, this.norms);
+    this.normsBlock = titled('Norms of the components, largest first', this.line, this.norms);
+    this.frameBlock = el('div', {class: 'block'}, this.strip.element, this.names, this.normsBlock);
     this.frameBlock.hidden = !this.monitor.frames?.length;
     this.body.classList.add('two');
     this.body.append(this.frameBlock, this.series.element);
@@ -41,6 +42,7 @@ export class Primitives extends Panel {
   }
 
   drawNorms(values) {
+    this.normsBlock.hidden = !values.length;
     const most = Math.max(...values, 1e-9);
     const place = (value, i) => `${(100 * i) / Math.max(1, values.length - 1)},${38 - (36 * value) / most}`;
     this.line.replaceChildren(svg('polyline', {points: values.map(place).join(' ')}));

@@ -29,10 +29,10 @@ export class Regions extends Panel {
       this.outlines = [this.real, this.before, this.generated].map((picture) => this.outlined(picture.stack));
       pictures.append(this.mapFigure());
     }
-    this.body.classList.add('regions');
     const hasDistance = this.labels && this.monitor.extra?.distance?.some((one) => one);
+    this.looks = el('div', {class: 'looks'}, pictures, hasDistance ? this.mapOptions() : null, el('div', {class: 'pair'}, this.realSamples.element, this.samples.element));
     this.body.append(
-      el('div', {class: 'looks'}, pictures, hasDistance ? this.mapOptions() : null, el('div', {class: 'pair'}, this.realSamples.element, this.samples.element)),
+      this.looks,
       el('div', {class: 'block'}, this.curvesTitle, this.legend.element, this.curves.element),
     );
   }
@@ -62,7 +62,7 @@ export class Regions extends Panel {
     const paths = this.components.map((series) => {
       const d = borders.get(series.index) ?? '';
       const halo = svg('path', {d, class: 'halo'});
-      const path = svg('path', {d, class: 'outline', stroke: colourOf(series.index)});
+      const path = svg('path', {d, class: 'outline', stroke: colourOf(series.place)});
       layer.append(halo, path);
       return {name: series.name, halo, path};
     });
@@ -83,8 +83,10 @@ export class Regions extends Panel {
   draw() {
     const {setup} = this.monitor;
     const pictures = setup.pictures ?? {};
-    this.real.element.hidden = !pictures.mean_real;
-    this.realSamples.element.hidden = !pictures.samples_real;
+    const isBare = !this.labels && !Object.keys(pictures).length && !this.monitor.frames.length;
+    this.body.classList.toggle('regions', !isBare);
+    this.looks.hidden = isBare;
+    this.tell(isBare ? 'This run has no pictures and no map of the regions.' : '');
     if (pictures.mean_real) this.real.show(pictureUrl(pictures.mean_real), 'Mean of real images');
     if (pictures.samples_real) this.realSamples.show(pictureUrl(pictures.samples_real), 'Real images');
     const components = this.components;
@@ -152,7 +154,7 @@ export class Regions extends Panel {
     const ground = isDark() ? 48 : 255;
     const byIndex = new Map(this.components.map((series) => {
       const distance = distances[series.index];
-      const full = this.mapMode === 'region' ? channels(colourOf(series.index)) : distance == null ? [128, 128, 128] : scaled('heat', distanceShare(distance));
+      const full = this.mapMode === 'region' ? channels(colourOf(series.place)) : distance == null ? [128, 128, 128] : scaled('heat', distanceShare(distance));
       const strength = this.mapMode === 'region' && isAny && !names.includes(series.name) ? 0.3 : 1;
       return [series.index, full.map((channel) => ground + strength * (channel - ground))];
     }));

@@ -53,7 +53,7 @@ export class Report {
     const isOver = alarm.recovered != null;
     const button = el(
       'button', {
-        type: 'button', class: `alarm${isOver ? ' recovered' : ''}`, 'data-testid': 'alarm', 'data-step': alarm.step, style: `border-left-color:${colourOf(series?.index)}`,
+        type: 'button', class: `alarm${isOver ? ' recovered' : ''}`, 'data-testid': 'alarm', 'data-step': alarm.step, style: `border-left-color:${colourOf(series?.place)}`,
         onclick: () => chooseAlarm(alarm), onpointerenter: () => point(namesOf(alarm)), onpointerleave: () => point([]),
       },
       el('span', {class: 'alarm-head'}, el('b', {}, alarm.label ?? namesOf(alarm).join(', ')), el('span', {}, `step ${alarm.step}`),

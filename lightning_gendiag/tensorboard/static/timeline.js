@@ -67,7 +67,7 @@ export class Timeline {
     const button = el('button', {
       type: 'button', class: 'group', 'aria-expanded': String(isOpen), title: `${name}: the worst of ${monitor.series.length} series`,
       onclick: () => { this.opened.set(name, !isOpen); this.drawRows(); },
-    }, el('span', {'aria-hidden': 'true'}, isOpen ? '▾' : '▸'), titleOf(name, monitor.diagnostic));
+    }, el('span', {'aria-hidden': 'true'}, isOpen ? '▾' : '▸'), labelOf(name, monitor.diagnostic));
     const head = {name, monitor, steps: monitor.steps, values: worst, label: button, names: [], byChance: Math.log(monitor.series.length), alarms: isOpen ? [] : alarmsOf(name)};
     return [head, ...shown.map((series) => this.seriesRow(name, monitor, series, all[series.name]))];
   }
@@ -76,7 +76,7 @@ export class Timeline {
     const own = alarmsOf(name).filter((alarm) => namesOf(alarm).includes(series.name));
     const isPart = withRole(monitor, 'component').includes(series);
     const label = linked(el('button', {type: 'button', class: 'series', 'data-name': series.name, title: series.name},
-      el('i', {class: 'dot', style: isPart ? `background:${colourOf(series.index)}` : 'background:transparent'}), el('span', {class: 'name'}, series.name)), [series.name]);
+      el('i', {class: 'dot', style: isPart ? `background:${colourOf(series.place)}` : 'background:transparent'}), el('span', {class: 'name'}, series.name)), [series.name]);
     return {name, monitor, series, steps: monitor.steps, values, label, names: [series.name], byChance: 0, alarms: own};
   }
 
@@ -130,4 +130,10 @@ export class Timeline {
     for (const row of this.rows) row.label.classList.toggle('on', !!row.series && names.includes(row.series.name));
     this.element.dataset.highlight = this.rows.filter((row) => row.series && names.includes(row.series.name)).map((row) => row.series.name).join(', ');
   }
+}
+
+/** Two monitors of one diagnostic are told apart by their names. */
+function labelOf(name, diagnostic) {
+  const isOnly = monitors().filter(([, one]) => one.diagnostic === diagnostic).length < 2;
+  return isOnly ? titleOf(name, diagnostic) : `${titleOf(name, diagnostic)} (${name})`;
 }

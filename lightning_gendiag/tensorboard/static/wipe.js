@@ -90,7 +90,6 @@ export class Wipe extends Panel {
       this.showPictures(left, right);
       const label = (name, step) => (isSteps ? `step ${step}` : `${name}, step ${step}`);
       this.sides.replaceChildren(el('span', {}, `◀ ${label(run, left.step)}`), el('span', {}, `${label(state.run, right.step)} ▶`));
-      this.tell('');
     } catch (error) {
       this.tell(`The pictures could not be loaded. ${error.message}`);
     }
@@ -98,6 +97,7 @@ export class Wipe extends Panel {
 
   showPictures(left, right) {
     const names = PICTURES[this.monitor.diagnostic].filter((name) => left.pictures?.[name] && right.pictures?.[name]);
+    this.tell(names.length ? '' : 'There are no pictures at these steps.');
     const shape = names.map((name) => `${name} ${right.pictures[name].width}`).join();
     if (shape !== this.shape) this.buildStages(names, right);
     this.shape = shape;
