@@ -127,9 +127,9 @@ class Entry:
 
 
 class Restarts:
-    """Says which records a resumed run has replaced.
+    """Says which records a resumed run has replaced, from the time and step of each record.
 
-    Where records, in the order in which they were written, go back to a step, all that was written before with this step
+    Where values, in the order in which they were written, go back to a step, all that was written before with this step
     or a later one is of a branch that was given up.
 
     Example:
@@ -138,15 +138,17 @@ class Restarts:
         [False, True, False]
     """
 
-    def __init__(self, written: Iterable[tuple[float, int]]) -> None:
+    def __init__(self, values: Iterable[tuple[float, int]], frames: Iterable[tuple[float, int]] = ()) -> None:
         self._walls: list[float] = []
         self._steps: list[int] = []
         newest: int | None = None
-        for wall, step in sorted(written):
-            if newest is not None and step < newest:
+        for wall, step, is_value in sorted([*((*one, True) for one in values), *((*one, False) for one in frames)]):
+            if newest is None or step >= newest:
+                newest = step
+            elif is_value:
                 self._walls.append(wall)
                 self._steps.append(step)
-            newest = step
+                newest = step
         # the smallest step to which this restart or a later one goes back
         for position in range(len(self._steps) - 2, -1, -1):
             self._steps[position] = min(self._steps[position], self._steps[position + 1])
@@ -224,8 +226,13 @@ class Run:
             return
         values = self.tags("values")
         self.load(source, [REPORT, *self.tags("setup"), *values])
+        frames = self.tags("frame")
         entries = [(tag, entry) for tag in values for entry in self._entries.get(tag, [])]
-        restarts = Restarts((entry.wall, entry.step) for _, entry in entries)
+        written = [(entry.wall, entry.step) for _, entry in entries]
+        # the data server drops replaced records of the tags that were written again; those of other tags tell of a restart
+        restarts = Restarts(written, (self._stamps[tag] for tag in frames))
+        keys = self._frame_keys(source, restarts)
+        restarts = Restarts(written, ((key.wall, key.step) for key in keys))
 
         timelines: dict[str, dict[int, Entry]] = {}
         for tag, entry in sorted(entries, key=lambda pair: pair[1].wall):
@@ -233,26 +240,26 @@ class Run:
                 timelines.setdefault(self._monitors[tag], {})[entry.step] = entry
         self.timelines = {name: [entry for _, entry in sorted(line.items())] for name, line in timelines.items()}
 
-        frames: dict[str, dict[int, FrameKey]] = {}
-        for key in sorted(self._frame_keys(source, restarts), key=lambda key: key.wall):
+        found: dict[str, dict[int, FrameKey]] = {}
+        for key in sorted(keys, key=lambda key: key.wall):
             if not restarts.replaced(key.wall, key.step):
-                frames.setdefault(self._monitors[key.tag], {})[key.step] = key
-        self.frames = {name: [key for _, key in sorted(line.items())] for name, line in frames.items()}
+                found.setdefault(self._monitors[key.tag], {})[key.step] = key
+        self.frames = {name: [key for _, key in sorted(line.items())] for name, line in found.items()}
         self._indexed = self.version
 
-    def _frame_keys(self, source: Source, restarts: Restarts) -> Iterator[FrameKey]:
-        # a listing has the largest step of a tag, which after a restart may be that of a replaced frame
-        unsure = [tag for tag in self.tags("frame") if restarts.after(self._stamps[tag].wall)]
+    def _frame_keys(self, source: Source, restarts: Restarts) -> list[FrameKey]:
+        """Returns the keys of all frames, those that were replaced too; reads the frames of tags that may have both."""
+        tags = self.tags("frame")
+        # the listing of a tag has its largest step, which after a restart may be that of a replaced frame
+        unsure = [tag for tag in tags if restarts.after(self._stamps[tag].wall)]
         changed = [tag for tag in unsure if self._read.get(tag) != self._stamps[tag]]
         for tag, entries in source.read(self.name, changed):
             # without their content, which is large
             self._entries[tag] = [Entry(entry.wall, entry.step, None) for entry in entries]
             self._read[tag] = self._stamps[tag]
-        for tag in self.tags("frame"):
-            if tag in self._entries:
-                yield from (FrameKey(entry.step, entry.wall, tag) for entry in self._entries[tag])
-            else:
-                yield FrameKey(self._stamps[tag].step, self._stamps[tag].wall, tag)
+        exact = [FrameKey(one.step, one.wall, tag) for tag in unsure for one in self._entries.get(tag, [])]
+        sure = set(tags) - set(unsure)
+        return [*exact, *(FrameKey(self._stamps[tag].step, self._stamps[tag].wall, tag) for tag in tags if tag in sure)]
 
     def newest(self, tag: str) -> Entry | None:
         """Returns the newest record of a tag that can be read."""
@@ -451,7 +458,7 @@ def alarm_steps(report: dict[str, Any] | None) -> set[int]:
 
 
 def downsampled(entries: Sequence[Entry], points: int, kept: Collection[int]) -> list[Entry]:
-    """Returns evenly spaced entries, the last one among them, and those at the steps that must be kept.
+    """Returns at most ``points`` evenly spaced entries, the last one among them, and those at the steps that must be kept.
 
     Example:
         >>> [entry.step for entry in downsampled([Entry(0.0, step, None) for step in range(10)], 3, {5})]
@@ -459,7 +466,7 @@ def downsampled(entries: Sequence[Entry], points: int, kept: Collection[int]) ->
     """
     if len(entries) <= points:
         return list(entries)
-    even = {len(entries) - 1, *np.linspace(0, len(entries) - 1, points).round().astype(int).tolist()}
+    even = set(np.linspace(len(entries) - 1, 0, points).round().astype(int).tolist())
     return [entry for position, entry in enumerate(entries) if position in even or entry.step in kept]
 
 
