@@ -26,7 +26,13 @@ export class Curves {
     this.line = el('div', {class: 'step-line', hidden: true});
     this.plot = el('div', {class: 'plot', style: `height:${height}px`});
     this.words = el('p', {class: 'missing', hidden: true});
-    this.element = el('div', {class: 'curves', role: 'img', 'aria-label': label, 'data-testid': 'curves'}, this.plot, this.line, this.words);
+    this.element = el(
+      'div',
+      {class: 'curves', role: 'img', 'aria-label': label, 'data-testid': 'curves'},
+      this.plot,
+      this.line,
+      this.words,
+    );
     this.curves = [];
     this.range = null;
   }
@@ -65,14 +71,28 @@ export class Curves {
     const common = {gridcolor: line, zerolinecolor: line, linecolor: line, ticks: '', automargin: false};
     const [first, last] = stepRange();
     return {
-      margin: MARGIN, showlegend: false, uirevision: state.run, hovermode: 'closest', hoverdistance: -1, dragmode: 'zoom',
-      paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', font: {color: ink, size: 11, family: 'inherit'},
+      margin: MARGIN,
+      showlegend: false,
+      uirevision: state.run,
+      hovermode: 'closest',
+      hoverdistance: -1,
+      dragmode: 'zoom',
+      paper_bgcolor: 'rgba(0,0,0,0)',
+      plot_bgcolor: 'rgba(0,0,0,0)',
+      font: {color: ink, size: 11, family: 'inherit'},
       hoverlabel: {font: {size: 12}, namelength: -1},
       xaxis: {...common, range: [first, last], title: {text: 'step', standoff: 2}, nticks: 8},
       yaxis: {...common, nticks: 6},
-      shapes: marks.map(({step, colour}) => (
-        {type: 'line', x0: step, x1: step, y0: 0, y1: 1, yref: 'paper', opacity: 0.75, line: {color: colour, width: 2, dash: 'dash'}}
-      )),
+      shapes: marks.map(({step, colour}) => ({
+        type: 'line',
+        x0: step,
+        x1: step,
+        y0: 0,
+        y1: 1,
+        yref: 'paper',
+        opacity: 0.75,
+        line: {color: colour, width: 2, dash: 'dash'},
+      })),
     };
   }
 
@@ -110,8 +130,14 @@ export class Curves {
 function trace({name, steps, values, colour, dash, run}) {
   const label = run ? `${name} (${run})` : name;
   return {
-    type: 'scatter', mode: hasLonePoint(values) ? 'lines+markers' : 'lines', marker: {size: 4, color: colour}, x: steps, y: values, name: plotlyText(label),
-    line: {color: colour, dash: run ? 'dash' : dash, width: 1.7}, hovertemplate: `step %{x}<br>${plotlyText(label)}: %{y:.4g}<extra></extra>`,
+    type: 'scatter',
+    mode: hasLonePoint(values) ? 'lines+markers' : 'lines',
+    marker: {size: 4, color: colour},
+    x: steps,
+    y: values,
+    name: plotlyText(label),
+    line: {color: colour, dash: run ? 'dash' : dash, width: 1.7},
+    hovertemplate: `step %{x}<br>${plotlyText(label)}: %{y:.4g}<extra></extra>`,
   };
 }
 
@@ -122,12 +148,17 @@ export function fitted(plotly, plot) {
 }
 
 /** A value between two missing ones has no line, only a marker shows it. */
-const hasLonePoint = (values) => values.some((value, i) => value != null && values[i - 1] == null && values[i + 1] == null);
+const hasLonePoint = (values) =>
+  values.some((value, i) => value != null && values[i - 1] == null && values[i + 1] == null);
 
 /** The colours of a scale with the values at its ends. */
 export function scaleBar(scale, low, high, words) {
   return el(
-    'span', {class: 'scale'}, low, el('span', {class: 'scale-bar', style: `background:${gradient(scale)}`, 'aria-hidden': 'true'}), high,
+    'span',
+    {class: 'scale'},
+    low,
+    el('span', {class: 'scale-bar', style: `background:${gradient(scale)}`, 'aria-hidden': 'true'}),
+    high,
     words ? el('span', {class: 'faint'}, words) : null,
   );
 }
@@ -162,21 +193,32 @@ export class Heat {
     this.readout = el('div', {class: 'readout'});
     this.element = el('div', {class: 'heat'}, this.labels, this.area, el('div'), this.axis, this.readout);
     this.area.addEventListener('pointermove', (event) => this.read(event));
-    this.area.addEventListener('pointerleave', () => { point([]); this.readout.replaceChildren(this.legend); });
+    this.area.addEventListener('pointerleave', () => {
+      point([]);
+      this.readout.replaceChildren(this.legend);
+    });
     this.area.addEventListener('click', (event) => goTo(this.stepAt(event)));
   }
 
   /** Draws `names` x `steps`; `share(value, row)` places a value on the scale; `legend` explains the colours. */
   show({names, steps, values, scale, share, legend}) {
     Object.assign(this, {names, steps, values, legend});
-    paintRows(this.canvas, names.length, names.map(() => steps), (row, i) => {
-      const value = values[row]?.[i];
-      return value == null ? null : scaled(scale, share(value, row));
-    });
+    paintRows(
+      this.canvas,
+      names.length,
+      names.map(() => steps),
+      (row, i) => {
+        const value = values[row]?.[i];
+        return value == null ? null : scaled(scale, share(value, row));
+      },
+    );
     this.area.style.height = `${this.height}px`;
     const every = Math.ceil((13 * names.length) / this.height);
-    this.labels.replaceChildren(...names.map((name, i) =>
-      el('span', {style: `top:${(100 * (i + 0.5)) / names.length}%`, title: name}, i % every ? '' : name)));
+    this.labels.replaceChildren(
+      ...names.map((name, i) =>
+        el('span', {style: `top:${(100 * (i + 0.5)) / names.length}%`, title: name}, i % every ? '' : name),
+      ),
+    );
     drawAxis(this.axis);
     this.readout.replaceChildren(legend);
     this.move();
@@ -191,7 +233,10 @@ export class Heat {
 
   read(event) {
     const area = this.area.getBoundingClientRect();
-    const row = Math.min(this.names.length - 1, Math.max(0, Math.floor(((event.clientY - area.top) / area.height) * this.names.length)));
+    const row = Math.min(
+      this.names.length - 1,
+      Math.max(0, Math.floor(((event.clientY - area.top) / area.height) * this.names.length)),
+    );
     const at = nearest(this.steps, this.stepAt(event));
     this.readout.textContent = `${this.names[row]} at step ${this.steps[at]}: ${formatted(this.values[row]?.[at])}`;
     point([this.names[row]]);
@@ -218,7 +263,11 @@ export function drawAxis(axis) {
   const every = Math.max(1, unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough));
   const ticks = [];
   for (let step = Math.ceil(first / every) * every; step <= last; step += every) ticks.push(step);
-  axis.replaceChildren(...ticks.map((step) => el('span', {style: `left:${100 * stepShare(step)}%`}, step >= 10000 ? `${step / 1000}k` : String(step))));
+  axis.replaceChildren(
+    ...ticks.map((step) =>
+      el('span', {style: `left:${100 * stepShare(step)}%`}, step >= 10000 ? `${step / 1000}k` : String(step)),
+    ),
+  );
 }
 
 /** A matrix of cells with labels; pointing at a cell calls `pointed(row, column)`. */
@@ -231,24 +280,46 @@ export class Matrix {
     this.area = el('div', {class: 'heat-area', style: `height:${height}px`}, this.canvas, ...this.boxes);
     this.readout = el('div', {class: 'readout'});
     this.word = el('div', {class: 'faint matrix-word'}, columnWord);
-    this.element = el('div', {class: 'matrix', style: `max-width:${width + 96}px`}, this.rows, this.area, el('div'), this.columns, el('div'), this.word, this.readout);
+    this.element = el(
+      'div',
+      {class: 'matrix', style: `max-width:${width + 96}px`},
+      this.rows,
+      this.area,
+      el('div'),
+      this.columns,
+      el('div'),
+      this.word,
+      this.readout,
+    );
     this.size = {width, height};
     this.area.addEventListener('pointermove', (event) => this.read(event));
-    this.area.addEventListener('pointerleave', () => { point([]); this.readout.replaceChildren(this.legend); });
+    this.area.addEventListener('pointerleave', () => {
+      point([]);
+      this.readout.replaceChildren(this.legend);
+    });
     this.area.addEventListener('click', (event) => choose(this.namesAt(...this.cell(event))));
   }
 
   /** `text(row, column)` describes a cell, `namesAt(row, column)` are the series it is about. */
   show({rows, columns, cells, scale, share, legend, text, namesAt}) {
-    Object.assign(this, {names: rows, shape: [rows.length, columns.length], legend, text, namesAt, isSquare: rows.length === columns.length});
+    Object.assign(this, {
+      names: rows,
+      shape: [rows.length, columns.length],
+      legend,
+      text,
+      namesAt,
+      isSquare: rows.length === columns.length,
+    });
     this.canvas.width = columns.length;
     this.canvas.height = rows.length;
     const context = this.canvas.getContext('2d');
-    cells.forEach((line, row) => line.forEach((value, column) => {
-      if (value == null) return;
-      context.fillStyle = css(scaled(scale, share(value, row, column)));
-      context.fillRect(column, row, 1, 1);
-    }));
+    cells.forEach((line, row) =>
+      line.forEach((value, column) => {
+        if (value == null) return;
+        context.fillStyle = css(scaled(scale, share(value, row, column)));
+        context.fillRect(column, row, 1, 1);
+      }),
+    );
     this.rows.replaceChildren(...labelled(rows, this.size.height, 13, 'top'));
     this.columns.replaceChildren(...labelled(columns.map(shortened), this.size.width, 26, 'left'));
     this.readout.replaceChildren(legend);
@@ -258,7 +329,10 @@ export class Matrix {
   cell(event) {
     const area = this.area.getBoundingClientRect();
     const at = (share, count) => Math.max(0, Math.min(count - 1, Math.floor(share * count)));
-    return [at((event.clientY - area.top) / area.height, this.shape[0]), at((event.clientX - area.left) / area.width, this.shape[1])];
+    return [
+      at((event.clientY - area.top) / area.height, this.shape[0]),
+      at((event.clientX - area.left) / area.width, this.shape[1]),
+    ];
   }
 
   read(event) {
@@ -273,7 +347,11 @@ export class Matrix {
     this.boxes[1].hidden = row < 0 || !this.isSquare;
     if (row < 0) return;
     Object.assign(this.boxes[0].style, {top: `${(100 * row) / this.shape[0]}%`, height: `${100 / this.shape[0]}%`});
-    Object.assign(this.boxes[1].style, {left: `${(100 * row) / this.shape[1]}%`, width: `${100 / this.shape[1]}%`, height: '100%'});
+    Object.assign(this.boxes[1].style, {
+      left: `${(100 * row) / this.shape[1]}%`,
+      width: `${100 / this.shape[1]}%`,
+      height: '100%',
+    });
   }
 }
 
@@ -282,5 +360,7 @@ const shortened = (name) => name.match(/\d+(\.\d+)?$/)?.[0] ?? name;
 
 function labelled(names, length, room, side) {
   const every = Math.ceil((room * names.length) / length);
-  return names.map((name, i) => el('span', {style: `${side}:${(100 * (i + 0.5)) / names.length}%`, title: name}, i % every ? '' : name));
+  return names.map((name, i) =>
+    el('span', {style: `${side}:${(100 * (i + 0.5)) / names.length}%`, title: name}, i % every ? '' : name),
+  );
 }

@@ -35,8 +35,11 @@ export class Classes extends Panel {
     const expected = (row) => real[this.series[row].index] ?? 1 / this.series.length;
     this.heatTitle.textContent = `Share of each class over steps${state.other ? `; dashed: ${state.compare}` : ''}`;
     this.heat.show({
-      names: this.series.map((one) => one.name), steps: monitor.steps, values: this.series.map((one) => monitor.values[one.name] ?? []),
-      scale: 'change', share: (value, row) => value / (2 * (expected(row) || 1e-9)),
+      names: this.series.map((one) => one.name),
+      steps: monitor.steps,
+      values: this.series.map((one) => monitor.values[one.name] ?? []),
+      scale: 'change',
+      share: (value, row) => value / (2 * (expected(row) || 1e-9)),
       legend: scaleBar('change', 'none', 'twice', 'as many as in the real data'),
     });
     this.curves.show(this.curvesOf(this.series), this.alarmMarks());
@@ -45,8 +48,13 @@ export class Classes extends Panel {
   /** The scale of the bars is the same at all steps, so that bars can be compared while the slider moves. */
   largest() {
     const shares = this.series.flatMap((one) => this.monitor.values[one.name] ?? []);
-    const highs = (this.monitor.extra?.intervals ?? []).flatMap((one) => (one ?? []).map((interval) => interval?.[1] ?? 0));
-    return [...shares, ...highs, ...(this.monitor.setup.real ?? [])].reduce((most, value) => Math.max(most, value ?? 0), 1e-9);
+    const highs = (this.monitor.extra?.intervals ?? []).flatMap((one) =>
+      (one ?? []).map((interval) => interval?.[1] ?? 0),
+    );
+    return [...shares, ...highs, ...(this.monitor.setup.real ?? [])].reduce(
+      (most, value) => Math.max(most, value ?? 0),
+      1e-9,
+    );
   }
 
   row(series) {
@@ -54,11 +62,25 @@ export class Classes extends Panel {
     const interval = el('span', {class: 'interval'});
     const value = el('span', {class: 'value'});
     const real = this.monitor.setup.real?.[series.index];
-    const mark = real == null ? null : el('span', {class: 'real', style: `left:${(100 * real) / this.most}%`, title: `real share: ${formatted(real)}`}, '◆');
-    const row = linked(el(
-      'button', {type: 'button', class: 'entry', 'data-name': series.name}, swatch(series), el('span', {class: 'name', title: series.name}, series.name),
-      el('span', {class: 'track'}, bar, interval, mark), value,
-    ), [series.name]);
+    const mark =
+      real == null
+        ? null
+        : el(
+            'span',
+            {class: 'real', style: `left:${(100 * real) / this.most}%`, title: `real share: ${formatted(real)}`},
+            '◆',
+          );
+    const row = linked(
+      el(
+        'button',
+        {type: 'button', class: 'entry', 'data-name': series.name},
+        swatch(series),
+        el('span', {class: 'name', title: series.name}, series.name),
+        el('span', {class: 'track'}, bar, interval, mark),
+        value,
+      ),
+      [series.name],
+    );
     return {series, row, bar, interval, value};
   }
 
@@ -121,7 +143,12 @@ export class Classes extends Panel {
         context.drawImage(this.source, i * side, row * rowHeight, side, rowHeight, ...place);
       }
     }
-    const what = row < 0 ? (wanted ? `No images of ${wanted.name}; all classes` : 'Images, one row for each class') : `Images of ${wanted.name}`;
+    const what =
+      row < 0
+        ? wanted
+          ? `No images of ${wanted.name}; all classes`
+          : 'Images, one row for each class'
+        : `Images of ${wanted.name}`;
     this.caption.textContent = `${what}, step ${this.frame.step}`;
     this.canvas.setAttribute('aria-label', this.caption.textContent);
   }

@@ -9,10 +9,17 @@ import {choose, currentStep, highlighted, point, valueAt, withRole} from './stat
 export class Dimensions extends Panel {
   build() {
     this.bars = el('div', {
-      class: 'spectrum', tabindex: 0, role: 'listbox', 'aria-label': 'Spectrum of the latent dimensions; up and down arrows choose one', 'data-testid': 'spectrum',
+      class: 'spectrum',
+      tabindex: 0,
+      role: 'listbox',
+      'aria-label': 'Spectrum of the latent dimensions; up and down arrows choose one',
+      'data-testid': 'spectrum',
       onkeydown: (event) => this.walk(event),
     });
-    this.bars.addEventListener('pointerover', (event) => event.target.dataset.name && point([event.target.dataset.name]));
+    this.bars.addEventListener(
+      'pointerover',
+      (event) => event.target.dataset.name && point([event.target.dataset.name]),
+    );
     this.bars.addEventListener('pointerleave', () => point([]));
     this.bars.addEventListener('click', (event) => event.target.dataset.name && choose([event.target.dataset.name]));
     this.spectrumWords = el('div', {class: 'readout'});
@@ -30,7 +37,14 @@ export class Dimensions extends Panel {
     this.matrixBlock.hidden = !hasMatrix;
     this.body.classList.toggle('with-matrix', hasMatrix);
     this.body.append(
-      el('div', {class: 'block'}, this.spectrumTitle, this.bars, this.spectrumWords, el('label', {for: id, class: 'options'}, this.sorted, 'largest first')),
+      el(
+        'div',
+        {class: 'block'},
+        this.spectrumTitle,
+        this.bars,
+        this.spectrumWords,
+        el('label', {for: id, class: 'options'}, this.sorted, 'largest first'),
+      ),
       el('div', {class: 'block'}, this.heatTitle, this.heat.element),
       el('div', {class: 'block curve'}, this.curvesTitle, this.curves.element),
       this.matrixBlock,
@@ -49,12 +63,27 @@ export class Dimensions extends Panel {
     this.share = (value) => (value - low) / (high - low);
     this.columns = this.series.map((series) => {
       const bar = el('span', {class: 'stem', style: `background:${colourOf(series.place)}`});
-      return {series, bar, column: el('span', {class: 'column', role: 'option', 'data-name': series.name, title: series.name, 'data-index': series.index}, bar)};
+      return {
+        series,
+        bar,
+        column: el(
+          'span',
+          {class: 'column', role: 'option', 'data-name': series.name, title: series.name, 'data-index': series.index},
+          bar,
+        ),
+      };
     });
     this.bars.replaceChildren(...this.columns.map((one) => one.column));
     this.bars.classList.toggle('numbered', this.series.length <= 32);
     this.heatTitle.textContent = `${capital(this.quantity)} over steps`;
-    this.heat.show({names: this.series.map((one) => one.name), steps: monitor.steps, values, scale: 'amount', share: this.share, legend: scaleBar('amount', formatted(low), formatted(high))});
+    this.heat.show({
+      names: this.series.map((one) => one.name),
+      steps: monitor.steps,
+      values,
+      scale: 'amount',
+      share: this.share,
+      legend: scaleBar('amount', formatted(low), formatted(high)),
+    });
     this.curveKey = null;
   }
 
@@ -105,8 +134,15 @@ export class Dimensions extends Panel {
     const key = series.map((one) => one.name).join('\n');
     if (key === this.curveKey) return;
     this.curveKey = key;
-    const all = series.length === this.series.length ? 'all dimensions' : `dimensions 1 to ${series.length} of ${this.series.length}`;
-    this.curvesTitle.textContent = wanted.length ? `${capital(this.quantity)}: ${wanted.map((one) => one.name).join(', ')}` : this.others.length ? 'All dimensions together' : `${capital(this.quantity)}: ${all}`;
+    const all =
+      series.length === this.series.length
+        ? 'all dimensions'
+        : `dimensions 1 to ${series.length} of ${this.series.length}`;
+    this.curvesTitle.textContent = wanted.length
+      ? `${capital(this.quantity)}: ${wanted.map((one) => one.name).join(', ')}`
+      : this.others.length
+        ? 'All dimensions together'
+        : `${capital(this.quantity)}: ${all}`;
     this.curves.show(this.curvesOf(series), this.alarmMarks());
   }
 
@@ -127,11 +163,20 @@ export class Dimensions extends Panel {
     const nameOf = new Map(this.series.map((one) => [one.index, one.name]));
     const names = (frame.dimensions ?? cells.map((_, i) => i)).map((d) => nameOf.get(d) ?? `dimension ${d}`);
     // a dimension's information about itself says nothing about the others
-    const most = cells.reduce((largest, line, row) => line.reduce((a, value, column) => (row === column ? a : Math.max(a, value ?? 0)), largest), 1e-9);
+    const most = cells.reduce(
+      (largest, line, row) =>
+        line.reduce((a, value, column) => (row === column ? a : Math.max(a, value ?? 0)), largest),
+      1e-9,
+    );
     this.matrix.show({
-      rows: names, columns: names, cells: cells.map((line, row) => line.map((value, column) => (row === column ? null : value))),
-      scale: 'heat', share: (value) => value / most, legend: scaleBar('heat', '0', formatted(most), `step ${frame.step}`),
-      text: (row, column) => (row === column ? names[row] : `${names[row]} and ${names[column]}: ${formatted(cells[row][column])}`),
+      rows: names,
+      columns: names,
+      cells: cells.map((line, row) => line.map((value, column) => (row === column ? null : value))),
+      scale: 'heat',
+      share: (value) => value / most,
+      legend: scaleBar('heat', '0', formatted(most), `step ${frame.step}`),
+      text: (row, column) =>
+        row === column ? names[row] : `${names[row]} and ${names[column]}: ${formatted(cells[row][column])}`,
       namesAt: (row, column) => (row === column ? [names[row]] : [names[row], names[column]]),
     });
   }
@@ -140,7 +185,7 @@ export class Dimensions extends Panel {
 const capital = (words) => words[0].toUpperCase() + words.slice(1);
 
 /** Returns the range of values, without the most extreme hundredth on either side. */
-export function limitsOf(values) {
+function limitsOf(values) {
   const sorted = values.filter((value) => value != null).sort((a, b) => a - b);
   if (!sorted.length) return [0, 1];
   const [low, high] = [0.01, 0.99].map((share) => sorted[Math.round(share * (sorted.length - 1))]);
@@ -152,6 +197,8 @@ export function limitsOf(values) {
 function ranks(values) {
   const order = values.map((_, i) => i).sort((a, b) => (values[b] ?? -Infinity) - (values[a] ?? -Infinity));
   const places = [];
-  order.forEach((index, place) => { places[index] = place; });
+  order.forEach((index, place) => {
+    places[index] = place;
+  });
   return places;
 }

@@ -20,7 +20,12 @@ import {Wipe, withPictures} from './wipe.js';
 const POLL = 5000;
 const WORST_FIRST = ['unhealthy', 'getting worse'];
 const PANELS = {
-  CosineMeanSimilarity: Regions, GenerationBalance: Classes, ManifoldEntropy: Dimensions, PosteriorKL: Dimensions, KStar, LatentRegions: Latents,
+  CosineMeanSimilarity: Regions,
+  GenerationBalance: Classes,
+  ManifoldEntropy: Dimensions,
+  PosteriorKL: Dimensions,
+  KStar,
+  LatentRegions: Latents,
   RegionalPrimitives: Primitives,
 };
 const BY_PARTS = new Set(['GenerationBalance', 'ManifoldEntropy', 'PosteriorKL', 'KStar']);
@@ -32,7 +37,10 @@ let head, report, timeline, panels, note, missing, main;
 function build() {
   document.head.append(el('link', {rel: 'stylesheet', href: './style.css'}));
   document.documentElement.lang = 'en';
-  head = new Head({pickRun: (run) => attempt(() => openRun(run)), pickCompare: (run) => attempt(() => compareWith(run))});
+  head = new Head({
+    pickRun: (run) => attempt(() => openRun(run)),
+    pickCompare: (run) => attempt(() => compareWith(run)),
+  });
   report = new Report();
   timeline = new Timeline();
   note = el('p', {class: 'note', role: 'status', 'data-testid': 'note', hidden: true});
@@ -64,7 +72,7 @@ function redraw() {
   timeline.draw();
 }
 
-/** Runs an action; what fails is told in words, and the page goes on. */
+/** Runs an action; what fails is shown in words, and the page goes on. */
 async function attempt(action) {
   try {
     await action();
@@ -99,7 +107,10 @@ async function load(run) {
   for (const [name, monitor] of Object.entries(data.monitors)) {
     const whole = {setup: {}, steps: [], epochs: [], values: {}, extra: {}, frames: [], ...monitor};
     // an aggregate is grey
-    whole.series = (monitor.series ?? []).map((one, i) => ({...one, place: one.index ?? (one.role === 'aggregate' ? null : i)}));
+    whole.series = (monitor.series ?? []).map((one, i) => ({
+      ...one,
+      place: one.index ?? (one.role === 'aggregate' ? null : i),
+    }));
     data.monitors[name] = whole;
   }
   return data;
@@ -151,9 +162,16 @@ async function refreshRun() {
 }
 
 /** Two replies with the same shape are shown by the same panels. */
-const shapeOf = (data) => JSON.stringify(Object.entries(data.monitors).map(([name, {diagnostic, series, setup, frames}]) => [
-  name, diagnostic, series, setup?.labels, frames?.length > 0,
-]));
+const shapeOf = (data) =>
+  JSON.stringify(
+    Object.entries(data.monitors).map(([name, {diagnostic, series, setup, frames}]) => [
+      name,
+      diagnostic,
+      series,
+      setup?.labels,
+      frames?.length > 0,
+    ]),
+  );
 
 async function compareWith(run) {
   if (run == null && state.compare == null) return;
@@ -164,10 +182,16 @@ async function compareWith(run) {
 
 function createPanels() {
   const absent = ORDER.filter((diagnostic) => !monitors().some(([, one]) => one.diagnostic === diagnostic));
-  missing.textContent = absent.length ? `Not in this run: ${listed(absent.map((diagnostic) => titleOf('', diagnostic).toLowerCase()))}.` : '';
+  missing.textContent = absent.length
+    ? `Not in this run: ${listed(absent.map((diagnostic) => titleOf('', diagnostic).toLowerCase()))}.`
+    : '';
   const created = monitors().map(([name, monitor]) => {
     const hasParts = !BY_PARTS.has(monitor.diagnostic) || withRole(monitor, 'component').length > 0;
-    const panel = new (hasParts && PANELS[monitor.diagnostic] ? PANELS[monitor.diagnostic] : SeriesPanel)(name, titleOf(name, monitor.diagnostic), DIAGNOSTICS[monitor.diagnostic]?.[1]);
+    const panel = new (hasParts && PANELS[monitor.diagnostic] ? PANELS[monitor.diagnostic] : SeriesPanel)(
+      name,
+      titleOf(name, monitor.diagnostic),
+      DIAGNOSTICS[monitor.diagnostic]?.[1],
+    );
     panel.element.classList.toggle('narrow', NARROW.has(monitor.diagnostic));
     return panel;
   });

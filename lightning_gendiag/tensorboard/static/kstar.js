@@ -7,8 +7,15 @@ import {state} from './state.js';
 
 export class KStar extends Panel {
   build() {
-    this.histogram = new Matrix('Distribution of k* in each class', {columnWord: 'k*, from 0 (scattered) to 1 (together)', width: 300, height: 230});
-    this.rivals = new Matrix('First rivals of each class', {columnWord: 'class of its nearest foreign neighbours', width: 230});
+    this.histogram = new Matrix('Distribution of k* in each class', {
+      columnWord: 'k*, from 0 (scattered) to 1 (together)',
+      width: 300,
+      height: 230,
+    });
+    this.rivals = new Matrix('First rivals of each class', {
+      columnWord: 'class of its nearest foreign neighbours',
+      width: 230,
+    });
     this.curves = new Curves('Mean k* of each class over steps', 210);
     this.legend = new Legend(this);
     this.curvesTitle = el('h3');
@@ -16,7 +23,11 @@ export class KStar extends Panel {
     this.rivalsBlock = titled('First rivals of each class', this.rivals.element);
     for (const block of [this.histogramBlock, this.rivalsBlock]) block.hidden = !this.monitor.frames?.length;
     this.body.classList.add('three', 'wide-last');
-    this.body.append(this.histogramBlock, this.rivalsBlock, el('div', {class: 'block'}, this.curvesTitle, this.curves.element, this.legend.element));
+    this.body.append(
+      this.histogramBlock,
+      this.rivalsBlock,
+      el('div', {class: 'block'}, this.curvesTitle, this.curves.element, this.legend.element),
+    );
   }
 
   draw() {
@@ -50,17 +61,28 @@ export class KStar extends Panel {
     const most = cells.map((line) => Math.max(1e-9, ...line.map((value) => value ?? 0)));
     const pattern = (row) => (frame.patterns?.[row] ? `${names[row]} (${frame.patterns[row]})` : names[row]);
     this.histogram.show({
-      rows: names, columns: Array.from({length: bins}, (_, i) => formatted((i + 1) / bins)), cells, scale: 'amount',
-      share: (value, row) => value / most[row], legend: el('span', {}, `Dark: many samples of the class, step ${frame.step}`),
-      text: (row, column) => `${pattern(row)}, k* from ${formatted(column / bins)} to ${formatted((column + 1) / bins)}: ${formatted(cells[row][column])}`,
+      rows: names,
+      columns: Array.from({length: bins}, (_, i) => formatted((i + 1) / bins)),
+      cells,
+      scale: 'amount',
+      share: (value, row) => value / most[row],
+      legend: el('span', {}, `Dark: many samples of the class, step ${frame.step}`),
+      text: (row, column) =>
+        `${pattern(row)}, k* from ${formatted(column / bins)} to ${formatted((column + 1) / bins)}: ${formatted(cells[row][column])}`,
       namesAt: (row) => [names[row]],
     });
   }
 
   showRivals(frame, names, cells) {
     this.rivals.show({
-      rows: names, columns: names, cells, scale: 'heat', share: (value) => value, legend: scaleBar('heat', '0', '1', `share, step ${frame.step}`),
-      text: (row, column) => `${names[row]} runs into ${names[column]}: ${formatted(cells[row][column])}`, namesAt: (row) => [names[row]],
+      rows: names,
+      columns: names,
+      cells,
+      scale: 'heat',
+      share: (value) => value,
+      legend: scaleBar('heat', '0', '1', `share, step ${frame.step}`),
+      text: (row, column) => `${names[row]} runs into ${names[column]}: ${formatted(cells[row][column])}`,
+      namesAt: (row) => [names[row]],
     });
   }
 }

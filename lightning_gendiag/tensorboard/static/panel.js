@@ -4,7 +4,19 @@ import {getFrame} from './api.js';
 import {colourOf, dashOf} from './colours.js';
 import {debounced, el, formatted, svg} from './dom.js';
 import {
-  alarmsOf, beganAt, choose, currentStep, frameStep, highlighted, namesInAlarm, namesOf, point, state, twin, valueAt, withRole,
+  alarmsOf,
+  beganAt,
+  choose,
+  currentStep,
+  frameStep,
+  highlighted,
+  namesInAlarm,
+  namesOf,
+  point,
+  state,
+  twin,
+  valueAt,
+  withRole,
 } from './state.js';
 
 const FRAME_DELAY = 50;
@@ -16,9 +28,22 @@ export class Panel {
     this.body = el('div', {class: 'panel-body'});
     this.words = el('p', {class: 'missing', role: 'status', hidden: true});
     this.element = el(
-      'section', {class: 'panel', 'data-testid': `panel-${this.monitor?.diagnostic ?? name}`, 'data-monitor': name, 'aria-label': title},
-      el('header', {}, el('h2', {}, title), this.monitor ? el('span', {class: 'faint'}, name) : null, help ? el('p', {class: 'help'}, help) : null),
-      this.body, this.words,
+      'section',
+      {
+        class: 'panel',
+        'data-testid': `panel-${this.monitor?.diagnostic ?? name}`,
+        'data-monitor': name,
+        'aria-label': title,
+      },
+      el(
+        'header',
+        {},
+        el('h2', {}, title),
+        this.monitor ? el('span', {class: 'faint'}, name) : null,
+        help ? el('p', {class: 'help'}, help) : null,
+      ),
+      this.body,
+      this.words,
     );
     this.wantFrame = debounced(() => this.loadFrame(), FRAME_DELAY);
   }
@@ -46,7 +71,7 @@ export class Panel {
   /** Draws pictures and arrays of a frame. */
   showFrame() {}
 
-  /** Applies what changed: draw, move or mark; a failure is told in words and leaves the other panels alone. */
+  /** Applies what changed: draw, move or mark; a failure is shown in words and leaves the other panels alone. */
   update(change) {
     try {
       if (!this.isBuilt) this.build();
@@ -67,7 +92,9 @@ export class Panel {
 
   showHighlight() {
     const own = new Set((this.monitor?.series ?? []).map((one) => one.name));
-    this.element.dataset.highlight = highlighted().filter((name) => own.has(name)).join(', ');
+    this.element.dataset.highlight = highlighted()
+      .filter((name) => own.has(name))
+      .join(', ');
   }
 
   tell(words) {
@@ -95,11 +122,17 @@ export class Panel {
   /** Returns the curves of series for {@link Curves}, those of the compared run dashed. */
   curvesOf(series) {
     const curve = (monitor, one, run) => ({
-      name: one.name, steps: monitor.steps, values: monitor.values[one.name] ?? [], run, dash: dashOf(one.place),
+      name: one.name,
+      steps: monitor.steps,
+      values: monitor.values[one.name] ?? [],
+      run,
+      dash: dashOf(one.place),
       colour: colourOf(one.place),
     });
     const other = twin(this.name);
-    const dashed = other ? series.filter((one) => other.values[one.name]).map((one) => curve(other, one, state.compare)) : [];
+    const dashed = other
+      ? series.filter((one) => other.values[one.name]).map((one) => curve(other, one, state.compare))
+      : [];
     return [...series.map((one) => curve(this.monitor, one)), ...dashed];
   }
 
@@ -174,8 +207,17 @@ export function linked(element, names) {
 export function swatch(series) {
   const dashes = {solid: null, dot: '2 2', dashdot: '5 2 1 2', longdashdot: '8 2 1 2'};
   return svg(
-    'svg', {class: 'swatch', viewBox: '0 0 16 10', 'aria-hidden': 'true'},
-    svg('line', {x1: 0, x2: 16, y1: 5, y2: 5, stroke: colourOf(series.place), 'stroke-width': 5, 'stroke-dasharray': dashes[dashOf(series.place)]}),
+    'svg',
+    {class: 'swatch', viewBox: '0 0 16 10', 'aria-hidden': 'true'},
+    svg('line', {
+      x1: 0,
+      x2: 16,
+      y1: 5,
+      y2: 5,
+      stroke: colourOf(series.place),
+      'stroke-width': 5,
+      'stroke-dasharray': dashes[dashOf(series.place)],
+    }),
   );
 }
 
@@ -194,7 +236,16 @@ export class Legend {
     this.key = key;
     this.entries = series.map((one) => {
       const value = el('span', {class: 'value'});
-      const button = linked(el('button', {type: 'button', class: 'entry', 'data-name': one.name}, swatch(one), el('span', {class: 'name', title: one.name}, one.name), value), [one.name]);
+      const button = linked(
+        el(
+          'button',
+          {type: 'button', class: 'entry', 'data-name': one.name},
+          swatch(one),
+          el('span', {class: 'name', title: one.name}, one.name),
+          value,
+        ),
+        [one.name],
+      );
       return {series: one, value, button};
     });
     this.element.replaceChildren(...this.entries.map((entry) => entry.button));
@@ -226,7 +277,9 @@ export class Picture {
     this.image = el('img', {alt: caption, decoding: 'async', ...attributes});
     this.stack = el('div', {class: 'stack'}, this.image);
     this.element = el('figure', {hidden: true}, this.caption, this.stack);
-    this.image.addEventListener('error', () => { this.caption.textContent = `${this.caption.textContent} (could not be loaded)`; });
+    this.image.addEventListener('error', () => {
+      this.caption.textContent = `${this.caption.textContent} (could not be loaded)`;
+    });
   }
 
   show(url, caption) {

@@ -16,21 +16,44 @@ export class Picker {
     const id = freshId();
     Object.assign(this, {kind, none, picked});
     this.button = el('button', {
-      type: 'button', class: 'picker-button', 'aria-haspopup': 'listbox', 'aria-expanded': 'false', 'aria-controls': id, 'data-testid': `${kind}-picker`,
-      onclick: () => this.toggle(), onkeydown: (event) => event.key === 'ArrowDown' && (event.preventDefault(), this.toggle(true)),
+      type: 'button',
+      class: 'picker-button',
+      'aria-haspopup': 'listbox',
+      'aria-expanded': 'false',
+      'aria-controls': id,
+      'data-testid': `${kind}-picker`,
+      onclick: () => this.toggle(),
+      onkeydown: (event) => event.key === 'ArrowDown' && (event.preventDefault(), this.toggle(true)),
     });
-    this.filter = el('input', {type: 'search', placeholder: 'filter', 'aria-label': 'Filter the runs', oninput: () => this.fill()});
+    this.filter = el('input', {
+      type: 'search',
+      placeholder: 'filter',
+      'aria-label': 'Filter the runs',
+      oninput: () => this.fill(),
+    });
     this.list = el('div', {role: 'listbox', 'aria-label': label, id});
-    this.popup = el('div', {class: 'popup', hidden: true, onkeydown: (event) => this.key(event)}, this.filter, this.list);
+    this.popup = el(
+      'div',
+      {class: 'popup', hidden: true, onkeydown: (event) => this.key(event)},
+      this.filter,
+      this.list,
+    );
     this.element = el('div', {class: 'picker'}, el('span', {class: 'faint'}, label), this.button, this.popup);
     document.addEventListener('pointerdown', (event) => !this.element.contains(event.target) && this.toggle(false));
-    this.element.addEventListener('focusout', (event) => event.relatedTarget && !this.element.contains(event.relatedTarget) && this.toggle(false));
+    this.element.addEventListener(
+      'focusout',
+      (event) => event.relatedTarget && !this.element.contains(event.relatedTarget) && this.toggle(false),
+    );
   }
 
   show(runs, chosen) {
     Object.assign(this, {runs, chosen});
     const run = runs.find((one) => one.run === chosen);
-    this.button.replaceChildren(el('span', {class: 'run-name'}, chosen ?? this.none ?? 'no run'), ...(run ? [badge(run.state)] : []), el('span', {'aria-hidden': 'true'}, '▾'));
+    this.button.replaceChildren(
+      el('span', {class: 'run-name'}, chosen ?? this.none ?? 'no run'),
+      ...(run ? [badge(run.state)] : []),
+      el('span', {'aria-hidden': 'true'}, '▾'),
+    );
     this.button.title = chosen ?? '';
     if (!this.popup.hidden) this.fill();
   }
@@ -50,17 +73,35 @@ export class Picker {
     const wanted = this.filter.value.toLowerCase();
     const runs = this.runs.filter((one) => one.run.toLowerCase().includes(wanted));
     const focused = document.activeElement?.dataset?.run;
-    this.list.replaceChildren(...(this.none ? [this.option(null, this.none)] : []), ...runs.map((run) => this.option(
-      run.run, run.run, badge(run.state), el('span', {class: 'faint'}, `${counted(run.alarms ?? 0, 'open alarm')}, step ${run.step ?? 0}`),
-    )));
+    this.list.replaceChildren(
+      ...(this.none ? [this.option(null, this.none)] : []),
+      ...runs.map((run) =>
+        this.option(
+          run.run,
+          run.run,
+          badge(run.state),
+          el('span', {class: 'faint'}, `${counted(run.alarms ?? 0, 'open alarm')}, step ${run.step ?? 0}`),
+        ),
+      ),
+    );
     if (focused != null) [...this.list.children].find((one) => one.dataset.run === focused)?.focus();
   }
 
   option(run, name, ...more) {
-    return el('div', {
-      role: 'option', tabindex: -1, class: 'option', 'aria-selected': String(run === this.chosen), 'data-testid': `${this.kind}-option`, 'data-run': run ?? '',
-      onclick: () => this.pick(run),
-    }, el('span', {class: 'run-name'}, name), ...more);
+    return el(
+      'div',
+      {
+        role: 'option',
+        tabindex: -1,
+        class: 'option',
+        'aria-selected': String(run === this.chosen),
+        'data-testid': `${this.kind}-option`,
+        'data-run': run ?? '',
+        onclick: () => this.pick(run),
+      },
+      el('span', {class: 'run-name'}, name),
+      ...more,
+    );
   }
 
   pick(run) {

@@ -10,7 +10,13 @@ export class Primitives extends Panel {
     this.strip = new Picture('Largest components', {'data-testid': 'strip'});
     this.strip.image.classList.add('grid');
     this.names = el('ol', {class: 'components'});
-    this.line = svg('svg', {class: 'norms', viewBox: '0 0 100 40', preserveAspectRatio: 'none', role: 'img', 'aria-label': 'Norms of the components, largest first'});
+    this.line = svg('svg', {
+      class: 'norms',
+      viewBox: '0 0 100 40',
+      preserveAspectRatio: 'none',
+      role: 'img',
+      'aria-label': 'Norms of the components, largest first',
+    });
     this.norms = el('div', {class: 'readout'});
     this.series = new OtherSeries(this);
     this.normsBlock = titled('Norms of the components, largest first', this.line, this.norms);
@@ -46,6 +52,8 @@ export class Primitives extends Panel {
     const most = Math.max(...values, 1e-9);
     const place = (value, i) => `${(100 * i) / Math.max(1, values.length - 1)},${38 - (36 * value) / most}`;
     this.line.replaceChildren(svg('polyline', {points: values.map(place).join(' ')}));
-    this.norms.textContent = values.length ? `${values.length} components, from ${formatted(values[0])} to ${formatted(values.at(-1))}` : '';
+    this.norms.textContent = values.length
+      ? `${values.length} components, from ${formatted(values[0])} to ${formatted(values.at(-1))}`
+      : '';
   }
 }

@@ -6,7 +6,18 @@ import {channels, colourOf, distanceShare, isDark, scaled} from './colours.js';
 import {el, formatted, freshId, svg} from './dom.js';
 import {Legend, Panel, Picture} from './panel.js';
 import {
-  alarmsOf, atOrBefore, beganAt, choose, currentStep, extraAt, frameStep, highlighted, point, state, valueAt, withRole,
+  alarmsOf,
+  atOrBefore,
+  beganAt,
+  choose,
+  currentStep,
+  extraAt,
+  frameStep,
+  highlighted,
+  point,
+  state,
+  valueAt,
+  withRole,
 } from './state.js';
 
 export class Regions extends Panel {
@@ -30,7 +41,13 @@ export class Regions extends Panel {
       pictures.append(this.mapFigure());
     }
     const hasDistance = this.labels && this.monitor.extra?.distance?.some((one) => one);
-    this.looks = el('div', {class: 'looks'}, pictures, hasDistance ? this.mapOptions() : null, el('div', {class: 'pair'}, this.realSamples.element, this.samples.element));
+    this.looks = el(
+      'div',
+      {class: 'looks'},
+      pictures,
+      hasDistance ? this.mapOptions() : null,
+      el('div', {class: 'pair'}, this.realSamples.element, this.samples.element),
+    );
     this.body.append(
       this.looks,
       el('div', {class: 'block'}, this.curvesTitle, this.legend.element, this.curves.element),
@@ -38,7 +55,13 @@ export class Regions extends Panel {
   }
 
   mapFigure() {
-    this.canvas = el('canvas', {role: 'img', 'data-testid': 'region-map', 'aria-label': 'Map of the regions', width: this.labels[0].length, height: this.labels.length});
+    this.canvas = el('canvas', {
+      role: 'img',
+      'data-testid': 'region-map',
+      'aria-label': 'Map of the regions',
+      width: this.labels[0].length,
+      height: this.labels.length,
+    });
     const stack = el('div', {class: 'stack'}, this.canvas);
     this.outlines.push(this.outlined(stack));
     return el('figure', {}, el('figcaption', {}, 'Map of the regions'), stack);
@@ -47,18 +70,43 @@ export class Regions extends Panel {
   mapOptions() {
     this.scale = el('span', {class: 'map-scale'});
     const group = freshId();
-    const option = (mode, words) => el('label', {}, el('input', {
-      type: 'radio', name: group, value: mode, checked: mode === this.mapMode, 'data-testid': `map-${mode}`,
-      onchange: () => { this.mapMode = mode; this.paintMap(); },
-    }), words);
-    return el('div', {class: 'options', role: 'radiogroup', 'aria-label': 'Colours of the map'}, 'Map coloured', option('region', 'by region'), option('distance', 'by distance from real'), this.scale);
+    const option = (mode, words) =>
+      el(
+        'label',
+        {},
+        el('input', {
+          type: 'radio',
+          name: group,
+          value: mode,
+          checked: mode === this.mapMode,
+          'data-testid': `map-${mode}`,
+          onchange: () => {
+            this.mapMode = mode;
+            this.paintMap();
+          },
+        }),
+        words,
+      );
+    return el(
+      'div',
+      {class: 'options', role: 'radiogroup', 'aria-label': 'Colours of the map'},
+      'Map coloured',
+      option('region', 'by region'),
+      option('distance', 'by distance from real'),
+      this.scale,
+    );
   }
 
   /** Lays the outlines of the regions over a picture; pointing at one highlights it. */
   outlined(stack) {
     const [height, width] = [this.labels.length, this.labels[0].length];
     const borders = bordersOf(this.labels);
-    const layer = svg('svg', {class: 'outlines', viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: 'none', 'aria-hidden': 'true'});
+    const layer = svg('svg', {
+      class: 'outlines',
+      viewBox: `0 0 ${width} ${height}`,
+      preserveAspectRatio: 'none',
+      'aria-hidden': 'true',
+    });
     const paths = this.components.map((series) => {
       const d = borders.get(series.index) ?? '';
       const halo = svg('path', {d, class: 'halo'});
@@ -93,7 +141,10 @@ export class Regions extends Panel {
     const series = components.length ? components : this.monitor.series;
     const quantity = series[0]?.quantity || 'value';
     this.curvesTitle.textContent = `${quantity[0].toUpperCase()}${quantity.slice(1)} of each region${state.other ? `; dashed: ${state.compare}` : ''}`;
-    this.curves.show(this.curvesOf([...series, ...withRole(this.monitor, 'aggregate').filter((one) => !series.includes(one))]), this.alarmMarks());
+    this.curves.show(
+      this.curvesOf([...series, ...withRole(this.monitor, 'aggregate').filter((one) => !series.includes(one))]),
+      this.alarmMarks(),
+    );
     this.legend.draw([...components, ...withRole(this.monitor, 'aggregate')]);
   }
 
@@ -128,13 +179,16 @@ export class Regions extends Panel {
 
   /** Shows the last picture from before the newest alarm that began up to the step. */
   async showBefore() {
-    const alarm = alarmsOf(this.name).filter((one) => beganAt(one) <= currentStep()).at(-1);
+    const alarm = alarmsOf(this.name)
+      .filter((one) => beganAt(one) <= currentStep())
+      .at(-1);
     const at = alarm ? atOrBefore(this.monitor.frames, beganAt(alarm) - 1) : -1;
     this.before.element.hidden = at < 0 || frameStep(this.monitor, currentStep()) <= this.monitor.frames[at];
     if (this.before.element.hidden) return;
     try {
       const frame = await getFrame(state.run, this.name, this.monitor.frames[at]);
-      if (frame.pictures?.mean_generated) this.before.show(pictureUrl(frame.pictures.mean_generated), `Before, step ${frame.step}`);
+      if (frame.pictures?.mean_generated)
+        this.before.show(pictureUrl(frame.pictures.mean_generated), `Before, step ${frame.step}`);
     } catch {
       this.before.element.hidden = true;
     }
@@ -142,7 +196,8 @@ export class Regions extends Panel {
 
   entryText(series) {
     const value = formatted(valueAt(this.monitor, series.name, currentStep()));
-    const distance = series.role === 'component' ? extraAt(this.monitor, 'distance', currentStep())?.[series.index] : null;
+    const distance =
+      series.role === 'component' ? extraAt(this.monitor, 'distance', currentStep())?.[series.index] : null;
     return distance == null ? value : `${value}, ${formatted(distance)} σ`;
   }
 
@@ -152,12 +207,19 @@ export class Regions extends Panel {
     const names = highlighted();
     const isAny = this.components.some((series) => names.includes(series.name));
     const ground = isDark() ? 48 : 255;
-    const byIndex = new Map(this.components.map((series) => {
-      const distance = distances[series.index];
-      const full = this.mapMode === 'region' ? channels(colourOf(series.place)) : distance == null ? [128, 128, 128] : scaled('heat', distanceShare(distance));
-      const strength = this.mapMode === 'region' && isAny && !names.includes(series.name) ? 0.3 : 1;
-      return [series.index, full.map((channel) => ground + strength * (channel - ground))];
-    }));
+    const byIndex = new Map(
+      this.components.map((series) => {
+        const distance = distances[series.index];
+        const full =
+          this.mapMode === 'region'
+            ? channels(colourOf(series.place))
+            : distance == null
+              ? [128, 128, 128]
+              : scaled('heat', distanceShare(distance));
+        const strength = this.mapMode === 'region' && isAny && !names.includes(series.name) ? 0.3 : 1;
+        return [series.index, full.map((channel) => ground + strength * (channel - ground))];
+      }),
+    );
     const key = `${this.mapMode} ${isDark()} ${[...byIndex.values()].join()}`;
     if (key === this.painted) return;
     this.painted = key;
@@ -173,11 +235,13 @@ export class Regions extends Panel {
 function bordersOf(labels) {
   const paths = new Map();
   const add = (label, text) => paths.set(label, (paths.get(label) ?? '') + text);
-  labels.forEach((line, row) => line.forEach((label, column) => {
-    if (labels[row - 1]?.[column] !== label) add(label, `M${column} ${row}h1`);
-    if (labels[row + 1]?.[column] !== label) add(label, `M${column} ${row + 1}h1`);
-    if (line[column - 1] !== label) add(label, `M${column} ${row}v1`);
-    if (line[column + 1] !== label) add(label, `M${column + 1} ${row}v1`);
-  }));
+  labels.forEach((line, row) =>
+    line.forEach((label, column) => {
+      if (labels[row - 1]?.[column] !== label) add(label, `M${column} ${row}h1`);
+      if (labels[row + 1]?.[column] !== label) add(label, `M${column} ${row + 1}h1`);
+      if (line[column - 1] !== label) add(label, `M${column} ${row}v1`);
+      if (line[column + 1] !== label) add(label, `M${column + 1} ${row}v1`);
+    }),
+  );
   return paths;
 }

@@ -29,12 +29,27 @@ export class OtherSeries {
   build(groups) {
     this.charts = [...groups].slice(0, MOST_CHARTS).map(([axis, list]) => {
       const shown = list.slice(0, MOST_CURVES);
-      return {title: el('h3', {}, axis[0].toUpperCase() + axis.slice(1)), list: shown, hidden: list.length - shown.length, curves: new Curves(`${axis} over steps`, 160), legend: new Legend(this.panel)};
+      return {
+        title: el('h3', {}, axis[0].toUpperCase() + axis.slice(1)),
+        list: shown,
+        hidden: list.length - shown.length,
+        curves: new Curves(`${axis} over steps`, 160),
+        legend: new Legend(this.panel),
+      };
     });
     const left = [...groups].slice(MOST_CHARTS).map(([axis]) => axis);
-    this.element.replaceChildren(...this.charts.map(({title, curves, legend, hidden}) => el(
-      'div', {class: 'block'}, title, curves.element, legend.element, hidden ? el('p', {class: 'faint'}, `${hidden} more are in the tab Scalars.`) : null,
-    )));
+    this.element.replaceChildren(
+      ...this.charts.map(({title, curves, legend, hidden}) =>
+        el(
+          'div',
+          {class: 'block'},
+          title,
+          curves.element,
+          legend.element,
+          hidden ? el('p', {class: 'faint'}, `${hidden} more are in the tab Scalars.`) : null,
+        ),
+      ),
+    );
     if (left.length) this.element.append(el('p', {class: 'faint'}, `Also in the tab Scalars: ${left.join(', ')}.`));
   }
 

@@ -118,7 +118,8 @@ export function namesInAlarm(monitor, step) {
 
 /** Returns the names and monitors of the run, in the order of their panels. */
 export function monitors() {
-  const place = ([, monitor]) => (ORDER.includes(monitor.diagnostic) ? ORDER.indexOf(monitor.diagnostic) : ORDER.length);
+  const place = ([, monitor]) =>
+    ORDER.includes(monitor.diagnostic) ? ORDER.indexOf(monitor.diagnostic) : ORDER.length;
   return Object.entries(state.data?.monitors ?? {}).sort((a, b) => place(a) - place(b));
 }
 

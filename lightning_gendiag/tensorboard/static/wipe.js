@@ -10,13 +10,22 @@ const PICTURES = {
   GenerationBalance: ['classes'],
   RegionalPrimitives: ['strip'],
 };
-const WORDS = {mean_generated: 'Mean of generated images', samples: 'Generated images', classes: 'One row for each class', strip: 'Largest components'};
+const WORDS = {
+  mean_generated: 'Mean of generated images',
+  samples: 'Generated images',
+  classes: 'One row for each class',
+  strip: 'Largest components',
+};
 
 export const withPictures = () => monitors().filter(([, one]) => PICTURES[one.diagnostic] && one.frames?.length);
 
 export class Wipe extends Panel {
   constructor() {
-    super('wipe', 'Before and after', 'Move the control to wipe between two steps, or between two runs at the same step.');
+    super(
+      'wipe',
+      'Before and after',
+      'Move the control to wipe between two steps, or between two runs at the same step.',
+    );
   }
 
   get monitor() {
@@ -25,29 +34,86 @@ export class Wipe extends Panel {
 
   build() {
     const [which, step] = [freshId(), freshId()];
-    this.which = el('select', {id: which, 'data-testid': 'wipe-monitor', onchange: () => { this.chosenMonitor = this.which.value; this.draw(); this.wantFrame(); }});
-    this.from = el('select', {id: step, 'data-testid': 'wipe-step', onchange: () => { this.hasChosen = true; this.refresh(); }});
+    this.which = el('select', {
+      id: which,
+      'data-testid': 'wipe-monitor',
+      onchange: () => {
+        this.chosenMonitor = this.which.value;
+        this.hasChosen = false; // the other monitor has frames at other steps
+        this.draw();
+        this.wantFrame();
+      },
+    });
+    this.from = el('select', {
+      id: step,
+      'data-testid': 'wipe-step',
+      onchange: () => {
+        this.hasChosen = true;
+        this.refresh();
+      },
+    });
     const group = freshId();
-    const option = (mode, words) => el('label', {}, el('input', {type: 'radio', name: group, value: mode, 'data-testid': `wipe-${mode}`, onchange: () => { this.mode = mode; this.refresh(); }}), words);
-    this.modes = el('span', {class: 'options', role: 'radiogroup', 'aria-label': 'What is compared'}, option('steps', 'two steps'), option('runs', 'two runs'));
+    const option = (mode, words) =>
+      el(
+        'label',
+        {},
+        el('input', {
+          type: 'radio',
+          name: group,
+          value: mode,
+          'data-testid': `wipe-${mode}`,
+          onchange: () => {
+            this.mode = mode;
+            this.refresh();
+          },
+        }),
+        words,
+      );
+    this.modes = el(
+      'span',
+      {class: 'options', role: 'radiogroup', 'aria-label': 'What is compared'},
+      option('steps', 'two steps'),
+      option('runs', 'two runs'),
+    );
     this.fromLabel = el('label', {for: step}, 'before: step ', this.from);
-    this.range = el('input', {type: 'range', min: 0, max: 100, value: 50, 'aria-label': 'Wipe between before and after', 'data-testid': 'wipe', oninput: () => this.cut()});
+    this.range = el('input', {
+      type: 'range',
+      min: 0,
+      max: 100,
+      value: 50,
+      'aria-label': 'Wipe between before and after',
+      'data-testid': 'wipe',
+      oninput: () => this.cut(),
+    });
     this.stages = el('div', {class: 'stages'});
     this.sides = el('div', {class: 'sides'});
-    this.body.append(el('div', {class: 'controls'}, el('label', {for: which}, 'pictures of ', this.which), this.modes, this.fromLabel), this.sides, this.range, this.stages);
+    this.body.append(
+      el('div', {class: 'controls'}, el('label', {for: which}, 'pictures of ', this.which), this.modes, this.fromLabel),
+      this.sides,
+      this.range,
+      this.stages,
+    );
     this.mode = 'steps';
   }
 
   draw() {
     const names = withPictures().map(([name]) => name);
     if (!names.includes(this.chosenMonitor)) this.chosenMonitor = names[0];
-    this.which.replaceChildren(...names.map((name) => el('option', {value: name, selected: name === this.chosenMonitor}, name)));
+    this.which.replaceChildren(
+      ...names.map((name) => el('option', {value: name, selected: name === this.chosenMonitor}, name)),
+    );
     if (this.run !== state.run) this.hasChosen = false;
     this.run = state.run;
     const chosen = this.hasChosen ? this.from.value : null;
-    this.from.replaceChildren(...this.monitor.frames.map((step) => el('option', {value: step, selected: String(step) === chosen}, String(step))));
+    this.from.replaceChildren(
+      ...this.monitor.frames.map((step) =>
+        el('option', {value: step, selected: String(step) === chosen}, String(step)),
+      ),
+    );
     if (!this.hasChosen) this.from.value = this.usualStart();
-    this.setMode(twin(this.chosenMonitor)?.frames?.length ? (this.compared === state.compare ? this.mode : 'runs') : 'steps');
+    this.setMode(
+      twin(this.chosenMonitor)?.frames?.length ? (this.compared === state.compare ? this.mode : 'runs') : 'steps',
+    );
     this.compared = state.compare;
     this.shown = null;
   }
@@ -84,12 +150,18 @@ export class Wipe extends Panel {
     if (key === this.shown) return;
     this.wanted = key;
     try {
-      const [left, right] = await Promise.all([getFrame(run, this.chosenMonitor, before), getFrame(state.run, this.chosenMonitor, after)]);
+      const [left, right] = await Promise.all([
+        getFrame(run, this.chosenMonitor, before),
+        getFrame(state.run, this.chosenMonitor, after),
+      ]);
       if (key !== this.wanted) return;
       this.shown = key;
       this.showPictures(left, right);
       const label = (name, step) => (isSteps ? `step ${step}` : `${name}, step ${step}`);
-      this.sides.replaceChildren(el('span', {}, `◀ ${label(run, left.step)}`), el('span', {}, `${label(state.run, right.step)} ▶`));
+      this.sides.replaceChildren(
+        el('span', {}, `◀ ${label(run, left.step)}`),
+        el('span', {}, `${label(state.run, right.step)} ▶`),
+      );
     } catch (error) {
       this.tell(`The pictures could not be loaded. ${error.message}`);
     }
@@ -109,15 +181,28 @@ export class Wipe extends Panel {
   }
 
   buildStages(names, frame) {
-    this.parts = names.map((name) => ({name, under: el('img', {alt: `${WORDS[name]}, after`}), over: el('img', {alt: `${WORDS[name]}, before`, class: 'over'}), edge: el('div', {class: 'edge'})}));
-    this.stages.replaceChildren(...this.parts.map(({name, under, over, edge}) => {
-      const {width, height} = frame.pictures[name];
-      const stack = el('div', {class: 'stack wipe-stack', style: `aspect-ratio:${width}/${height}`}, under, over, edge);
-      const follow = (event) => event.buttons && this.drag(event, stack);
-      stack.addEventListener('pointerdown', follow);
-      stack.addEventListener('pointermove', follow);
-      return el('figure', {style: `flex:${width / height} 1 0`}, el('figcaption', {}, WORDS[name]), stack);
+    this.parts = names.map((name) => ({
+      name,
+      under: el('img', {alt: `${WORDS[name]}, after`}),
+      over: el('img', {alt: `${WORDS[name]}, before`, class: 'over'}),
+      edge: el('div', {class: 'edge'}),
     }));
+    this.stages.replaceChildren(
+      ...this.parts.map(({name, under, over, edge}) => {
+        const {width, height} = frame.pictures[name];
+        const stack = el(
+          'div',
+          {class: 'stack wipe-stack', style: `aspect-ratio:${width}/${height}`},
+          under,
+          over,
+          edge,
+        );
+        const follow = (event) => event.buttons && this.drag(event, stack);
+        stack.addEventListener('pointerdown', follow);
+        stack.addEventListener('pointermove', follow);
+        return el('figure', {style: `flex:${width / height} 1 0`}, el('figcaption', {}, WORDS[name]), stack);
+      }),
+    );
   }
 
   drag(event, stack) {
