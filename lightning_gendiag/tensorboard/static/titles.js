@@ -1,0 +1,21 @@
+// Words for the diagnostics, in the order of their panels.
+
+export const DIAGNOSTICS = {
+  CosineMeanSimilarity: ['Regions', 'Similarity of generated to real images in each region; 1 is equal.'],
+  GenerationBalance: ['Classes', 'Shares of the classes among generated images.'],
+  ManifoldEntropy: ['Dimensions: entropy', 'How far each latent dimension moves the data.'],
+  PosteriorKL: [
+    'Dimensions: posterior KL',
+    'How far the posterior of each latent dimension is from the prior; 0 is unused.',
+  ],
+  KStar: ['k*', 'Whether the latent space keeps classes together: 1 is together, 0 is scattered.'],
+  LatentRegions: ['Latent regions', 'Clusters of the latents and the areas between them.'],
+  RegionalPrimitives: ['Primitives', 'Components of the generator and the regions they draw.'],
+  TrainingData: ['Training data', ''],
+};
+
+export const ORDER = Object.keys(DIAGNOSTICS);
+
+export function titleOf(name, diagnostic) {
+  return DIAGNOSTICS[diagnostic]?.[0] ?? name;
+}
