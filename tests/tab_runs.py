@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,16 @@ class Run:
     """Writes a run with one evaluation every 10 steps; ``broken_at`` is the evaluation at which a region breaks."""
 
     def __init__(
-        self, folder: Path, evaluations: int = 60, broken_at: int | None = 40, first: int = 1, dimensions: int = 8
+        self,
+        folder: Path,
+        evaluations: int = 60,
+        broken_at: int | None = 40,
+        first: int = 1,
+        dimensions: int = 8,
+        has_frame: Callable[[int], bool] = lambda number: number <= 20 or number % 5 == 0,
     ) -> None:
         self.writer = SummaryWriter(str(folder))
-        self.first = first
+        self.first, self.has_frame = first, has_frame
         self.broken_at, self.dimensions, self.source = broken_at, dimensions, np.random.default_rng(7)
         self.setup()
         for number in range(first, evaluations + 1):
@@ -126,7 +133,7 @@ class Run:
         self.values("latent_regions", common, {"overlap": 0.1})
         self.values("regional_primitives", common, {"components": 5.0})
         self.values("training_data", common, {"duplicates": 0.0 if number % 2 else math.nan})
-        if number <= 20 or number % 5 == 0 or number == self.broken_at:
+        if self.has_frame(number) or number == self.broken_at:
             self.frames(number, common, broken)
 
     def values(self, monitor: str, common: dict[str, Any], values: dict[str, float], extra: Any = None) -> None:
