@@ -12,6 +12,7 @@ import io
 import json
 import math
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,13 +181,41 @@ def _over_samples(samples: Sequence[float], values: Sequence[Sequence[float]], h
     return canvas.picture_of(image)
 
 
+def screenshots(logdir: Path) -> None:
+    """Takes pictures of the tab in headless Chromium: the first screen, and what lies below it."""
+    from tests.helpers.tab_browser import Board, start_browser
+
+    browser = start_browser(1400, 900)
+    board = Board(browser, logdir)
+    try:
+        board.open()
+        for name, panel in (("tab", None), ("tab_below", "panel-GenerationBalance")):
+            if panel is not None:
+                browser.execute_script("arguments[0].scrollIntoView()", board.one(panel))
+            # panels are drawn when they come into view
+            time.sleep(4)
+            browser.switch_to.default_content()
+            browser.save_screenshot(str(DOCS / f"{name}.png"))
+            browser.switch_to.frame(browser.find_element("css selector", "iframe[src*='name=gendiag']"))
+            print(f"docs/{name}.png")
+    finally:
+        board.close()
+        browser.quit()
+
+
 def main() -> None:
     """Trains the examples and writes the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="folder of runs that are used again where they are there")
     parser.add_argument("--page", choices=sorted(PICTURES), help="the page whose picture is made; by default all")
     parser.add_argument("--power", type=Path, help="what benchmarks.defaults --json wrote; draws docs/power.png alone")
+    parser.add_argument(
+        "--tab", type=Path, help="log directory of the demo; takes docs/tab.png and docs/tab_below.png alone"
+    )
     options = parser.parse_args()
+    if options.tab:
+        screenshots(options.tab)
+        return
     if options.power:
         figures = json.loads(options.power.read_text().splitlines()[-1])
         Image.fromarray(power(figures["power"]).numpy()).save(DOCS / "power.png")

@@ -79,22 +79,25 @@ def test_the_slider_moves_map_curves_and_samples_together(board: Board) -> None:
 def test_a_region_highlights_its_curve_and_the_other_way_round(board: Board) -> None:
     board.choose("broken")
     panel = "panel-CosineMeanSimilarity"
-    canvas = board.one("region-map")
-    size = canvas.size
 
     def highlighted(x: int) -> str | None:
+        # found again each time, since a run that is chosen draws its panels anew
+        canvas = board.one("region-map")
+        size = canvas.size
         # the page may move below a pointer that stays, so each try goes to another place of the top left quarter
         actions = webdriver.ActionChains(board.browser)
         actions.move_to_element_with_offset(canvas, -size["width"] // 4 + x, -size["height"] // 4).perform()
         return board.attribute(panel, "data-highlight")
 
     until(lambda: "top left" in (highlighted(0), highlighted(3)), "the region below the pointer")
-    entry = next(
-        one for one in board.browser.find_elements(By.CSS_SELECTOR, f"[data-testid='{panel}'] [data-name='top right']")
-    )
     before = board.pixels("region-map")
-    webdriver.ActionChains(board.browser).move_to_element(entry).perform()
-    until(lambda: board.attribute(panel, "data-highlight") == "top right", "the region of the curve")
+
+    def highlighted_by_the_legend() -> str | None:
+        entry = board.browser.find_element(By.CSS_SELECTOR, f"[data-testid='{panel}'] [data-name='top right']")
+        webdriver.ActionChains(board.browser).move_to_element(entry).perform()
+        return board.attribute(panel, "data-highlight")
+
+    until(lambda: highlighted_by_the_legend() == "top right", "the region of the curve")
     until(lambda: board.pixels("region-map") != before, "the region in the map")
 
 

@@ -596,3 +596,18 @@ def test_tensorboard_finds_the_tab_of_the_wheel_without_importing_torch(
     assert listing["tab_name"] == "GenDiag"
     assert Path(source).is_relative_to(tmp_path)
     assert modules == []
+
+
+def test_the_page_learns_which_way_a_series_is_worse(serve: Serve, server: TabServer, tmp_path: Path) -> None:
+    monitors = server.json("run", run="version_10")["monitors"]
+    assert {one["worse"] for one in monitors["cms"]["series"]} == {"down"}
+    assert [one["worse"] for one in monitors["generation_balance"]["series"]] == ["down"] * 10 + ["up"]
+    assert monitors["cms"]["severities"] == {}
+    with SummaryWriter(str(tmp_path)) as writer:
+        for number in (1, 2, 3):
+            fields = {"step": number, "epoch": 0, "number": number, "values": {"a": 1.0, "b": 2.0}}
+            fields["severities"] = {"a": [0.5, None, -0.25][number - 1]}
+            write_record(writer, records.values_tag("x", number), number, packed(fields))
+    one = serve(tmp_path).json("run", run=".")["monitors"]["x"]
+    assert {series["name"]: series["worse"] for series in one["series"]} == {"a": "severe", "b": ""}
+    assert one["severities"] == {"a": [0.5, None, -0.25]}

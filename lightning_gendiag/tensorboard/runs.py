@@ -7,6 +7,7 @@ and decodes only the evaluations that its reply has.
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import zlib
@@ -494,7 +495,8 @@ def _monitor_reply(run: Run, monitor: str, points: int, kept: Collection[int]) -
     setup = run.setup(monitor)
     declared = {} if setup is None else setup.fields
     series = _series(declared.get("series"))
-    rows = {name: [_dictionary(entry.fields.get(name)) for entry in chosen] for name in ("values", "extra")}
+    parts = ("values", "severities", "extra")
+    rows = {name: [_dictionary(entry.fields.get(name)) for entry in chosen] for name in parts}
     names = dict.fromkeys(one["name"] for one in series)
     undeclared = [name for name in dict.fromkeys(name for row in rows["values"] for name in row) if name not in names]
     series += [{"name": name, **UNKNOWN_SERIES} for name in undeclared]
@@ -502,13 +504,21 @@ def _monitor_reply(run: Run, monitor: str, points: int, kept: Collection[int]) -
     if setup is not None and setup.record is not None:
         pictures = _pictures(run.name, monitor, setup, setup.record, "setup")
         described = {**declared, **_lists(setup.record), "pictures": pictures}
+    values = {one["name"]: [_value(row.get(one["name"])) for row in rows["values"]] for one in series}
+    severities: dict[str, list[Any]] = {}
+    for one in series:
+        judged = [_value(row.get(one["name"])) for row in rows["severities"]]
+        one["worse"] = _worse(values[one["name"]], judged)
+        if one["worse"] == "severe":
+            severities[one["name"]] = judged
     return {
         "diagnostic": declared.get("diagnostic"),
         "setup": described,
         "series": series,
         "steps": [entry.step for entry in chosen],
         "epochs": [entry.fields.get("epoch") for entry in chosen],
-        "values": {one["name"]: [_value(row.get(one["name"])) for row in rows["values"]] for one in series},
+        "values": values,
+        "severities": severities,
         "extra": {
             name: [row.get(name) for row in rows["extra"]]
             for name in dict.fromkeys(n for row in rows["extra"] for n in row)
@@ -538,6 +548,17 @@ def _lists(record: Record) -> dict[str, Any]:
 def _series(declared: Any) -> list[dict[str, Any]]:
     found = declared if isinstance(declared, list) else []
     return [{**UNKNOWN_SERIES, **one} for one in found if isinstance(one, dict) and isinstance(one.get("name"), str)]
+
+
+def _worse(values: Sequence[Any], severities: Sequence[Any]) -> str:
+    """Returns which way a series is worse: up, down, by its severity, which is sent then, or unknown."""
+    pairs = [(v, s) for v, s in zip(values, severities, strict=True) if v is not None and s is not None]
+    if not pairs:
+        return ""
+    for name, sign in (("up", 1), ("down", -1)):
+        if all(math.isclose(sign * v, s, rel_tol=1e-4, abs_tol=1e-9) for v, s in pairs):
+            return name
+    return "severe"
 
 
 def _dictionary(value: Any) -> dict[str, Any]:

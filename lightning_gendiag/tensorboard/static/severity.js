@@ -1,37 +1,45 @@
 // How far each value of a series lies from the usual level of that series.
 
-import {alarms, beganAt, namesOf, withRole} from './state.js';
+import {alarms, beganAt, namesOf} from './state.js';
 
-const WINDOW = 24;
+const WINDOW = 12;
 const LEAST = 6;
 const USUAL = 4;
 const DARKEST = 20;
-const LOWER_IS_WORSE = new Set(['CosineMeanSimilarity', 'KStar']);
 
 const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
 
-function levelOf(values) {
-  const middle = median(values);
-  const spread = 1.4826 * median(values.map((value) => Math.abs(value - middle)));
-  return {middle, spread: Math.max(spread, 0.005 * Math.abs(middle), 1e-9)};
+/** Returns the newest level, and the spread by the steps from value to value, so that a series that improves has a small one. */
+function levelOf(values, usual) {
+  const middle = median(values.slice(-LEAST));
+  const spread = (1.4826 / Math.SQRT2) * median(values.slice(1).map((value, i) => Math.abs(value - values[i])));
+  return {middle, spread: Math.max(spread, usual ?? 0.005 * Math.abs(middle), 1e-9)};
+}
+
+/** Returns the values of a series so that larger is worse, or null where it is not known which way is worse. */
+function upwards(monitor, series) {
+  const values = monitor.values[series.name] ?? [];
+  if (series.worse === 'severe') return monitor.severities[series.name];
+  if (series.worse === 'down') return values.map((value) => (value == null ? null : -value));
+  return series.worse === 'up' ? values : null;
 }
 
 /**
  * Returns the deviations from the level of the preceding values, in standard deviations; null without a value or a level.
  * Values during an alarm do not change the level, so that what stays bad keeps its colour.
  */
-function deviations(values, inAlarm, isOneSided) {
+function deviations(values, inAlarm, isOneSided, usual) {
   const recent = [];
   let level = null;
   return values.map((value, i) => {
     if (value == null) return null;
-    if (!inAlarm[i] && recent.length >= LEAST) level = levelOf(recent);
+    if (!inAlarm[i] && recent.length >= LEAST) level = levelOf(recent, usual);
     const change = level && (value - level.middle) / level.spread;
     if (!inAlarm[i]) {
       recent.push(value);
       if (recent.length > WINDOW) recent.shift();
     }
-    return level && (isOneSided ? Math.max(0, -change) : Math.abs(change));
+    return level && (isOneSided ? Math.max(0, change) : Math.abs(change));
   });
 }
 
@@ -43,15 +51,15 @@ function concerns(alarm, monitor, series) {
 
 /** Returns a monitor's deviations: an object with one list for each series. */
 export function severities(name, monitor) {
-  const directed = new Set(withRole(monitor, 'component', 'aggregate').map((one) => one.name));
   const result = {};
   for (const series of monitor.series) {
     const about = alarms().filter((alarm) => concerns(alarm, name, series));
     const inAlarm = monitor.steps.map((step) =>
       about.some((alarm) => beganAt(alarm) <= step && (alarm.recovered == null || step < alarm.recovered)),
     );
-    const isOneSided = LOWER_IS_WORSE.has(monitor.diagnostic) && directed.has(series.name);
-    result[series.name] = deviations(monitor.values[series.name] ?? [], inAlarm, isOneSided);
+    const judged = upwards(monitor, series);
+    const values = judged ?? monitor.values[series.name] ?? [];
+    result[series.name] = deviations(values, inAlarm, judged != null, judged && series.min_std);
   }
   return result;
 }

@@ -96,12 +96,14 @@ export class Timeline {
     const all = this.severities.get(name);
     const inAlarm = new Set(alarmsOf(name).flatMap(namesOf));
     const usual = inAlarm.size
-      ? monitor.series.filter((one) => inAlarm.has(one.name) || (monitor.series.length <= FEW && one.role !== 'record'))
+      ? monitor.series.filter((one) => inAlarm.has(one.name) || (monitor.series.length <= FEW && !['record', 'rule'].includes(one.role)))
       : [];
     const isOpen = this.opened.get(name) ?? usual.length > 0;
     const shown = !isOpen ? [] : this.opened.has(name) || !usual.length ? monitor.series : usual;
+    const judged = withRole(monitor, 'component', 'aggregate', 'standalone').map((one) => all[one.name]);
+    const lists = judged.length ? judged : Object.values(all);
     const worst = monitor.steps.map((_, i) =>
-      Object.values(all).reduce((most, list) => (list[i] == null ? most : Math.max(most ?? 0, list[i])), null),
+      lists.reduce((most, list) => (list[i] == null ? most : Math.max(most ?? 0, list[i])), null),
     );
     const button = el(
       'button',
@@ -109,7 +111,7 @@ export class Timeline {
         type: 'button',
         class: 'group',
         'aria-expanded': String(isOpen),
-        title: `${name}: the worst of ${monitor.series.length} series`,
+        title: `${name}: the worst of ${lists.length} series`,
         onclick: () => {
           this.opened.set(name, !isOpen);
           this.drawRows();
@@ -125,7 +127,7 @@ export class Timeline {
       values: worst,
       label: button,
       names: [],
-      byChance: Math.log(monitor.series.length),
+      byChance: Math.log(lists.length),
       alarms: isOpen ? [] : alarmsOf(name),
     };
     return [head, ...shown.map((series) => this.seriesRow(name, monitor, series, all[series.name]))];
