@@ -25,10 +25,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.zoo.autoencoders import VQVAE
 from benchmarks.zoo.judging import bounds
 from example_models import gan, vae
 from example_models.data import digit_batches, digits
-from lightning_gendiag import CollapseStopping, KStarMonitor, Monitor, RegionalPrimitivesMonitor, TrainingDataMonitor
+from lightning_gendiag import (
+    CodebookUsageMonitor,
+    CollapseStopping,
+    KStarMonitor,
+    Monitor,
+    RegionalPrimitivesMonitor,
+    TrainingDataMonitor,
+)
 from lightning_gendiag.plots import canvas, charts
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -61,6 +69,20 @@ def fit_with_class_removed(folder: Path) -> None:
     ).fit(ClassRemoved())  # fmt: skip
 
 
+class AtOnePoint(VQVAE):
+    """A VQ-VAE whose latents are all at one point from epoch 12 on."""
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the nearest vectors of these latents, and the loss of the codebook."""
+        return super().quantize(z * 1e-3 if self.current_epoch >= 12 else z)
+
+
+def fit_at_one_point(folder: Path) -> None:
+    """Trains a VQ-VAE on the digits, whose weights are seeded too."""
+    seed_everything(0, verbose=False)
+    fit(AtOnePoint(12, 1e-3, codes=64), CodebookUsageMonitor(), folder)
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {
     "gan frozen": lambda folder: gan.main(["--fault", "frozen", "--runs", str(folder)]),
     "gan": lambda folder: gan.main(["--runs", str(folder)]),
@@ -70,10 +92,12 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "k_star": lambda folder: fit(vae.FaultyVAE("ignored", start=20), KStarMonitor(), folder),
     "primitives": lambda folder: fit(vae.VAE(), RegionalPrimitivesMonitor(), folder),
     "data": fit_with_class_removed,
+    "codebook": fit_at_one_point,
 }
 """What is trained into a folder."""
 
 PICTURES: dict[str, list[tuple[str, str, str]]] = {
+    "codebook_usage": [("codebook", "codebook", "alarm")],
     "cosine_mean_similarity": [("gan frozen", "cms", "panel")],
     "generation_balance": [("vae two", "generation_balance", "alarm")],
     "k_star": [("k_star", "k_star", "alarm")],
@@ -108,7 +132,7 @@ def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bo
     message = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
     quantities = {
         "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
-        "posterior_kl": "KL", "training_data": "training images",
+        "posterior_kl": "KL", "training_data": "training images", "codebook": "perplexity",
     }  # fmt: skip
     return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
 

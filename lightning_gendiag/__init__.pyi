@@ -11,6 +11,10 @@ from .detection.detector import Detector as Detector
 from .detection.history import Evaluation as Evaluation
 from .detection.history import Observation as Observation
 from .detection.history import Series as Series
+from .diagnostics.codebook_usage.functional import CodebookUsageResult as CodebookUsageResult
+from .diagnostics.codebook_usage.functional import codebook_usage as codebook_usage
+from .diagnostics.codebook_usage.metric import CodebookUsage as CodebookUsage
+from .diagnostics.codebook_usage.monitor import CodebookUsageMonitor as CodebookUsageMonitor
 from .diagnostics.cosine_mean_similarity.functional import CosineMeanSimilarityResult as CosineMeanSimilarityResult
 from .diagnostics.cosine_mean_similarity.functional import cosine_mean_similarity as cosine_mean_similarity
 from .diagnostics.cosine_mean_similarity.metric import CosineMeanSimilarity as CosineMeanSimilarity

@@ -13,6 +13,7 @@ from lightning.pytorch import seed_everything
 from example_models.data import digits
 from example_models.vae import VAE
 from lightning_gendiag import (
+    CodebookUsageMonitor,
     CollapseStopping,
     CosineMeanSimilarityMonitor,
     GenerationBalanceMonitor,
@@ -42,6 +43,7 @@ def main(folder: Path, processes: int) -> None:
         "on_error": "raise", "max_overhead": None,
     }  # fmt: skip
     monitors = [
+        CodebookUsageMonitor(lambda module, images: (module.encode(images)[0] > 0).long(), num_codes=2, **options),
         CosineMeanSimilarityMonitor(num_regions=3, null_splits=8, **options),
         GenerationBalanceMonitor(**options),
         KStarMonitor(**options),

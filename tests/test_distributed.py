@@ -93,7 +93,14 @@ def test_two_processes_stop_together_and_name_the_region(tmp_path: Path, fault: 
 
 def test_all_monitors_give_the_same_scalars_on_one_and_two_processes(tmp_path: Path) -> None:
     (single,) = reports("all_on_two", tmp_path / "1", processes=1)
-    assert set(single) >= {"cms", "generation_balance", "latent_regions", "posterior_kl", "regional_primitives"}
+    assert set(single) >= {
+        "codebook",
+        "cms",
+        "generation_balance",
+        "latent_regions",
+        "posterior_kl",
+        "regional_primitives",
+    }
     for other in reports("all_on_two", tmp_path / "2", processes=2):
         for name, scalars in single.items():
             assert other[name] == pytest.approx(scalars, abs=1e-6, rel=1e-6, nan_ok=True), name
@@ -151,7 +158,7 @@ class TestWays:
             attached, left_out = report["sharded"]
             # it needs no module
             assert attached == ["training_data"]
-            assert len(left_out) == 7
+            assert len(left_out) == 8
             assert set(left_out.values()) == {report["refused"]}
             assert all(map(torch.equal, report["with"], report["without"]))
 

@@ -143,6 +143,31 @@ class Buffer:
             return torch.stack(list(self.images)[-len(images) :])
 
 
+class VectorQuantizer(nn.Module):
+    """Moves its codes to the vectors that are nearest to each, and counts these, in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("embed", torch.randn(8, 3))
+        self.register_buffer("counts", torch.zeros(8))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        indices = torch.cdist(z, self.embed).argmin(1)
+        if self.training:
+            self.counts += indices.bincount(minlength=8)
+            self.embed[indices] += 0.1 * (z.detach() - self.embed[indices])
+        return z + (self.embed[indices] - z).detach(), indices
+
+
+class WithQuantizer(SmallVAE):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizer = VectorQuantizer()
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder_net(self.quantizer(z)[0])
+
+
 class WithReplayBuffer(SmallVAE):
     def __init__(self) -> None:
         super().__init__()
@@ -419,6 +444,7 @@ MODELS = [
     WithSparseBuffer,
     WithTorchGenerator,
     WithNumpyGenerator,
+    WithQuantizer,
     WithReplayBuffer,
     WithHooks,
     WithFunctions,
@@ -462,7 +488,8 @@ def test_all_diagnostics_leave_everything_in_a_module_unchanged(make: type[Light
     assert trained(make, [everything_applicable]) == trained(make, [])
     # torch has no vectorized derivative of sparse products
     needs_derivatives = {"manifold_entropy", "regional_primitives"} if make is WithSparseBuffer else set()
-    assert set(everything_applicable.left_out) <= needs_derivatives
+    needs_codes = set() if make is WithQuantizer else {"codebook"}
+    assert set(everything_applicable.left_out) <= needs_derivatives | needs_codes
     evaluated = {name for name, monitor in everything_applicable.monitors.items() if monitor.evaluations > 0}
     assert evaluated >= {"cms", "k_star", "posterior_kl"}
 

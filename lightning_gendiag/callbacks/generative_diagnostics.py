@@ -19,6 +19,7 @@ from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.callbacks.monitor import Monitor
 from lightning_gendiag.callbacks.schedule import ENDLESS, stream_period
 from lightning_gendiag.callbacks.session import Member, Session
+from lightning_gendiag.diagnostics.codebook_usage.monitor import CodebookUsageMonitor
 from lightning_gendiag.diagnostics.cosine_mean_similarity.monitor import CosineMeanSimilarityMonitor
 from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationBalanceMonitor
 from lightning_gendiag.diagnostics.k_star.monitor import KStarMonitor
@@ -44,6 +45,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     KStarMonitor,
     ManifoldEntropyMonitor,
     PosteriorKLMonitor,
+    CodebookUsageMonitor,
     LatentRegionsMonitor,
     RegionalPrimitivesMonitor,
     TrainingDataMonitor,

@@ -149,6 +149,12 @@ class ModelParts:
         failures = (text for name, text in self.failed.get("sample", {}).items() if "normal noise" not in name)
         return next((text for text in failures if text), "")
 
+    def ways(self, need: Need) -> list[Way]:
+        """Returns all ways that are known, the chosen one first; others may fail, or return what is not needed."""
+        known = list(self._given(need) or self._found(need))
+        chosen = self.way(need).name if self.has(need) else ""
+        return sorted(known, key=lambda way: way.name != chosen)
+
     def has(self, need: Need) -> bool:
         """Returns whether there is a way."""
         try:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_gendiag.detection.alarm import listed
 from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
-from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.model.adapters.base import Need, Way
 from lightning_gendiag.model.amounts import (
     FEWEST_ROWS,
     FEWEST_SAMPLES,
@@ -36,6 +38,7 @@ from lightning_gendiag.model.features import FeatureExtractor, in_chunks
 from lightning_gendiag.model.generators import Generator, own_generators, random_state_kept, seed_all
 from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
 from lightning_gendiag.model.parts import ModelParts
+from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
 from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.regions.region_map import RegionMap
@@ -45,13 +48,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LOGGED: dict[Need, str] = {
-    "sample": "Samples", "encode": "Latents", "decode": "Decoded", "reconstruct": "Reconstructions",
+Use = Literal["encode", "reconstruct", "codes"]
+"""What real images are given to the model for."""
+
+LOGGED: dict[Need | Use, str] = {
+    "sample": "Samples", "encode": "Latents", "decode": "Decoded", "reconstruct": "Reconstructions", "codes": "Codes",
 }  # fmt: skip
 """What a line of the log calls the results of each way."""
 
 Source = Literal["auto", "samples", "reconstructions"]
 """What is compared with real images; by default samples, or reconstructions where nothing samples."""
+
+CODES_ADVICE = "CodebookUsageMonitor(indices=lambda module, images: ...)"
 
 EIGHT_BITS = 13.0
 """Real images with values above this are in 0 to 255."""
@@ -128,6 +136,9 @@ class ModelView:
         self._timed_samples: Images | None = None
         self._reconstructions: Images | None = None
         self._encoded: list[Encoded] | None = None
+        self._codes: dict[CodebookReader, list[list[Tensor]] | Exception] = {}
+        """Codes of each piece of real images, for each way to read them that was asked for, or why there are none."""
+        self._readers: list[CodebookReader] = []
         self._generators: list[Generator] | None = None
         """Those of the module and the adapter, which are looked for once between two batches."""
         self._copied_generators: list[Generator] | None = None
@@ -262,6 +273,7 @@ class ModelView:
     def expire(self) -> None:
         """Forgets what was drawn and found, since the module may have changed."""
         self._samples.clear()
+        self._codes.clear()
         self._reconstructions = self._encoded = self._generators = self._copied_generators = None
 
     def refresh(self) -> None:
@@ -284,6 +296,7 @@ class ModelView:
         self._reference_features.clear()
         self._extractor = self._reconstructions = self._encoded = self._has_prior = None
         self._samples.clear()
+        self._codes.clear()
         self._is_agreed = False
 
     def _average(self) -> nn.Module | None:
@@ -423,26 +436,29 @@ class ModelView:
         """Returns reconstructions of this process's rows of every second image of the reference, computed once."""
         if self._reconstructions is None:
             way, made = self.parts.way("reconstruct"), []
+            readers = self._forgotten("reconstruct")
             with self.isolated(exact=True):
-                pieces = self._real_pieces("reconstruct", RECONSTRUCTED)
+                pieces = self._real_pieces("reconstruct", RECONSTRUCTED, way.call)
                 self._seed(self.adapter.seed)
                 for given, size, labels in pieces:
-                    images = self.parts.reconstructed(way.call(given), given)[:size]
+                    output = self._read(readers, partial(way.call, given), len(given), size)
+                    images = self.parts.reconstructed(output, given)[:size]
                     made.append(Images(images, labels))
             self._reconstructions = _joined(made)
         return self._reconstructions
 
-    def _real_pieces(self, need: Literal["encode", "reconstruct"], rows: slice) -> Iterator[Piece]:
+    def _real_pieces(self, use: Use, rows: slice, call: Callable[[Tensor], Any]) -> Iterator[Piece]:
         """Returns this process's real images out of some rows, in pieces as the model takes them; inside :meth:`isolated`.
 
         Every process gets equally many pieces, since it may communicate in each call, as for samples.
 
         Args:
-            need: The way that they are for, whose time says how many there are.
+            use: What they are for.
             rows: Rows of the reference.
+            call: What is called with them, whose time says how many there are.
         """
         total = len(range(len(self.reference.images))[rows])
-        every = self._every(need, total)
+        every = self._every(use, total, call)
         images, labels = (None if part is None else part[::every] for part in self.real.local(rows))
         assert images is not None
         most = max(1, math.ceil(math.ceil(total / self.world_size) / every))
@@ -541,28 +557,28 @@ class ModelView:
                 f"To evaluate samples all the same, pass num_samples={FEWEST_SAMPLES}, or a faster sampler as sample=...."
             )
 
-    def _every(self, need: Literal["encode", "reconstruct"], images: int) -> int:
+    def _every(self, use: Use, images: int, call: Callable[[Tensor], Any]) -> int:
         """Of which number of a rank's real images one is encoded or reconstructed; inside :meth:`isolated`.
 
         Args:
-            need: The way that is timed.
+            use: What they are for.
             images: Number of images over all processes.
+            call: What is timed.
         """
         if self.adapter.num_reference is not None or images <= LEAST_ROWS:
             return 1
-        if need not in self.amounts:
+        if use not in self.amounts:
             piece = self.as_input(as_data(self.reference.images[:TIMED]))
-            call = self.encode if need == "encode" else self.parts.way(need).call
             seconds = self.seconds_of(lambda: call(piece)) / len(piece)
             least = fitting(seconds / self.world_size, MOST_SECONDS, FEWEST_ROWS, LEAST_ROWS)
             number = fitting(seconds / self.world_size, ROWS_SECONDS, least, images)
-            self.amounts[need] = every = images // number
+            self.amounts[use] = every = images // number
             if every > 1:
                 rank_zero_info(
-                    f"{LOGGED[need]}: of {images // every:,} real images instead of {images:,}, since one takes "
+                    f"{LOGGED[use]}: of {images // every:,} real images instead of {images:,}, since one takes "
                     f"{seconds:.2g} s. To choose another number, pass num_reference=...."
                 )
-        return self.amounts[need]
+        return self.amounts[use]
 
     def seconds_of(self, work: Callable[[], object]) -> float:
         """Returns the seconds that work takes on rank 0, the same on every rank, each of which does it."""
@@ -703,12 +719,125 @@ class ModelView:
         """Returns what the encoder gives for this process's share of the reference, computed once for all monitors."""
         if self._encoded is None:
             encoded = []
+            readers = self._forgotten("encode")
             with self.isolated(exact=True):
-                for given, size, labels in self._real_pieces("encode", slice(None)):
-                    output = self.encode(given, labels if size == len(given) else None)
+                for given, size, labels in self._real_pieces("encode", slice(None), self.encode):
+                    encode = partial(self.encode, given, labels if size == len(given) else None)
+                    output = self._read(readers, encode, len(given), size)
                     encoded += [Encoded(output, size, labels)] if size else []
             self._encoded = encoded
         return self._encoded
+
+    # ---- codes ----
+
+    def find_codebooks(self, path: str = "", size: int | None = None) -> CodebookReader | None:
+        """Finds how to read which codes the module's quantizers choose; None before the first batch shows it.
+
+        Args:
+            path: Of a quantizer; empty for all that are found.
+            size: Number of codes of each; by default the quantizers say it.
+
+        Raises:
+            ValueError: If the module has no quantizer, or none that is called for real images.
+        """
+        own = type(self.module).__name__
+        chains = quantizers_in(self.module, path, size)
+        if not chains:
+            raise ValueError(
+                f"indices must be known, but {own} has no quantizer with a codebook. To fix this, pass {CODES_ADVICE}."
+            )
+        if self.real.example is None:
+            return None
+        images = self.as_input(as_data(self.real.example))
+        tried: list[str] = []
+        called: set[str] = set()
+        for of_output, need, way in self._passes():
+            call = self.encode if need == "encode" and way.takes_labels else way.call
+            codebooks: list[Codebook] = []
+            # a way that was not chosen may fail in any way
+            with suppress(Exception), self.isolated(exact=True):
+                self._seed(self.adapter.seed)
+                codebooks = settled(chains, self.module, partial(call, images), len(images), called, of_output)
+            if codebooks:
+                reader = CodebookReader(tuple(codebooks), need, way.name)
+                sizes = ", ".join(f"{size:,}" for size in dict.fromkeys(reader.sizes))
+                self.say(
+                    f"Codes: {sizes} of {reader.name}, read while {way.name} runs. To choose others, pass {CODES_ADVICE}."
+                )
+                return reader
+            tried += [way.name] if way.name not in tried else []
+        paths = ", ".join(f"self.{chain.codebook.path}".rstrip(".") for chain in chains[:4])
+        reason = f"{listed(tried, 4)} show none" if tried else "nothing encodes or reconstructs images"
+        raise ValueError(
+            f"indices must be known, but of the codes of {paths} {reason}. To fix this, pass {CODES_ADVICE}."
+        )
+
+    def _passes(self) -> Iterator[tuple[bool, Need, Way]]:
+        """Yields the ways in which real images may pass a quantizer, and whether what a way returns stands for its vectors.
+
+        Those that were chosen for other monitors come first, since these share what they compute.
+        """
+        needs: tuple[Need, Need] = ("encode", "reconstruct")
+        chosen = [(False, need, self.parts.way(need)) for need in needs if self.parts.has(need)]
+        yield from chosen
+        for need in needs:
+            with suppress(ValueError):
+                yield from ((False, need, way) for way in self.parts.ways(need) if not way.takes_labels)
+        yield from ((True, need, way) for _, need, way in chosen if need == "encode")
+
+    def codes(self, reader: CodebookReader) -> list[Tensor]:
+        """Returns the codes (n, P) of each codebook for this process's real images, of which half where it reconstructs."""
+        if reader not in self._readers:
+            self._readers.append(reader)
+        if reader not in self._codes:
+            if not self._is_chosen(reader):
+                self._read_alone(reader)
+            elif reader.need == "encode":
+                self._encoded = None
+                self.encoded()
+            else:
+                self._reconstructions = None
+                self.reconstructions()
+        codes = self._codes[reader]
+        if isinstance(codes, Exception):
+            raise codes
+        return [torch.cat(parts) for parts in zip(*codes, strict=True)]
+
+    def _is_chosen(self, reader: CodebookReader) -> bool:
+        """Whether other monitors use the way in which codes are read."""
+        return self.parts.has(reader.need) and self.parts.way(reader.need).name == reader.way
+
+    def _read_alone(self, reader: CodebookReader) -> None:
+        way = next((way for way in self.parts.ways(reader.need) if way.name == reader.way), None)
+        if way is None:
+            raise ValueError(f"{reader.way} is not there any more.")
+        with self.isolated(exact=True):
+            pieces = self._real_pieces("codes", RECONSTRUCTED, way.call)
+            self._seed(self.adapter.seed)
+            for given, size, _ in pieces:
+                self._read([reader], partial(way.call, given), len(given), size)
+
+    def _forgotten(self, need: Need) -> list[CodebookReader]:
+        """Forgets the codes that are read in the way that was chosen for a need, and returns what reads them."""
+        readers = [reader for reader in self._readers if reader.need == need and self._is_chosen(reader)]
+        for reader in readers:
+            self._codes.pop(reader, None)
+        return readers
+
+    def _read(self, readers: Sequence[CodebookReader], call: Callable[[], T], n: int, size: int) -> T:
+        """Calls what encodes or reconstructs n images, of which the first ``size`` count, and reads the codes meanwhile."""
+        with ExitStack() as stack:
+            finish = {reader: stack.enter_context(reader.reading(self.module, n)) for reader in readers}
+            output = call()
+        for reader, finished in finish.items():
+            held = self._codes.setdefault(reader, [])
+            try:
+                if not isinstance(held, Exception):
+                    held.append([codes[:size] for codes in finished(output)])
+            except ValueError as error:
+                # other monitors need the output all the same
+                self._codes[reader] = error
+        return output
 
     @property
     def decode(self) -> Callable[[Tensor], Any]:

@@ -31,6 +31,7 @@ class Arguments(NamedTuple):
 
 
 ARGUMENTS = {
+    "codebook_usage": Arguments({"num_codes": [16, 32]}, {"num_codes": {"num_codes": [32, 16]}}),
     "cosine_mean_similarity": Arguments(
         {"regions": LEFT_AND_RIGHT},
         {
