@@ -81,6 +81,4 @@ def print_next_steps(name: str, options: argparse.Namespace, planted: str) -> No
         print(
             f"To train with a fault:      .venv/bin/python -m example_models.{name} --fault ...   (--help lists them)"
         )
-    print(
-        f"To open TensorBoard:        .venv/bin/tensorboard --logdir {options.runs}   (see GenDiag)"
-    )
+    print(f"To open TensorBoard:        .venv/bin/tensorboard --logdir {options.runs}   (see GenDiag)")
