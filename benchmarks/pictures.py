@@ -1,7 +1,7 @@
 """Makes the pictures of the guides from runs of the examples: ``python -m benchmarks.pictures``.
 
 Each picture is what TensorBoard shows: the newest panel, or the picture of the first alarm, of one monitor. About five
-minutes on two cores. The screenshot ``docs/tensorboard.png`` is taken by hand, and ``--power FILE`` draws ``docs/power.png``
+minutes on two cores. ``--tab RUNS`` takes screenshots of the tab, and ``--power FILE`` draws ``docs/power.png``
 from the last line of ``python -m benchmarks.defaults --json --samples ...``.
 """
 
