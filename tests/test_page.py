@@ -134,6 +134,17 @@ def test_the_report_is_written_when_it_changes(tmp_path: Path) -> None:
     assert len(states) <= 4
 
 
+def test_each_fit_writes_to_its_own_folder(tmp_path: Path) -> None:
+    monitor, stopping, module = CosineMeanSimilarityMonitor(num_regions=2), CollapseStopping("warn"), TinyGAN()
+    tags = []
+    for name in ("first", "second"):
+        logger = TensorBoardLogger(tmp_path, name=name)
+        trainer(monitor, stopping, max_epochs=2, logger=logger).fit(module, batches())
+        tags.append({tag.rstrip("0123456789") for tag in written(logger.log_dir)})
+    assert tags[0] == {"cms/setup", "cms/values_1_", "cms/frame_", "report"}
+    assert tags[1] == {"cms/setup", "cms/values_3_", "cms/frame_", "report"}
+
+
 @pytest.mark.parametrize("case", ["no pictures", "no board"])
 def test_what_is_not_wanted_is_not_written(tmp_path: Path, case: str) -> None:
     monitor = CosineMeanSimilarityMonitor(num_regions=2, log_images=case != "no pictures")

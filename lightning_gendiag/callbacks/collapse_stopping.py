@@ -105,6 +105,8 @@ class CollapseStopping(Member, EarlyStopping):
         """Joins the session of a trainer, and begins anew where its module is another than before."""
         if self.enter(trainer, pl_module):
             self.judge.clear()
+        # this fit may have another log folder
+        self._shown = None
         if self not in self.session.listeners:
             self.session.listeners.append(self)
 

@@ -327,6 +327,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def prepare(self) -> None:
         """Takes over a checkpoint's state, and reads a reference that was given."""
         self._load_session_state()
+        # this fit may have another log folder
+        self._page = self._new_page()
         self.view.attach(whole=not self.watches_batches)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

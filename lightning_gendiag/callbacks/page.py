@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 ALL_FRAMES, FRAME_GROWTH = 20, 0.05
 """So many evaluations all have pictures, then each time their number has grown by this share: 110 of 2,000."""
 
-
 DESCRIBED = ("name", "role", "quantity", "unit", "label", "index", "min_std", "min_delta")
 """What the tab, and the comparison of two runs, need to know of a series."""
-
 
 COMPARED = ("component", "aggregate", "standalone")
 """Roles of the series whose severities are written."""
