@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from lightning_gendiag.comparison import compare_runs
 from lightning_gendiag.tensorboard.files import read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command, and returns the exit status: 1 where a run cannot be read."""
+    """Runs one command, and returns the exit status: 1 where a run cannot be read, or a picture not be written."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_gendiag", description="Reads what runs wrote for TensorBoard."
     )
@@ -28,12 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--table", action="store_true", help="print all series as a table")
     compare.add_argument("--figure", help="file for a picture of the comparison, such as compared.png")
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # consoles of Windows lack some letters
+        sys.stdout.reconfigure(errors="replace")
     try:
         if options.command == "report":
             print(_report(options.run))
         else:
             _compare(options.first, options.second, options.table, options.figure)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

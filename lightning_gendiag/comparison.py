@@ -26,13 +26,13 @@ class Comparison(NamedTuple):
     states: tuple[str, str]
     """Of the runs' reports; empty where there is none."""
     missing: list[str]
-    """Monitors that one run lacks."""
+    """Monitors that one run lacks, and those whose regions are others."""
 
     @property
     def summary(self) -> str:
         """What is worse and what is better in the second run, in sentences."""
         states = [f"{run} is {state}." for run, state in zip(self[:2], self.states, strict=True) if state]
-        left_out = [f"Only one of them has {', '.join(self.missing)}."] if self.missing else []
+        left_out = [f"Not in both: {', '.join(self.missing)}."] if self.missing else []
         return " ".join([f"{self.second} against {self.first}:", in_words(self.changes), *states, *left_out])
 
     @property
@@ -93,9 +93,19 @@ def compare_runs(first: str | Path, second: str | Path, confidence: float = CONF
     changes = {
         name: compared(_tracks(runs[0].monitors[name]), _tracks(runs[1].monitors[name]), confidence) for name in common
     }
+    others = [name for name in common if runs[0].monitors[name].regions != runs[1].monitors[name].regions]
+    for name in others:
+        # one name, and other pixels
+        changes[name] = [one for one in changes.get(name, []) if _role(runs[0].monitors[name], one.name) != "component"]
+    missing = sorted(runs[0].monitors.keys() ^ runs[1].monitors.keys()) + [
+        f"the same regions in {name}" for name in others
+    ]
     changes = {name: some for name, some in changes.items() if some}
-    missing = sorted(runs[0].monitors.keys() ^ runs[1].monitors.keys())
     return Comparison(str(first), str(second), changes, (_state(runs[0]), _state(runs[1])), missing)
+
+
+def _role(monitored: Monitored, series: str) -> str:
+    return str(monitored.series.get(series, {}).get("role", ""))
 
 
 def _state(run: RunFiles) -> str:

@@ -50,9 +50,11 @@ class Run:
         first: int = 1,
         dimensions: int = 8,
         has_frame: Callable[[int], bool] = lambda number: number <= 20 or number % 5 == 0,
+        regions: np.ndarray | None = None,
     ) -> None:
         self.writer = SummaryWriter(str(folder))
         self.first, self.has_frame = first, has_frame
+        self.regions = labels() if regions is None else regions
         self.broken_at, self.dimensions, self.source = broken_at, dimensions, np.random.default_rng(7)
         self.setup()
         for number in range(first, evaluations + 1):
@@ -74,7 +76,7 @@ class Run:
             {"diagnostic": "CosineMeanSimilarity", "background": 4, "columns": 8, "series": [
                 *(self.series(name, "component", "cosine mean similarity", r) for r, name in enumerate(REGIONS)),
                 self.series("image", "aggregate", "cosine mean similarity")]},
-            {"labels": labels()}, {"mean_real": records.picture(sheet(1, 1, 1)), "samples_real": grid},
+            {"labels": self.regions}, {"mean_real": records.picture(sheet(1, 1, 1)), "samples_real": grid},
         )  # fmt: skip
         self.write(
             records.setup_tag("generation_balance"), 0,
@@ -137,7 +139,7 @@ class Run:
             self.frames(number, common, broken)
 
     def values(self, monitor: str, common: dict[str, Any], values: dict[str, float], extra: Any = None) -> None:
-        tag = records.values_tag(monitor, common["number"], self.first)
+        tag = records.values_tag(monitor, common["number"] - self.first, str(self.first))
         severities = {name: value if name == "all classes" else -value for name, value in values.items()}
         fields = {**common, "values": values, "severities": severities, "extra": extra or {}}
         self.write(tag, common["step"], fields)

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import ModuleType, SimpleNamespace
@@ -46,7 +47,7 @@ class Run:
 class Server(HTTPServer):
     """Keeps the bodies that are posted to it."""
 
-    def __init__(self, status: int = 200) -> None:
+    def __init__(self, status: int = 200, delay: float = 0.0) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.kinds: list[str] = []
         self.arrived = threading.Semaphore(0)
@@ -54,6 +55,7 @@ class Server(HTTPServer):
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                time.sleep(delay)
                 owner.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 owner.kinds.append(self.headers["Content-Type"])
                 self.send_response(answer)
@@ -113,7 +115,7 @@ def test_a_webhook_gets_the_alarm_as_json(server: Server) -> None:
     own = Alerts(webhook=server.address)
     one = alarm(after=float("nan"), contributions={"centre": 1.0})
     own.send(fake(object()), one, "Training stops.")
-    own.finish()
+    own.finish(fake())
     [body] = server.bodies
     assert server.kinds == ["application/json"]
     assert body["text"] == body["content"] == f"{one.message} Training stops."
@@ -139,7 +141,7 @@ def test_failures_are_named_once_and_contained(fault: str) -> None:
     with pytest.warns(DiagnosticWarning, match="failed and the run goes on") as caught:
         for _ in range(2):
             own.send(fake(run), alarm(), "")
-            own.finish()
+            own.finish(fake())
     assert len(caught) == 1
     refusing.shutdown()
     refusing.server_close()
@@ -152,12 +154,22 @@ def test_messages_are_limited_and_those_held_back_are_counted() -> None:
         own.send(fake(run), alarm(), "")
     assert len(run.alerts) == alerts.MOST_PER_HOUR
     assert len(seen) == alerts.MOST_PER_HOUR + 3
+    # one that stops the run is never held back
+    own.send(fake(run), alarm(is_critical=True), "Training stops.")
+    assert run.alerts.pop()["text"].endswith("Training stops. 3 alarms before it were not sent.")
     now[0] = 3599
     own.send(fake(run), alarm(), "")
     now[0] = 3601
     own.send(fake(run), alarm(), "Training stops.")
     assert len(run.alerts) == alerts.MOST_PER_HOUR + 1
-    assert run.alerts[-1]["text"].endswith("Training stops. 4 alarms before it were not sent.")
+    assert run.alerts[-1]["text"].endswith("Training stops. 1 alarm before it was not sent.")
+    own.send(fake(run), alarm(), "")
+    for _ in range(alerts.MOST_PER_HOUR):
+        own.send(fake(run), alarm(), "")
+    count = len(run.alerts)
+    own.finish(fake(run))
+    assert len(run.alerts) == count + 1
+    assert "before it w" in run.alerts[-1]["text"]
 
 
 @pytest.mark.parametrize(
@@ -206,9 +218,59 @@ def test_a_run_sends_its_alarms(server: Server) -> None:
     assert server.bodies[0]["alarm"]["names"] == ["top left"]
 
 
+def test_training_does_not_wait_for_a_slow_service() -> None:
+    slow = Server(delay=3.0)
+    own = Alerts(webhook=slow.address)
+    started = time.monotonic()
+    own.send(fake(object()), alarm(), "")
+    assert time.monotonic() - started < 1
+    own.finish(fake())
+    assert len(slow.bodies) == 1
+    slow.shutdown()
+    slow.server_close()
+
+
+def test_the_end_of_a_run_waits_a_little_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alerts, "LAST_SECONDS", 0.2)
+    slow = Server(delay=3.0)
+    own = Alerts(webhook=slow.address)
+    own.send(fake(object()), alarm(), "")
+    started = time.monotonic()
+    own.finish(fake())
+    assert time.monotonic() - started < 1
+    slow.shutdown()
+    slow.server_close()
+
+
+def test_a_logger_that_cannot_be_reached_ends_nothing() -> None:
+    class Broken:
+        @property
+        def experiment(self) -> Any:
+            raise RuntimeError("no server")
+
+        log_dir = property(lambda self: 1 / 0)
+
+    trainer: Any = SimpleNamespace(is_global_zero=True, fast_dev_run=False, loggers=[Broken()])
+    own = Alerts(webhook="http://127.0.0.1:9/")
+    with pytest.warns(DiagnosticWarning, match="an alert failed and the run goes on: ZeroDivisionError"):
+        own.send(trainer, alarm(), "")
+
+
+def test_the_address_is_not_shown() -> None:
+    address = "https://hooks.slack.com/services/T00/B00/secret"
+    for one in (CollapseStopping(webhook=address), GenerativeDiagnostics(webhook=address)):
+        assert "secret" not in repr(one)
+        assert "https://hooks.slack.com/..." in repr(one)
+
+
+def test_alerts_without_anything_that_alarms_are_refused() -> None:
+    with pytest.raises(ValueError, match="on_alarm and webhook must go with an action, got None"):
+        GenerativeDiagnostics(None, on_alarm=print)
+
+
 def test_what_sends_can_be_copied_and_pickled(server: Server) -> None:
     own = Alerts(print, server.address)
     own.send(fake(object()), alarm(), "")
     for again in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         assert again.webhook == server.address
-    own.finish()
+    own.finish(fake())

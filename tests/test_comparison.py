@@ -18,7 +18,7 @@ from lightning_gendiag.detection.comparison import LEAST, WINDOW, Track, compare
 from lightning_gendiag.tensorboard.files import read_run
 from tests.helpers.models import TinyGAN
 from tests.helpers.running import batches, trainer
-from tests.tab_runs import Run
+from tests.tab_runs import Run, labels
 
 
 def noise(runs: int, correlation: float, seed: int = 0, length: int = 30) -> torch.Tensor:
@@ -50,15 +50,22 @@ def test_runs_that_differ_by_chance_alone_are_rarely_told_apart(correlation: flo
     assert found.count("worse") >= 0.9 * pairs
 
 
-def test_the_interval_is_that_of_welch_where_values_do_not_depend_on_each_other() -> None:
-    # alternating values have no positive correlation beyond what is assumed beforehand
-    one, other = noise(2, 0.0, seed=4, length=WINDOW)
+def test_the_interval_is_that_of_welch_with_fewer_values() -> None:
+    one, other = noise(2, 0.3, seed=4, length=WINDOW)
     [change] = compared({"a": track(one)}, {"a": track(other)}, confidence=0.9)
-    test = stats.ttest_ind(other, one, equal_var=False)
+
+    def mean_of(values: torch.Tensor) -> tuple[float, float]:
+        """Squared error of the mean and degrees of freedom, with the number of values that independent ones would need."""
+        n, away = len(values), values - values.mean()
+        found = float((away[1:] * away[:-1]).sum() / away.square().sum())
+        correlation = min(max(((found * n + 1) / (n - 3) * n + 0.5 * 5) / (n + 5), 0.0), 0.85)
+        count = n * (1 - correlation) / (1 + correlation)
+        return float(away.square().mean()) / (1 - 1 / count) / count, count - 1
+
+    (a, m), (b, n) = mean_of(one), mean_of(other)
+    freedom = (a + b) ** 2 / (a**2 / m + b**2 / n)
     assert change.difference == pytest.approx(float(other.mean() - one.mean()))
-    low, high = test.confidence_interval(0.9)
-    # wider, since successive evaluations of real runs depend on each other
-    assert (high - low) / 2 < change.margin < 3.5 * (high - low) / 2
+    assert change.margin == pytest.approx(stats.t.ppf(0.95, freedom) * math.sqrt(a + b))
 
 
 def test_what_does_not_matter_or_is_not_known_is_no_difference() -> None:
@@ -70,9 +77,16 @@ def test_what_does_not_matter_or_is_not_known_is_no_difference() -> None:
     short = compared({"a": track(calm)}, {"a": track(calm[: LEAST - 1])})[0]
     assert short.verdict == "not compared"
     assert math.isnan(short.difference)
-    broken = compared({"a": track(calm)}, {"a": track(calm * math.nan)})[0]
-    assert broken.verdict == "not compared"
-    assert math.isnan(broken.second)
+    nan = calm.clone()
+    nan[8:] = math.nan
+    for broken in (nan, calm * math.nan):
+        assert compared({"a": track(calm)}, {"a": track(broken)})[0].verdict == "worse"
+        assert compared({"a": track(broken)}, {"a": track(calm)})[0].verdict == "better"
+        assert compared({"a": track(broken)}, {"a": track(broken)})[0].verdict in ("not compared", "no sure difference")
+    words = in_words({"cms": compared({"a": track(calm)}, {"a": track(nan)})})
+    assert words == "Worse: a (quantity nan or inf, was 0.000)."
+    other = track(calm)._replace(quantity="quantity of reconstructions")
+    assert compared({"a": track(calm)}, {"a": other}) == []
     assert compared({"a": track(calm)}, {"b": track(calm)}) == []
 
 
@@ -92,7 +106,7 @@ def test_the_words_name_what_is_worst_first() -> None:
     assert words.endswith("No sure difference in 1 other series.")
     assert in_words({}) == "The runs have no series in common."
     assert in_words({"cms": compared(tracks, {name: track(calm[:2]) for name in tracks})}) == (
-        "4 series have fewer than 4 evaluations."
+        "4 series have too few evaluations, or none that is finite."
     )
 
 
@@ -143,6 +157,13 @@ def test_a_resumed_run_is_read_without_what_it_gave_up(tmp_path: Path) -> None:
     evaluations = read_run(tmp_path).monitors["cms"].evaluations
     assert [fields["number"] for fields in evaluations] == list(range(1, 29))
     assert min(fields["values"]["bottom right"] for fields in evaluations[10:]) > 0.7
+
+
+def test_regions_of_another_map_are_not_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    Run(tmp_path / "other", regions=labels().T[::-1].copy()).writer.close()
+    comparison = compare_runs(runs[0], tmp_path / "other")
+    assert [one.name for one in comparison.changes["cms"]] == ["image"]
+    assert "Not in both: the same regions in cms." in comparison.summary
 
 
 def test_the_command_line(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,8 @@ def written(folder: str | Path) -> dict[str, list[tuple[int, Record]]]:
 
 
 def values_of(found: dict[str, list[tuple[int, Record]]], monitor: str) -> list[tuple[int, Record]]:
-    blocks = sorted(
-        (tag for tag in found if tag.startswith(f"{monitor}/values_")),
-        key=lambda tag: [int(part) for part in tag.split("_")[-2:]],
-    )
-    return [one for tag in blocks for one in found[tag]]
+    tags = [tag for tag in found if tag.startswith(f"{monitor}/values_")]
+    return [one for tag in sorted(tags, key=lambda tag: int(tag.split("_")[-1])) for one in found[tag]]
 
 
 class Noted(Callback):
@@ -123,15 +121,32 @@ def test_every_diagnostic_writes_what_it_observed(tmp_path: Path) -> None:
     assert step == 11
 
 
-def test_the_report_is_written_when_it_changes(tmp_path: Path) -> None:
-    stopping = CollapseStopping(action="warn")
-    logger = TensorBoardLogger(tmp_path)
+def test_the_report_is_written_when_it_changes_and_now_and_then(tmp_path: Path) -> None:
+    stopping, logger = CollapseStopping(action="warn"), TensorBoardLogger(tmp_path)
     monitor = CosineMeanSimilarityMonitor(num_regions=2)
-    trainer(monitor, stopping, max_epochs=14, logger=logger).fit(TinyGAN(), batches())
-    states = [record.fields["state"] for _, record in written(logger.log_dir)["report"]]
-    # when it was first judged, and at the end
+    trainer(monitor, stopping, max_epochs=24, logger=logger).fit(TinyGAN(), batches())
+    reports = [record.fields for _, record in written(logger.log_dir)["report"]]
+    counts = [fields["evaluations"]["cms"] for fields in reports]
+    # all of the first, then each time their number has grown by a tenth, and at the end
+    assert counts[:11] == list(range(1, 12))
+    assert counts[-1] == 24
+    assert len(counts) < 24
+    assert all(later <= max(earlier + 1, 1.1 * earlier) for earlier, later in itertools.pairwise(counts))
+    states = [fields["state"] for fields in reports]
     assert states[0] == "not judged"
-    assert len(states) <= 4
+    assert states[-1] == stopping.report()["state"]
+
+
+def test_an_evaluation_that_replaces_one_has_a_place_of_its_own() -> None:
+    seen: list[str] = []
+    logger: Any = type("Notes", (), {"log_record": lambda _, tag, record: seen.append(tag)})()
+    own = page.Page("x", "X")
+    for number in (*range(1, 11), 10, 11):
+        own.write_values(evaluation(number), Record, {}, logger)
+    tags = [tag for tag in seen if "/values_" in tag]
+    # TensorBoard surely keeps ten of a tag
+    assert max(tags.count(tag) for tag in set(tags)) == records.BLOCK
+    assert len(tags) == 12
 
 
 def test_each_fit_writes_to_its_own_folder(tmp_path: Path) -> None:
@@ -140,9 +155,8 @@ def test_each_fit_writes_to_its_own_folder(tmp_path: Path) -> None:
     for name in ("first", "second"):
         logger = TensorBoardLogger(tmp_path, name=name)
         trainer(monitor, stopping, max_epochs=2, logger=logger).fit(module, batches())
-        tags.append({tag.rstrip("0123456789") for tag in written(logger.log_dir)})
-    assert tags[0] == {"cms/setup", "cms/values_1_", "cms/frame_", "report"}
-    assert tags[1] == {"cms/setup", "cms/values_3_", "cms/frame_", "report"}
+        tags.append({tag.partition("_")[0] for tag in written(logger.log_dir)})
+    assert tags == [{"cms/setup", "cms/values", "cms/frame", "report"}] * 2
 
 
 @pytest.mark.parametrize("case", ["no pictures", "no board"])
@@ -152,7 +166,9 @@ def test_what_is_not_wanted_is_not_written(tmp_path: Path, case: str) -> None:
     trainer(monitor, logger=logger).fit(TinyGAN(), batches())
     assert monitor.evaluations == 2
     if case == "no pictures":
-        assert set(written(logger.log_dir or "")) == {"cms/setup", "cms/values_1_0"}
+        assert {tag.partition("_")[0] for tag in written(logger.log_dir or "")} == {"cms/setup", "cms/values"}
+    else:
+        assert list(tmp_path.rglob("*tfevents*")) == []
 
 
 def test_a_failure_ends_the_page_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +195,7 @@ def test_pictures_are_bounded_in_number_and_values_in_tags_of_ten() -> None:
             count += 1
             own.write_frame(evaluation(number), Record(), logger)
     assert 90 <= count <= 130
-    tags = [records.values_tag("x", number) for number in range(1, 2001)]
+    tags = [records.values_tag("x", place) for place in range(2000)]
     assert max(tags.count(tag) for tag in set(tags)) == records.BLOCK
     # an evaluation that replaces one is another, although it has its number
     one = evaluation(2001)

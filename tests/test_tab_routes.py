@@ -318,7 +318,9 @@ def test_a_frame_that_a_resumed_run_did_not_draw_again_is_gone(serve: Serve, tmp
         with SummaryWriter(str(tmp_path)) as writer:
             for number, step in numbers.items():
                 fields = {"step": step, "epoch": 0, "number": number}
-                write_record(writer, records.values_tag("cms", number), step, values_record(number, {"a": 1.0}, step))
+                write_record(
+                    writer, records.values_tag("cms", number - 1), step, values_record(number, {"a": 1.0}, step)
+                )
                 if number in frames:
                     write_record(writer, records.frame_tag("cms", number), step, packed(fields))
 
@@ -351,7 +353,7 @@ def test_a_damaged_record_is_left_out_and_counted(tmp_path: Path, damaged: list[
     with SummaryWriter(str(tmp_path)) as writer:
         for number in (1, 2, 3):
             good = values_record(number, {"a": float(number)})
-            write_record(writer, records.values_tag("cms", number), 10 * number, damaged if number == 2 else good)
+            write_record(writer, records.values_tag("cms", number - 1), 10 * number, damaged if number == 2 else good)
             frame = packed({"number": number})
             write_record(writer, records.frame_tag("cms", number), 10 * number, damaged if number == 2 else frame)
         write_record(writer, records.REPORT, 30, damaged)
@@ -372,7 +374,7 @@ def test_records_of_a_newer_version_are_left_out_with_the_way_out(serve: Serve, 
     with SummaryWriter(str(tmp_path)) as writer:
         for tag in (
             records.setup_tag("cms"),
-            records.values_tag("cms", 1),
+            records.values_tag("cms", 0),
             records.frame_tag("cms", 1),
             records.REPORT,
         ):
@@ -386,8 +388,8 @@ def test_records_of_a_newer_version_are_left_out_with_the_way_out(serve: Serve, 
 
 def test_parts_that_are_missing_are_left_out(serve: Serve, tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
-        write_record(writer, records.values_tag("cms", 1), 10, values_record(1, {"a": 1.0, "b": 2.0}))
-        write_record(writer, records.values_tag("cms", 2), 20, values_record(2, {"a": 3.0}))
+        write_record(writer, records.values_tag("cms", 0), 10, values_record(1, {"a": 1.0, "b": 2.0}))
+        write_record(writer, records.values_tag("cms", 1), 20, values_record(2, {"a": 3.0}))
         write_record(writer, records.frame_tag("k_star", 1), 10, packed({}, {"rivals": np.float16([[np.nan, 0.1]])}))
     served = serve(tmp_path)
     (entry,) = served.json("runs")["runs"]
@@ -409,8 +411,8 @@ def test_contents_of_the_wrong_kind_do_no_harm(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         setup = {"diagnostic": 3, "series": [7, {"name": 1}, {"name": "a"}], "columns": float("nan")}
         write_record(writer, records.setup_tag("cms"), 0, with_nan(setup))
-        write_record(writer, records.values_tag("cms", 1), 10, with_nan({"values": [1], "extra": "x"}))
-        write_record(writer, records.values_tag("cms", 2), 20, with_nan({"values": {"a": float("inf"), "b": "<b>"}}))
+        write_record(writer, records.values_tag("cms", 0), 10, with_nan({"values": [1], "extra": "x"}))
+        write_record(writer, records.values_tag("cms", 1), 20, with_nan({"values": {"a": float("inf"), "b": "<b>"}}))
         write_record(writer, records.REPORT, 20, with_nan({"state": 5, "alarms": [3, {"step": "x"}], "summary": None}))
         page = packed(
             {},
@@ -450,7 +452,7 @@ def test_a_live_run_grows_and_only_what_is_new_is_read(serve: Serve, tmp_path: P
     assert after["version"] != before["version"]
     assert after["version"] == served.json("runs")["runs"][0]["version"]
     assert {tag for tag in served.provider.tags if "/frame_" not in tag} == {records.REPORT} | {
-        records.values_tag(monitor, 26) for monitor in after["monitors"]
+        records.values_tag(monitor, 25, "1") for monitor in after["monitors"]
     }
     assert after["monitors"]["cms"]["steps"] == [*before["monitors"]["cms"]["steps"], 260, 300]
 
@@ -607,7 +609,7 @@ def test_the_page_learns_which_way_a_series_is_worse(serve: Serve, server: TabSe
         for number in (1, 2, 3):
             fields = {"step": number, "epoch": 0, "number": number, "values": {"a": 1.0, "b": 2.0}}
             fields["severities"] = {"a": [0.5, None, -0.25][number - 1]}
-            write_record(writer, records.values_tag("x", number), number, packed(fields))
+            write_record(writer, records.values_tag("x", number - 1), number, packed(fields))
     one = serve(tmp_path).json("run", run=".")["monitors"]["x"]
     assert {series["name"]: series["worse"] for series in one["series"]} == {"a": "severe", "b": ""}
     assert one["severities"] == {"a": [0.5, None, -0.25]}

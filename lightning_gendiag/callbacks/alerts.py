@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 MOST_PER_HOUR = 10
-"""Largest number of messages in an hour; what is held back is counted in the next message."""
+"""Largest number of messages in an hour; what is held back is counted in the next one."""
+
+LONGEST = 2000
+"""Largest number of characters of a message on Discord."""
+
+HEADERS = {"Content-Type": "application/json", "User-Agent": "lightning_gendiag"}
+"""Some services refuse what Python calls itself by default."""
 
 TIMEOUT, LAST_SECONDS = 10.0, 5.0
 """Seconds that a webhook may take, and that the end of a run waits for it."""
@@ -64,7 +70,7 @@ class Alerts:
         self._warned: set[str] = set()
 
     def send(self, trainer: Trainer, alarm: Alarm, effect: str) -> None:
-        """Sends an alarm everywhere; on the first process only.
+        """Sends an alarm everywhere, on the first process only; one that stops the run is never held back.
 
         Args:
             trainer: Whose loggers alert.
@@ -75,34 +81,45 @@ class Alerts:
             return
         if self.on_alarm is not None:
             self._contained("on_alarm", self.on_alarm, alarm)
-        channels = list(_alerting(trainer))
-        if not channels and self.webhook is None:
-            return
-        if not self._may_send():
+        if not self._may_send() and not alarm.is_critical:
             self._held_back += 1
             return
-        held_back = (
-            f" {counted(self._held_back, 'alarm')} before it {'was' if self._held_back == 1 else 'were'} not sent."
-        )
-        text = f"{alarm.message} {effect}{held_back if self._held_back else ''}"
-        self._held_back = 0
-        for name, alert in channels:
-            self._contained(f"the alert of {name}", alert, title=f"{alarm.label} {alarm.event}", text=text)
-        if self.webhook is not None:
-            run = next((str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)), None)
-            fields = finite({**asdict(alarm), "message": alarm.message})
-            body = json.dumps({"text": text, "content": text, "run": run, "alarm": fields}, default=str)
-            thread = threading.Thread(target=self._post, args=(self.webhook, body.encode()), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        self._report_failures()
+        text = f"{alarm.message} {effect}{self._left_out()}"
+        fields = finite({**asdict(alarm), "message": alarm.message})
+        self._contained("an alert", self._send, trainer, f"{alarm.label} {alarm.event}", text, fields)
 
-    def finish(self) -> None:
-        """Waits a little for messages that are still under way."""
+    def finish(self, trainer: Trainer) -> None:
+        """Says how many alarms were held back, and waits a little for messages that are still under way."""
+        if self._held_back:
+            self._contained("an alert", self._send, trainer, "more alarms", self._left_out().strip(), None)
         deadline = time.monotonic() + LAST_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._threads = []
+        self._report_failures()
+
+    @property
+    def host(self) -> str | None:
+        """The address without what is secret in it."""
+        return (
+            None if self.webhook is None else f"{urlsplit(self.webhook).scheme}://{urlsplit(self.webhook).hostname}/..."
+        )
+
+    def _left_out(self) -> str:
+        held_back, self._held_back = self._held_back, 0
+        were = "was" if held_back == 1 else "were"
+        return f" {counted(held_back, 'alarm')} before it {were} not sent." if held_back else ""
+
+    def _send(self, trainer: Trainer, title: str, text: str, alarm: Any) -> None:
+        for name, alert in _alerting(trainer):
+            self._contained(f"the alert of {name}", alert, title=title, text=text)
+        if self.webhook is not None:
+            run = next((str(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)), None)
+            # Discord takes no longer content
+            body = json.dumps({"text": text, "content": text[:LONGEST], "run": run, "alarm": alarm}, default=str)
+            thread = threading.Thread(target=self._post, args=(self.webhook, body.encode()), daemon=True)
+            self._threads = [one for one in self._threads if one.is_alive()] + [thread]
+            thread.start()
         self._report_failures()
 
     def _may_send(self) -> bool:
@@ -116,7 +133,7 @@ class Alerts:
 
     def _post(self, address: str, body: bytes) -> None:
         try:
-            request = Request(address, body, {"Content-Type": "application/json"}, method="POST")
+            request = Request(address, body, HEADERS, method="POST")
             with urlopen(request, timeout=TIMEOUT):
                 pass
         except Exception as error:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from lightning_gendiag.callbacks.monitor import Monitor
 
 
+REPORT_GROWTH = 0.1
+"""The tab gets the report anew each time the number of evaluations has grown by this share, since it names that number."""
+
+
 class CollapseWarning(UserWarning):
     """A part of the model collapsed."""
 
@@ -49,7 +53,8 @@ class CollapseStopping(Member, EarlyStopping):
         warmup_evaluations: Number of evaluations to learn from before the first judgement.
         patience: Number of further evaluations that an alarm must last before it stops the run; by default each series'
             own: 4 for single classes, which come and go while a GAN learns, and 0 for all others.
-        on_alarm: Called with each alarm when it is raised, and once more if it stops the run later; on the first process.
+        on_alarm: Called with each alarm when it is raised, and once more if it has lasted long enough to stop the run; on the
+            first process.
         webhook: Address to which each alarm is posted as JSON, such as that of a channel of Slack: ``text`` for people,
             ``run``, and ``alarm`` with its fields. At most ten an hour, as with alerts of loggers: an alarm is also an alert
             of W&B's and Trackio's runs.
@@ -84,6 +89,7 @@ class CollapseStopping(Member, EarlyStopping):
         self.judge = Judge(false_alarm_rate, warmup_evaluations, patience)
         self.alerts = Alerts(on_alarm, webhook)
         self._shown: object = None
+        self._next_shown = 0
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -106,7 +112,7 @@ class CollapseStopping(Member, EarlyStopping):
         if self.enter(trainer, pl_module):
             self.judge.clear()
         # this fit may have another log folder
-        self._shown = None
+        self._shown, self._next_shown = None, 0
         if self not in self.session.listeners:
             self.session.listeners.append(self)
 
@@ -204,7 +210,7 @@ class CollapseStopping(Member, EarlyStopping):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_report(trainer, over=True)
             self._show_report(trainer, over=True)
-            self.alerts.finish()
+            self.alerts.finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the report of a run that was interrupted, unless it was before the first evaluation."""
@@ -231,16 +237,17 @@ class CollapseStopping(Member, EarlyStopping):
             rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 
     def _show_report(self, trainer: Trainer, over: bool = False) -> None:
-        """Writes the report for the tab of TensorBoard, where its state or its alarms are others than before, or at the end."""
+        """Writes the report for the tab of TensorBoard where it says something else than before, and now and then."""
         board = self.session.logger(max((m.last_step or 0 for m in self.session.monitors), default=0))
         if not board.has_board:
             return
         try:
-            state = self.report(trainer)
-            shown = (state["state"], [(alarm.recovered, alarm.is_critical) for alarm in self.alarms])
-            if over or shown != self._shown:
-                self._shown = shown
-                board.log_record(REPORT, Record(state))
+            # without a search for checkpoints
+            state, count = self.report(), max(self.judge.evaluations.values(), default=0)
+            shown = (state["state"], state["bad"], [(alarm.recovered, alarm.is_critical) for alarm in self.alarms])
+            if over or shown != self._shown or count >= self._next_shown:
+                self._shown, self._next_shown = shown, count + max(1, int(count * REPORT_GROWTH))
+                board.log_record(REPORT, Record(self.report(trainer)))
         except Exception as error:
             rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 
@@ -273,5 +280,5 @@ class CollapseStopping(Member, EarlyStopping):
 
     def __repr__(self) -> str:
         return representation(
-            self, patience=self.judge.patience, on_alarm=self.alerts.on_alarm, webhook=self.alerts.webhook
+            self, patience=self.judge.patience, on_alarm=self.alerts.on_alarm, webhook=self.alerts.host
         )

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_gendiag.callbacks.alerts import Alerts
 from lightning_gendiag.callbacks.collapse_stopping import CollapseStopping
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.callbacks.monitor import Monitor
@@ -142,6 +143,10 @@ class GenerativeDiagnostics(Member, Callback):
             raise ValueError(
                 f"adapter must be given alone, got {own!r} beside it. To fix this, pass these arguments to ModelAdapter."
             )
+        if action is None and (on_alarm is not None or webhook is not None):
+            raise ValueError(
+                "on_alarm and webhook must go with an action, got None. To fix this, pass action='warn', which stops nothing."
+            )
         names = [kind.name for kind in MONITORS]
         unknown = sorted(set(skip) - set(names))
         if unknown:
@@ -215,6 +220,11 @@ class GenerativeDiagnostics(Member, Callback):
         self._stops = self.stopping is not None and session.stopper is None
         if self.stopping is not None and self._stops:
             self.stopping.join(trainer, pl_module)
+        elif self.on_alarm is not None or self.webhook is not None:
+            rank_zero_warn(
+                "on_alarm and webhook are not used, since the trainer has a CollapseStopping. To fix this, pass them to it.",
+                category=DiagnosticWarning,
+            )
         self._checking = time.monotonic() - started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -357,7 +367,7 @@ class GenerativeDiagnostics(Member, Callback):
             self.stopping.load_state_dict(state_dict["stopping"])
 
     def __repr__(self) -> str:
-        return representation(self)
+        return representation(self, webhook=Alerts(webhook=self.webhook).host)
 
 
 def _found_in(batch: Any, reference: Reference) -> tuple[Tensor | None, str]:

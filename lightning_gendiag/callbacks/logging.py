@@ -118,8 +118,11 @@ class DiagnosticLogger:
 
     @property
     def has_board(self) -> bool:
-        """Whether there is a TensorBoard to write to, on this rank."""
-        return next(self._writers(), None) is not None
+        """Whether there is a TensorBoard to write to, on this rank; a logger that cannot be reached is none."""
+        try:
+            return next(self._writers(), None) is not None
+        except Exception:
+            return False
 
     def flush(self) -> None:
         """Writes to disk what was logged; TensorBoard's writer waits up to two minutes."""
@@ -127,9 +130,9 @@ class DiagnosticLogger:
             writer.flush()
 
     def _writers(self) -> Iterator[Any]:
-        from torch.utils.tensorboard import SummaryWriter
-
         if self.trainer.is_global_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
             for logger in self.trainer.loggers:
                 experiment = getattr(logger, "experiment", None)
                 if isinstance(experiment, SummaryWriter):

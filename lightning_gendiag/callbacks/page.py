@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class Page:
         self._next_frame = 0
         self._last_frame: Evaluation | None = None
         self._series: dict[str, dict[str, Any]] = {}
-        self._first = 0
+        self._fit, self._written = f"{time.time_ns():x}", 0
 
     def is_due(self, number: int) -> bool:
         """Returns whether pictures are written at an evaluation with this number."""
@@ -57,13 +58,13 @@ class Page:
             record = setup()
             fields = {"diagnostic": self.diagnostic, "series": list(self._series.values()), **record.fields}
             logger.log_record(setup_tag(self.name), record._replace(fields=fields))
-        self._first = self._first or evaluation.number
         values = {o.series.name: o.value for o in evaluation.observations}
         severities = {o.series.name: o.severity for o in evaluation.observations if o.series.role in COMPARED}
         fields = {
             **_place(evaluation), "averaged": evaluation.averaged, "values": values, "severities": severities, "extra": extra,
         }  # fmt: skip
-        logger.log_record(values_tag(self.name, evaluation.number, self._first), Record(fields))
+        logger.log_record(values_tag(self.name, self._written, self._fit), Record(fields))
+        self._written += 1
 
     def write_frame(self, evaluation: Evaluation, frame: Record, logger: DiagnosticLogger) -> None:
         """Writes the pictures and larger arrays of an evaluation."""

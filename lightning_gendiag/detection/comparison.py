@@ -63,8 +63,8 @@ class Change(NamedTuple):
 def compared(first: Mapping[str, Track], second: Mapping[str, Track], confidence: float = CONFIDENCE) -> list[Change]:
     """Compares the newest evaluations of the series that two runs have.
 
-    The mean severity of the newest evaluations is compared by Welch's t interval. Evaluations depend on those before, so
-    that the error of a mean is that of AR(1) noise. The level of confidence holds for all series together (Bonferroni).
+    The mean severity of the newest evaluations is compared by Welch's t interval. An evaluation depends on those before, so
+    the error of the mean is computed for AR(1) noise. The level of confidence holds for all series together (Bonferroni).
 
     Args:
         first: Series of the first run, by name.
@@ -81,7 +81,8 @@ def compared(first: Mapping[str, Track], second: Mapping[str, Track], confidence
         >>> [change.verdict for change in compared(*tracks)]
         ['worse']
     """
-    both = [name for name in first if name in second]
+    # such as samples in one run and reconstructions in the other
+    both = [name for name in first if name in second and first[name].quantity == second[name].quantity]
     return [_change(name, first[name], second[name], (1 - confidence) / max(len(both), 1)) for name in both]
 
 
@@ -99,6 +100,11 @@ def _change(name: str, first: Track, second: Track, alpha: float) -> Change:
 
     means = [_mean(track) for track in (first, second)]
     before, after = (fmean(_newest(track.values) or [math.nan]) for track in (first, second))
+    broken = [len(track.severities) >= LEAST and not math.isfinite(track.severities[-1]) for track in (first, second)]
+    if broken[0] != broken[1]:
+        verdict: Verdict = "worse" if broken[1] else "better"
+        shown = (math.nan, after) if broken[0] else (before, math.nan)
+        return Change(name, first.quantity, *shown, math.inf if broken[1] else -math.inf, 0.0, verdict)
     one, other = means
     if one is None or other is None:
         return Change(name, first.quantity, before, after, math.nan, math.nan, "not compared")
@@ -107,7 +113,7 @@ def _change(name: str, first: Track, second: Track, alpha: float) -> Change:
     freedom = variance**2 / sum(mean.variance**2 / mean.freedom for mean in (one, other))
     margin = float(stdtrit(freedom, 1 - alpha / 2)) * math.sqrt(variance)
     difference = other.mean - one.mean
-    verdict: Verdict = "no sure difference"
+    verdict = "no sure difference"
     if abs(difference) - margin > max(first.min_delta, second.min_delta):
         verdict = "worse" if difference > 0 else "better"
     return Change(name, first.quantity, before, after, difference, margin, verdict)
@@ -138,6 +144,10 @@ def _mean(track: Track) -> _Mean | None:
     return _Mean(mean, variance / worth, max(worth - 1, 1.0))
 
 
+def _shown(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "nan or inf"
+
+
 def in_words(changes: Mapping[str, Sequence[Change]]) -> str:
     """Returns the changes of each diagnostic as sentences, what is worse first.
 
@@ -152,7 +162,7 @@ def in_words(changes: Mapping[str, Sequence[Change]]) -> str:
     for verdict in ("worse", "better"):
         some = [change for group in changes.values() for change in group if change.verdict == verdict]
         some.sort(key=lambda change: -abs(change.difference) / max(change.margin, 1e-12))
-        named = [f"{one.name} ({one.quantity} {one.second:.3f}, was {one.first:.3f})" for one in some]
+        named = [f"{one.name} ({one.quantity} {_shown(one.second)}, was {_shown(one.first)})" for one in some]
         if named:
             sentences.append(f"{verdict.capitalize()}: {listed(named, 8)}.")
     same = sum(change.verdict == "no sure difference" for group in changes.values() for change in group)
@@ -160,5 +170,5 @@ def in_words(changes: Mapping[str, Sequence[Change]]) -> str:
     if same:
         sentences.append(f"No sure difference in {same} {'other ' if sentences else ''}series.")
     if unknown:
-        sentences.append(f"{unknown} series have fewer than {LEAST} evaluations.")
+        sentences.append(f"{unknown} series have too few evaluations, or none that is finite.")
     return " ".join(sentences) or "The runs have no series in common."

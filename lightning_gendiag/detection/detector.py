@@ -49,12 +49,11 @@ IMPROVING = 2.5
 """A fall of a series by so many standard errors is a trend."""
 
 HELD, STAYS = 3, 0.8
-"""A small rise must be found at so many values in a row that are no smaller than this part of the mean of the last two. What
-a GAN loses for a moment is on its way back by then."""
+"""A small rise is an alarm once it was found so many times without a break, each time at a value of at least this part of the
+mean of the last two. What a GAN loses for a moment comes back before."""
 
 CERTAIN = 1.5
-"""Unless its significance against the series' own fluctuation exceeds so many thresholds: then the series does not come and
-go by as much."""
+"""A small rise is an alarm at once where its significance against the series' own fluctuation exceeds this many thresholds."""
 
 LIMIT_FACTOR, LIMIT_MARGIN = 4.0, 1.0
 """A value after a rise counts for at most this many times the mean of the two smallest, and this many standard deviations
@@ -99,7 +98,7 @@ class Detector:
     3. There are enough values, and the rise is large compared with ``min_std``. For this, a value counts for at most 4.5
        standard deviations. Where the series fluctuates by no more than ``min_std``, condition 1 is less strict.
     4. The last two values both lie a standard deviation above what was expected, so that a single one is no alarm. A rise up
-       to ``small`` must last for two more, unless the series was so steady that it cannot be a wave.
+       to ``small`` must last for two more, unless the series hardly fluctuated before.
 
     The most significant split is the change point. It is an alarm if the rise also exceeds ``min_delta``. A sudden rise
     shows in the shortest splits, a slow one in the longer ones. A rising trend that has lasted is expected to go on, and

@@ -59,10 +59,7 @@ def has_stepped(trainer: Trainer) -> bool:
 
 
 def file_writer(writer: Any) -> Any:
-    """Returns what a ``SummaryWriter`` writes summaries with, since its public methods take known kinds of data only.
-
-    It is None for Lightning's writer that writes nothing.
-    """
+    """Returns what a ``SummaryWriter`` writes summaries with, since its public methods take known kinds of data only."""
     return writer._get_file_writer()
 
 

@@ -49,7 +49,8 @@ PAIRS = 1 << 22
 INDEX_NAMES = re.compile(r"ind(ex|ices)|codes?|tokens?|ids", re.IGNORECASE)
 
 Read = Literal["output", "input", "vectors", "nearest"]
-"""Codes are integers of an output or of an input, or those of which an output has the vectors, or the nearest to an input."""
+"""Where codes are read: integers of an output, integers of an input, the codes whose vectors an output has, or the codes
+nearest to an input."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Chain(NamedTuple):
     parts: tuple[str, ...]
     codebook: Codebook
     is_plain: bool
-    """Whether it is an embedding with a usual name that something else than a quantizer holds."""
+    """Whether it is an embedding with a usual name whose holder is not called a quantizer."""
 
 
 class Call(NamedTuple):

@@ -16,6 +16,8 @@ class Monitored(NamedTuple):
     """Each series by name, as the setup describes it."""
     evaluations: list[dict[str, Any]]
     """Fields of each evaluation, by step."""
+    regions: bytes = b""
+    """The map of its regions; empty where it has none."""
 
 
 class RunFiles(NamedTuple):
@@ -80,5 +82,7 @@ def _monitors(written: dict[str, list[tuple[float, int, Record]]]) -> dict[str, 
         setups = written.get(setup_tag(monitor), [])
         described = setups[-1][2].fields.get("series", []) if setups else []
         series = {one["name"]: one for one in described}
-        found[monitor] = Monitored(series, [fields for _, fields in sorted(evaluations.items())])
+        labels = setups[-1][2].arrays.get("labels") if setups else None
+        regions = b"" if labels is None else labels.tobytes()
+        found[monitor] = Monitored(series, [fields for _, fields in sorted(evaluations.items())], regions)
     return found

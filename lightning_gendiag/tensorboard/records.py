@@ -62,20 +62,20 @@ def setup_tag(monitor: str) -> str:
     return f"{PREFIX}/{monitor}/setup"
 
 
-def values_tag(monitor: str, number: int, first: int = 1) -> str:
+def values_tag(monitor: str, place: int, fit: str = "0") -> str:
     """Returns the tag of the values of an evaluation.
 
     Args:
         monitor: Name of the monitor.
-        number: Of the evaluation, counted from 1.
-        first: Number of the first evaluation since the run began or was resumed; a resumed run may evaluate again what it
-            had evaluated, and would fill tags with more than is kept.
+        place: Of the record among those of this fit, counted from 0.
+        fit: Letters and digits, other ones in each fit; a resumed run may evaluate again what it had evaluated, and would
+            fill tags with more than is kept.
 
     Example:
-        >>> values_tag("cms", 10), values_tag("cms", 11), values_tag("cms", 11, first=8)
-        ('gendiag/tab/cms/values_1_0', 'gendiag/tab/cms/values_1_1', 'gendiag/tab/cms/values_8_0')
+        >>> values_tag("cms", 9), values_tag("cms", 10)
+        ('gendiag/tab/cms/values_0_0', 'gendiag/tab/cms/values_0_1')
     """
-    return f"{PREFIX}/{monitor}/values_{first}_{(number - first) // BLOCK}"
+    return f"{PREFIX}/{monitor}/values_{fit}_{place // BLOCK}"
 
 
 def frame_tag(monitor: str, number: int) -> str:

@@ -515,6 +515,7 @@ def _monitor_reply(run: Run, monitor: str, points: int, kept: Collection[int]) -
         "diagnostic": declared.get("diagnostic"),
         "setup": described,
         "series": series,
+        "evaluations": len(timeline),
         "steps": [entry.step for entry in chosen],
         "epochs": [entry.fields.get("epoch") for entry in chosen],
         "values": values,

@@ -16,10 +16,9 @@ from lightning_gendiag.detection.history import Observation, Series, divided
 from lightning_gendiag.diagnostics.codebook_usage import plots
 from lightning_gendiag.diagnostics.codebook_usage.functional import MAX_CODEBOOK_TAGS, CodebookUsageResult
 from lightning_gendiag.diagnostics.codebook_usage.metric import CodebookUsage
-from lightning_gendiag.functional.arrays import as_data, pieces
+from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.quantizers import CodebookReader, integers_in
 from lightning_gendiag.model.view import CODES_ADVICE
-from lightning_gendiag.tensorboard.records import Record
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -172,8 +171,17 @@ class CodebookUsageMonitor(Monitor[CodebookUsage, CodebookUsageResult]):
 
     def build_metric(self, view: ModelView) -> CodebookUsage:
         """Creates a metric for the codebooks that are found."""
-        own = self._sizes(view)
-        return CodebookUsage(view.broadcast(lambda: own))
+        own: list[int] = []
+        error: Exception | None = None
+        try:
+            own = self._sizes(view)
+        except Exception as caught:
+            error = caught
+        if not view.agreed(error is None):
+            raise error or RuntimeError("codes could not be read on another process")
+        # what is read may be chosen by the images, which are others on each process
+        sizes, self._reader = view.broadcast(lambda: (own, self._reader))
+        return CodebookUsage(sizes)
 
     def update(self, view: ModelView) -> None:
         """Adds the codes of this process's real images, and compares them with those of the evaluation before."""
@@ -195,8 +203,11 @@ class CodebookUsageMonitor(Monitor[CodebookUsage, CodebookUsageResult]):
             return view.codes(self._reader)
         images, parts = view.local_reference().images, []
         with view.isolated(exact=True):
-            for some in pieces(images, CHUNK):
-                parts += [self._called(given, view, some, number)]
+            # every process calls equally often, since what is called may communicate
+            for start in range(0, math.ceil(len(view.reference.images) / view.world_size), CHUNK):
+                some = images[start : start + CHUNK]
+                codes = self._called(given, view, some if len(some) else view.reference.images[:1], number)
+                parts += [codes] if len(some) else []
         return [torch.cat(one) for one in zip(*parts, strict=True)] if parts else [torch.empty(0, 1).int()] * number
 
     def postprocess(self, view: ModelView, result: CodebookUsageResult) -> CodebookUsageResult:
@@ -267,22 +278,6 @@ class CodebookUsageMonitor(Monitor[CodebookUsage, CodebookUsageResult]):
         """Logs the panel."""
         picture = plots.panel(result, context.curves[whole_of(result).name], context.occasion(alarm))
         context.logger.log_image("picture", picture)
-
-    def page_numbers(self, result: CodebookUsageResult) -> dict[str, Any]:
-        """Usage of each codebook, and the first of the codes that died."""
-        codebooks = range(len(result.sizes))
-        return {
-            "usage": result.usage.tolist(),
-            "nine_tenths": result.nine_tenths.tolist(),
-            "drift": result.drift.tolist(),
-            "dead": result.dead.sum(1).tolist(),
-            "died": [result.died_codes(q)[:NAMED] for q in codebooks],
-        }
-
-    def page_frame(self, result: CodebookUsageResult) -> Record:
-        """How often each code was chosen."""
-        arrays = {"counts": result.counts.numpy().astype("u4"), "died": result.died.numpy().astype("u1")}
-        return Record({"sizes": result.sizes.tolist()}, arrays)
 
     # ---- checkpoints ----
 

@@ -189,8 +189,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         images, labels = as_images(view.as_images(view.reference, rows=True).images), view.reference.labels
         self._whole = "the row" if view.reference.images.ndim == 2 else ""
         low, high = images.amin(0), images.amax(0)
-        some = images[: plots.SHOWN].cpu()
-        self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()), some)
+        self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()), plots.some_of(images))
         varies = (high > low).any(0)
         constant = [
             name
@@ -225,7 +224,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         self.metric.update(images, real=False, labels=labels)
         finite = images[images.flatten(1).isfinite().all(1)]
         self._generated = finite.mean(0) if len(finite) else images.new_zeros(images.shape[1:])
-        self._some = images[: plots.SHOWN].cpu()
+        if self.log_images and view.is_global_zero:
+            self._some = plots.some_of(images)
         if view.is_closer:
             # the samples before are others
             return

@@ -37,7 +37,7 @@ class RealImages(NamedTuple):
     high: float
     """The value that is drawn white."""
     some: Tensor
-    """(n, C, H, W) the first images."""
+    """(n, C, H, W) the first images, small."""
 
     def picture(self, image: Tensor) -> Tensor:
         """Returns an image (C, H, W) as an enlarged picture (H, W, 3) uint8, on the scale of the real images."""
@@ -143,6 +143,11 @@ def map_table(regions: RegionMap) -> str:
     boxes = zip(regions.names, regions.sizes.tolist(), regions.boxes.tolist(), strict=True)
     lines += [f"| region_{r} | {name} | {size} | {tuple(box)} |" for r, (name, size, box) in enumerate(boxes)]
     return "\n".join(lines)
+
+
+def some_of(images: Tensor) -> Tensor:
+    """Returns the first images (N, C, H, W) as the tab shows them, small and on the CPU, without the memory of the others."""
+    return pictures.shrunk(images[:SHOWN].detach(), LARGEST).cpu().clone()
 
 
 def page_pictures(real: RealImages, images: Mapping[str, Tensor]) -> dict[str, Picture]:

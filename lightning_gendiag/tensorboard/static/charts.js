@@ -144,7 +144,23 @@ function trace({name, steps, values, colour, dash, run}) {
 /** Keeps a plot as wide as its place, which also changes when a neighbour appears. */
 export function fitted(plotly, plot) {
   const resize = debounced(() => plot.offsetWidth && plotly.Plots.resize(plot), 80);
-  new ResizeObserver(resize).observe(plot);
+  const observer = new ResizeObserver(resize);
+  observer.observe(plot);
+  plots.set(plot, () => {
+    observer.disconnect();
+    plotly.purge(plot);
+  });
+}
+
+const plots = new Map(); // how each plot on the page is given back
+
+/** Gives back the plots inside of an element that leaves the page, of which those in 3-D hold a context of the graphics card. */
+export function release(element) {
+  for (const [plot, end] of plots) {
+    if (!element.contains(plot)) continue;
+    end();
+    plots.delete(plot);
+  }
 }
 
 /** A value between two missing ones has no line, only a marker shows it. */

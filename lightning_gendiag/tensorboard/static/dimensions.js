@@ -92,6 +92,7 @@ export class Dimensions extends Panel {
     const inAlarm = this.inAlarm();
     const values = this.columns.map(({series}) => valueAt(this.monitor, series.name, step));
     const order = this.sorted.checked ? ranks(values) : values.map((_, i) => i);
+    this.order = this.series.map((one, i) => [order[i], one]).sort(([a], [b]) => a - b).map(([, one]) => one);
     this.columns.forEach(({series, bar, column}, i) => {
       bar.style.height = values[i] == null ? '0' : `${Math.max(1, 100 * this.share(values[i]))}%`;
       column.style.order = order[i];
@@ -150,9 +151,10 @@ export class Dimensions extends Panel {
     const direction = {ArrowUp: -1, ArrowDown: 1}[event.key];
     if (!direction) return;
     event.preventDefault();
-    const at = this.series.findIndex((one) => highlighted().includes(one.name));
-    const next = this.series[(at + direction + this.series.length) % this.series.length];
-    choose([next.name]);
+    const {order} = this;
+    const at = order.findIndex((one) => highlighted().includes(one.name));
+    const next = at < 0 ? order.at(direction > 0 ? 0 : -1) : order[(at + direction + order.length) % order.length];
+    if (!highlighted().includes(next.name)) choose([next.name]);
   }
 
   showFrame(frame) {

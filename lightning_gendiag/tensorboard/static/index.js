@@ -31,7 +31,7 @@ const PANELS = {
 const BY_PARTS = new Set(['GenerationBalance', 'ManifoldEntropy', 'PosteriorKL', 'KStar']);
 const NARROW = new Set(['LatentRegions', 'RegionalPrimitives', 'TrainingData']);
 
-let wanted; // the run that was picked last, perhaps not loaded yet
+let wanted, wantedOther; // the runs that were picked last, perhaps not loaded yet
 let head, report, timeline, panels, note, missing, main;
 
 function build() {
@@ -78,8 +78,16 @@ async function attempt(action) {
     await action();
     tell(state.note);
   } catch (error) {
-    tell(`${error.message} The page tries again every ${POLL / 1000} seconds.`);
+    tell(action === reload ? `${error.message} The page tries again every ${POLL / 1000} seconds.` : error.message);
   }
+}
+
+let reloading; // the reload that is under way
+
+/** Takes in what has been written since; one at a time, so that no older reply replaces a newer one. */
+function reload() {
+  reloading ??= reloaded().finally(() => (reloading = null));
+  return reloading;
 }
 
 function tell(words) {
@@ -87,7 +95,7 @@ function tell(words) {
   note.hidden = !words;
 }
 
-async function reload() {
+async function reloaded() {
   const {runs, note: words} = await getRuns();
   state.runs = runs;
   state.note = runs.length ? words : 'No run below the log directory has records of lightning_gendiag yet.';
@@ -95,6 +103,7 @@ async function reload() {
   if (!runs.length) return;
   if (!runs.some((one) => one.run === state.run)) await openRun(mostUrgent(runs).run);
   else if (isOutdated(state.run, state.data)) await refreshRun();
+  if (state.compare == null) return;
   if (!runs.some((one) => one.run === state.compare)) await compareWith(null);
   else if (isOutdated(state.compare, state.other)) await compareWith(state.compare);
 }
@@ -174,8 +183,10 @@ const shapeOf = (data) =>
   );
 
 async function compareWith(run) {
+  wantedOther = run;
   if (run == null && state.compare == null) return;
   const data = run == null ? null : await load(run);
+  if (wantedOther !== run) return; // another one was picked meanwhile
   Object.assign(state, {compare: run, other: data});
   emit('compare');
 }

@@ -1,6 +1,7 @@
 // What all panels share: they are drawn when they come into view, and each update does only what has changed.
 
 import {getFrame} from './api.js';
+import {release} from './charts.js';
 import {colourOf, dashOf} from './colours.js';
 import {debounced, el, formatted, svg} from './dom.js';
 import {
@@ -68,9 +69,6 @@ export class Panel {
   /** Draws what depends on what is highlighted. */
   mark() {}
 
-  /** Draws pictures and arrays of a frame. */
-  showFrame() {}
-
   /** Applies what changed: draw, move or mark; a failure is shown in words and leaves the other panels alone. */
   update(change) {
     try {
@@ -81,7 +79,7 @@ export class Panel {
       if (change !== 'mark') this.move();
       this.mark();
       this.showHighlight();
-      if (change !== 'mark' && this.monitor?.frames?.length) {
+      if (change !== 'mark' && this.monitor?.frames?.length && this.showFrame) {
         if (change === 'draw') this.shown = null;
         this.wantFrame();
       }
@@ -111,7 +109,7 @@ export class Panel {
       const frame = await getFrame(state.run, this.name, wanted);
       if (key !== this.wanted) return; // the slider has moved on
       this.shown = key;
-      this.showFrame(frame);
+      await this.showFrame(frame);
       this.mark();
       this.tell('');
     } catch (error) {
@@ -159,6 +157,7 @@ export class Panels {
 
   set(panels) {
     this.observer.disconnect();
+    for (const panel of this.list) release(panel.element);
     this.visible.clear();
     this.list = panels;
     this.behind = new Map(panels.map((panel) => [panel, 'draw']));

@@ -28,7 +28,7 @@ export class Report {
   draw() {
     const report = state.data?.report;
     const word = report?.state ?? 'not judged';
-    const evaluations = Math.max(0, ...Object.values(report?.evaluations ?? {}));
+    const evaluations = Math.max(0, ...Object.values(state.data?.monitors ?? {}).map((one) => one.evaluations ?? 0));
     this.state.replaceChildren(
       badge(word, {'data-testid': 'state-badge'}),
       el('span', {class: 'faint'}, evaluations ? counted(evaluations, 'evaluation') : ''),

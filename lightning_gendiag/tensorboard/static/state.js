@@ -19,7 +19,7 @@ export const state = {
 
 const listeners = {};
 
-/** Topics: runs, run (its data), step, highlight, compare, theme, playing. */
+/** Topics: runs, run (its data), step, highlight, compare, theme. */
 export function on(topic, listener) {
   (listeners[topic] ??= []).push(listener);
 }
