@@ -38,7 +38,10 @@ function build() {
   document.head.append(el('link', {rel: 'stylesheet', href: './style.css'}));
   document.documentElement.lang = 'en';
   head = new Head({
-    pickRun: (run) => attempt(() => openRun(run)),
+    pickRun: (run) => {
+      wanted = run;
+      if (run !== state.run) attempt(() => openRun(run));
+    },
     pickCompare: (run) => attempt(() => compareWith(run)),
   });
   report = new Report();

@@ -23,6 +23,8 @@ import {
 const FRAME_DELAY = 50;
 
 export class Panel {
+  showsFrames = true; // whether pictures and arrays of the step are asked for
+
   /** `title` says what is shown, `help` how to read it. */
   constructor(name, title, help = '') {
     this.name = name;
@@ -69,6 +71,9 @@ export class Panel {
   /** Draws what depends on what is highlighted. */
   mark() {}
 
+  /** Draws pictures and arrays of a frame. */
+  showFrame() {}
+
   /** Applies what changed: draw, move or mark; a failure is shown in words and leaves the other panels alone. */
   update(change) {
     try {
@@ -79,7 +84,7 @@ export class Panel {
       if (change !== 'mark') this.move();
       this.mark();
       this.showHighlight();
-      if (change !== 'mark' && this.monitor?.frames?.length && this.showFrame) {
+      if (change !== 'mark' && this.showsFrames && this.monitor?.frames?.length) {
         if (change === 'draw') this.shown = null;
         this.wantFrame();
       }

@@ -78,6 +78,8 @@ function grouped(series) {
 
 /** The panel of training data, and of diagnostics that the page does not know. */
 export class SeriesPanel extends Panel {
+  showsFrames = false;
+
   build() {
     this.charts = new OtherSeries(this);
     this.note = el('p', {class: 'faint'});
