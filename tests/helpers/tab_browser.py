@@ -109,6 +109,15 @@ class Board:
     def one(self, name: str, within: str = "") -> Any:
         return until(lambda: self.all(name, within), name)[0]
 
+    def click(self, name: str) -> None:
+        """Clicks what has a name; once more where it was drawn anew just then."""
+
+        def clicked() -> bool:
+            self.one(name).click()
+            return True
+
+        until(clicked, f"a click on {name}")
+
     def text(self, name: str, within: str = "") -> str:
         return str(self.one(name, within).text)
 
@@ -116,11 +125,18 @@ class Board:
         value = self.one(name).get_attribute(attribute)
         return None if value is None else str(value)
 
-    def choose(self, run: str) -> None:
-        """Chooses a run in the picker."""
-        self.one("run-picker").click()
-        until(lambda: [one for one in self.all("run-option") if run in one.text], f"the run {run}")[0].click()
-        until(lambda: run in self.text("run-picker"), f"the choice of {run}")
+    def choose(self, run: str, picker: str = "run") -> None:
+        """Chooses a run in the picker of runs, or in that of runs to compare with (``"compare"``)."""
+
+        def chosen() -> bool:
+            if run in self.text(f"{picker}-picker"):
+                return True
+            # the list is drawn anew while the page takes in what runs have written
+            options = [one for one in self.all(f"{picker}-option") if run in one.text]
+            (options[0] if options else self.one(f"{picker}-picker")).click()
+            return False
+
+        until(chosen, f"the choice of {run}")
 
     def move(self, step: int) -> None:
         """Moves the slider to the evaluation at a step, as dragging does."""
