@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from lightning_gendiag.callbacks.monitor import Monitor
 
-
 REPORT_GROWTH = 0.1
 """The tab gets the report anew each time the number of evaluations has grown by this share, since it names that number."""
 
@@ -209,7 +208,6 @@ class CollapseStopping(Member, EarlyStopping):
         """Writes the report of the whole run."""
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write_report(trainer, over=True)
-            self._show_report(trainer, over=True)
             self.alerts.finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -229,6 +227,7 @@ class CollapseStopping(Member, EarlyStopping):
                     paths[-1].write_text(json.dumps(state, indent=1, default=str) + "\n")
             board = self.session.logger(max((alarm.step for alarm in self.alarms), default=0))
             board.log_text("report", state["summary"])
+            self._show(state)
             board.flush()
             if over:
                 written = f" The report is in {', '.join(map(str, paths))}." if paths else ""
@@ -236,20 +235,29 @@ class CollapseStopping(Member, EarlyStopping):
         except Exception as error:
             rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 
-    def _show_report(self, trainer: Trainer, over: bool = False) -> None:
+    def _show_report(self, trainer: Trainer) -> None:
         """Writes the report for the tab of TensorBoard where it says something else than before, and now and then."""
-        board = self.session.logger(max((m.last_step or 0 for m in self.session.monitors), default=0))
-        if not board.has_board:
+        if not trainer.is_global_zero:
             return
         try:
             # without a search for checkpoints
-            state, count = self.report(), max(self.judge.evaluations.values(), default=0)
-            shown = (state["state"], state["bad"], [(alarm.recovered, alarm.is_critical) for alarm in self.alarms])
-            if over or shown != self._shown or count >= self._next_shown:
-                self._shown, self._next_shown = shown, count + max(1, int(count * REPORT_GROWTH))
-                board.log_record(REPORT, Record(self.report(trainer)))
+            count = max(self.judge.evaluations.values(), default=0)
+            if self._said(self.report()) != self._shown or count >= self._next_shown:
+                self._show(self.report(trainer))
         except Exception as error:
             rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
+
+    def _show(self, state: dict[str, Any]) -> None:
+        """Writes a report for the tab, and notes what it says."""
+        count = max(self.judge.evaluations.values(), default=0)
+        self._shown, self._next_shown = self._said(state), count + max(1, int(count * REPORT_GROWTH))
+        board = self.session.logger(max((m.last_step or 0 for m in self.session.monitors), default=0))
+        if board.has_board:
+            board.log_record(REPORT, Record(state))
+
+    def _said(self, state: dict[str, Any]) -> object:
+        """What the tab must show anew once it is another, such as an alarm that recovered."""
+        return state["state"], state["bad"], [(alarm.recovered, alarm.is_critical) for alarm in self.alarms]
 
     def _log(self, trainer: Trainer, monitor: Monitor[Any, Any], alarm: Alarm, number: int) -> None:
         if not trainer.is_global_zero:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from lightning.pytorch.callbacks import Callback
@@ -533,24 +534,26 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             self._contain(error, counts=False)
 
     def _write_page(self, evaluation: Evaluation, logger: DiagnosticLogger) -> None:
-        """Writes what the tab shows; what fails once is not tried again."""
-        if self._page is None or self.result is None or not logger.has_board:
-            return
-        try:
-            self._page.write_values(evaluation, self.page_setup, self.page_numbers(self.result), logger)
-        except Exception as error:
-            self._page = None
-            self._contain(error, counts=False, lost="part of the tab")
+        """Writes what the tab shows of the newest evaluation."""
+        with self._showing(logger) as page:
+            if page is not None and self.result is not None:
+                page.write_values(evaluation, self.page_setup, self.page_numbers(self.result), logger)
         if self._page is not None and self._page.is_due(evaluation.number):
             self._write_frame(evaluation, logger)
 
     def _write_frame(self, evaluation: Evaluation, logger: DiagnosticLogger) -> None:
         """Writes the pictures that the tab shows of the newest evaluation, if they were not written."""
-        if self._page is None or self.result is None or not self.log_images or self._page.has_frame(evaluation):
-            return
+        with self._showing(logger) as page:
+            wanted = page is not None and self.log_images and not page.has_frame(evaluation)
+            frame = self.page_frame(self.result) if wanted and self.result is not None else None
+            if page is not None and frame is not None:
+                page.write_frame(evaluation, frame, logger)
+
+    @contextmanager
+    def _showing(self, logger: DiagnosticLogger) -> Iterator[Page | None]:
+        """Gives what writes for the tab, None where there is no TensorBoard; what fails once is not tried again."""
         try:
-            if logger.has_board and (frame := self.page_frame(self.result)) is not None:
-                self._page.write_frame(evaluation, frame, logger)
+            yield self._page if logger.has_board else None
         except Exception as error:
             self._page = None
             self._contain(error, counts=False, lost="part of the tab")

@@ -196,6 +196,13 @@ export function paintRows(canvas, rows, steps, colour, [first, last] = stepRange
   context.putImageData(pixels, 0, 0);
 }
 
+/** The step below the pointer, over an element that reaches from the first step to the last. */
+export function stepBelow(event, element) {
+  const area = element.getBoundingClientRect();
+  const [first, last] = stepRange();
+  return first + ((event.clientX - area.left) / area.width) * (last - first);
+}
+
 /** A heat map of series x step; pointing at a row highlights its series, a click jumps to the step. */
 export class Heat {
   constructor(label, height = 200) {
@@ -242,9 +249,7 @@ export class Heat {
   }
 
   stepAt(event) {
-    const area = this.area.getBoundingClientRect();
-    const [first, last] = stepRange();
-    return first + ((event.clientX - area.left) / area.width) * (last - first);
+    return stepBelow(event, this.area);
   }
 
   read(event) {

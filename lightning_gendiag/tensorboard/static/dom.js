@@ -27,6 +27,11 @@ export function freshId() {
   return `gendiag-${++lastId}`;
 }
 
+/** Returns one of several choices, of which one holds; `group` is the same for all of them. */
+export function choice(group, value, words, attributes) {
+  return el('label', {}, el('input', {type: 'radio', name: group, value, ...attributes}), words);
+}
+
 /** Returns text that Plotly shows as it is; it reads some markup and templates in names, titles and hover texts. */
 export function plotlyText(text) {
   const entities = {'&': '&amp;', '<': '&lt;', '>': '&gt;', '%': '&#37;', $: '&#36;'};

@@ -3,7 +3,7 @@
 import {getFrame, pictureUrl} from './api.js';
 import {Curves, scaleBar} from './charts.js';
 import {channels, colourOf, distanceShare, isDark, scaled} from './colours.js';
-import {el, formatted, freshId, svg} from './dom.js';
+import {choice, el, formatted, freshId, svg} from './dom.js';
 import {Legend, Panel, Picture} from './panel.js';
 import {
   alarmsOf,
@@ -71,22 +71,14 @@ export class Regions extends Panel {
     this.scale = el('span', {class: 'map-scale'});
     const group = freshId();
     const option = (mode, words) =>
-      el(
-        'label',
-        {},
-        el('input', {
-          type: 'radio',
-          name: group,
-          value: mode,
-          checked: mode === this.mapMode,
-          'data-testid': `map-${mode}`,
-          onchange: () => {
-            this.mapMode = mode;
-            this.paintMap();
-          },
-        }),
-        words,
-      );
+      choice(group, mode, words, {
+        checked: mode === this.mapMode,
+        'data-testid': `map-${mode}`,
+        onchange: () => {
+          this.mapMode = mode;
+          this.paintMap();
+        },
+      });
     return el(
       'div',
       {class: 'options', role: 'radiogroup', 'aria-label': 'Colours of the map'},

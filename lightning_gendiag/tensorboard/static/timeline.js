@@ -1,6 +1,6 @@
 // All series over all steps: one row each, dark where a series is far from its usual level, with the alarms on it.
 
-import {drawAxis, paintRows, scaleBar, stepRange, stepShare} from './charts.js';
+import {drawAxis, paintRows, scaleBar, stepBelow, stepRange, stepShare} from './charts.js';
 import {colourOf, scaled} from './colours.js';
 import {el, formatted} from './dom.js';
 import {linked} from './panel.js';
@@ -177,9 +177,7 @@ export class Timeline {
   }
 
   stepAt(event) {
-    const area = this.area.getBoundingClientRect();
-    const [first, last] = stepRange();
-    return first + ((event.clientX - area.left) / area.width) * (last - first);
+    return stepBelow(event, this.area);
   }
 
   read(event) {

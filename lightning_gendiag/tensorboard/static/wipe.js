@@ -1,7 +1,7 @@
 // Before and after: two pictures on top of each other and a control that wipes between them.
 
 import {getFrame, pictureUrl} from './api.js';
-import {el, freshId} from './dom.js';
+import {choice, el, freshId} from './dom.js';
 import {Panel} from './panel.js';
 import {alarms, atOrBefore, beganAt, currentStep, frameStep, monitors, state, twin} from './state.js';
 
@@ -54,21 +54,13 @@ export class Wipe extends Panel {
     });
     const group = freshId();
     const option = (mode, words) =>
-      el(
-        'label',
-        {},
-        el('input', {
-          type: 'radio',
-          name: group,
-          value: mode,
-          'data-testid': `wipe-${mode}`,
-          onchange: () => {
-            this.mode = mode;
-            this.refresh();
-          },
-        }),
-        words,
-      );
+      choice(group, mode, words, {
+        'data-testid': `wipe-${mode}`,
+        onchange: () => {
+          this.mode = mode;
+          this.refresh();
+        },
+      });
     this.modes = el(
       'span',
       {class: 'options', role: 'radiogroup', 'aria-label': 'What is compared'},
