@@ -12,8 +12,8 @@ from lightning_gendiag.tensorboard.records import Record, frame_tag, setup_tag, 
 if TYPE_CHECKING:
     from lightning_gendiag.callbacks.logging import DiagnosticLogger
 
-ALL_FRAMES, FRAME_GROWTH = 20, 0.05
-"""So many evaluations all have pictures, then each time their number has grown by this share: 110 of 2,000."""
+ALL_FRAMES, FRAME_GROWTH = 12, 0.1
+"""So many evaluations all have pictures, then each time their number has grown by this share: 70 of 2,000."""
 
 DESCRIBED = ("name", "role", "quantity", "unit", "label", "index", "min_std", "min_delta")
 """What the tab, and the comparison of two runs, need to know of a series."""

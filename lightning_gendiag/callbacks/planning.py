@@ -74,6 +74,9 @@ def rehearse(
     for smaller, size in zip((None, *SIZES), SIZES, strict=False):
         slow = [view for view in session.views if size == SIZES[0] and view.sampling_seconds > SLOW]
         drawn = {view: view.sampling_seconds for view in slow}
+        if not slow:
+            # a copy of the module is a part of each evaluation
+            session.subject.expire()
         for view in session.views:
             if view not in slow:
                 view.expire()

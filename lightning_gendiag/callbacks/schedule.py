@@ -22,7 +22,7 @@ EVALUATIONS = 75
 samples where there are so many all the same."""
 
 HELD_BACK = 0.04
-"""Part of the limit that is left for what is not measured, such as hooks at each batch."""
+"""Part of the limit that is left for what is not measured, such as what loggers write in threads of their own."""
 
 NEWEST = 5
 """The cost of a monitor is the median of its newest evaluations."""
@@ -81,6 +81,10 @@ class TimeBudget:
         self.ready |= ready
         if self.rounds <= 1:
             self.first += seconds
+
+    def note(self, seconds: float) -> None:
+        """Adds the time of a hook that evaluated nothing."""
+        self.spent += seconds
 
     def charge_setup(self, seconds: float) -> None:
         """Adds the time of checks that ended when the clock began, so that its time contains theirs."""

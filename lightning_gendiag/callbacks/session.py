@@ -175,6 +175,7 @@ class Session:
 
     def on_train_batch_start(self, batch: Any) -> None:
         """Collects and shows real images before the training step can change them; what was drawn is outdated now."""
+        started = time.monotonic()
         self._batches += 1
         self.subject.expire()
         for view in self._views.values():
@@ -198,6 +199,7 @@ class Session:
                     raise
                 # raised at the next evaluation, where all processes can agree on it
                 self._unreadable[view.adapter] = error
+        self.schedule.budget.note(time.monotonic() - started)
 
     def _users(self, view: ModelView) -> list[Monitor[Any, Any]]:
         """The monitors that need the real data of a view."""
@@ -232,6 +234,7 @@ class Session:
         enabled, started = [monitor for monitor in self.monitors if monitor.enabled], time.monotonic()
         chosen = self.schedule.choose(enabled, step, epoch_over)
         if not chosen:
+            self.schedule.budget.note(time.monotonic() - started)
             return
         self.schedule.budget.charge(time.monotonic() - started, ready=False)
         for view in {id(view): view for view in map(self.view_of, chosen)}.values():

@@ -74,7 +74,7 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
     visited: dict[int, int] = {}
 
     def visit(value: object, depth: int) -> None:
-        if type(value) in weakref.ProxyTypes:
+        if type(value) in _LEAVES:
             return
         if isinstance(value, Generator):
             found.setdefault(id(value), value)
@@ -94,6 +94,24 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
         visit(owner, DEPTH)
     return list(found.values())
 
+
+_LEAVES = frozenset(
+    (
+        *weakref.ProxyTypes,
+        str,
+        bytes,
+        int,
+        float,
+        bool,
+        type(None),
+        type,
+        Tensor,
+        nn.Parameter,
+        torch.dtype,
+        torch.device,
+    )
+)
+"""Types of most of what is visited: objects that refer to nothing, whose subclasses take the slower way."""
 
 _WITHOUT_GENERATORS = (str, bytes, int, float, Tensor, np.ndarray, type, types.ModuleType, types.CodeType)
 
