@@ -156,20 +156,20 @@ def test_messages_are_limited_and_those_held_back_are_counted() -> None:
     assert len(seen) == alerts.MOST_PER_HOUR + 3
     # one that stops the run is never held back
     own.send(fake(run), alarm(is_critical=True), "Training stops.")
-    assert run.alerts.pop()["text"].endswith("Training stops. 3 alarms before it were not sent.")
+    assert run.alerts.pop()["text"].endswith("Training stops. 3 alarms were not sent before it.")
     now[0] = 3599
     own.send(fake(run), alarm(), "")
     now[0] = 3601
     own.send(fake(run), alarm(), "Training stops.")
     assert len(run.alerts) == alerts.MOST_PER_HOUR + 1
-    assert run.alerts[-1]["text"].endswith("Training stops. 1 alarm before it was not sent.")
+    assert run.alerts[-1]["text"].endswith("Training stops. 1 alarm was not sent before it.")
     own.send(fake(run), alarm(), "")
     for _ in range(alerts.MOST_PER_HOUR):
         own.send(fake(run), alarm(), "")
     count = len(run.alerts)
     own.finish(fake(run))
     assert len(run.alerts) == count + 1
-    assert "before it w" in run.alerts[-1]["text"]
+    assert run.alerts[-1]["text"] == "2 alarms were not sent, since at most 10 an hour are."
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,16 @@ class Alerts:
         if not self._may_send() and not alarm.is_critical:
             self._held_back += 1
             return
-        text = f"{alarm.message} {effect}{self._left_out()}"
+        earlier = f" {self._held()} not sent before it." if self._held_back else ""
+        text = f"{alarm.message} {effect}{earlier}"
         fields = finite({**asdict(alarm), "message": alarm.message})
         self._contained("an alert", self._send, trainer, f"{alarm.label} {alarm.event}", text, fields)
 
     def finish(self, trainer: Trainer) -> None:
         """Says how many alarms were held back, and waits a little for messages that are still under way."""
         if self._held_back:
-            self._contained("an alert", self._send, trainer, "more alarms", self._left_out().strip(), None)
+            text = f"{self._held()} not sent, since at most {MOST_PER_HOUR} an hour are."
+            self._contained("an alert", self._send, trainer, "more alarms", text, None)
         deadline = time.monotonic() + LAST_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -105,10 +107,9 @@ class Alerts:
             None if self.webhook is None else f"{urlsplit(self.webhook).scheme}://{urlsplit(self.webhook).hostname}/..."
         )
 
-    def _left_out(self) -> str:
+    def _held(self) -> str:
         held_back, self._held_back = self._held_back, 0
-        were = "was" if held_back == 1 else "were"
-        return f" {counted(held_back, 'alarm')} before it {were} not sent." if held_back else ""
+        return f"{counted(held_back, 'alarm')} {'was' if held_back == 1 else 'were'}"
 
     def _send(self, trainer: Trainer, title: str, text: str, alarm: Any) -> None:
         for name, alert in _alerting(trainer):
