@@ -1,8 +1,8 @@
 """Makes the pictures of the guides from runs of the examples: ``python -m benchmarks.pictures``.
 
 Each picture is what TensorBoard shows: the newest panel, or the picture of the first alarm, of one monitor. About five
-minutes on two cores. ``--tab RUNS`` takes screenshots of the tab, and ``--power FILE`` draws ``docs/power.png``
-from the last line of ``python -m benchmarks.defaults --json --samples ...``.
+minutes on two cores. ``--tab RUNS`` takes screenshots and an animation of the tab, and ``--power FILE`` draws
+``docs/power.png`` from the last line of ``python -m benchmarks.defaults --json --samples ...``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ from lightning_gendiag import (
 from lightning_gendiag.plots import canvas, charts
 
 DOCS = Path(__file__).parent.parent / "docs"
+
+GIF_WIDTH = 980
+"""Pixels."""
 
 
 def fit(model: LightningModule, monitor: Monitor[Any, Any], folder: Path) -> None:
@@ -222,9 +225,31 @@ def screenshots(logdir: Path) -> None:
             browser.save_screenshot(str(DOCS / f"{name}.png"))
             browser.switch_to.frame(browser.find_element("css selector", "iframe[src*='name=gendiag']"))
             print(f"docs/{name}.png")
+        browser.execute_script("window.scrollTo(0, 0)")
+        animate(board, DOCS / "tab.gif")
+        print("docs/tab.gif")
     finally:
         board.close()
         browser.quit()
+
+
+def animate(board: Any, path: Path) -> None:
+    """Writes a GIF of the tab's first screen while the slider moves from the first step to the last."""
+    frames = []
+    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))"
+    for position in range(int(board.one("step-slider").get_attribute("max")) + 1):
+        board.browser.execute_script(script, board.one("step-slider"), position)
+        time.sleep(0.5)
+        page = Image.open(io.BytesIO(board.browser.get_screenshot_as_png())).convert("RGB")
+        width, height = page.size
+        # without the bar of TensorBoard, and as wide as a README
+        page = page.crop((0, 64, width, height - 64))
+        frames.append(page.resize((GIF_WIDTH, page.height * GIF_WIDTH // width), Image.Resampling.LANCZOS))
+    # the last one has the colours of all, of which few are large areas
+    last = frames[-1].quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    first, *others = [frame.quantize(palette=last, dither=Image.Dither.NONE) for frame in frames]
+    milliseconds = [*[350] * len(others), 6000]
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
 
 
 def main() -> None:
@@ -234,7 +259,9 @@ def main() -> None:
     parser.add_argument("--page", choices=sorted(PICTURES), help="the page whose picture is made; by default all")
     parser.add_argument("--power", type=Path, help="what benchmarks.defaults --json wrote; draws docs/power.png alone")
     parser.add_argument(
-        "--tab", type=Path, help="log directory of the demo; takes docs/tab.png and docs/tab_below.png alone"
+        "--tab",
+        type=Path,
+        help="log directory of the demo; takes docs/tab.png, docs/tab_below.png and docs/tab.gif alone",
     )
     options = parser.parse_args()
     if options.tab:
