@@ -42,8 +42,9 @@ VENDI = 128
 SHOWN = 8
 """Largest number of pairs that a result holds."""
 
-CELLS = 1 << 21
-"""Largest number of distances that are held at a time, unless a single row has more: 8 MiB in float32."""
+CELLS = 1 << 18
+"""Largest number of distances that are held at a time, unless a single row has more: 1 MiB in float32. Larger blocks are no
+faster."""
 
 
 @loggable
@@ -164,8 +165,13 @@ def nearest(x: Tensor, y: Tensor | None = None, k: int = 1) -> Neighbours:
         for start in range(0, len(x), size):
             block = squared_distances(x[start : start + size], others)  # (B, N)
             if y is None:
-                _own(block, start).fill_(math.inf)
-            indices[start : start + size] = block.topk(k, largest=False).indices if k > 1 else block.argmin(1)[:, None]
+                # the last of all, but before those that were found
+                _own(block, start).fill_(torch.finfo(block.dtype).max)
+            for place in range(k):
+                found = block.argmin(1, keepdim=True)
+                indices[start : start + size, place] = found[:, 0]
+                # the next one is the nearest of the others
+                block.scatter_(1, found, math.inf)
     distances = torch.stack([_distances(x, others[indices[:, place]]) for place in range(k)], 1)
     if y is None:
         # a single row has no other
@@ -267,11 +273,15 @@ class TrainingSide(NamedTuple):
 
 def as_rows(images: Tensor, max_side: int | None) -> Tensor:
     """Returns images (N, C, H, W) averaged to at most ``max_side`` pixels along each axis, or other data, as rows (N, D)."""
-    images = as_data(images)
+    return as_data(shrunk(images, max_side)).flatten(1)
+
+
+def shrunk(images: Tensor, max_side: int | None) -> Tensor:
+    """Returns images (N, C, H, W) averaged to at most ``max_side`` pixels along each axis; other data as they are."""
     if max_side is None or images.ndim != 4 or max(images.shape[2:]) <= max_side or min(images.shape[2:]) == 1:
-        return images.flatten(1)
+        return images
     size = min(max_side, images.shape[2]), min(max_side, images.shape[3])
-    return torch.cat([F.adaptive_avg_pool2d(some, size).flatten(1) for some in pieces(images, 256)])
+    return torch.cat([F.adaptive_avg_pool2d(as_data(some), size) for some in pieces(images, 256)])
 
 
 def training_side(training: Tensor, held_out: Tensor | None = None) -> TrainingSide:
@@ -289,12 +299,14 @@ def training_side(training: Tensor, held_out: Tensor | None = None) -> TrainingS
     rows = training - centre
     # of two rows that are far from each other, the mean squared distance
     usual = 2 * float(rows.square().sum(1).mean()) if len(rows) else 0.0
-    numbers = (~repeats(rows, SAME**2 * usual)).nonzero()[:, 0]
-    rows = rows if len(numbers) == len(rows) else rows[numbers]
-    empty = rows.new_empty(0)
-    if len(rows) < 2:
+    numbers, empty = torch.arange(len(rows), device=rows.device), rows.new_empty(0)
+    near = nearest(rows, k=2) if len(rows) else None
+    if near is not None and (near.distances[:, 0] <= SAME * math.sqrt(usual)).any():
+        numbers = (~repeats(rows, SAME**2 * usual)).nonzero()[:, 0]
+        rows = rows[numbers]
+        near = nearest(rows, k=2)
+    if near is None or len(rows) < 2:
         return TrainingSide(centre, rows, numbers, empty, empty, empty, math.nan)
-    near = nearest(rows, k=2)
     own = near.distances[:, 0]
     spread = float(kth_smallest(own, int(QUANTILE * len(own))))
     if held_out is not None and len(held_out):

@@ -29,8 +29,8 @@ SIDES = ("generated", "real", "held_out")
 class Memorization(Diagnostic):
     """:func:`memorization` over batches and processes, by pixels and, where they are given, by features.
 
-    Memory: all images in the type in which they come, and the pixels that are compared of training images and of the samples
-    once more. What depends on real images alone is kept until these change.
+    Memory: all images, where half precision stays what it is, and the pixels that are compared of training images and of the
+    samples once more in float32. What depends on real images alone is kept until these change.
 
     Args:
         ratio: see :func:`memorization`.
@@ -135,7 +135,7 @@ class Memorization(Diagnostic):
             ValueError: if images or features have another shape than expected, or a real image is not finite.
         """
         name = "generated" if not real else "held_out" if held_out else "real"
-        images = as_data(images, name).detach()
+        images = images.detach() if images.dtype == torch.half and images.ndim > 1 else as_data(images, name).detach()
         held = next((part for side in SIDES for part in getattr(self, side)), images)
         self._check_features(images, name, features)
         parts = [images] if features is None else [images, features.detach()]
@@ -178,7 +178,7 @@ class Memorization(Diagnostic):
     def training_images(self) -> Tensor:
         """The training images (N, ...) of this process, in the order by which results number them."""
         images = self.rows("real")
-        return images[canonical_order(images)] if len(images) else images
+        return as_data(images[canonical_order(images)]) if len(images) else images
 
     def compute(self) -> MemorizationResult:
         """Compares all samples with all training images.
@@ -202,7 +202,9 @@ class Memorization(Diagnostic):
         """What depends on real images alone, by pixels and by features, computed anew where they changed."""
         held_out = self.rows("held_out")
         # sums show whether the real images are those of the last time
-        known = torch.cat([images.flatten(1).sum(1) for images in (training, held_out) if len(images)] or [order])
+        known = torch.cat(
+            [images.flatten(1).sum(1, dtype=torch.float32) for images in (training, held_out) if len(images)] or [order]
+        )
         if self._sides is None or not _same(self._sides[0], known):
             sides = []
             features, others = self.rows("real_features"), self.rows("held_out_features")
