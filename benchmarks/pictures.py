@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.zoo.autoencoders import VQVAE
@@ -33,6 +35,7 @@ from lightning_gendiag import (
     CodebookUsageMonitor,
     CollapseStopping,
     KStarMonitor,
+    MemorizationMonitor,
     Monitor,
     RegionalPrimitivesMonitor,
     TrainingDataMonitor,
@@ -86,6 +89,46 @@ def fit_at_one_point(folder: Path) -> None:
     fit(AtOnePoint(12, 1e-3, codes=64), CodebookUsageMonitor(), folder)
 
 
+class Transport(LightningModule):
+    """A generator that is drawn to the images that optimal transport assigns to its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64), nn.Tanh()
+        )
+
+    def sample(self, n: int) -> Tensor:
+        """Returns images (n, 1, 8, 8)."""
+        images: Tensor = self.net(torch.randn(n, 4)).view(n, 1, 8, 8)
+        return images
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the mean squared distance of samples from the images that are assigned to them."""
+        real, made = batch[0].repeat(4, 1, 1, 1), self.sample(4 * len(batch[0]))
+        costs = torch.cdist(made.flatten(1), real.flatten(1)).square()
+        assigned = linear_sum_assignment(costs.detach().numpy())[1]
+        return (made - real[assigned]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Does nothing; validation batches are the real images that samples are compared with."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns Adam."""
+        return torch.optim.Adam(self.parameters(), 2e-3)
+
+
+def fit_on_few_images(folder: Path) -> None:
+    """Trains on 50 digits, which the generator memorises."""
+    seed_everything(0, verbose=False)
+    images = digits(8)[0][torch.randperm(1797)]
+    train, held_out = TensorDataset(images[:50]), TensorDataset(images[1400:])
+    Trainer(
+        max_epochs=-1, max_steps=1500, accelerator="cpu", logger=TensorBoardLogger(folder, name=""),
+        callbacks=[MemorizationMonitor(every_n_train_steps=100), CollapseStopping()], check_val_every_n_epoch=1500,
+    ).fit(Transport(), DataLoader(train, 50, shuffle=True), DataLoader(held_out, 200))  # fmt: skip
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {
     "gan frozen": lambda folder: gan.main(["--fault", "frozen", "--runs", str(folder)]),
     "gan": lambda folder: gan.main(["--runs", str(folder)]),
@@ -96,6 +139,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "primitives": lambda folder: fit(vae.VAE(), RegionalPrimitivesMonitor(), folder),
     "data": fit_with_class_removed,
     "codebook": fit_at_one_point,
+    "memorizing": fit_on_few_images,
 }
 """What is trained into a folder."""
 
@@ -106,6 +150,7 @@ PICTURES: dict[str, list[tuple[str, str, str]]] = {
     "k_star": [("k_star", "k_star", "alarm")],
     "latent_regions": [("vae two", "latent_regions", "panel"), ("vae two", "generation_balance", "panel")],
     "manifold_entropy": [("vae dead", "manifold_entropy", "alarm")],
+    "memorization": [("memorizing", "memorization", "alarm")],
     "posterior_kl": [("vae ignored", "posterior_kl", "alarm")],
     "regional_primitives": [("primitives", "regional_primitives", "panel"), ("gan", "regional_primitives", "panel")],
     "training_data": [("data", "training_data", "alarm")],
@@ -136,6 +181,7 @@ def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bo
     quantities = {
         "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
         "posterior_kl": "KL", "training_data": "training images", "codebook": "perplexity",
+        "memorization": "copies",
     }  # fmt: skip
     return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
 

@@ -35,6 +35,11 @@ from .diagnostics.manifold_entropy.functional import manifold_cross_information 
 from .diagnostics.manifold_entropy.functional import manifold_entropy as manifold_entropy
 from .diagnostics.manifold_entropy.metric import ManifoldEntropy as ManifoldEntropy
 from .diagnostics.manifold_entropy.monitor import ManifoldEntropyMonitor as ManifoldEntropyMonitor
+from .diagnostics.memorization.functional import MemorizationResult as MemorizationResult
+from .diagnostics.memorization.functional import memorization as memorization
+from .diagnostics.memorization.functional import vendi_score as vendi_score
+from .diagnostics.memorization.metric import Memorization as Memorization
+from .diagnostics.memorization.monitor import MemorizationMonitor as MemorizationMonitor
 from .diagnostics.posterior_kl.functional import PosteriorKLResult as PosteriorKLResult
 from .diagnostics.posterior_kl.functional import posterior_kl as posterior_kl
 from .diagnostics.posterior_kl.metric import PosteriorKL as PosteriorKL

@@ -20,6 +20,7 @@ from lightning_gendiag import (
     KStarMonitor,
     LatentRegionsMonitor,
     ManifoldEntropyMonitor,
+    MemorizationMonitor,
     ModelAdapter,
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
@@ -49,6 +50,7 @@ def main(folder: Path, processes: int) -> None:
         KStarMonitor(**options),
         LatentRegionsMonitor(5, num_points=40, **options),
         ManifoldEntropyMonitor(num_latents=8, **options),
+        MemorizationMonitor(**options),
         PosteriorKLMonitor(**options),
         RegionalPrimitivesMonitor(num_regions=3, every_n_epochs=1, num_images=3, max_steps=5, **options),
     ]

@@ -450,5 +450,5 @@ def test_each_monitor_says_what_it_needs() -> None:
     needs = {
         kind.name: kind.needs_images for kind in Monitor.__subclasses__() if kind.__module__.startswith("lightning")
     }
-    expected = {"cms", "generation_balance", "regional_primitives"}
+    expected = {"cms", "generation_balance", "memorization", "regional_primitives"}
     assert {name for name, images in needs.items() if images} == expected

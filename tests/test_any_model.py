@@ -434,7 +434,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-DATA = "training_data"
+DATA = ("memorization", "training_data")
+"""What applies to all models that sample."""
 SAMPLER = ["cms", "generation_balance"]
 GENERATOR = [*SAMPLER, "manifold_entropy"]
 ENCODER = [*SAMPLER, "k_star", "manifold_entropy", "posterior_kl", "latent_regions"]
@@ -442,7 +443,7 @@ ENCODER = [*SAMPLER, "k_star", "manifold_entropy", "posterior_kl", "latent_regio
 
 def test_the_gan_of_lightnings_tutorial_needs_no_arguments() -> None:
     diagnostics = diagnosed(TutorialGAN(1, 8, 8), max_epochs=2)
-    assert diagnostics.attached == [*GENERATOR, DATA]
+    assert diagnostics.attached == [*GENERATOR, *DATA]
     assert sampled_by(diagnostics) == "self.forward from normal noise (n, 10)"
     assert {diagnostics.left_out[name][:20] for name in ("k_star", "posterior_kl", "latent_regions")} == {
         "encode must be known"
@@ -452,7 +453,7 @@ def test_the_gan_of_lightnings_tutorial_needs_no_arguments() -> None:
 
 def test_a_generator_of_spatial_noise_is_recognized() -> None:
     diagnostics = diagnosed(DCGAN())
-    assert diagnostics.attached == [*GENERATOR, "regional_primitives", DATA]
+    assert diagnostics.attached == [*GENERATOR, "regional_primitives", *DATA]
     assert sampled_by(diagnostics) == "self.forward from normal noise (n, 6, 1, 1)"
 
 
@@ -460,7 +461,7 @@ def test_a_generator_of_spatial_noise_is_recognized() -> None:
 def test_layers_that_make_a_posterior_of_features_are_used(enc_out_dim: int) -> None:
     module = VAE(enc_out_dim)
     diagnostics = diagnosed(module, kind="dict")
-    assert diagnostics.attached == [*ENCODER, "regional_primitives", DATA]
+    assert diagnostics.attached == [*ENCODER, "regional_primitives", *DATA]
     assert sampled_by(diagnostics) == "self.decoder from normal noise (n, 3)"
     images = next(iter(batches("dict")))["image"]
     view = diagnostics.monitors["cms"].view
@@ -485,7 +486,7 @@ def test_mean_and_variance_in_one_tensor_are_told_apart() -> None:
 
     module = Chunked()
     diagnostics = diagnosed(module)
-    assert diagnostics.attached == [*ENCODER, DATA]
+    assert diagnostics.attached == [*ENCODER, *DATA]
     images = diagnostics.monitors["k_star"].view.reference.images
     with torch.no_grad():
         mean, log_variance = module.encoder(images).double().chunk(2, 1)
@@ -495,20 +496,20 @@ def test_mean_and_variance_in_one_tensor_are_told_apart() -> None:
 
 def test_a_sample_method_that_needs_a_device_is_called_with_it() -> None:
     diagnostics = diagnosed(LitVanillaVAE())
-    assert diagnostics.attached == [*ENCODER, DATA]
+    assert diagnostics.attached == [*ENCODER, *DATA]
     assert sampled_by(diagnostics) == "self.sample(n, device)"
 
 
 def test_a_model_inside_the_module_is_found() -> None:
     diagnostics = diagnosed(VAEXperiment(VanillaVAE()))
-    assert diagnostics.attached == [*ENCODER, DATA]
+    assert diagnostics.attached == [*ENCODER, *DATA]
     assert sampled_by(diagnostics) == "self.model.sample(n, device)"
 
 
 def test_an_autoencoder_of_flat_images_is_judged_by_its_reconstructions() -> None:
     module = LitAutoEncoder()
     diagnostics = diagnosed(module)
-    assert diagnostics.attached == [*SAMPLER, "k_star", "manifold_entropy", "latent_regions", DATA]
+    assert diagnostics.attached == [*SAMPLER, "k_star", "manifold_entropy", "latent_regions", "training_data"]
     view = diagnostics.monitors["cms"].view
     assert view.source() == "reconstructions"
     assert view.parts.way("encode").name == "self.encoder(images.flatten(1))"
@@ -528,7 +529,7 @@ def test_an_autoencoder_of_flat_images_is_judged_by_its_reconstructions() -> Non
 
 def test_a_conditional_generator_gets_the_labels_of_the_batches() -> None:
     diagnostics = diagnosed(ConditionalGAN())
-    assert diagnostics.attached == [*GENERATOR, DATA]
+    assert diagnostics.attached == [*GENERATOR, *DATA]
     assert sampled_by(diagnostics) == "self.forward from normal noise (n, 6) and labels"
     sampled = diagnostics.monitors["cms"].view.samples()
     assert sampled.labels is not None
@@ -554,7 +555,7 @@ def test_a_sampler_that_takes_labels_is_left_out_where_the_batches_have_none() -
     module = ConditionalGAN()
     module.loss = lambda images, labels: module.label_emb.weight.square().mean()
     diagnostics = diagnosed(module, kind="images")
-    assert diagnostics.attached == ["manifold_entropy", DATA]
+    assert diagnostics.attached == ["manifold_entropy", "training_data"]
     assert "normal noise (n, 6) and labels fails (the batches hold no labels" in diagnostics.left_out["cms"]
 
 
@@ -570,12 +571,12 @@ def test_what_is_suggested_in_place_of_a_wrong_name_works() -> None:
     message = error_of(VAEXperiment(VanillaVAE()), small("model.final_layer"))
     assert "sample must be what makes images, but" in message
     assert message.endswith("To fix this, pass sample=None, with which self.model.sample(n, device) is used.")
-    assert diagnosed(VAEXperiment(VanillaVAE()), small()).attached == [*ENCODER, DATA]
+    assert diagnosed(VAEXperiment(VanillaVAE()), small()).attached == [*ENCODER, *DATA]
 
 
 def test_a_decoder_that_returns_a_distribution_is_evaluated_by_its_mean() -> None:
     diagnostics = diagnosed(GaussianVAE())
-    assert diagnostics.attached == [*ENCODER, DATA]
+    assert diagnostics.attached == [*ENCODER, *DATA]
     assert sampled_by(diagnostics) == "self.decode from normal noise (n, 3)"
 
 
@@ -584,7 +585,7 @@ def test_the_error_about_a_diffusion_model_asks_for_its_sampler() -> None:
     assert "self.forward takes (x: 'Tensor', t: 'Tensor')" in message
     assert message.endswith("or pass ModelAdapter(sample=lambda module, n: ...).")
     diagnostics = diagnosed(DDPM(), small(lambda module, n: module.p_sample_loop((n, 1, 8, 8))), kind="images")
-    assert diagnostics.attached == ["cms", DATA]
+    assert diagnostics.attached == ["cms", *DATA]
 
 
 def test_a_slow_sampler_is_evaluated_rarely(caplog: pytest.LogCaptureFixture) -> None:
@@ -594,7 +595,7 @@ def test_a_slow_sampler_is_evaluated_rarely(caplog: pytest.LogCaptureFixture) ->
     own = trainer(diagnostics, max_epochs=8)
     with caplog.at_level("INFO"):
         own.fit(module, batches())
-    assert diagnostics.attached == [*SAMPLER, DATA]
+    assert diagnostics.attached == [*SAMPLER, *DATA]
     assert own.current_epoch == 8
     # one call tries the sampler, one sets the monitors up, and one makes the samples that both share
     assert diagnostics.monitors["cms"].view.subject.trained is module
@@ -657,7 +658,7 @@ def test_a_compiled_part_is_evaluated_without_compilation() -> None:
             super().__init__()
             self.decoder = torch.compile(self.decoder, backend="aot_eager")
 
-    assert diagnosed(Compiled()).attached == [*ENCODER, DATA]
+    assert diagnosed(Compiled()).attached == [*ENCODER, *DATA]
 
 
 @reads_grad
@@ -682,7 +683,7 @@ def test_compiled_training_stays_the_same_and_is_not_compiled_again(whole: bool)
     assert alone.sizes
     graphs, diagnostics = Graphs(), GenerativeDiagnostics(adapter=small(), max_overhead=None)
     assert same(without, weights_after(make, diagnostics))
-    assert diagnostics.attached == [*ENCODER, DATA]
+    assert diagnostics.attached == [*ENCODER, *DATA]
     assert diagnostics.monitors["cms"].evaluations == 2
     assert graphs.sizes == alone.sizes
 
@@ -692,7 +693,7 @@ def test_bfloat16_weights_are_evaluated_and_stay_the_same(make: Any, expected: l
     without = weights_after(make, precision="bf16-true", max_epochs=1)
     seed_everything(0, verbose=False)
     module = make()
-    assert diagnosed(module, precision="bf16-true").attached == [*expected, DATA]
+    assert diagnosed(module, precision="bf16-true").attached == [*expected, *DATA]
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     assert same(module.state_dict(), without)
 
@@ -732,7 +733,7 @@ def test_modules_of_pytorch_lightning_run_in_its_trainer_and_not_in_that_of_ligh
         enable_model_summary=False,
     )  # fmt: skip
     own.fit(OldGAN(1, 8, 8), batches())
-    assert diagnostics.attached == [*GENERATOR, DATA]
+    assert diagnostics.attached == [*GENERATOR, *DATA]
     assert [diagnostics.monitors[name].evaluations for name in GENERATOR] == [2, 2, 2]
     assert diagnostics.monitors["cms"].latest.averaged
     assert math.isfinite(own.callback_metrics["gendiag/cms/image"])
@@ -784,10 +785,15 @@ def test_two_processes_agree_and_training_stays_the_same(tmp_path: Path) -> None
     paths = [tmp_path / f"report_{rank}.pt" for rank in range(2)]
     assert all(path.exists() for path in paths), done.stderr[-3000:]
     one, two = (torch.load(path, weights_only=True) for path in paths)
-    assert one["attached"] == two["attached"] == [*GENERATOR, DATA]
-    assert one["evaluations"] == two["evaluations"] == [2, 2, 2, 2]
+    assert one["attached"] == two["attached"] == [*GENERATOR, *DATA]
+    # memorization is evaluated a fifth as often
+    assert one["evaluations"] == two["evaluations"] == [2, 2, 2, 0, 2]
     assert one["values"] == pytest.approx(two["values"], rel=0, abs=0, nan_ok=True)
-    assert all(math.isfinite(value) for tag, value in one["values"].items() if "/fid_class_" not in tag)
+    assert all(
+        math.isfinite(value)
+        for tag, value in one["values"].items()
+        if "/fid_class_" not in tag and "/memorization/" not in tag
+    )
     assert same(one["with"], one["without"])
     assert same(one["with"], two["with"])
 

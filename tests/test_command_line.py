@@ -35,6 +35,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_latents": 8, "log_volume": "log_volume", "max_dims": 16, "latent_scale": 2.0, "data_scale": 0.5,
         "mode": "forward",
     },
+    "MemorizationMonitor": {"ratio": 0.4, "max_side": 8},
     "PosteriorKLMonitor": {"posterior": "encode", "spread": "std", "threshold": 0.1, "patience": 3},
     "RegionalPrimitivesMonitor": {
         "split": "decoder.3", "regions": "grid", "num_regions": 4, "max_regions": 3, "num_images": 1, "penalty": 0.2,

@@ -36,21 +36,26 @@ ALL = [
     "posterior_kl",
     "latent_regions",
     "regional_primitives",
+    "memorization",
     "training_data",
 ]
 EXAMPLES = {
     "gan": (
         lambda: GAN(8, width=4),
         32,
-        ["cms", "generation_balance", "manifold_entropy", "regional_primitives", "training_data"],
+        ["cms", "generation_balance", "manifold_entropy", "regional_primitives", "memorization", "training_data"],
     ),
     "vae": (lambda: VAE(3, width=2), 32, ALL),
     "flow": (
         lambda: flow.Flow(64, (1, 8, 8), transforms=2, hidden=16),
         8,
-        [*ALL[:4], "latent_regions", "training_data"],
+        [*ALL[:4], "latent_regions", "memorization", "training_data"],
     ),
-    "diffusion": (lambda: Diffusion(width=4, steps=2), 16, ["cms", "generation_balance", "training_data"]),
+    "diffusion": (
+        lambda: Diffusion(width=4, steps=2),
+        16,
+        ["cms", "generation_balance", "memorization", "training_data"],
+    ),
 }
 
 
@@ -100,7 +105,7 @@ def test_the_applicable_diagnostics_are_attached_to_every_example(name: str) -> 
 def test_a_plain_module_gets_the_diagnostics_of_samples_and_latents() -> None:
     diagnostics = GenerativeDiagnostics()
     trainer(diagnostics, max_epochs=1).fit(Plain(), batches())
-    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy", "training_data"]
+    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy", "memorization", "training_data"]
     assert "encode must be known" in diagnostics.left_out["posterior_kl"]
     assert "split must be given" in diagnostics.left_out["regional_primitives"]
 
@@ -109,7 +114,7 @@ def test_a_plain_module_gets_the_diagnostics_of_samples_and_latents() -> None:
 def test_without_labels_the_diagnostics_of_classes_are_left_out() -> None:
     diagnostics = GenerativeDiagnostics(adapter=small())
     trainer(diagnostics, max_epochs=1).fit(Plain(), DataLoader(digits(8)[0][:64], batch_size=16))
-    assert diagnostics.attached == ["cms", "manifold_entropy", "training_data"]
+    assert diagnostics.attached == ["cms", "manifold_entropy", "memorization", "training_data"]
     assert "the batches hold no labels; pass labels=" in diagnostics.left_out["generation_balance"]
 
 
@@ -117,7 +122,7 @@ def test_rows_are_evaluated_by_what_needs_no_images() -> None:
     diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(num_samples=16))
     data = DataLoader(TensorDataset(torch.randn(64, 2)), batch_size=16)
     trainer(diagnostics, max_epochs=1).fit(flow.Flow(2), data)
-    assert diagnostics.attached == ["cms", "manifold_entropy", "latent_regions", "training_data"]
+    assert diagnostics.attached == ["cms", "manifold_entropy", "latent_regions", "memorization", "training_data"]
 
 
 def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_path: Any) -> None:
@@ -132,6 +137,7 @@ def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_pa
     assert own.callbacks == [diagnostics, own_k_star, stopping, checkpoint]
     assert set(stopping.judge.evaluations) == {*diagnostics.attached, "k_star"} - {
         "latent_regions",
+        "memorization",
         "regional_primitives",
     }
     assert diagnostics.stopping is not None
@@ -172,7 +178,7 @@ def test_a_given_reference_replaces_images_in_batches() -> None:
         adapter=ModelAdapter(reference=(images, labels), num_samples=64), max_overhead=None
     )
     trainer(diagnostics, max_epochs=1).fit(FromNoise(), DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=16))
-    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy", "training_data"]
+    assert diagnostics.attached == ["cms", "generation_balance", "manifold_entropy", "memorization", "training_data"]
     assert diagnostics.monitors["cms"].evaluations == 1
 
 
@@ -212,6 +218,7 @@ def test_a_second_module_is_inspected_again() -> None:
         "generation_balance",
         "manifold_entropy",
         "regional_primitives",
+        "memorization",
         "training_data",
     ]
 

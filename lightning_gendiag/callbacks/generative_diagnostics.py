@@ -26,6 +26,7 @@ from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationB
 from lightning_gendiag.diagnostics.k_star.monitor import KStarMonitor
 from lightning_gendiag.diagnostics.latent_regions.monitor import LatentRegionsMonitor
 from lightning_gendiag.diagnostics.manifold_entropy.monitor import ManifoldEntropyMonitor
+from lightning_gendiag.diagnostics.memorization.monitor import MemorizationMonitor
 from lightning_gendiag.diagnostics.posterior_kl.monitor import PosteriorKLMonitor
 from lightning_gendiag.diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor
 from lightning_gendiag.diagnostics.training_data.monitor import TrainingDataMonitor
@@ -49,6 +50,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     CodebookUsageMonitor,
     LatentRegionsMonitor,
     RegionalPrimitivesMonitor,
+    MemorizationMonitor,
     TrainingDataMonitor,
 )
 
@@ -331,6 +333,13 @@ class GenerativeDiagnostics(Member, Callback):
                 rank_zero_info("Diagnostics evaluate at the ends of epochs, since the first one had an end.")
         for monitor in self._active:
             monitor.on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Shows validation batches to the monitors that compare them."""
+        for monitor in self._active:
+            monitor.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the panels of the last evaluation, and writes the report."""

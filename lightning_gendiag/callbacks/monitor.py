@@ -181,8 +181,13 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Returns the metric, made once when the reference is there; on every rank alike."""
         raise NotImplementedError
 
+    @property
+    def sees_batches(self) -> bool:
+        """Whether the next training batch is given to :meth:`see`."""
+        return self.watches_batches
+
     def see(self, view: ModelView, data: Images) -> None:
-        """Takes note of this rank's next training batch, where :attr:`watches_batches`; it must cost next to nothing."""
+        """Takes note of this rank's next training batch, where :attr:`sees_batches`; it must cost next to nothing."""
 
     def update(self, view: ModelView) -> None:
         """Gives the metric this rank's rows."""

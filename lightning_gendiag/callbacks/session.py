@@ -189,7 +189,7 @@ class Session:
                 continue
             try:
                 found = view.real.collect(batch)
-                watching = [monitor for monitor in users if monitor.watches_batches]
+                watching = [monitor for monitor in users if monitor.sees_batches]
                 data = found or (view.real.read_batch(batch) if watching else None)
                 if data is not None:
                     for monitor in watching:

@@ -75,6 +75,10 @@ ARGUMENTS = {
             "num_classes": {"num_classes": 3},
         },
     ),
+    "memorization": Arguments(
+        {},
+        {"ratio": {"ratio": 0.3}, "max_side": {"max_side": 4}, "reset_real_features": {"reset_real_features": False}},
+    ),
     "posterior_kl": Arguments(
         {"latent_dim": 5},
         {"latent_dim": {"latent_dim": 6}, "threshold": {"threshold": 0.5}, "channels": {"channels": 1}},
