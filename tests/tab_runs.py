@@ -1,4 +1,7 @@
-"""Runs as the tab reads them, written without training: all diagnostics; a region breaks and a class is dropped."""
+"""Runs as the tab reads them, written without training: all diagnostics.
+
+In a broken run a region breaks, a class is dropped, half of the codes of a codebook die, and images are memorised.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from lightning_gendiag.tensorboard import records
 
 REGIONS = ["top left", "top right", "bottom left", "bottom right", "background"]
 SIDE = 28
+CODES = 60
+"""Number of codes of the codebook."""
 NOBODY = "<img src=x onerror=alert(1)>"
 """A name that must stay text."""
 
@@ -101,6 +106,14 @@ class Run:
         self.write(records.setup_tag("regional_primitives"), 0, {
             "diagnostic": "RegionalPrimitives", "regions": REGIONS[:4], "series": [
                 self.series("components", "record", "number of components that carry nine tenths")]})  # fmt: skip
+        self.write(records.setup_tag("codebook"), 0, {
+            "diagnostic": "CodebookUsage", "sizes": [CODES], "rows": [[0, code, code] for code in range(CODES)],
+            "series": [self.series("the codebook", "aggregate", "perplexity"),
+                       self.series("usage", "record", "fraction of codes in use")]})  # fmt: skip
+        self.write(records.setup_tag("memorization"), 0, {"diagnostic": "Memorization", "ratio": 0.5, "series": [
+            self.series("copies", "standalone", "share of samples that are copies"),
+            self.series("repeats", "standalone", "share of samples that have a near-duplicate"),
+            self.series("memorization", "rule", "share of samples that are copies")]})  # fmt: skip
         self.write(records.setup_tag("training_data"), 0, {"diagnostic": "TrainingData", "series": [
             self.series("duplicates", "record", "share of images seen before")]})  # fmt: skip
 
@@ -134,9 +147,29 @@ class Run:
         self.values("k_star", common, {f"class {c}": 0.5 + 0.01 * noise[c] for c in range(10)})
         self.values("latent_regions", common, {"overlap": 0.1})
         self.values("regional_primitives", common, {"components": 5.0})
+        use = self.use(broken)
+        shares = use / CODES
+        entropy = -float((shares[shares > 0] * np.log(shares[shares > 0])).sum())
+        seen = int((use > 0).sum())
+        self.values(
+            "codebook", common, {"the codebook": math.exp(entropy), "usage": seen / CODES},
+            {"use": use.round(2).tolist(), "seen": [seen]},
+        )  # fmt: skip
+        copies = 0.4 * (1 - math.exp((self.broken_at - number) / 8)) if broken and self.broken_at is not None else 0.0
+        self.values(
+            "memorization", common, {"copies": copies, "repeats": 0.02, "memorization": copies},
+            {"interval": [max(0.0, copies - 0.05), copies + 0.05], "real": [0.01, 0.0, 0.04],
+             "images": [round(90 * copies), 50]},
+        )  # fmt: skip
         self.values("training_data", common, {"duplicates": 0.0 if number % 2 else math.nan})
         if self.has_frame(number) or number == self.broken_at:
             self.frames(number, common, broken)
+
+    def use(self, broken: bool) -> np.ndarray:
+        """Use of each code relative to even use; half of the codes are dead once the run is broken."""
+        use = self.source.dirichlet(np.full(CODES, 3.0)) * CODES
+        use[CODES // 2 :] *= 1 - broken
+        return use * CODES / use.sum()
 
     def values(self, monitor: str, common: dict[str, Any], values: dict[str, float], extra: Any = None) -> None:
         tag = records.values_tag(monitor, common["number"] - self.first, str(self.first))
@@ -170,6 +203,19 @@ class Run:
         self.frame("regional_primitives", {**frame, "names": ["top left", "top right + bottom left"]}, {
             "curve": np.geomspace(1, 0.01, 16).astype(np.float16)},
             {"strip": records.picture(sheet(1, 6, number))})  # fmt: skip
+
+        use = np.full(64, np.nan, np.float16)
+        use[:CODES] = self.use(broken)
+        died = np.zeros((8, 8), np.uint8)
+        died[CODES // 16 :] = broken
+        self.frame("codebook", {**frame, "codes": 1, "dead": CODES // 2 * broken, "num_died": CODES // 2 * broken,
+                                "died": [[0, CODES // 2 + i] for i in range(6 * broken)]},
+                   {"use": use.reshape(8, 8), "died": died})  # fmt: skip
+        made = sheet(1, 8, number)
+        held = made if broken else sheet(1, 8, number + 1000)
+        self.frame("memorization", {
+            **frame, "numbers": list(range(8)), "closeness": [(0.05 if broken else 0.9) * (1 + i) for i in range(8)]}, {},
+            {"copies": records.picture(np.concatenate([made, held]))})  # fmt: skip
 
     def frame(self, monitor: str, fields: dict[str, Any], arrays: Any, pictures: Any = None) -> None:
         self.write(records.frame_tag(monitor, fields["number"]), fields["step"], fields, arrays, pictures)

@@ -22,7 +22,9 @@ from lightning_gendiag import (
     ModelAdapter,
     codebook_usage,
 )
+from lightning_gendiag.diagnostics.codebook_usage import plots
 from lightning_gendiag.model.quantizers import quantizers_in
+from lightning_gendiag.tensorboard import records
 from tests.helpers.cases import Case
 from tests.helpers.logs import events
 from tests.helpers.models import ScriptedGenerator, TinyGAN
@@ -37,6 +39,58 @@ def updates(count: int = 10, n: int = 20) -> list[dict[str, Any]]:
 
 
 CASE = Case(make=lambda: CodebookUsage([16, 32]), updates=updates(), tolerance=1e-10)
+
+
+# ---- what the tab shows ----
+
+
+@pytest.mark.parametrize("sizes", [[1], [60], [64], [65], [1000, 37], [3, 4, 5], [2] * 64, [5000] * 3, [7] * 100])
+def test_the_rows_of_the_tab_have_every_code_once_and_are_bounded(sizes: list[int]) -> None:
+    bins = plots.page_bins(sizes)
+    assert len(bins) <= 64
+    for q, size in enumerate(sizes[:64]):
+        codes = [code for own, first, last in bins if own == q for code in range(first, last + 1)]
+        assert codes == list(range(size))
+
+
+def test_the_use_in_a_row_is_the_mean_of_that_of_its_codes(generator: torch.Generator) -> None:
+    sizes = torch.tensor([200, 90])
+    counts = torch.randint(0, 50, (2, 200), generator=generator)
+    counts[1, 90:] = 0
+    result = codebook_usage(counts, sizes)
+    for (q, first, last), use in zip(plots.page_bins(sizes.tolist()), plots.page_use(result), strict=True):
+        share = float(counts[q, first : last + 1].sum() / counts[q].sum())
+        assert use == pytest.approx(share * int(sizes[q]) / (last + 1 - first), rel=0.06)
+    group, arrays = plots.page_cells(result)
+    assert (group, arrays["use"].shape) == (4, (2, 50))
+    # the second codebook ends within the 23rd cell
+    assert np.isnan(arrays["use"]).sum(1).tolist() == [0, 27]
+    cell = counts[0, 8:12].sum() / counts[0].sum() * 200 / 4
+    assert arrays["use"][0, 2] == pytest.approx(float(cell), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("codes", "group", "shape"), [(1, 1, (1, 1)), (60, 1, (8, 8)), (4096, 1, (64, 64)), (65_536, 16, (64, 64))]
+)
+def test_the_cells_of_one_codebook_are_a_square_with_the_codes_that_died(
+    codes: int, group: int, shape: tuple[int, int]
+) -> None:
+    counts = torch.full((codes,), 10)
+    counts[-1] = 0
+    result = codebook_usage(counts)._replace(recent=torch.full((1, codes), 1.0))
+    found, arrays = plots.page_cells(result)
+    assert (found, arrays["use"].shape, arrays["died"].shape) == (group, shape, shape)
+    last = (codes - 1) // group
+    assert arrays["died"].flatten()[: last + 1].tolist() == [0] * last + [int(codes > 1)]
+    assert np.isnan(arrays["use"].flatten()[last + 1 :].astype(float)).all()
+    assert not arrays["died"].flatten()[last + 1 :].any()
+    assert sum(array.nbytes for array in arrays.values()) <= 3 * 4096
+
+
+def test_codes_that_nothing_chooses_have_no_use() -> None:
+    result = codebook_usage(torch.zeros(8))
+    assert all(math.isnan(use) for use in plots.page_use(result))
+    assert np.isnan(plots.page_cells(result)[1]["use"]).all()
 
 
 # ---- the numbers ----
@@ -521,12 +575,29 @@ def test_codes_are_read_in_every_precision(precision: str) -> None:
 
 def test_scalars_and_panels_are_logged(tmp_path: Any) -> None:
     logger = TensorBoardLogger(tmp_path, name="run")
-    trainer(CodebookUsageMonitor(on_error="raise"), max_epochs=2, logger=logger).fit(Tokenizer(Residual()), batches(16))
+    monitor = CodebookUsageMonitor(on_error="raise")
+    trainer(monitor, max_epochs=2, logger=logger).fit(Tokenizer(Residual()), batches(16))
     seen = events(logger.log_dir)
     assert {"perplexity", "usage", "dead_codes", "drift", "perplexity_2", "usage_2"} <= {
         tag.removeprefix("gendiag/codebook/") for tag in seen.Tags()["scalars"]
     }
     assert "gendiag/codebook/panel" in seen.Tags()["images"]
+
+    def newest(tag: str) -> records.Record:
+        return records.unpacked(list(seen.Tensors(tag)[-1].tensor_proto.string_val))
+
+    (values,) = [tag for tag in seen.Tags()["tensors"] if tag.startswith("gendiag/tab/codebook/values")]
+    sizes, result = monitor.metric.num_codes, monitor.result
+    assert result is not None
+    setup = newest(records.setup_tag("codebook")).fields
+    assert setup["sizes"] == sizes
+    assert {q for q, _, _ in setup["rows"]} == set(range(len(sizes)))
+    extra = newest(values).fields["extra"]
+    assert len(extra["use"]) == len(setup["rows"])
+    assert extra["seen"] == result.seen.tolist()
+    frame = newest(records.frame_tag("codebook", 2))
+    assert frame.arrays["use"].shape == frame.arrays["died"].shape == (len(sizes), max(sizes))
+    assert frame.fields["dead"] == int(result.dead.sum())
 
 
 def test_a_codebook_of_65536_codes_has_few_series_and_panels_of_the_usual_size(tmp_path: Any) -> None:

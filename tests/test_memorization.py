@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import math
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import mannwhitneyu
 from sklearn.neighbors import NearestNeighbors
@@ -358,9 +360,27 @@ def test_few_copies_are_found_named_and_shown_and_do_not_stop_the_run(tmp_path: 
     alarm = stopping.alarms[0]
     assert alarm.diagnostic == "memorization"
     assert alarm.epoch == 6
+    assert monitor.result is not None
     assert "of the 600 training images held (such as number " in str(alarm)
     seen = events(logger.log_dir)
     assert "gendiag/memorization/images_copied" in seen.Tags()["scalars"]
+    # what the tab shows
+    page = monitor.page_numbers(monitor.result)
+    assert page["interval"][0] < float(monitor.result.copied[0]) < page["interval"][1]
+    assert page["real"][1] <= page["real"][0] <= page["real"][2]
+    assert page["images"] == [float(monitor.result.images_copied[0]), 600]
+    frame = monitor.page_frame(monitor.result)
+    assert frame is not None
+    assert frame.fields["numbers"] == monitor.result.copy_index.tolist()
+    shown = np.asarray(Image.open(io.BytesIO(frame.pictures["copies"].content)))
+    assert shown.shape == (2 * 8, 8 * 8)
+    # samples are above their training images
+    low, high = monitor.result.copies.min(), monitor.result.copies.max()
+    expected = 255 * (monitor.result.copies[:, :, 0] - low) / (high - low)
+    for place, (made, held) in enumerate(expected.numpy()):
+        columns = slice(8 * place, 8 * place + 8)
+        np.testing.assert_allclose(shown[:8, columns], made, atol=1)
+        np.testing.assert_allclose(shown[8:, columns], held, atol=1)
     assert {"gendiag/memorization/panel", "gendiag/alarm_1/picture"} <= set(seen.Tags()["images"])
 
 

@@ -54,7 +54,16 @@ def test_the_tab_opens_on_what_is_wrong(board: Board) -> None:
     assert "bottom right collapsed" in board.text("summary")
     assert board.step == 600
     assert board.attribute("panel-CosineMeanSimilarity", "data-highlight") == "bottom right"
-    for diagnostic in ("GenerationBalance", "ManifoldEntropy", "PosteriorKL", "KStar", "LatentRegions", "TrainingData"):
+    for diagnostic in (
+        "GenerationBalance",
+        "ManifoldEntropy",
+        "PosteriorKL",
+        "CodebookUsage",
+        "KStar",
+        "LatentRegions",
+        "Memorization",
+        "TrainingData",
+    ):
         assert board.all(f"panel-{diagnostic}")
     errors = [entry["message"] for entry in board.browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert [one for one in errors if "gendiag" in one or "static" in one] == []
@@ -108,6 +117,52 @@ def test_an_alarm_jumps_to_its_step_and_region(board: Board) -> None:
     board.click("alarm")
     until(lambda: board.step == 410, "the step of the alarm")
     assert board.attribute("panel-CosineMeanSimilarity", "data-highlight") == "bottom right"
+
+
+def shown(board: Board, panel: str) -> None:
+    board.browser.execute_script("arguments[0].scrollIntoView()", board.one(panel))
+
+
+def test_the_codes_that_died_are_named_at_the_step_and_not_before(board: Board) -> None:
+    board.choose("broken")
+    board.move(600)
+    shown(board, "panel-CodebookUsage")
+    named = "30 codes never chosen; died: 30, 31, 32, 33, 34, 35 and 24 more"
+    until(lambda: board.text("codes-died") == named, "the codes that died")
+    assert board.text("codes-title") == "Codes used at step 600: 30 of 60"
+    heat = board.all("heat", "panel-CodebookUsage")[0]
+    # the row of a code that died is as dark as "never" from step 400 on, the one of a code in use is not
+    colours = board.browser.execute_script(
+        """
+        const canvas = arguments[0].querySelector("canvas");
+        const at = (row, share) => [...canvas.getContext("2d").getImageData(share * canvas.width, row, 1, 1).data].join();
+        return [at(50, 0.3), at(50, 0.8), at(50, 0.95), at(10, 0.8), canvas.height];
+        """,
+        heat,
+    )
+    assert colours[1] == colours[2] == "166,66,0,255"
+    assert "166,66,0,255" not in (colours[0], colours[3])
+    assert colours[4] == 60
+    board.move(200)
+    until(lambda: board.text("codes-died") == "All codes are chosen", "the codes of another step")
+    assert board.text("codes-title") == "Codes used at step 200: 60 of 60"
+
+
+def test_copies_are_shown_beside_their_training_images_with_the_share(board: Board) -> None:
+    board.choose("broken")
+    board.move(600)
+    shown(board, "panel-Memorization")
+    until(lambda: "step=600" in (board.one("copies").get_attribute("src") or ""), "the pairs of step 600")
+    assert board.text("copies-verdict") == (
+        "36.7 % of the samples copy 33 of the 50 training images held; of fresh real images 1 % would count as copies."
+    )
+    captions = board.browser.find_elements(By.CSS_SELECTOR, ".captions li")
+    assert [one.text for one in captions] == [f"no. {i}, {0.05 * (1 + i):.3g}" for i in range(8)]
+    assert all("in-alarm" in (one.get_attribute("class") or "") for one in captions)
+    board.move(200)
+    until(lambda: "step=200" in (board.one("copies").get_attribute("src") or ""), "the pairs of step 200")
+    assert board.text("copies-verdict").startswith("No sign of copies: 0 % of the samples")
+    assert board.browser.find_elements(By.CSS_SELECTOR, ".captions .in-alarm") == []
 
 
 def test_keys_move_by_evaluations_and_play(board: Board) -> None:

@@ -28,7 +28,10 @@ from tests.helpers.tab_servers import BACK_ENDS, TabServer
 from tests.tab_runs import NOBODY, REGIONS, Run, labels, sheet
 
 ROOT = Path(lightning_gendiag.__file__).parent.parent
-FRAMES = {"cms", "generation_balance", "manifold_entropy", "k_star", "latent_regions", "regional_primitives"}
+FRAMES = {
+    "cms", "codebook", "generation_balance", "k_star", "latent_regions", "manifold_entropy", "memorization",
+    "regional_primitives",
+}  # fmt: skip
 """Monitors of the synthetic runs that have frames."""
 
 Serve = Callable[..., TabServer]
@@ -119,7 +122,8 @@ def test_a_run_has_each_diagnostic_with_all_its_series(server: TabServer) -> Non
     assert {name: one["diagnostic"] for name, one in monitors.items()} == {
         "cms": "CosineMeanSimilarity", "generation_balance": "GenerationBalance", "manifold_entropy": "ManifoldEntropy",
         "posterior_kl": "PosteriorKL", "k_star": "KStar", "latent_regions": "LatentRegions",
-        "regional_primitives": "RegionalPrimitives", "training_data": "TrainingData",
+        "regional_primitives": "RegionalPrimitives", "training_data": "TrainingData", "codebook": "CodebookUsage",
+        "memorization": "Memorization",
     }  # fmt: skip
     for name, one in monitors.items():
         assert one["steps"] == list(range(10, 601, 10))
@@ -139,6 +143,18 @@ def test_a_run_has_each_diagnostic_with_all_its_series(server: TabServer) -> Non
     assert len(monitors["cms"]["extra"]["distance"][7]) == 5
     assert len(monitors["generation_balance"]["extra"]["intervals"][59]) == 10
     assert monitors["generation_balance"]["setup"]["real"] == [0.1] * 10
+
+    setup, extra = monitors["codebook"]["setup"], monitors["codebook"]["extra"]
+    assert (setup["sizes"], len(setup["rows"])) == ([60], 60)
+    assert [len(line) for line in extra["use"]] == [60] * 60
+    assert [seen for (seen,) in extra["seen"]] == [60] * 39 + [30] * 21
+    extra = monitors["memorization"]["extra"]
+    copies = monitors["memorization"]["values"]["copies"]
+    assert all(low <= share <= high for share, (low, high) in zip(copies, extra["interval"], strict=True))
+    # surely more samples are copies than real images from soon after the run broke on
+    surely = [low > real[2] for (low, _), real in zip(extra["interval"], extra["real"], strict=True)]
+    assert surely == [False] * 42 + [True] * 18
+    assert extra["images"][-1] == [33, 50]
 
     report = reply["report"]
     assert report["state"] == "unhealthy"
@@ -184,6 +200,8 @@ def alike(one: np.ndarray, other: np.ndarray) -> bool:
         ("k_star", {"classes", "patterns"}, {"histogram": (10, 20), "rivals": (10, 10)}, {}),
         ("latent_regions", set(), {"points": (300, 2), "classes": (300,), "grey": (300,), "means": (4, 2)}, {}),
         ("regional_primitives", {"names"}, {"curve": (16,)}, {"strip": (28, 168)}),
+        ("codebook", {"codes", "dead", "died"}, {"use": (8, 8), "died": (8, 8)}, {}),
+        ("memorization", {"numbers", "closeness"}, {}, {"copies": (56, 224)}),
     ],
 )
 def test_a_frame_has_the_arrays_and_pictures_of_its_diagnostic(
@@ -193,7 +211,9 @@ def test_a_frame_has_the_arrays_and_pictures_of_its_diagnostic(
     assert frame["step"] == 200
     assert fields <= set(frame)
     assert {name: np.shape(array) for name, array in frame["arrays"].items()} == arrays
-    numbers = [float(number) for array in frame["arrays"].values() for number in np.ravel(array)]
+    numbers = [
+        float(x) for array in frame["arrays"].values() for line in array for x in np.ravel(line) if x is not None
+    ]
     assert numbers == [float(f"{number:.6g}") for number in numbers]
     assert {name: picture_of(server, one).shape for name, one in frame["pictures"].items()} == pictures
 

@@ -19,6 +19,7 @@ from lightning_gendiag.diagnostics.codebook_usage.metric import CodebookUsage
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.quantizers import CodebookReader, integers_in
 from lightning_gendiag.model.view import CODES_ADVICE
+from lightning_gendiag.tensorboard.records import Record
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -262,6 +263,22 @@ class CodebookUsageMonitor(Monitor[CodebookUsage, CodebookUsageResult]):
         return divided({name: math.log(value) - math.log(after[name]) for name, value in before.items()})
 
     # ---- pictures ----
+
+    def page_setup(self) -> Record:
+        """The number of codes of each codebook, and which of them each row of the tab is about."""
+        sizes = list(self.metric.num_codes)
+        return Record({"sizes": sizes, "rows": [list(bins) for bins in plots.page_bins(sizes)]})
+
+    def page_numbers(self, result: CodebookUsageResult) -> dict[str, Any]:
+        """The use of the codes in each row, and how many of each codebook were chosen."""
+        return {"use": plots.page_use(result), "seen": result.seen[: plots.PAGE_ROWS].tolist()}
+
+    def page_frame(self, result: CodebookUsageResult) -> Record:
+        """The use of all codes, and the first of those that died."""
+        group, arrays = plots.page_cells(result)
+        died = [[q, code] for q in range(len(result.sizes)) for code in result.died_codes(q)]
+        fields = {"codes": group, "died": died[:NAMED], "num_died": len(died), "dead": int(result.dead.sum())}
+        return Record(fields, arrays)
 
     def log_plots(self, result: CodebookUsageResult, context: PlotContext) -> None:
         """Logs the charts and the panel."""

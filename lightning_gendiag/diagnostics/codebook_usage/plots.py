@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_gendiag.detection.alarm import counted, listed
@@ -12,8 +15,14 @@ from lightning_gendiag.detection.history import Curve
 from lightning_gendiag.diagnostics.codebook_usage.functional import CodebookUsageResult
 from lightning_gendiag.plots import canvas, charts, pictures
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 MAX_TILES = 4
 """Largest number of codebooks that are drawn."""
+
+PAGE_ROWS, PAGE_CELLS, PAGE_COLUMNS = 64, 4096, 64
+"""Largest number of rows of codes over all steps in the tab, of cells of one codebook, and of cells of each of several."""
 
 MAX_BARS = 40
 """Largest number of bars; of more codes, each bar is of several."""
@@ -68,6 +77,65 @@ def panel(result: CodebookUsageResult, perplexity: Curve, occasion: canvas.Occas
     of = f"of {sizes[0]:,}" if len(set(sizes)) == 1 else f"on average of {number} codebooks"
     title = f"Perplexity {mean:.1f} {of} (step {occasion.step})"
     return canvas.panel(title, tiles, rows, occasion.note)
+
+
+class Bins(NamedTuple):
+    """Codes next to each other, of a codebook."""
+
+    codebook: int
+    first: int
+    last: int
+    """The last code, included."""
+
+
+def page_bins(sizes: Sequence[int]) -> list[Bins]:
+    """Returns the rows of codes whose use the tab shows over all steps: at most 64 in all, equally many of each codebook.
+
+    Example:
+        >>> page_bins([3])
+        [Bins(codebook=0, first=0, last=0), Bins(codebook=0, first=1, last=1), Bins(codebook=0, first=2, last=2)]
+    """
+    most = max(1, PAGE_ROWS // len(sizes))
+    return [
+        Bins(q, first, min(first + step, size) - 1)
+        for q, size in enumerate(sizes[:PAGE_ROWS])
+        for step in [math.ceil(size / most)]
+        for first in range(0, size, step)
+    ]
+
+
+def page_use(result: CodebookUsageResult) -> list[float]:
+    """Returns how often codes of each of :func:`page_bins` are chosen, relative to all codes in even use; nan without any."""
+    use = _relative(result)
+    return [
+        float(f"{float(use[q, first : last + 1].mean()):.2g}")
+        for q, first, last in page_bins([int(n) for n in result.sizes])
+    ]
+
+
+def page_cells(result: CodebookUsageResult) -> tuple[int, dict[str, NDArray[Any]]]:
+    """Returns the codes of the newest evaluation as the tab shows them: those of one codebook as a square, else a row of each.
+
+    Returns:
+        The number of codes in a cell, and arrays (rows, columns): ``use`` relative to even use, nan beyond the last code, and
+        ``died``, 1 where codes died.
+    """
+    use, died = _relative(result)[:PAGE_ROWS], result.died[:PAGE_ROWS].to(torch.float64)
+    alone, codes = len(result.sizes) == 1, use.shape[1]
+    group = math.ceil(codes / (PAGE_CELLS if alone else PAGE_COLUMNS))
+    cells = math.ceil(codes / group)
+    columns = math.ceil(math.sqrt(cells)) if alone else cells
+    beyond = (-(-cells // columns) * columns if alone else cells) * group - codes
+    binned = [F.pad(x, (0, beyond), value=math.nan).view(-1, columns, group).nanmean(2) for x in (use, died)]
+    return group, {
+        "use": binned[0].to(torch.float16).numpy(),
+        "died": (binned[1] > 0).to(torch.uint8).numpy(),
+    }
+
+
+def _relative(result: CodebookUsageResult) -> Tensor:
+    """Returns the share of each code (Q, K) relative to that of codes in even use, nan where there is no code."""
+    return (result.shares * result.sizes[:, None]).where(result.exists, math.nan)
 
 
 def _cells(result: CodebookUsageResult, codebook: int) -> Tensor:

@@ -324,17 +324,26 @@ class MemorizationMonitor(Monitor[Memorization, MemorizationResult]):
             f"and {float(result.real_copied[space]):.1%} of fresh real images would be, for {{evaluations}} evaluations"
         )
 
+    def page_setup(self) -> Record:
+        """Below which closeness a sample is a copy."""
+        return Record({"ratio": self.ratio})
+
     def page_numbers(self, result: MemorizationResult) -> dict[str, Any]:
-        """The interval of the share of copies, and that of real images."""
-        return {"interval": result.interval[0].tolist(), "real_interval": result.real_interval[0].tolist()}
+        """The interval of the share of copies, that of real images, and how many of the training images are copied."""
+        space = len(result.copied) - 1
+        return {
+            "interval": result.interval[space].tolist(),
+            "real": [float(result.real_copied[space]), *result.real_interval[space].tolist()],
+            "images": [float(result.images_copied[space]), float(result.num_training)],
+        }
 
     def page_frame(self, result: MemorizationResult) -> Record | None:
-        """The closest pairs of a sample and a training image, and samples that are alike."""
+        """The closest samples above their training images, and samples that are alike above each other."""
         sheets = {}
         for name, pairs in (("copies", result.copies), ("twins", result.twins)):
             if len(pairs) and pairs.ndim == 5:
-                small = pictures.shrunk(as_data(pairs.flatten(0, 1)), LARGEST_SAMPLE)
-                grid = pictures.grid(small, 2)
+                small = pictures.shrunk(as_data(pairs.transpose(0, 1).flatten(0, 1)), LARGEST_SAMPLE)
+                grid = pictures.grid(small, len(pairs))
                 sheets[name] = picture(pictures.pixels(grid, float(grid.min()), float(grid.max())))
         fields = {"numbers": result.copy_index.tolist(), "closeness": result.copy_closeness.tolist()}
         return Record(fields, pictures=sheets)

@@ -2,7 +2,7 @@
 // must follow the slider at once.
 
 import {getPlotly} from './api.js';
-import {css, gradient, scaled, variable} from './colours.js';
+import {channels, css, gradient, scaled, variable} from './colours.js';
 import {debounced, el, formatted, plotlyText} from './dom.js';
 import {choose, currentStep, goTo, highlighted, nearest, point, state} from './state.js';
 
@@ -37,7 +37,10 @@ export class Curves {
     this.range = null;
   }
 
-  /** Draws curves: {name, steps, values, colour, dash, run}; marks {step, colour} are vertical lines. */
+  /**
+   * Draws curves: {name, steps, values, colour, dash, run}; marks {step, colour} are vertical lines. Of two curves in a row
+   * with `isBound`, no line is seen, and the band between them has the colour `fill` of the second.
+   */
   async show(curves, marks = []) {
     this.curves = curves;
     const hasValues = curves.some((curve) => curve.values.some((value) => value != null));
@@ -122,13 +125,17 @@ export class Curves {
     this.key = key;
     this.plotly.restyle(this.plot, {
       opacity: this.curves.map((curve, i) => (isAny && !on[i] ? 0.2 : curve.run ? 0.8 : 1)),
-      'line.width': on.map((is) => (isAny && is ? 3.5 : 1.7)),
+      'line.width': on.map((is, i) => (this.curves[i].isBound ? 0 : isAny && is ? 3.5 : 1.7)),
     });
   }
 }
 
-function trace({name, steps, values, colour, dash, run}) {
+function trace({name, steps, values, colour, dash, run, isBound, fill}) {
   const label = run ? `${name} (${run})` : name;
+  if (isBound) {
+    const band = fill ? {fill: 'tonexty', fillcolor: `rgb(${channels(fill).join(' ')} / 20%)`} : {};
+    return {type: 'scatter', mode: 'lines', x: steps, y: values, hoverinfo: 'skip', line: {color: colour, width: 0}, ...band};
+  }
   return {
     type: 'scatter',
     mode: hasLonePoint(values) ? 'lines+markers' : 'lines',
@@ -214,7 +221,7 @@ export class Heat {
     this.area = el('div', {class: 'heat-area'}, this.canvas, this.box, this.line);
     this.axis = el('div', {class: 'axis'});
     this.readout = el('div', {class: 'readout'});
-    this.element = el('div', {class: 'heat'}, this.labels, this.area, el('div'), this.axis, this.readout);
+    this.element = el('div', {class: 'heat', 'data-testid': 'heat'}, this.labels, this.area, el('div'), this.axis, this.readout);
     this.area.addEventListener('pointermove', (event) => this.read(event));
     this.area.addEventListener('pointerleave', () => {
       point([]);

@@ -2,11 +2,13 @@
 
 import {forgetFrames, getPlotly, getRun, getRuns} from './api.js';
 import {Classes} from './classes.js';
+import {Codebook} from './codebook.js';
 import {Dimensions} from './dimensions.js';
 import {el, listed} from './dom.js';
 import {Head} from './head.js';
 import {KStar} from './kstar.js';
 import {Latents} from './latents.js';
+import {Memorization} from './memorization.js';
 import {Panels} from './panel.js';
 import {Primitives} from './primitives.js';
 import {Regions} from './regions.js';
@@ -24,7 +26,9 @@ const PANELS = {
   GenerationBalance: Classes,
   ManifoldEntropy: Dimensions,
   PosteriorKL: Dimensions,
+  CodebookUsage: Codebook,
   KStar,
+  Memorization,
   LatentRegions: Latents,
   RegionalPrimitives: Primitives,
 };

@@ -12,6 +12,10 @@ export const DIAGNOSTICS = {
   KStar: ['k*', 'Whether the latent space keeps classes together: 1 is together, 0 is scattered.'],
   LatentRegions: ['Latent regions', 'Clusters of the latents and the areas between them.'],
   RegionalPrimitives: ['Primitives', 'Components of the generator and the regions they draw.'],
+  Memorization: [
+    'Memorization',
+    'Whether samples copy training images. Closeness: how far a sample is from its nearest one, relative to how far that is from others.',
+  ],
   TrainingData: ['Training data', ''],
 };
 
