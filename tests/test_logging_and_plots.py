@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gendiag.callbacks.logging import DiagnosticLogger, Layout
 from lightning_gendiag.plots import canvas, charts, pictures
@@ -76,6 +77,22 @@ def test_a_layout_of_the_user_is_preserved(tmp_path: Path, when: str) -> None:
     assert [category.title for category in found.category] == ["mine", "gendiag/x"]
     assert list(found.category[0].chart[0].multiline.tag) == ["loss_g", "loss_d"]
     assert found.category[0].chart[1].margin.series[0].upper == "c"
+
+
+def test_charts_of_the_user_are_found_where_a_run_was_cut_off_while_it_wrote(tmp_path: Path) -> None:
+    trainer, tensorboard, _ = loggers(tmp_path)
+    with SummaryWriter(tensorboard.log_dir) as before:
+        before.add_custom_scalars({"mine": {"losses": ["Multiline", ["loss_g", "loss_d"]]}})
+        for step in range(100):
+            before.add_scalar("loss_g", 1.0, step)
+    (path,) = Path(tensorboard.log_dir).glob("*tfevents*")
+    # TensorBoard reads files in the order of their names
+    path = path.rename(path.with_name("events.out.tfevents.0000000000.before"))
+    path.write_bytes(path.read_bytes()[:-7])
+    DiagnosticLogger(trainer, 0, "x", {}).log_chart("all", "Multiline", ["region_1"])
+    tensorboard.experiment.flush()
+    found = written_layout(events(tensorboard.log_dir))
+    assert [category.title for category in found.category] == ["mine", "gendiag/x"]
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
