@@ -1,9 +1,9 @@
 """Measures the tab of TensorBoard: what writing costs, how large files are, and how fast the page is.
 
 A run of 2,000 evaluations of five regions, ten classes, 64 dimensions and 60 codes is written without training, with
-pictures at the evaluations that a training would write them at. The page is opened in headless Chromium, in a new browser, and the slider
-is moved from evaluation to evaluation; a move is measured up to the next picture of the screen. The share of writing is that
-of a training of the example GAN with ``GenerativeDiagnostics()``. Needs Chromium and its driver.
+pictures at the evaluations that a training would write them at. The page is opened in headless Chromium, in a new browser,
+and the slider is moved from evaluation to evaluation; a move is measured up to the next picture of the screen. The share of
+writing is that of a training of the example GAN with ``GenerativeDiagnostics()``. Needs Chromium and its driver.
 """
 
 from __future__ import annotations
