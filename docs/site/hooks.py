@@ -40,18 +40,20 @@ PARTS = {
 def guides() -> list[dict[str, str]]:
     """Returns the navigation of the guides: title and page of each row in the table of ``docs/index.md``."""
     table = (ROOT / "docs" / "index.md").read_text().split("## Guides to the diagnostics")[1].split("\n## ")[0]
-    return [{title[:1].upper() + title[1:]: page} for title, page in re.findall(r"\[([^\]]+)\]\((\w+\.md)\)", table)]
+    links = re.findall(r"\[([^\]]+)\]\((\w+\.md)\)", table)
+    # k* is a symbol
+    return [{title if "*" in title else title[:1].upper() + title[1:]: page} for title, page in links]
 
 
 def public_names() -> dict[str, list[str]]:
-    """Returns the public names by page of the reference, in the order of ``__init__.pyi``."""
+    """Returns the public names by page of the reference: those in ``PARTS`` first, then the diagnostics."""
     names: dict[str, list[str]] = {}
     for node in ast.parse((ROOT / PACKAGE / "__init__.pyi").read_text()).body:
         if isinstance(node, ast.ImportFrom):
             path = (node.module or node.names[0].name).split(".")
             page = path[1] if path[0] == "diagnostics" else path[0]
             names.setdefault(page, []).extend(str(alias.asname) for alias in node.names)
-    return names
+    return {page: names[page] for page in [*PARTS, *names] if page in names}
 
 
 def title_of(page: str) -> str:
@@ -86,9 +88,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Adds the guides and the reference to the navigation."""
     sections: dict[str, list[Any]] = {title: pages for entry in config.nav or [] for title, pages in entry.items()}
     sections["Diagnostics"].extend(guides())
-    own, parts = list(public_names()), list(PARTS)
-    order = sorted(own, key=lambda page: parts.index(page) if page in PARTS else len(parts) + own.index(page))
-    sections["Reference"].append({"API": ["api/index.md", *({title_of(page): f"api/{page}.md"} for page in order)]})
+    sections["Reference"].append(
+        {"API": ["api/index.md", *({title_of(page): f"api/{page}.md"} for page in public_names())]}
+    )
     return config
 
 
