@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,25 @@ def test_the_changelog_has_the_version_that_is_next() -> None:
     assert {name for name, _ in versions} == set(linked)
     for section in re.findall(r"^### (.+)$", text, re.M):
         assert section in {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def described(name: str) -> set[str]:
+    """Returns the arguments that the docstring of a public name describes, and the fields that have one of their own."""
+    thing = getattr(lightning_gendiag, name)
+    found = set(re.findall(r"^ *\*{0,2}(\w+): \S", inspect.getdoc(thing) or "", re.M))
+    if inspect.isclass(thing):
+        (node,) = ast.parse(inspect.getsource(thing)).body
+        assert isinstance(node, ast.ClassDef)
+        for field, text in itertools.pairwise(node.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found.add(ast.unparse(field.target))
+    return found
+
+
+OF_PYTHON = ("samplers", "CollapseWarning", "DiagnosticWarning")
+"""A module, and warnings, which take what those of Python take."""
+
+
+@pytest.mark.parametrize("name", [name for name in lightning_gendiag.__all__ if name not in OF_PYTHON])
+def test_each_argument_of_a_public_name_is_described(name: str) -> None:
+    assert set(inspect.signature(getattr(lightning_gendiag, name)).parameters) <= described(name)
