@@ -58,8 +58,10 @@ def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def miniature(folder: Path) -> None:
-    """Writes a copy of the site whose pages have headings only, of a package with one public name, which builds fast."""
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the site whose pages have headings only, of a package with one public name, which builds fast."""
+    folder = tmp_path_factory.mktemp("miniature")
     package, docs = folder / "lightning_gendiag", folder / "docs"
     (package / "callbacks").mkdir(parents=True)
     (package / "__init__.py").write_text('"""A package."""\n')
@@ -74,6 +76,8 @@ def miniature(folder: Path) -> None:
     (docs / "index.md").write_text(f"# Overview\n\n## Guides to the diagnostics\n{section}")
     for name in GENERATED.values():
         (folder / name).write_text(f"# {name}\n")
+    assert build(folder, folder / "site").returncode == 0
+    return folder
 
 
 def test_each_page_has_one_place_in_the_navigation() -> None:
@@ -134,10 +138,8 @@ def test_the_strict_build_passes_with_every_public_name_and_nothing_from_elsewhe
     ],
     ids=["no place", "anchor", "page", "file", "formula"],
 )
-def test_the_strict_build_refuses(text: str, complaint: str, tmp_path: Path) -> None:
-    miniature(tmp_path)
-    assert build(tmp_path, tmp_path / "site").returncode == 0
-    (tmp_path / "docs" / "lost.md").write_text(text)
-    refused = build(tmp_path, tmp_path / "site")
+def test_the_strict_build_refuses(text: str, complaint: str, miniature: Path) -> None:
+    (miniature / "docs" / "lost.md").write_text(text)
+    refused = build(miniature, miniature / "site")
     assert refused.returncode != 0
     assert complaint in refused.stdout + refused.stderr
