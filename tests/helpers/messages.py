@@ -1,10 +1,12 @@
 """Finds every message of the package in its source, for ``docs/troubleshooting.md``.
 
-``python -m tests.helpers.messages`` prints those that the page does not have yet, as rows to complete.
+``python -m tests.helpers.messages`` prints those that the page does not have yet, as rows to complete. With ``--write``, those
+about arguments of functions and metrics, which show their fix, are appended to the page.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 from collections.abc import Iterator
@@ -186,6 +188,26 @@ def missing() -> list[Message]:
     return [message for message in messages() if not any(is_in(message, row) for row in known)]
 
 
+def is_of_a_function(message: Message) -> bool:
+    """Returns whether a message is about an argument of a function or a metric, and shows its fix."""
+    where = message.place.partition(":")[0]
+    return FIX in message.text and where.endswith(("functional.py", "/metric.py"))
+
+
+def main() -> None:
+    """Prints the rows that are missing, or writes those that need no cause."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--write", action="store_true", help="append the rows about functions and metrics to the last table"
+    )
+    lacking = missing()
+    if parser.parse_args().write:
+        plain = [message.row.replace(" | ? |", " |") for message in lacking if is_of_a_function(message)]
+        PAGE.write_text(PAGE.read_text() + "".join(f"{row}\n" for row in plain))
+        lacking = [message for message in lacking if not is_of_a_function(message)]
+    for message in lacking:
+        print(message.place, message.row, sep="\n")
+
+
 if __name__ == "__main__":
-    for found in missing():
-        print(found.place, found.row, sep="\n")
+    main()
