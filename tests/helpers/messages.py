@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 PLACE = "…"
 """Stands for what a message fills in."""
 
-SAYS = {"rank_zero_warn", "rank_zero_info", "warn", "warning", "say", "_say", "_warn", "_no_labels"}
+SAYS = {"rank_zero_warn", "rank_zero_info", "warn", "warning", "say", "_say", "_warn", "_contained", "_no_labels"}
 """Functions whose arguments people read."""
 
 REASONS = {
