@@ -136,8 +136,10 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             mathml = convert(latex, display="block" if display else "inline")
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: the formula cannot be read: {latex}") from error
-        # the operator of sets, in place of the operator of numbers
+        # the difference of sets, for which fonts have a glyph
         mathml = mathml.replace("<mi>&#x029F5;</mi>", "<mo>&#x02216;</mo>")
+        # bars around norms, of which else only one grows with what is beside it
+        mathml = re.sub(r"<mo>(&#x02016;|&#x0007C;)</mo>", r'<mo stretchy="false">\1</mo>', mathml)
         return f'<{tag} class="formula">{mathml}</{tag}>'
 
     return re.sub(r'<(div|span) class="arithmatex">(.*?)</\1>', formula, html, flags=re.S)
