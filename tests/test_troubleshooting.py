@@ -83,7 +83,7 @@ def test_a_row_must_have_all_parts_of_a_message_in_order() -> None:
     assert messages.is_in(message, "| x must be in (0, 1), got …. | too large | pass 1 |")
     assert not messages.is_in(message, "| x must be in (0, 1), got …. | too large | pass 2 |")
     assert not messages.is_in(message, "| got 3, x must be in | pass 1 |")
-    assert message.row == "| `x must be in …, got ….` | ? | pass 1. |"
+    assert message.row == "| `x must be in …, got ….` | ? | pass 1 |"
 
 
 def left_out(name: str, **options: Any) -> str:

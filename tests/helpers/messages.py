@@ -63,6 +63,7 @@ class Message:
     def row(self) -> str:
         """A row of the page, of which the cause is to be written."""
         text, _, fix = self.text.partition(FIX)
+        fix = fix if fix.endswith("..") else fix.removesuffix(".")
         return f"| {as_code(text)} | ? | {fix or '?'} |"
 
 
