@@ -44,7 +44,8 @@ def test_each_link_of_the_description_is_an_address_of_a_file(metadata: Message)
     assert links
     assert all(link.startswith(("https://", "#")) for link in links)
     linked = ADDRESS.findall(description)
-    assert "docs/tab.png" in linked
+    assert {"LICENSE", "docs/any_model.md"} <= set(linked)
+    assert re.search(r"!\[[^\]]*\]\(https://\S+/raw/main/docs/", description)
     assert all((ROOT / path).exists() for path in linked)
 
 
