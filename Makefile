@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test docs dist bench lint clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -14,6 +14,17 @@ demo: $(READY)  ## train a GAN in which one region of the image breaks, and watc
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest
+
+docs: $(READY)  ## the site, in build/docs: links, anchors, formulae and docstrings are checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: $(READY)  ## sdist and wheel in dist/, checked, and every public name imported from the wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -c "from lightning_gendiag import *; import lightning_gendiag; print(lightning_gendiag.__file__)"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -38,4 +49,4 @@ bench: $(READY)  ## every measurement; each script prints a table; more than an 
 	$(BIN)/python -m benchmarks.scale --exponents
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -20,7 +20,9 @@ class Comparison(NamedTuple):
     """How a second run differs from a first one."""
 
     first: str
+    """Folder of the first run."""
     second: str
+    """Folder of the second run."""
     changes: dict[str, list[Change]]
     """Of each series that both have, by the name of the monitor."""
     states: tuple[str, str]

@@ -79,6 +79,9 @@ class Diagnostic(Metric):
 
     List states (``"cat"``) hold rows: tensors (n, ...) of one shape and type. ``compute`` must be a pure function of the
     states, without collectives and without the global random generators.
+
+    Args:
+        kwargs: arguments of torchmetrics' ``Metric``.
     """
 
     is_differentiable = False
@@ -296,6 +299,7 @@ class Reservoir(Diagnostic):
     Args:
         max_rows: largest number of rows selected over all processes; None selects all of them.
         seed: seed of the selection.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if ``max_rows`` is below 2.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from tests.helpers import scalar_table
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(lightning_gendiag.__file__).parent
-PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")] + sorted((ROOT / "docs").glob("*.md"))
+NAMES = ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")
+PAGES = [ROOT / f"{name}.md" for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 every_monitor = pytest.mark.parametrize("monitor", MONITORS, ids=lambda monitor: monitor.name)
 
@@ -184,5 +186,56 @@ def test_the_table_of_floors_has_each_folder() -> None:
 
 
 def test_the_version_stands_in_one_place() -> None:
-    assert re.search(r'^dynamic = \["version"\]', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert re.search(r'^dynamic = \["version"', (ROOT / "pyproject.toml").read_text(), re.M)
     assert f"version: {lightning_gendiag.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda form: form.name
+)
+def test_each_form_for_issues_can_be_read_and_links_to_files(form: Path) -> None:
+    text = form.read_text()
+    content = yaml.safe_load(text)
+    if form.name != "config.yml":
+        assert {"name", "description", "body"} <= set(content)
+        kinds = {"markdown", "textarea", "dropdown", "input", "checkboxes"}
+        named = [part["id"] for part in content["body"] if part["type"] != "markdown"]
+        assert {part["type"] for part in content["body"]} <= kinds
+        assert len(named) == len(set(named)) > 0
+        assert all(part["attributes"]["label"] for part in content["body"] if part["type"] != "markdown")
+    for path in re.findall(r"lightning_gendiag/blob/main/([^)#\s]+)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_changelog_has_the_version_that_is_next() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", text, re.M)
+    assert versions[0] == ("Unreleased", "")
+    assert [name for name, _ in versions[1:]][:1] in ([], [lightning_gendiag.__version__])
+    assert all(date for _, date in versions[1:])
+    linked = re.findall(r"^\[(.+?)\]: https://", text, re.M)
+    assert {name for name, _ in versions} == set(linked)
+    for section in re.findall(r"^### (.+)$", text, re.M):
+        assert section in {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def described(name: str) -> set[str]:
+    """Returns the arguments that the docstring of a public name describes, and the fields that have one of their own."""
+    thing = getattr(lightning_gendiag, name)
+    found = set(re.findall(r"^ *\*{0,2}(\w+): \S", inspect.getdoc(thing) or "", re.M))
+    if inspect.isclass(thing):
+        (node,) = ast.parse(inspect.getsource(thing)).body
+        assert isinstance(node, ast.ClassDef)
+        for field, text in itertools.pairwise(node.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                found.add(ast.unparse(field.target))
+    return found
+
+
+OF_PYTHON = ("samplers", "CollapseWarning", "DiagnosticWarning")
+"""A module, and warnings, which take what those of Python take."""
+
+
+@pytest.mark.parametrize("name", [name for name in lightning_gendiag.__all__ if name not in OF_PYTHON])
+def test_each_argument_of_a_public_name_is_described(name: str) -> None:
+    assert set(inspect.signature(getattr(lightning_gendiag, name)).parameters) <= described(name)

@@ -16,6 +16,7 @@ class Alarm:
     step: int
     """Step of the evaluation that raised the alarm, on the loggers' axis."""
     epoch: int
+    """Epoch of this evaluation, counted from 0."""
     diagnostic: str
     """Name of the monitor, as in its tags."""
     label: str

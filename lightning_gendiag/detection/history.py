@@ -32,6 +32,7 @@ class Series:
     quantity: str = ""
     """What is measured, as in "<quantity> of <label> fell from"."""
     unit: str = ""
+    """Unit of the value, such as ``"nats"``; empty for a number without one."""
     event: str = "collapsed"
     """What an alarm says happened, a verb phrase."""
     label: str = ""
@@ -45,6 +46,7 @@ class Series:
     small: float = 0.0
     """Rises of the severity up to this must last longer; see :class:`~lightning_gendiag.detection.detector.Detector`."""
     stop: Stop = "whole"
+    """When an alarm may stop a run: by itself, only where all that is generated became worse too, or never."""
     patience: int = 0
     """Number of further evaluations that an alarm must last before it may stop a run."""
     is_quality: bool = False
@@ -69,6 +71,7 @@ class Observation(NamedTuple):
     """One value of a series."""
 
     series: Series
+    """What the value is of."""
     value: float
     """The number as people know it."""
     severity: float
@@ -95,7 +98,9 @@ class Evaluation(NamedTuple):
     step: int
     """Position on the loggers' axis."""
     epoch: int
+    """Epoch of the evaluation, counted from 0."""
     observations: list[Observation]
+    """One value of each series."""
     averaged: bool = False
     """Whether averaged (EMA) weights were evaluated."""
 

@@ -19,6 +19,7 @@ class CodebookUsage(Diagnostic):
 
     Args:
         num_codes: K, or the number of codes of each codebook, such as one for each level of a residual quantizer.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if ``num_codes`` is out of its range.

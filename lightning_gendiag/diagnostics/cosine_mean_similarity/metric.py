@@ -47,6 +47,7 @@ class CosineMeanSimilarity(Diagnostic):
         null_splits: number of seeded splits of the real images into halves for the real-against-real null; 0 for none.
         reset_real_features: whether ``reset`` drops the real images, and the regions found in them.
         seed: seed of the splits and of the images in which regions are found.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if an argument is invalid, or not exactly one of ``regions`` and ``num_regions`` is given.

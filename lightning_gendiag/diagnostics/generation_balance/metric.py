@@ -33,6 +33,7 @@ class GenerationBalance(Diagnostic):
             (columns), from images that it was not trained on. Shares of generated images are corrected by it; by default
             the classifier is taken to make no errors.
         confidence: probability that no class is wrongly called dropped or dominating, over all classes together.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if an argument is out of its range.

@@ -20,6 +20,7 @@ class KStar(Reservoir):
         distance: see :func:`k_star`.
         max_rows: largest number of rows used, over all processes; None for all rows.
         seed: seed of the selection.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if an argument is out of its range.

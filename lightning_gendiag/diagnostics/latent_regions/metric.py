@@ -22,6 +22,7 @@ class LatentRegions(Reservoir):
         max_components: largest number that is considered.
         max_rows: largest number of latents used, over all processes; None for all of them.
         seed: seed of the selection and of the first guess of the mixture.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if an argument is out of its range.

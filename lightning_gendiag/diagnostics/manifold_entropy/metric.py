@@ -28,6 +28,7 @@ class ManifoldEntropy(Diagnostic):
         order: (L,) the dimensions in falling importance, for ``core`` and ``detail``, which are nan without an order.
         partition: sets of dimensions for the total correlation; None for sets of one dimension each.
         num_classes: K, for entropies within classes; ``update`` then requires labels.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if ``partition`` or ``order`` does not contain each dimension once.

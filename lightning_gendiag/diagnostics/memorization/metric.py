@@ -36,6 +36,7 @@ class Memorization(Diagnostic):
         ratio: see :func:`memorization`.
         max_side: see :func:`memorization`.
         reset_real_features: whether ``reset`` drops the training images and the held-out ones.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if an argument is out of its range.

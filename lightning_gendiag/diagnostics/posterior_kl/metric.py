@@ -25,6 +25,7 @@ class PosteriorKL(Diagnostic):
         latent_dim: L.
         threshold: variance of a dimension's posterior mean over the data above which the dimension is active.
         channels: C of spatial latents (C, ...) whose L dimensions are also summed over positions, channel by channel.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if an argument is out of its range.

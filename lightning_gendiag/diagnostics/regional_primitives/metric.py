@@ -21,6 +21,7 @@ class RegionalPrimitives(Diagnostic):
 
     Args:
         num_regions: n.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if ``num_regions`` is out of its range.

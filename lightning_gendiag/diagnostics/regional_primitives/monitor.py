@@ -89,6 +89,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         batch_size: Number of sets that are optimised together, which bounds the memory; by default as many as have images
             of half a million numbers: 512 of 32x32, 42 of 3x64x64.
         max_seconds: Approximate limit of the time of an evaluation on each process.
+        every_n_epochs: Number of epochs from one evaluation to the next.
         kwargs: Arguments of :class:`Monitor`.
 
     Raises:

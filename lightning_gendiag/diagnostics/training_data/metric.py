@@ -45,6 +45,7 @@ class TrainingData(Diagnostic):
         shape: (C, H, W) of an image, (C, T) of a series, (C, D, H, W) of a volume or (F,) of a row.
         rows: Largest number of images of a batch whose cells, range and repeats are measured.
         confidence: Probability that nothing is wrongly said to have moved, over all tests of a result together.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: If an argument is out of its range.
