@@ -38,6 +38,7 @@ from example_models.diffusion import Diffusion
 from example_models.gan import GAN
 from example_models.vae import VAE
 from lightning_gendiag import (
+    AdversaryMonitor,
     CosineMeanSimilarityMonitor,
     GenerationBalanceMonitor,
     GenerativeDiagnostics,
@@ -142,6 +143,7 @@ ARMS: dict[str, Callable[[str], list[Callback]]] = {
     "k_star": lambda model: [KStarMonitor("discriminator.7" if model == "gan" else "encode")],
     "manifold_entropy": lambda model: [ManifoldEntropyMonitor()],
     "posterior_kl": lambda model: [PosteriorKLMonitor()],
+    "adversary": lambda model: [AdversaryMonitor()],
     "memorization": lambda model: [MemorizationMonitor(every_n_epochs=5)],
     "latent_regions": lambda model: [LatentRegionsMonitor(every_n_epochs=5)],
     "regional_primitives": lambda model: [RegionalPrimitivesMonitor(every_n_epochs=10)],
@@ -150,9 +152,9 @@ ARMS: dict[str, Callable[[str], list[Callback]]] = {
 }
 NOT_FOR = {
     "gan": ("posterior_kl", "latent_regions"),
-    "vae": (),
-    "flow": ("posterior_kl", "regional_primitives"),
-    "diffusion": ("k_star", "manifold_entropy", "posterior_kl", "latent_regions", "regional_primitives"),
+    "vae": ("adversary",),
+    "flow": ("adversary", "posterior_kl", "regional_primitives"),
+    "diffusion": ("adversary", "k_star", "manifold_entropy", "posterior_kl", "latent_regions", "regional_primitives"),
 }
 
 

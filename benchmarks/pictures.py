@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.zoo.autoencoders import VQVAE
+from benchmarks.zoo.gans import GAN, mlp
 from benchmarks.zoo.judging import bounds
 from example_models import gan, vae
 from example_models.data import digit_batches, digits
 from lightning_gendiag import (
+    AdversaryMonitor,
     CodebookUsageMonitor,
     CollapseStopping,
     KStarMonitor,
@@ -129,6 +131,26 @@ def fit_on_few_images(folder: Path) -> None:
     ).fit(Transport(), DataLoader(train, 50, shuffle=True), DataLoader(held_out, 200))  # fmt: skip
 
 
+class Held(GAN):
+    """A GAN with validation batches, which are the real images that its discriminator never sees."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Does nothing."""
+
+
+def fit_discriminator_of_few_images(folder: Path) -> None:
+    """Trains a GAN on 50 digits, which its discriminator learns by heart."""
+    seed_everything(0, verbose=False)
+    images = digits(8)[0][torch.randperm(1797)]
+    train, held_out = TensorDataset(images[:50], torch.zeros(50)), TensorDataset(images[1400:])
+    generator = nn.Sequential(mlp(32, 64, 128, 64, norm=True), nn.Tanh(), nn.Unflatten(1, (1, 8, 8)))
+    discriminator = nn.Sequential(nn.Flatten(), mlp(64, 128, 64, 1))
+    Trainer(
+        max_epochs=900, accelerator="cpu", logger=TensorBoardLogger(folder, name=""), check_val_every_n_epoch=900,
+        callbacks=[AdversaryMonitor(every_n_train_steps=25), CollapseStopping()],
+    ).fit(Held(generator, discriminator, 32, 5e-4), DataLoader(train, 50, shuffle=True), DataLoader(held_out, 200))  # fmt: skip
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {
     "gan frozen": lambda folder: gan.main(["--fault", "frozen", "--runs", str(folder)]),
     "gan": lambda folder: gan.main(["--runs", str(folder)]),
@@ -140,10 +162,12 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "data": fit_with_class_removed,
     "codebook": fit_at_one_point,
     "memorizing": fit_on_few_images,
+    "overfitted": fit_discriminator_of_few_images,
 }
 """What is trained into a folder."""
 
 PICTURES: dict[str, list[tuple[str, str, str]]] = {
+    "adversary": [("overfitted", "adversary", "alarm")],
     "codebook_usage": [("codebook", "codebook", "alarm")],
     "cosine_mean_similarity": [("gan frozen", "cms", "panel")],
     "generation_balance": [("vae two", "generation_balance", "alarm")],
@@ -181,7 +205,7 @@ def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bo
     quantities = {
         "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
         "posterior_kl": "KL", "training_data": "training images", "codebook": "perplexity",
-        "memorization": "copies",
+        "memorization": "copies", "adversary": "discriminator",
     }  # fmt: skip
     return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
 

@@ -11,6 +11,11 @@ from .detection.detector import Detector as Detector
 from .detection.history import Evaluation as Evaluation
 from .detection.history import Observation as Observation
 from .detection.history import Series as Series
+from .diagnostics.adversary.functional import AdversaryResult as AdversaryResult
+from .diagnostics.adversary.functional import adversary as adversary
+from .diagnostics.adversary.functional import stable_rank as stable_rank
+from .diagnostics.adversary.metric import Adversary as Adversary
+from .diagnostics.adversary.monitor import AdversaryMonitor as AdversaryMonitor
 from .diagnostics.codebook_usage.functional import CodebookUsageResult as CodebookUsageResult
 from .diagnostics.codebook_usage.functional import codebook_usage as codebook_usage
 from .diagnostics.codebook_usage.metric import CodebookUsage as CodebookUsage

@@ -436,6 +436,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 DATA = ("memorization", "training_data")
 """What applies to all models that sample."""
+JUDGED = ("memorization", "adversary", "training_data")
+"""The same of those with a discriminator."""
 SAMPLER = ["cms", "generation_balance"]
 GENERATOR = [*SAMPLER, "manifold_entropy"]
 ENCODER = [*SAMPLER, "k_star", "manifold_entropy", "posterior_kl", "latent_regions"]
@@ -443,7 +445,7 @@ ENCODER = [*SAMPLER, "k_star", "manifold_entropy", "posterior_kl", "latent_regio
 
 def test_the_gan_of_lightnings_tutorial_needs_no_arguments() -> None:
     diagnostics = diagnosed(TutorialGAN(1, 8, 8), max_epochs=2)
-    assert diagnostics.attached == [*GENERATOR, *DATA]
+    assert diagnostics.attached == [*GENERATOR, *JUDGED]
     assert sampled_by(diagnostics) == "self.forward from normal noise (n, 10)"
     assert {diagnostics.left_out[name][:20] for name in ("k_star", "posterior_kl", "latent_regions")} == {
         "encode must be known"
@@ -688,12 +690,14 @@ def test_compiled_training_stays_the_same_and_is_not_compiled_again(whole: bool)
     assert graphs.sizes == alone.sizes
 
 
-@pytest.mark.parametrize(("make", "expected"), [(lambda: TutorialGAN(1, 8, 8), GENERATOR), (LitVanillaVAE, ENCODER)])
+@pytest.mark.parametrize(
+    ("make", "expected"), [(lambda: TutorialGAN(1, 8, 8), [*GENERATOR, *JUDGED]), (LitVanillaVAE, [*ENCODER, *DATA])]
+)
 def test_bfloat16_weights_are_evaluated_and_stay_the_same(make: Any, expected: list[str]) -> None:
     without = weights_after(make, precision="bf16-true", max_epochs=1)
     seed_everything(0, verbose=False)
     module = make()
-    assert diagnosed(module, precision="bf16-true").attached == [*expected, *DATA]
+    assert diagnosed(module, precision="bf16-true").attached == expected
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     assert same(module.state_dict(), without)
 
@@ -733,7 +737,7 @@ def test_modules_of_pytorch_lightning_run_in_its_trainer_and_not_in_that_of_ligh
         enable_model_summary=False,
     )  # fmt: skip
     own.fit(OldGAN(1, 8, 8), batches())
-    assert diagnostics.attached == [*GENERATOR, *DATA]
+    assert diagnostics.attached == [*GENERATOR, *JUDGED]
     assert [diagnostics.monitors[name].evaluations for name in GENERATOR] == [2, 2, 2]
     assert diagnostics.monitors["cms"].latest.averaged
     assert math.isfinite(own.callback_metrics["gendiag/cms/image"])
@@ -785,9 +789,9 @@ def test_two_processes_agree_and_training_stays_the_same(tmp_path: Path) -> None
     paths = [tmp_path / f"report_{rank}.pt" for rank in range(2)]
     assert all(path.exists() for path in paths), done.stderr[-3000:]
     one, two = (torch.load(path, weights_only=True) for path in paths)
-    assert one["attached"] == two["attached"] == [*GENERATOR, *DATA]
+    assert one["attached"] == two["attached"] == [*GENERATOR, *JUDGED]
     # memorization is evaluated a fifth as often
-    assert one["evaluations"] == two["evaluations"] == [2, 2, 2, 0, 2]
+    assert one["evaluations"] == two["evaluations"] == [2, 2, 2, 0, 2, 2]
     assert one["values"] == pytest.approx(two["values"], rel=0, abs=0, nan_ok=True)
     assert all(
         math.isfinite(value)

@@ -315,7 +315,7 @@ def loader(labels: Tensor) -> DataLoader[Any]:
 def test_diagnostics_of_classes_are_left_out_with_the_shape_that_was_found() -> None:
     diagnostics = GenerativeDiagnostics(num_samples=16, skip=("latent_regions", "manifold_entropy"))
     trainer(diagnostics, max_epochs=1).fit(Trained(), loader(torch.ones(64, 40)))
-    assert diagnostics.attached == ["cms", "memorization", "training_data"]
+    assert diagnostics.attached == ["cms", "memorization", "adversary", "training_data"]
     for name in ("generation_balance", "k_star"):
         assert diagnostics.left_out[name].startswith("the labels (16, 40) are attributes, not classes; pass labels=")
 

@@ -21,6 +21,9 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 
 OWN: dict[str, dict[str, Any]] = {
+    "AdversaryMonitor": {
+        "discriminator": "critic", "threshold": 0.5, "lower_is_real": True, "images": "reconstructions",
+    },
     "CodebookUsageMonitor": {"indices": "model.quantizer", "num_codes": [512, 256], "patience": 3},
     "CosineMeanSimilarityMonitor": {
         "num_regions": None, "bandwidth": "image", "unbiased": False, "per_class": True, "map_images": 500, "null_splits": 8,

@@ -43,7 +43,15 @@ EXAMPLES = {
     "gan": (
         lambda: GAN(8, width=4),
         32,
-        ["cms", "generation_balance", "manifold_entropy", "regional_primitives", "memorization", "training_data"],
+        [
+            "cms",
+            "generation_balance",
+            "manifold_entropy",
+            "regional_primitives",
+            "memorization",
+            "adversary",
+            "training_data",
+        ],
     ),
     "vae": (lambda: VAE(3, width=2), 32, ALL),
     "flow": (
@@ -94,7 +102,7 @@ def test_the_applicable_diagnostics_are_attached_to_every_example(name: str) -> 
     own.fit(make(), batches(size))
     assert diagnostics.attached == expected
     # none of them has a codebook
-    assert set(diagnostics.left_out) == {*ALL, "codebook"} - set(expected)
+    assert set(diagnostics.left_out) == {*ALL, "codebook", "adversary"} - set(expected)
     assert all(diagnostics.left_out.values())
     assert [m.evaluations for name, m in diagnostics.monitors.items() if name in expected] == [1] * len(expected)
     assert diagnostics.stopping is not None
@@ -127,12 +135,14 @@ def test_rows_are_evaluated_by_what_needs_no_images() -> None:
 
 def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_path: Any) -> None:
     own_k_star, stopping = KStarMonitor(), CollapseStopping(action="warn")
-    diagnostics = GenerativeDiagnostics(adapter=small(), skip=("posterior_kl", "codebook"), max_overhead=None)
+    diagnostics = GenerativeDiagnostics(
+        adapter=small(), skip=("posterior_kl", "codebook", "adversary"), max_overhead=None
+    )
     checkpoint = ModelCheckpoint(tmp_path)
     own = trainer(diagnostics, own_k_star, stopping, checkpoint, max_epochs=1, enable_checkpointing=True)
     own.fit(VAE(3, width=2), batches(32))
     assert "k_star" not in diagnostics.attached
-    skipped = dict.fromkeys(("posterior_kl", "codebook"), "it is in skip")
+    skipped = dict.fromkeys(("posterior_kl", "codebook", "adversary"), "it is in skip")
     assert diagnostics.left_out == {**skipped, "k_star": "the trainer has a monitor of it"}
     assert own.callbacks == [diagnostics, own_k_star, stopping, checkpoint]
     assert set(stopping.judge.evaluations) == {*diagnostics.attached, "k_star"} - {
@@ -219,6 +229,7 @@ def test_a_second_module_is_inspected_again() -> None:
         "manifold_entropy",
         "regional_primitives",
         "memorization",
+        "adversary",
         "training_data",
     ]
 

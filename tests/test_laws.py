@@ -94,6 +94,9 @@ def measured(result: Any) -> Any:
         ones = torch.ones(4, dtype=torch.float64)
         decoded = torch.full_like(result.class_share, 1 / result.class_share.shape[1])
         return result._replace(fid=ones, inception=ones, decoded_share=decoded)
+    if hasattr(result, "stable_ranks"):
+        ones = torch.ones(2, dtype=torch.float64)
+        return result._replace(changes=ones, stable_ranks=ones)
     return result._replace(accuracy=torch.ones(()).double()) if hasattr(result, "accuracy") else result
 
 

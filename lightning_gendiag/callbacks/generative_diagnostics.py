@@ -20,6 +20,7 @@ from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.callbacks.monitor import Monitor
 from lightning_gendiag.callbacks.schedule import ENDLESS, stream_period
 from lightning_gendiag.callbacks.session import Member, Session
+from lightning_gendiag.diagnostics.adversary.monitor import AdversaryMonitor
 from lightning_gendiag.diagnostics.codebook_usage.monitor import CodebookUsageMonitor
 from lightning_gendiag.diagnostics.cosine_mean_similarity.monitor import CosineMeanSimilarityMonitor
 from lightning_gendiag.diagnostics.generation_balance.monitor import GenerationBalanceMonitor
@@ -37,6 +38,7 @@ from lightning_gendiag.model.reference import Reference
 from lightning_gendiag.model.view import LONGEST_ROW, has_short_rows
 
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_gendiag.model.view import ModelView
@@ -51,6 +53,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     LatentRegionsMonitor,
     RegionalPrimitivesMonitor,
     MemorizationMonitor,
+    AdversaryMonitor,
     TrainingDataMonitor,
 )
 
@@ -333,6 +336,13 @@ class GenerativeDiagnostics(Member, Callback):
                 rank_zero_info("Diagnostics evaluate at the ends of epochs, since the first one had an end.")
         for monitor in self._active:
             monitor.on_train_epoch_end(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Lets monitors read gradients."""
+        for monitor in self._active:
+            monitor.on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -55,6 +55,16 @@ def has_stepped(trainer: Trainer) -> bool:
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """Returns the factor by which gradients are still multiplied when an optimizer is about to step.
+
+    With ``precision="16-mixed"``, Lightning has divided them by it, except for fused optimizers, which do it in their step.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    handled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaler is not None and handled else 1.0
+
+
 # ---- logging ----
 
 

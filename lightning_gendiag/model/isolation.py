@@ -48,6 +48,25 @@ def not_called(module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Layers that can be given the statistics of each batch. SyncBatchNorm would wait for other processes."""
+
+
+@contextmanager
+def normalizing_by_batch(*parts: nn.Module) -> Iterator[None]:
+    """Lets layers of BatchNorm take the statistics of each batch, as in training, without changing their running ones.
+
+    The two networks of a GAN meet each other that way: batches are all real or all generated, and running statistics mix
+    both, or lag behind.
+    """
+    with ExitStack() as stack:
+        for layer in (layer for part in parts for layer in part.modules() if isinstance(layer, BATCH_NORMS)):
+            for name, value in (("training", True), ("track_running_stats", False)):
+                stack.callback(setattr, layer, name, getattr(layer, name))
+                setattr(layer, name, value)
+        yield
+
+
 @contextmanager
 def isolated_in_place(module: nn.Module) -> Iterator[None]:
     """Shows a module itself in evaluation mode and restores it, where no copy can be made.

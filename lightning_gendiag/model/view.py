@@ -36,7 +36,14 @@ from lightning_gendiag.model.averages import has_own_average
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, in_chunks
 from lightning_gendiag.model.generators import Generator, own_generators, random_state_kept, seed_all
-from lightning_gendiag.model.isolation import evaluating, in_full_precision, isolated_in_place, not_called
+from lightning_gendiag.model.isolation import (
+    BATCH_NORMS,
+    evaluating,
+    in_full_precision,
+    isolated_in_place,
+    normalizing_by_batch,
+    not_called,
+)
 from lightning_gendiag.model.parts import ModelParts
 from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
 from lightning_gendiag.model.reference import InapplicableError, Reference
@@ -491,6 +498,26 @@ class ModelView:
             self.sampling_seconds = time.monotonic() - started
             self._check_range(self._samples[self.is_closer].images)
         return self._samples[self.is_closer]
+
+    def training_samples(self, most: int, size: int) -> Images:
+        """Returns this process's samples as a discriminator meets them, whose BatchNorm takes the statistics of each chunk.
+
+        Those of :meth:`samples` are the same where there are no such layers, or averaged weights are evaluated.
+
+        Args:
+            most: Largest number of samples over all processes.
+            size: Largest number in a chunk.
+        """
+        if self.averaged or not any(isinstance(layer, BATCH_NORMS) for layer in self.module.modules()):
+            images, labels = self.samples()
+            own = math.ceil(most / self.world_size)
+            return Images(images[:own], None if labels is None else labels[:own])
+        with self.isolated(), normalizing_by_batch(self.module):
+            number = min(most, self._num_samples())
+            size = min(size, max(2, math.ceil(number / self.world_size)))
+            # every process calls the model equally often, since it may communicate in each call
+            rounds = range(math.ceil(number / size / self.world_size))
+            return _joined([self._chunk(self.rank + self.world_size * turn, size) for turn in rounds])
 
     @property
     def num_samples(self) -> int | None:

@@ -31,6 +31,7 @@ class Arguments(NamedTuple):
 
 
 ARGUMENTS = {
+    "adversary": Arguments({}, {"threshold": {"threshold": 0.5}, "lower_is_real": {"lower_is_real": True}}),
     "codebook_usage": Arguments({"num_codes": [16, 32]}, {"num_codes": {"num_codes": [32, 16]}}),
     "cosine_mean_similarity": Arguments(
         {"regions": LEFT_AND_RIGHT},

@@ -8,6 +8,7 @@ export const DIAGNOSTICS = {
     'Dimensions: posterior KL',
     'How far the posterior of each latent dimension is from the prior; 0 is unused.',
   ],
+  Adversary: ['Discriminator', 'Why the generator of a GAN stalls: how real, held-out and generated images are told apart.'],
   CodebookUsage: ['Codebook', 'How many codes a quantizer would use if it used all evenly.'],
   KStar: ['k*', 'Whether the latent space keeps classes together: 1 is together, 0 is scattered.'],
   LatentRegions: ['Latent regions', 'Clusters of the latents and the areas between them.'],

@@ -1,0 +1,207 @@
+"""How often the adversary's alarms find and name planted failures of GANs, and how often healthy GANs raise any.
+
+``python -m benchmarks.adversary`` trains small GANs in the manner of well-known tutorials, ten seeds of each failure and ten
+healthy ones, and prints a line for each run. It takes about 20 minutes of one core.
+"""
+
+# modules as users write them, whose parts are of any type to a checker
+# mypy: disable-error-code="no-any-return, attr-defined, operator, index, arg-type"
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.zoo.data import load
+from benchmarks.zoo.gans import GAN
+from benchmarks.zoo.models import KINDS
+from lightning_gendiag import AdversaryMonitor, Alarm, CollapseStopping
+
+STEPS, START, EVERY = 600, 250, 10
+"""Number of training steps, the step at which failures begin, and the number of steps between two evaluations."""
+
+HELD_OUT = 300
+"""Number of images of the validation loader."""
+
+
+class Saturating(GAN):
+    """A GAN with the loss of the minimax game, whose generator learns little from a discriminator that is sure."""
+
+    def loss_g(self, fake: Tensor) -> Tensor:
+        """Returns the mean logarithm of the probability of being generated."""
+        return -F.softplus(self.discriminator(fake)).mean()
+
+
+class Rates(Callback):
+    """Changes the learning rate of one network at a step: 0 lets its weights stay.
+
+    Args:
+        network: 0 for the discriminator, 1 for the generator.
+        factor: By which it is multiplied.
+        start: The step.
+    """
+
+    def __init__(self, network: int, factor: float, start: int) -> None:
+        self.network, self.factor, self.start = network, factor, start
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Changes the rate once."""
+        if trainer.fit_loop.total_batch_idx == self.start:
+            for group in trainer.optimizers[self.network].param_groups:
+                group["lr"] *= self.factor
+
+
+class UntilAlarm(Callback):
+    """Ends a run once there is an alarm.
+
+    Args:
+        stopping: What raises alarms.
+    """
+
+    def __init__(self, stopping: CollapseStopping) -> None:
+        self.stopping = stopping
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Asks the trainer to stop."""
+        trainer.should_stop = trainer.should_stop or bool(self.stopping.alarms)
+
+
+class Scaled(Callback):
+    """Multiplies the gradient of one network from a step on, as a loss of a wrong scale does.
+
+    Args:
+        network: 0 for the discriminator, 1 for the generator.
+        factor: By which it is multiplied.
+        start: The step.
+    """
+
+    def __init__(self, network: int, factor: float, start: int) -> None:
+        self.network, self.factor, self.start = network, factor, start
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Multiplies the gradients that the optimizer is about to use."""
+        if trainer.fit_loop.total_batch_idx >= self.start and optimizer is trainer.optimizers[self.network]:
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                if weight.grad is not None:
+                    weight.grad.mul_(self.factor)
+
+
+class Failure(NamedTuple):
+    """A planted failure, and how its alarm names it."""
+
+    named: str
+    """What the message contains."""
+    callback: Callable[[], Callback | None] = lambda: None
+    images: int | None = None
+    """Number of training images."""
+    rate: float = 1.0
+    """Factor of the discriminator's learning rate."""
+    saturating: bool = False
+    kinds: tuple[str, ...] = ("mlp_gan", "dcgan", "hinge_gan", "wgan_gp", "conditional_gan")
+    start: int = START
+    steps: int = STEPS
+
+
+FAILURES: dict[str, Failure] = {
+    "discriminator frozen": Failure("the discriminator is frozen", lambda: Rates(0, 0.0, START)),
+    "discriminator frozen from the start": Failure(
+        "the discriminator is frozen: none of its weights has ever changed", lambda: Rates(0, 0.0, 0), start=0
+    ),
+    "generator frozen": Failure("the generator is frozen", lambda: Rates(1, 0.0, START)),
+    "too strong": Failure(
+        "the discriminator is too strong", rate=20.0, saturating=True, kinds=("mlp_gan", "dcgan"), start=0, steps=1200
+    ),
+    # those with a penalty or spectral normalization learn them by heart more slowly
+    "overfits": Failure(
+        "the discriminator overfits", images=50, start=0, steps=1200, kinds=("mlp_gan", "dcgan", "conditional_gan")
+    ),
+    "discriminator explodes": Failure("gradients of the discriminator exploded", lambda: Scaled(0, 1e3, START)),
+    "generator explodes": Failure("gradients of the generator exploded", lambda: Scaled(1, 1e4, START)),
+}
+
+HEALTHY = ("mlp_gan", "dcgan", "wgan_gp", "hinge_gan", "r1_gan", "conditional_gan", "lsgan")
+
+
+def trained(kind: str, seed: int, failure: Failure | None = None, steps: int = STEPS) -> list[Alarm]:
+    """Trains a GAN of a kind of the zoo with the monitor, and returns its alarms; with a failure, until the first one."""
+    made = KINDS[kind]
+    seed_everything(seed, verbose=False)
+    data = load(made.data[seed % len(made.data)])
+    order = torch.randperm(len(data.labels))
+    images, labels = data.images[order], data.labels[order]
+    n = len(images) - HELD_OUT if failure is None or failure.images is None else failure.images
+    shape = images.shape[1], images.shape[2], images.shape[3]
+    rate = made.lrs[seed % 2]
+    module = made.make(shape, data.num_classes, made.widths[seed % len(made.widths)], rate)
+    if failure is not None and failure.saturating:
+        module = Saturating(module.generator, module.discriminator, module.latent_dim, rate)
+    callbacks: list[Any] = [AdversaryMonitor(every_n_train_steps=EVERY, on_error="raise", log_images=False)]
+    stopping = CollapseStopping("warn")
+    callbacks += [stopping, *([] if failure is None else [UntilAlarm(stopping)])]
+    planted = None if failure is None else failure.callback()
+    if planted is not None:
+        callbacks.insert(0, planted)
+    if failure is not None and failure.rate != 1:
+        callbacks.insert(0, Rates(0, failure.rate, 0))
+    batch = min(64, n)
+    train = DataLoader(TensorDataset(images[:n], labels[:n]), batch, shuffle=True, drop_last=True)
+    held_out = DataLoader(TensorDataset(images[-HELD_OUT:], labels[-HELD_OUT:]), 100)
+    module.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign, misc]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Trainer(
+            # each optimizer counts its own steps
+            max_epochs=-(-steps // len(train)), limit_train_batches=min(len(train), steps), accelerator="cpu",
+            logger=False, callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, check_val_every_n_epoch=1000,
+        ).fit(module, train, held_out)  # fmt: skip
+    return stopping.alarms
+
+
+def main() -> None:
+    """Prints a line for each run, and how many were judged rightly."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    seeds = range(options.first, options.first + options.seeds)
+    for name, failure in FAILURES.items():
+        if options.only and options.only not in (name, "failures"):
+            continue
+        found = 0
+        for seed in seeds:
+            kind, started = failure.kinds[seed % len(failure.kinds)], time.monotonic()
+            alarms = trained(kind, seed, failure, failure.steps)
+            first = alarms[0] if alarms else None
+            right = first is not None and first.step >= failure.start and failure.named in str(first)
+            found += right
+            print(f"{name:36} {kind:16} {seed:4} {time.monotonic() - started:5.1f} s {right!s:6} {first}", flush=True)
+        print(f"{name}: {found} of {len(seeds)} found first and named", flush=True)
+    if options.only not in ("", "healthy"):
+        return
+    silent = 0
+    for seed in seeds:
+        kind, started = HEALTHY[seed % len(HEALTHY)], time.monotonic()
+        alarms = trained(kind, seed)
+        silent += not alarms
+        print(f"{'healthy':36} {kind:16} {seed:4} {time.monotonic() - started:5.1f} s {alarms[:1]}", flush=True)
+    print(f"healthy: {silent} of {len(seeds)} silent", flush=True)
+
+
+if __name__ == "__main__":
+    main()
