@@ -50,9 +50,9 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     PosteriorKLMonitor,
     CodebookUsageMonitor,
     LatentRegionsMonitor,
+    RoundTripMonitor,
     RegionalPrimitivesMonitor,
     MemorizationMonitor,
-    RoundTripMonitor,
     TrainingDataMonitor,
 )
 

@@ -26,6 +26,7 @@ from lightning_gendiag.diagnostics.round_trip.functional import (
 from lightning_gendiag.diagnostics.round_trip.metric import Kind, RoundTrip
 from lightning_gendiag.functional.arrays import as_data, middle_slices
 from lightning_gendiag.functional.jacobian import DERIVATIVE_FAILS, decoder_gram
+from lightning_gendiag.model.amounts import FEWEST_ROWS, ROWS_SECONDS, TIMED, fitting
 from lightning_gendiag.model.generators import random_state_kept
 from lightning_gendiag.model.inversion import Layer, Through, latents_in, layers_of, log_det_ways
 from lightning_gendiag.model.parts import LARGEST_ERROR
@@ -55,6 +56,9 @@ LARGEST_JACOBIAN = 1024
 
 MANY_DIMENSIONS = 256
 """Above so many dimensions, the Jacobian is computed at one image, and not for each layer."""
+
+KINDS_OF_ROWS = 3
+"""Real images, samples and noise; or real images, latents and validation images."""
 
 ROUNDED = 256
 """Values of data in 8 bits. What decodes to no more different ones rounds, so that latents cannot come back."""
@@ -169,6 +173,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         self._offsets: dict[int, float] = {}
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._is_rounded = False
+        self._most = MOST_ROWS
 
     def reset(self) -> None:
         """Forgets the regions, the layers and the validation images as well."""
@@ -246,6 +251,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         assert self._parts is not None
         data = view.reference.images
         self._shape = tuple(data.shape[1:])
+        self._most = self._fitting(view, self._parts)
         if self._parts.is_flow:
             said = f"; log-determinants: {self._parts.log_det}" if self._parts.log_det else ""
             rank_zero_info(f"Round trip: a flow with {len(self._parts.names)} layers that are inverted alone{said}.")
@@ -253,6 +259,14 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         if self.region_map is None and data.ndim in (4, 5):
             self.region_map = self.find_regions(view, self.num_regions, len(data))
         return RoundTrip(None if self.region_map is None else self.region_map.labels)
+
+    def _fitting(self, view: ModelView, parts: Parts) -> int:
+        """Number of rows of each kind for which an evaluation takes about 1.5 s, at most ``MOST_ROWS``."""
+        images = view.as_input(as_data(view.reference.images[:TIMED]))
+        call = view.parts.way("reconstruct").call if not parts.is_flow else lambda x: self._decoded(view, x)
+        with view.isolated(exact=True):
+            seconds = view.seconds_of(lambda: call(images)) / len(images)
+        return fitting(KINDS_OF_ROWS * seconds / view.world_size, ROWS_SECONDS, FEWEST_ROWS, MOST_ROWS)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -278,18 +292,29 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
             self._update_autoencoder(view)
 
     def _update_autoencoder(self, view: ModelView) -> None:
-        again, images = view.reconstructions().images, view.originals().images
-        self.metric.update(self._rows(images.to(again)), self._rows(again))
+        if view.parts.has("sample"):
+            images = view.reference.images[: self._most][view.rank :: view.world_size]
+            self._update_reconstructions(view, images, "data")
+        else:
+            # other monitors compare the same reconstructions
+            again = view.reconstructions().images
+            self.metric.update(self._rows(view.originals().images.to(again)), self._rows(again))
         if view.parts.has("encode") and not view.parts.way("encode").takes_labels:
             with view.isolated(exact=True):
                 self._update_latents(view)
-        if view.agreed(bool(self._held_out) and self._held_out[0].shape[1:] == images.shape[1:]):
-            with view.isolated(exact=True):
-                view.seed()
-                for some in torch.split(torch.cat(self._held_out), view.adapter.chunk_size):
-                    given = view.as_input(some)
-                    made = view.parts.reconstructed(view.parts.way("reconstruct").call(given), given)
-                    self.metric.update(self._rows(some.to(made)), self._rows(made), "held_out")
+        has_held_out = bool(self._held_out) and self._held_out[0].shape[1:] == view.reference.images.shape[1:]
+        if view.agreed(has_held_out):
+            self._update_reconstructions(view, torch.cat(self._held_out), "held_out")
+
+    def _update_reconstructions(self, view: ModelView, images: Tensor, kind: Kind) -> None:
+        """Reconstructs some of this process's images."""
+        way = view.parts.way("reconstruct")
+        with view.isolated(exact=True):
+            view.seed()
+            for some in torch.split(as_data(images), view.adapter.chunk_size):
+                given = view.as_input(some)
+                made = view.parts.reconstructed(way.call(given), given)
+                self.metric.update(self._rows(some.to(made)), self._rows(made), kind)
 
     def _update_latents(self, view: ModelView) -> None:
         """Decodes and encodes latents; inside ``view.isolated``.
@@ -298,7 +323,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         use could be told from the others otherwise. Spatial latents and many are left as they are.
         """
         # all processes encode the same images, since a permutation needs them all
-        images = as_data(view.reference.images[:MOST_ROWS])
+        images = as_data(view.reference.images[: self._most])
         z = torch.cat([self._latents(view, some) for some in torch.split(images, view.adapter.chunk_size)])
         decodes = view.parts.has("decode")
         if decodes and z.ndim == 2 and z.shape[1] <= MANY_DIMENSIONS:
@@ -323,11 +348,11 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
 
     def _update_flow(self, view: ModelView, parts: Parts) -> None:
         reference = view.reference.images
-        real = view.local_reference().images[: self._share(view, MOST_ROWS)]
+        real = view.local_reference().images[: self._share(view, self._most)]
         # a process without real images calls the flow all the same, since it may communicate
         images = view.as_input(as_data(real if len(real) else reference[:1]))
         low, high = (float(value) for value in reference.float().aminmax())
-        drawn = torch.rand(MOST_ROWS, *images.shape[1:], generator=self._generator(view, 1))
+        drawn = torch.rand(self._most, *images.shape[1:], generator=self._generator(view, 1))
         noise = (low + (high - low) * drawn)[view.rank :: view.world_size].to(images)
         with view.isolated(exact=True):
             again = self._decoded(view, images)
@@ -372,7 +397,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         Returns:
             Samples (n, ...), and the latents (n, ...) before and after.
         """
-        drawn = torch.randn(MOST_ROWS, images[0].numel(), generator=self._generator(view, 2))
+        drawn = torch.randn(self._most, images[0].numel(), generator=self._generator(view, 2))
         made: list[tuple[Tensor, Tensor, Tensor]] = []
         for some in torch.split(drawn[view.rank :: view.world_size], view.adapter.chunk_size):
             z = view.as_input(some)
@@ -422,7 +447,13 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         view.seed()
         _, through = self._reports(view, images)
         view.seed()
-        log_det = None if through is None else through(images)[1]
+        log_det = None
+        if through is not None:
+            (first, log_det), (second, again) = (through(images) for _ in range(2))
+            # an estimate, or of noise that is added to the data, for which what is reported may hold the density too
+            is_random = not torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True)
+            if log_det is None or again is None or is_random or not torch.allclose(log_det, again, equal_nan=True):
+                log_det = None
         nothing = images[:0]
         self.metric.update(self._rows(nothing), self._rows(nothing), log_det=log_det, gram=gram)
         exact, _ = jacobian_volume(gram)
