@@ -19,6 +19,9 @@ MOST_BARS = 64
 DECADES = 8
 """Errors are drawn on a logarithmic scale that begins at 10 to the minus so many."""
 
+LARGE = 0.01
+"""Error from which on a layer is drawn in the colour of an alarm."""
+
 NAMED = 6
 """Largest number of layers that are named below the panel, the worst first."""
 
@@ -39,25 +42,22 @@ def flow_panel(
         (H, W, 3) uint8.
     """
     tiles = [
-        _positions("decades of error of data", result.data_error, shape),
-        _bars("decades of error of latents", result.latent_error),
-        _bars("decades of error of each layer", result.layer_error.where(result.layer_invalid == 0, math.nan)),
-        canvas.Tile("decades of error of data", _line([_decades(value) for value in errors.values], errors.steps)),
+        _positions("error of data, decades", result.data_error, shape),
+        _bars("error of latents, decades", result.latent_error),
+        _bars("error of each layer, decades", result.layer_error.where(result.layer_invalid == 0, math.nan)),
+        canvas.Tile("error of data, decades", _line([_decades(value) for value in errors.values], errors.steps)),
     ]
-    rows = [
-        canvas.Row(canvas.INK, f"decades above 10^-{DECADES}: {DECADES - 2} is an error of 1 %; ? is nan or inf"),
-    ]
-    order = result.layer_error.nan_to_num(math.inf).argsort(descending=True)[:NAMED].tolist()
-    for k in order:
-        volume = float(result.layer_log_det_error[k])
-        wrong = k in result.wrong_layers
-        of = "" if math.isnan(volume) else f", log-determinant off by {volume:.1g} nats"
-        text = f"{k}: {layers[k]}, error {float(result.layer_error[k]):.1g}, condition {float(result.layer_condition[k]):.1g}"
-        rows.append(canvas.Row(canvas.ALARM if wrong else canvas.region_colour(0), text + of, strong=wrong))
-    if len(result.log_det):
-        wrong = result.is_volume_wrong
-        text = f"log-determinant off by {float(result.log_det_error):.1g} nats for each dimension"
-        rows.append(canvas.Row(canvas.ALARM if wrong else canvas.INK, text, strong=wrong))
+    rows = [canvas.Row(canvas.INK, f"decades above 10^-{DECADES}: {DECADES - 2} is an error of 1 %; ? is nan or inf")]
+    for k in result.layer_error.nan_to_num(math.inf).argsort(descending=True)[:NAMED].tolist():
+        of_volume = f", log-det off by {float(result.layer_log_det_error[k]):.1g}" * (k in result.wrong_layers)
+        strong = bool(of_volume) or not float(result.layer_error[k]) < LARGE
+        text = f"{k}: {layers[k]}, error {float(result.layer_error[k]):.1g}{of_volume}"
+        rows.append(canvas.Row(canvas.ALARM if strong else canvas.region_colour(0), text, strong))
+    off = float(result.log_det_error)
+    if math.isfinite(off):
+        strong = result.is_volume_wrong
+        text = f"log-determinant off by {off:.1g} nats for each dimension"
+        rows.append(canvas.Row(canvas.ALARM if strong else canvas.INK, text, strong))
     condition = result.scalars().get("condition")
     text = "" if condition is None else f", condition number {float(condition):.1g}"
     return canvas.panel(f"Inverse of the flow{text} (step {occasion.step})", tiles, rows, occasion.note)
@@ -83,7 +83,7 @@ def autoencoder_panel(
         (H, W, 3) uint8.
     """
     values = result.unexplained.tolist()
-    tiles = [_positions("decades of error of data", result.data_error, shape)]
+    tiles = [_positions("error of data, decades", result.data_error, shape)]
     if regions is not None:
         labels = pictures.enlarged_labels(regions.labels)
         colours = [canvas.heat(1000 ** min(value, 1.0) if math.isfinite(value) else value) for value in values]
