@@ -71,7 +71,7 @@ LOST, KEPT = 0.9, 0.5
 more than the second."""
 
 ACTIVE = 0.25
-"""A latent dimension with less variance, relative to the mean of all, may be one that a VAE does not use."""
+"""A latent dimension with less variance, relative to the mean of all, may be one that a VAE does not use any more."""
 
 MIN_STD, MIN_DELTA = 0.25, 1.0
 """Octaves of the fraction of the variance that is lost: fluctuations below the first are no news, and it must double."""
@@ -127,8 +127,8 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         regions: (H, W) labels, a :class:`RegionMap` or the path of a saved map; by default found in the reference.
         num_regions: Number of regions to find; None lets the data choose.
         tolerance: Largest root mean squared error of a flow's round trip, in standard deviations.
-        patience: Number of evaluations in which a region or a latent dimension of an autoencoder is lost before an alarm;
-            three where it was not lost before.
+        patience: Number of evaluations in which a region of an autoencoder is lost before an alarm; three where it was
+            reconstructed before. A latent dimension must have come back before.
         kwargs: Arguments of :class:`Monitor`.
 
     Raises:
@@ -585,7 +585,9 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
                     "is not reconstructed",
                 )
             )  # fmt: skip
-        latents = result.latent_unexplained.where(result.latent_share >= ACTIVE, math.nan)
+        # others may be dimensions that a VAE has never used, or does not use any more
+        is_used = result.latents_kept & (result.latent_share >= ACTIVE)
+        latents = result.latent_unexplained.where(is_used, math.nan)
         if len(latents) > 1:
             labels = [f"latent dimension {index}" for index in range(len(latents))]
             what = "does not come back when it is decoded and encoded"
