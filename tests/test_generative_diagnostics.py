@@ -123,7 +123,14 @@ def test_rows_are_evaluated_by_what_needs_no_images() -> None:
     diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(num_samples=16))
     data = DataLoader(TensorDataset(torch.randn(64, 2)), batch_size=16)
     trainer(diagnostics, max_epochs=1).fit(flow.Flow(2), data)
-    assert diagnostics.attached == ["cms", "manifold_entropy", "latent_regions", "round_trip", "memorization", "training_data"]
+    assert diagnostics.attached == [
+        "cms",
+        "manifold_entropy",
+        "latent_regions",
+        "round_trip",
+        "memorization",
+        "training_data",
+    ]
 
 
 def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_path: Any) -> None:
