@@ -49,6 +49,7 @@ from lightning_gendiag import (
     Monitor,
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
+    RoundTripMonitor,
 )
 from lightning_gendiag.callbacks.session import Session
 from lightning_gendiag.model.features import FeatureExtractor
@@ -146,6 +147,7 @@ ARMS: dict[str, Callable[[str], list[Callback]]] = {
     "adversary": lambda model: [AdversaryMonitor()],
     "memorization": lambda model: [MemorizationMonitor(every_n_epochs=5)],
     "latent_regions": lambda model: [LatentRegionsMonitor(every_n_epochs=5)],
+    "round_trip": lambda model: [RoundTripMonitor()],
     "regional_primitives": lambda model: [RegionalPrimitivesMonitor(every_n_epochs=10)],
     "default": lambda model: [GenerativeDiagnostics(action="warn")],
     "default, no limit": lambda model: [GenerativeDiagnostics(action="warn", max_overhead=None)],

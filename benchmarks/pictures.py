@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.zoo.autoencoders import VQVAE
 from benchmarks.zoo.gans import GAN, mlp
+from benchmarks.zoo.flows import Glow
 from benchmarks.zoo.judging import bounds
-from example_models import gan, vae
+from example_models import flow, gan, vae
 from example_models.data import digit_batches, digits
 from lightning_gendiag import (
     AdversaryMonitor,
@@ -40,6 +41,7 @@ from lightning_gendiag import (
     MemorizationMonitor,
     Monitor,
     RegionalPrimitivesMonitor,
+    RoundTripMonitor,
     TrainingDataMonitor,
 )
 from lightning_gendiag.plots import canvas, charts
@@ -151,6 +153,26 @@ def fit_discriminator_of_few_images(folder: Path) -> None:
     ).fit(Held(generator, discriminator, 32, 5e-4), DataLoader(train, 50, shuffle=True), DataLoader(held_out, 200))  # fmt: skip
 
 
+class NearZero(Glow):
+    """A flow in which a learnt scale of the third step is almost zero from epoch 12 on."""
+
+    def on_train_epoch_start(self) -> None:
+        """Sets the scale of one channel of four."""
+        if self.current_epoch == 12:
+            self.layers[2].log_scale.data[:, 1] = -25.0
+            self.layers[2].shift.data[:, 1] = 1.0
+
+
+def fit_with_scale_near_zero(folder: Path) -> None:
+    """Trains a flow on small digits."""
+    seed_everything(0, verbose=False)
+    callbacks = [RoundTripMonitor(), CollapseStopping()]
+    logger = TensorBoardLogger(folder, name="")
+    Trainer(max_epochs=24, accelerator="cpu", callbacks=callbacks, logger=logger).fit(
+        NearZero((1, 8, 8), 16, 1e-3), flow.digit_batches()
+    )
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {
     "gan frozen": lambda folder: gan.main(["--fault", "frozen", "--runs", str(folder)]),
     "gan": lambda folder: gan.main(["--runs", str(folder)]),
@@ -163,6 +185,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "codebook": fit_at_one_point,
     "memorizing": fit_on_few_images,
     "overfitted": fit_discriminator_of_few_images,
+    "inverse": fit_with_scale_near_zero,
 }
 """What is trained into a folder."""
 
@@ -177,6 +200,7 @@ PICTURES: dict[str, list[tuple[str, str, str]]] = {
     "memorization": [("memorizing", "memorization", "alarm")],
     "posterior_kl": [("vae ignored", "posterior_kl", "alarm")],
     "regional_primitives": [("primitives", "regional_primitives", "panel"), ("gan", "regional_primitives", "panel")],
+    "round_trip": [("inverse", "round_trip", "alarm")],
     "training_data": [("data", "training_data", "alarm")],
 }
 """For each page the runs, monitors and kinds of its pictures, side by side."""
@@ -206,6 +230,8 @@ def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bo
         "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
         "posterior_kl": "KL", "training_data": "training images", "codebook": "perplexity",
         "memorization": "copies", "adversary": "discriminator",
+        "memorization": "copies",
+        "round_trip": "inverse of the flow",
     }  # fmt: skip
     return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
 

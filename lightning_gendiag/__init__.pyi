@@ -58,6 +58,11 @@ from .diagnostics.regional_primitives.functional import minimal_features_of as m
 from .diagnostics.regional_primitives.functional import or_interactions as or_interactions
 from .diagnostics.regional_primitives.metric import RegionalPrimitives as RegionalPrimitives
 from .diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor as RegionalPrimitivesMonitor
+from .diagnostics.round_trip.functional import RoundTripResult as RoundTripResult
+from .diagnostics.round_trip.functional import jacobian_volume as jacobian_volume
+from .diagnostics.round_trip.functional import round_trip_error as round_trip_error
+from .diagnostics.round_trip.metric import RoundTrip as RoundTrip
+from .diagnostics.round_trip.monitor import RoundTripMonitor as RoundTripMonitor
 from .diagnostics.training_data.functional import TrainingDataResult as TrainingDataResult
 from .diagnostics.training_data.metric import TrainingData as TrainingData
 from .diagnostics.training_data.monitor import TrainingDataMonitor as TrainingDataMonitor

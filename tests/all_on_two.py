@@ -24,6 +24,7 @@ from lightning_gendiag import (
     ModelAdapter,
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
+    RoundTripMonitor,
 )
 from tests.helpers.running import batches, trainer
 
@@ -53,6 +54,7 @@ def main(folder: Path, processes: int) -> None:
         MemorizationMonitor(**options),
         PosteriorKLMonitor(**options),
         RegionalPrimitivesMonitor(num_regions=3, every_n_epochs=1, num_images=3, max_steps=5, **options),
+        RoundTripMonitor(num_regions=3, **options),
     ]
     own = trainer(
         *monitors, CollapseStopping(), max_epochs=1, limit_train_batches=2, devices=processes,

@@ -440,7 +440,7 @@ JUDGED = ("memorization", "adversary", "training_data")
 """The same of those with a discriminator."""
 SAMPLER = ["cms", "generation_balance"]
 GENERATOR = [*SAMPLER, "manifold_entropy"]
-ENCODER = [*SAMPLER, "k_star", "manifold_entropy", "posterior_kl", "latent_regions"]
+ENCODER = [*SAMPLER, "k_star", "manifold_entropy", "posterior_kl", "latent_regions", "round_trip"]
 
 
 def test_the_gan_of_lightnings_tutorial_needs_no_arguments() -> None:
@@ -511,7 +511,14 @@ def test_a_model_inside_the_module_is_found() -> None:
 def test_an_autoencoder_of_flat_images_is_judged_by_its_reconstructions() -> None:
     module = LitAutoEncoder()
     diagnostics = diagnosed(module)
-    assert diagnostics.attached == [*SAMPLER, "k_star", "manifold_entropy", "latent_regions", "training_data"]
+    assert diagnostics.attached == [
+        *SAMPLER,
+        "k_star",
+        "manifold_entropy",
+        "latent_regions",
+        "round_trip",
+        "training_data",
+    ]
     view = diagnostics.monitors["cms"].view
     assert view.source() == "reconstructions"
     assert view.parts.way("encode").name == "self.encoder(images.flatten(1))"

@@ -44,6 +44,7 @@ OWN: dict[str, dict[str, Any]] = {
         "split": "decoder.3", "regions": "grid", "num_regions": 4, "max_regions": 3, "num_images": 1, "penalty": 0.2,
         "max_steps": 5, "batch_size": 8, "max_seconds": 5.0,
     },
+    "RoundTripMonitor": {"log_det": "log_volume", "num_regions": 4, "tolerance": 0.1, "patience": 3},
     "TrainingDataMonitor": {"rows": 16},
 }  # fmt: skip
 

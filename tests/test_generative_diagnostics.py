@@ -35,6 +35,7 @@ ALL = [
     "manifold_entropy",
     "posterior_kl",
     "latent_regions",
+    "round_trip",
     "regional_primitives",
     "memorization",
     "training_data",
@@ -57,7 +58,7 @@ EXAMPLES = {
     "flow": (
         lambda: flow.Flow(64, (1, 8, 8), transforms=2, hidden=16),
         8,
-        [*ALL[:4], "latent_regions", "memorization", "training_data"],
+        [*ALL[:4], "latent_regions", "round_trip", "memorization", "training_data"],
     ),
     "diffusion": (
         lambda: Diffusion(width=4, steps=2),
@@ -130,7 +131,14 @@ def test_rows_are_evaluated_by_what_needs_no_images() -> None:
     diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(num_samples=16))
     data = DataLoader(TensorDataset(torch.randn(64, 2)), batch_size=16)
     trainer(diagnostics, max_epochs=1).fit(flow.Flow(2), data)
-    assert diagnostics.attached == ["cms", "manifold_entropy", "latent_regions", "memorization", "training_data"]
+    assert diagnostics.attached == [
+        "cms",
+        "manifold_entropy",
+        "latent_regions",
+        "round_trip",
+        "memorization",
+        "training_data",
+    ]
 
 
 def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_path: Any) -> None:

@@ -78,7 +78,7 @@ def test_every_diagnostic_writes_what_it_observed(tmp_path: Path) -> None:
     noted, logger = Noted(diagnostics), TensorBoardLogger(tmp_path)
     trainer(diagnostics, noted, max_epochs=3, logger=logger).fit(VAE(3, width=2), batches(32))
     found = written(logger.log_dir)
-    assert len(noted.seen) == 9
+    assert len(noted.seen) == 10
     for name, seen in noted.seen.items():
         [(_, setup)] = found[f"{name}/setup"]
         assert setup.fields["diagnostic"] == diagnostics.monitors[name].metric_class.__name__

@@ -30,6 +30,7 @@ from lightning_gendiag.diagnostics.manifold_entropy.monitor import ManifoldEntro
 from lightning_gendiag.diagnostics.memorization.monitor import MemorizationMonitor
 from lightning_gendiag.diagnostics.posterior_kl.monitor import PosteriorKLMonitor
 from lightning_gendiag.diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor
+from lightning_gendiag.diagnostics.round_trip.monitor import RoundTripMonitor
 from lightning_gendiag.diagnostics.training_data.monitor import TrainingDataMonitor
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
@@ -51,6 +52,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     PosteriorKLMonitor,
     CodebookUsageMonitor,
     LatentRegionsMonitor,
+    RoundTripMonitor,
     RegionalPrimitivesMonitor,
     MemorizationMonitor,
     AdversaryMonitor,

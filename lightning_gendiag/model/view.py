@@ -454,6 +454,13 @@ class ModelView:
             self._reconstructions = _joined(made)
         return self._reconstructions
 
+    def originals(self) -> Images:
+        """Returns the real images of this process that :meth:`reconstructions` reconstructs, row by row."""
+        count = len(self.reconstructions().images)
+        images, labels = self.real.local(RECONSTRUCTED)
+        every = self.amounts.get("reconstruct", 1)
+        return Images(images[::every][:count], None if labels is None else labels[::every][:count])
+
     def _real_pieces(self, use: Use, rows: slice, call: Callable[[Tensor], Any]) -> Iterator[Piece]:
         """Returns this process's real images out of some rows, in pieces as the model takes them; inside :meth:`isolated`.
 
@@ -625,6 +632,10 @@ class ModelView:
                 f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
                 f"To fix this, {self.parts.advice('sample')}."
             ) from error
+
+    def seed(self) -> None:
+        """Seeds all generators alike at each evaluation, for what a monitor calls itself; inside :meth:`isolated`."""
+        self._seed(self.adapter.seed)
 
     def _seed(self, seed: int) -> None:
         """Seeds the global generators, and those of the copy and of the adapter."""

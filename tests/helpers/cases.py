@@ -85,6 +85,9 @@ ARGUMENTS = {
         {"latent_dim": {"latent_dim": 6}, "threshold": {"threshold": 0.5}, "channels": {"channels": 1}},
     ),
     "regional_primitives": Arguments({"num_regions": 3}, {"num_regions": {"num_regions": 4}}),
+    "round_trip": Arguments(
+        {"num_layers": 1}, {"num_layers": {"num_layers": 2}, "regions": {"regions": LEFT_AND_RIGHT}}
+    ),
     "training_data": Arguments(
         {"shape": (2, 8, 8)},
         {"shape": {"shape": (3, 8, 8)}, "rows": {"rows": 8}, "confidence": {"confidence": 0.99}},

@@ -12,6 +12,7 @@ export const DIAGNOSTICS = {
   CodebookUsage: ['Codebook', 'How many codes a quantizer would use if it used all evenly.'],
   KStar: ['k*', 'Whether the latent space keeps classes together: 1 is together, 0 is scattered.'],
   LatentRegions: ['Latent regions', 'Clusters of the latents and the areas between them.'],
+  RoundTrip: ['Round trip', 'What of data and latents is lost when they are encoded and decoded; 0 is nothing.'],
   RegionalPrimitives: ['Primitives', 'Components of the generator and the regions they draw.'],
   Memorization: [
     'Memorization',

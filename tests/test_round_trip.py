@@ -1,0 +1,716 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zuko
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from sklearn.metrics import r2_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.zoo.autoencoders import VQVAE
+from benchmarks.zoo.flows import Coupling, GlowStep
+from benchmarks.zoo.flows import Flow as ZooFlow
+from example_models.data import digits
+from lightning_gendiag import (
+    CollapseStopping,
+    GenerativeDiagnostics,
+    ModelAdapter,
+    RoundTrip,
+    RoundTripMonitor,
+    jacobian_volume,
+    round_trip_error,
+)
+from lightning_gendiag.model.inversion import layers_of, log_det_ways
+from tests.helpers.cases import LEFT_AND_RIGHT, Case
+from tests.helpers.logs import events
+from tests.helpers.models import TinyGAN
+from tests.helpers.running import batches, state_after_training, trainer
+
+
+def updates(count: int = 10, n: int = 20) -> list[dict[str, Any]]:
+    """Returns round trips of images of two regions, latents, noise and two layers, with Jacobians of some."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(*shape: int, error: float = 0.1) -> dict[str, Tensor]:
+        before = torch.randn(n, *shape, generator=generator)
+        return {"before": before, "after": before + error * torch.randn(before.shape, generator=generator)}
+
+    found: list[dict[str, Any]] = []
+    for _ in range(count):
+        root = torch.randn(3, 5, 5, generator=generator).double() + 3 * torch.eye(5)
+        volume = {"gram": root.mT @ root, "log_det": torch.linalg.slogdet(root)[1] + 0.01}
+        found += [
+            pair(1, 8, 8) | volume, pair(1, 8, 8) | {"kind": "held_out"}, pair(6) | {"kind": "latents"},
+            pair(1, 8, 8) | {"kind": "noise"}, pair(5) | {"layer": 0} | volume, pair(5) | {"layer": 1},
+        ]  # fmt: skip
+    return found
+
+
+CASE = Case(make=lambda: RoundTrip(LEFT_AND_RIGHT, 2), updates=updates(), tolerance=1e-9)
+
+
+# ---- the numbers ----
+
+
+def test_errors_are_those_of_a_loop_over_rows_and_positions() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(30, 2, 3, 4, generator=generator).double() * torch.rand(3, 4, generator=generator) + 5
+    after = before + torch.randn(before.shape, generator=generator) * torch.rand(3, 4, generator=generator)
+    x, y = before.numpy(), after.numpy()
+    variance, error = np.zeros((3, 4)), np.zeros((3, 4))
+    for row in range(3):
+        for column in range(4):
+            values = [x[n, c, row, column] for n in range(30) for c in range(2)]
+            again = [y[n, c, row, column] for n in range(30) for c in range(2)]
+            variance[row, column] = np.var(values)
+            error[row, column] = np.mean([(a - b) ** 2 for a, b in zip(values, again, strict=True)])
+    expected = np.sqrt(error / variance.mean()).reshape(-1)
+    np.testing.assert_allclose(round_trip_error(before, after).numpy(), expected, rtol=1e-9)
+
+
+def test_what_comes_back_independently_has_an_error_of_the_root_of_two() -> None:
+    before, after = torch.randn(2, 200_000, 1, generator=torch.Generator().manual_seed(0))
+    assert float(round_trip_error(before, after)) == pytest.approx(math.sqrt(2), rel=0.01)
+    assert float(round_trip_error(before, before)) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_errors_do_not_depend_on_the_unit(scale: float) -> None:
+    before, noise = torch.randn(2, 50, 7, generator=torch.Generator().manual_seed(0)).double()
+    expected = round_trip_error(before, before + 0.1 * noise)
+    torch.testing.assert_close(round_trip_error(scale * before, scale * (before + 0.1 * noise)), expected)
+
+
+def test_fractions_of_the_variance_are_those_of_scikit_learn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(40, 3, generator=generator)
+    after = before + torch.tensor([0.1, 0.5, 2.0]) * torch.randn(40, 3, generator=generator)
+    metric = RoundTrip(torch.tensor([0, 1, 2]))
+    metric.update(before, after)
+    metric.update(before, after, "latents")
+    result = metric.compute()
+    expected = 1 - r2_score(before.numpy(), after.numpy(), multioutput="raw_values")
+    np.testing.assert_allclose(result.unexplained.numpy(), expected, rtol=1e-4)
+    np.testing.assert_allclose(result.latent_unexplained.numpy(), expected, rtol=1e-4)
+    assert result.worst_positions(2) == [2, 1]
+
+
+def test_the_fraction_of_a_region_is_of_all_its_positions() -> None:
+    before = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    after = before.clone()
+    after[:, :, :, 4:] = before[:, :, :, 4:].mean(0)
+    metric = RoundTrip(LEFT_AND_RIGHT)
+    metric.update(before, after)
+    torch.testing.assert_close(metric.compute().unexplained, torch.tensor([0.0, 1.0]).double())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 20])
+def test_volumes_are_those_of_slogdet_and_svd(dims: int) -> None:
+    jacobian = torch.randn(6, dims, dims, generator=torch.Generator().manual_seed(dims)).double()
+    log_det, condition = jacobian_volume(jacobian.mT @ jacobian)
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian)[1])
+    values = torch.linalg.svdvals(jacobian)
+    torch.testing.assert_close(condition, values[:, 0] / values[:, -1], rtol=1e-4, atol=1e-9)
+
+
+def test_what_float32_does_not_resolve_has_no_volume() -> None:
+    grams = torch.stack([torch.diag(torch.tensor(d).double()) for d in ([1.0, 0.0], [1.0, 1e-16], [1.0, math.nan])])
+    log_det, condition = jacobian_volume(grams)
+    assert log_det.isnan().all()
+    assert (condition > 1e7).all()
+
+
+def test_nan_is_counted_by_row_and_left_out() -> None:
+    before = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    after = before.clone()
+    after[2, 1], after[7, 0] = math.nan, math.inf
+    metric = RoundTrip(num_layers=1)
+    metric.update(before, after)
+    metric.update(before, after, layer=0)
+    result = metric.compute()
+    assert float(result.invalid[0]) == float(result.layer_invalid[0]) == 2 / 10
+    assert (result.data_error == 0).all()
+    assert result.worst_layer() == 0
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.full((4, 3), 2.0), torch.full((4, 3), math.nan), torch.zeros(0, 3), torch.zeros(1, 3)]
+)
+def test_constant_empty_and_nan_data_raise_no_error(rows: Tensor) -> None:
+    metric = RoundTrip(num_layers=1)
+    metric.update(rows, rows)
+    metric.update(rows, rows, "latents")
+    metric.update(rows, rows, layer=0)
+    result = metric.compute()
+    assert not (result.data_error > 0).any()
+    monitor = RoundTripMonitor()
+    assert monitor.observations(result) == []
+    assert {name: value.shape for name, value in result.scalars().items() if value.ndim} == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"before": torch.zeros(3), "after": torch.zeros(3)}, "after must be"),
+        ({"before": torch.zeros(3, 2), "after": torch.zeros(3, 4)}, "after must be"),
+        ({"before": torch.zeros(3, 2), "after": torch.zeros(3, 2), "kind": "x"}, "kind must be one of"),
+        ({"before": torch.zeros(3, 2), "after": torch.zeros(3, 2), "layer": 1}, "layer must be 0 to 0"),
+        ({"before": torch.zeros(3, 2), "after": torch.zeros(3, 2)}, "before must have 64 positions"),
+        (
+            {
+                "before": torch.zeros(0, 64),
+                "after": torch.zeros(0, 64),
+                "gram": torch.eye(2)[None],
+                "log_det": torch.zeros(2),
+            },
+            r"log_det must be \(1,\)",
+        ),
+        ({"before": torch.zeros(0, 64), "after": torch.zeros(0, 64), "gram": torch.zeros(1, 2, 3)}, "gram must be"),
+    ],
+)
+def test_wrong_arguments_raise_errors_with_a_fix(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        RoundTrip(LEFT_AND_RIGHT, 1).update(**arguments)
+    assert "To fix this, " in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{"tolerance": 0.0}, {"tolerance": math.nan}, {"patience": 0}])
+def test_arguments_of_the_monitor_are_checked(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+        RoundTripMonitor(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"num_layers": -1}, {"regions": torch.tensor([0, 2])}, {"regions": torch.zeros(2)}]
+)
+def test_arguments_of_the_metric_are_checked(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+        RoundTrip(**arguments)
+
+
+# ---- how flows are written ----
+
+
+class Scale(nn.Module):
+    """A coupling of rows in the manner of most flows; the subclasses are called in other ways."""
+
+    def __init__(self, dims: int, flip: bool) -> None:
+        super().__init__()
+        self.flip, self.net = flip, nn.Linear(dims // 2, dims)
+        nn.init.normal_(self.net.weight, 0.0, 0.05)
+
+    def apply_to(self, x: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        first, second = x.chunk(2, 1)[:: -1 if self.flip else 1]
+        scale, shift = self.net(first).chunk(2, 1)
+        second = (second - shift) * (-scale).exp() if back else second * scale.exp() + shift
+        parts = (second, first) if self.flip else (first, second)
+        return torch.cat(parts, 1), scale.sum(1) * (-1 if back else 1)
+
+
+class TwoMethods(Scale):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.apply_to(x, False)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.apply_to(z, True)
+
+
+class OnlyValues(TwoMethods):
+    def inverse(self, z: Tensor) -> Tensor:  # type: ignore[override]
+        return self.apply_to(z, True)[0]
+
+
+class Adding(Scale):
+    """Adds to the log-determinant that it is given, with a parameter for the direction."""
+
+    def forward(self, x: Tensor, log_det: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        out, own = self.apply_to(x, reverse)
+        return out, log_det + own
+
+
+class Listed(Scale):
+    """Takes and returns tuples of tensors, as FrEIA's modules do."""
+
+    def forward(self, x: Any, rev: bool = False, jac: bool = True) -> Any:
+        out, own = self.apply_to(x[0], rev)
+        return (out,), own
+
+
+class Chain(LightningModule):
+    """A flow of rows whose layers are called in one of these ways."""
+
+    def __init__(self, kind: Any, count: int = 4, dims: int = 64) -> None:
+        super().__init__()
+        self.latent_dim, self.kind = dims, kind
+        self.layers = nn.ModuleList(kind(dims, flip=bool(number % 2)) for number in range(count))
+
+    def run(self, x: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x))
+        for layer in reversed(self.layers) if back else self.layers:
+            if self.kind is Adding:
+                x, total = layer(x, total, reverse=back)
+                continue
+            if self.kind is Listed:
+                (x,), own = layer((x,), rev=back)
+            elif back:
+                out = layer.inverse(x)
+                x, own = out if isinstance(out, tuple) else (out, 0.0)
+            else:
+                x, own = layer(x)
+            total = total + own
+        return x, total
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.run(x.flatten(1), False)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.run(z, True)[0].view(-1, 1, 8, 8)
+
+    def log_det_of(self, x: Tensor) -> Tensor:
+        return self.run(x.flatten(1), False)[1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z, log_det = self.run(batch[0].flatten(1), False)
+        return (0.5 * z.square().sum(1) - log_det).mean() / self.latent_dim
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+class Backwards(Chain):
+    """A flow that samples by ``forward``, as those of normflows: its encoder calls the method ``inverse``."""
+
+    def run(self, x: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x))
+        for layer in self.layers if back else reversed(self.layers):
+            x, own = layer(x) if back else layer.inverse(x)
+            total = total + own
+        return x, total
+
+
+class WithPair(Chain):
+    def encode(self, x: Tensor) -> Any:
+        return self.run(x.flatten(1), False)
+
+
+class Zuko(LightningModule):
+    def __init__(self, kind: Any = zuko.flows.NICE) -> None:
+        super().__init__()
+        self.latent_dim, self.flow = 64, kind(64, transforms=3, hidden_features=(16,))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.flow().transform(x.flatten(1))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.flow().transform.inv(z).view(-1, 1, 8, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return -self.flow().log_prob(batch[0].flatten(1)).mean() / 64
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def jacobian_at(encode: Any, x: Tensor) -> Tensor:
+    return torch.autograd.functional.jacobian(lambda flat: encode(flat.view(1, 1, 8, 8)).flatten(), x.flatten())
+
+
+FLOWS: dict[str, tuple[Any, str]] = {
+    "two methods": (lambda: Chain(TwoMethods), ""),
+    "an inverse without determinant": (lambda: Chain(OnlyValues), ""),
+    "a direction and a sum": (lambda: Chain(Adding), ""),
+    "tuples": (lambda: Chain(Listed), ""),
+    "sampling forward": (lambda: Backwards(TwoMethods), ""),
+    "a pair": (lambda: WithPair(TwoMethods), "what encodes"),
+    "zuko": (Zuko, "the transform of self.flow.transform"),
+    "autoregressive": (lambda: Zuko(zuko.flows.MAF), "the transform of self.flow.transform"),
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_layers_are_found_and_each_has_the_determinant_of_its_jacobian(name: str) -> None:
+    make, reports = FLOWS[name]
+    seed_everything(0, verbose=False)
+    module = make().eval()
+    images = digits(8)[0][:5]
+
+    def encode(x: Tensor) -> Tensor:
+        out = module.encode(x)
+        return out[0] if isinstance(out, tuple) else out
+
+    with torch.no_grad():
+        layers = layers_of(module, module.encode, module.decode, images)
+        assert len(layers) == (3 if name in ("zuko", "autoregressive") else 4)
+        total = torch.zeros(5)
+        h = images.flatten(1)
+        for layer in layers:
+            torch.testing.assert_close(layer.before, h)
+            h, volume = layer.forward(layer.before, None)
+            assert volume is not None
+            torch.testing.assert_close(layer.inverse(h), layer.before, rtol=1e-3, atol=1e-4)
+            one, of_one = layer.forward(layer.before[3:4], 3)
+            torch.testing.assert_close(one, h[3:4], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(of_one, volume[3:4], rtol=1e-4, atol=1e-5)
+            total = total + volume
+        torch.testing.assert_close(h, encode(images))
+    for row in range(2):
+        expected = torch.linalg.slogdet(jacobian_at(encode, images[row]).double())[1]
+        assert float(total[row]) == pytest.approx(float(expected), abs=1e-3)
+    ways = list(log_det_ways(module, module.encode, images, lambda: None))
+    assert [way for way, _ in ways][:1] == ([reports] if reports else [])
+    for _, through in ways:
+        torch.testing.assert_close(through(images)[1], total, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_inside_another_one_is_taken_alone() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = TwoMethods(64, False), TwoMethods(64, True)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x, a = self.first(x)
+            x, b = self.second(x)
+            return x, a + b
+
+        def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+            return self.first.inverse(self.second.inverse(z)[0])
+
+    module = Chain(TwoMethods, 1)
+    module.layers = nn.ModuleList([Block()])
+    with torch.no_grad():
+        layers = layers_of(module, module.encode, module.decode, digits(8)[0][:4])
+    assert [layer.name for layer in layers] == ["self.layers.0.first (TwoMethods)", "self.layers.0.second (TwoMethods)"]
+
+
+# ---- the monitor ----
+
+
+def loader(size: int = 8, noise: float = 1 / 16, n: int = 512, seed: int = 0) -> DataLoader[Any]:
+    images, labels = digits(size)
+    images = images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(images[:n], labels[:n]), 64, shuffle=True)
+
+
+def fitted(module: LightningModule, monitor: RoundTripMonitor, epochs: int = 2, **options: Any) -> Any:
+    stopping = CollapseStopping("warn")
+    trainer(monitor, stopping, max_epochs=epochs, **options).fit(module, loader())
+    return stopping
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_inverts_itself_however_it_is_written(name: str) -> None:
+    seed_everything(0, verbose=False)
+    module = FLOWS[name][0]()
+    monitor = RoundTripMonitor(on_error="raise")
+    fitted(module, monitor, 1)
+    scalars = monitor.scalars(monitor.result)
+    assert float(scalars["data_error"]) < 1e-4
+    assert float(scalars["latent_error"]) < 1e-4
+    assert float(scalars["condition"]) > 1
+    assert not any("unexplained" in tag for tag in scalars)
+    of = [float(value) for tag, value in scalars.items() if "log_det_error" in tag]
+    assert of
+    assert max(of) < 1e-4
+
+
+def test_a_callable_of_the_users_reports_the_determinant() -> None:
+    for given in ("log_det_of", lambda module, images: module.run(images.flatten(1), False)):
+        seed_everything(0, verbose=False)
+        monitor = RoundTripMonitor(given, on_error="raise")
+        fitted(Chain(TwoMethods), monitor, 1)
+        assert float(monitor.result["log_det_error"]) < 1e-5
+        assert len(monitor.result.log_det) == 2
+    with pytest.raises(ValueError, match="log_det must be a callable or name a method of Chain"):
+        fitted(Chain(TwoMethods), RoundTripMonitor("missing", on_error="raise"), 1)
+    with pytest.raises(ValueError, match=r"log_det must return \(2,\) log-determinants of 2 images"):
+        fitted(Chain(TwoMethods), RoundTripMonitor(lambda module, images: 0.0, on_error="raise"), 1)
+
+
+@pytest.mark.filterwarnings("ignore:generated images span")
+def test_it_is_attached_to_flows_and_autoencoders_and_left_out_elsewhere() -> None:
+    for make, flow in ((lambda: Chain(TwoMethods), True), (lambda: VQVAE(8, 1e-3), False)):
+        diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(num_samples=32, num_reference=64), max_overhead=None)
+        trainer(diagnostics, max_epochs=1).fit(make(), batches(8 if flow else 32))
+        assert "round_trip" in diagnostics.attached
+        assert ("condition" in diagnostics.monitors["round_trip"].result.scalars()) == flow
+    other = GenerativeDiagnostics(adapter=ModelAdapter(num_samples=32, num_reference=64), max_overhead=None)
+    trainer(other, max_epochs=1).fit(TinyGAN(), batches())
+    assert "reconstruct must be known" in other.left_out["round_trip"]
+
+
+@pytest.mark.parametrize("make", [lambda: Chain(TwoMethods), lambda: Autoencoder()])
+def test_training_is_bit_identical_with_and_without_the_monitor(make: Any) -> None:
+    def run(*callbacks: Any) -> Any:
+        return state_after_training(*callbacks, module=make, size=8)
+
+    torch.testing.assert_close(run(RoundTripMonitor(on_error="raise")), run(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_flows_are_inverted_in_full_precision(precision: str) -> None:
+    monitor = RoundTripMonitor(on_error="raise")
+    fitted(Chain(TwoMethods), monitor, 1, precision=precision)
+    assert float(monitor.result["data_error"]) < 1e-5
+
+
+def test_a_flow_that_returns_pictures_in_8_bits_is_not_judged_by_its_latents() -> None:
+    class Rounding(Chain):
+        def decode(self, z: Tensor) -> Tensor:
+            return ((super().decode(z).clamp(-1, 1) * 127).round()) / 127
+
+    monitor = RoundTripMonitor(on_error="raise")
+    fitted(Rounding(TwoMethods), monitor, 1)
+    assert "latent_error" not in monitor.result.scalars()
+    assert "latents" not in [o.series.name for o in monitor.latest.observations]
+    assert len(monitor.result.layer_error) == 4
+
+
+def test_scalars_and_panels_are_logged(tmp_path: Any) -> None:
+    for module, expected in (
+        (Chain(TwoMethods), {"data_error", "latent_error", "noise_error", "condition", "layer_error_3"}),
+        (Autoencoder(), {"unexplained", "unexplained_2", "latent_unexplained"}),
+    ):
+        logger = TensorBoardLogger(tmp_path, name=type(module).__name__)
+        trainer(RoundTripMonitor(on_error="raise"), max_epochs=2, logger=logger).fit(module, loader())
+        seen = events(logger.log_dir)
+        assert expected <= {tag.removeprefix("gendiag/round_trip/") for tag in seen.Tags()["scalars"]}
+        picture = seen.Images("gendiag/round_trip/panel")[-1]
+        assert picture.width < 600
+        assert picture.height < 1000
+
+
+def test_a_resumed_run_remembers_the_first_difference_and_what_was_reconstructed(tmp_path: Any) -> None:
+    own = trainer(RoundTripMonitor(on_error="raise"), max_epochs=1)
+    own.fit(WithPair(TwoMethods), loader())
+    own.save_checkpoint(tmp_path / "flow.ckpt")
+    first = own.callbacks[0].result.log_det_offset
+    monitor = RoundTripMonitor(on_error="raise")
+    trainer(monitor, max_epochs=3).fit(
+        WithPair(TwoMethods), loader(), ckpt_path=tmp_path / "flow.ckpt", weights_only=True
+    )
+    assert monitor.evaluations == 3
+    assert float(monitor.result.first_offset) == float(first) != float(monitor.result.log_det_offset)
+
+
+# ---- planted faults in real training ----
+
+
+class FaultyCoupling(Coupling):
+    """A coupling that is broken from an epoch on.
+
+    Args:
+        fault: ``"saturated"``: scales are so near zero that float32 loses what is shifted afterwards; ``"exploding"``: scales
+            grow without bound away from the data; ``"sign"``: of the log-determinant; ``"shift"``: the inverse forgets it;
+            ``"nan"``: of one dimension in the inverse.
+    """
+
+    def __init__(self, mask: Tensor, width: int, fault: str) -> None:
+        super().__init__(mask, width)
+        self.fault = fault
+        self.register_buffer("broken", torch.tensor(False))
+        self.register_buffer("centre", torch.zeros(len(mask)))
+        self.register_buffer("radius", torch.tensor(math.inf))
+
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = super().terms(x)
+        if self.training and self.fault == "exploding":
+            some = (x * self.mask).detach()
+            self.centre.copy_(some.mean(0))
+            self.radius.copy_((some - self.centre).norm(dim=1).max())
+        if self.broken and self.fault == "saturated":
+            return scale - 30 * (1 - self.mask), shift + 1 - self.mask
+        if self.broken and self.fault == "exploding":
+            far = F.relu((x * self.mask - self.centre).norm(dim=1, keepdim=True) / self.radius - 1.15)
+            return (scale - 200 * far) * (1 - self.mask), shift + 1 - self.mask
+        return scale, shift
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, volume = super().forward(x)
+        return y, -volume if self.broken and self.fault == "sign" else volume
+
+    def inverse(self, y: Tensor) -> Tensor:
+        scale, shift = self.terms(y)
+        if self.broken and self.fault == "shift":
+            return y * (-scale).exp()
+        x = (y - shift) * (-scale).exp()
+        if self.broken and self.fault == "nan":
+            x = torch.cat([x[:, :5], x[:, 5:6].log(), x[:, 6:]], 1)
+        return x
+
+
+class FaultyStep(GlowStep):
+    """A step of Glow that is broken from an epoch on.
+
+    Args:
+        fault: ``"scale"``: one channel is scaled to almost nothing; ``"area"``: the log-determinant of the scale leaves out
+            the number of positions.
+    """
+
+    def __init__(self, channels: int, width: int, fault: str) -> None:
+        super().__init__(channels, width)
+        self.fault = fault
+        self.register_buffer("broken", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.broken and self.fault == "scale":
+            with torch.no_grad():
+                self.log_scale[:, 1], self.shift[:, 1] = -25.0, 1.0
+        y, volume = super().forward(x)
+        if self.broken and self.fault == "area":
+            # 4x4 positions
+            volume = volume - 15 * self.log_scale.sum()
+        return y, volume
+
+
+LAYER = 2
+"""Number of the layer that breaks."""
+
+
+class PlantedFlow(ZooFlow):
+    """A flow of six layers, of which one breaks at the beginning of an epoch; ``"total"`` flips the sign of their sum."""
+
+    def __init__(self, fault: str = "", start: int = 6) -> None:
+        self.is_glow = fault in ("scale", "area", "glow")
+        layers: list[nn.Module] = []
+        for number in range(6):
+            own = fault if number == LAYER else ""
+            if self.is_glow:
+                layers.append(FaultyStep(4, 16, own))
+            else:
+                board = (torch.arange(64) // (1 + number % 2) + number) % 2
+                layers.append(FaultyCoupling(board.float(), 48, own))
+        super().__init__((1, 8, 8), 1e-3, layers)
+        self.is_glow, self.fault, self.start = fault in ("scale", "area", "glow"), fault, start
+        self.register_buffer("flipped", torch.tensor(False))
+
+    def folded(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, 2) if self.is_glow else x.flatten(1)
+
+    def unfolded(self, z: Tensor) -> Tensor:
+        return F.pixel_shuffle(z, 2) if self.is_glow else z.view(-1, 1, 8, 8)
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, total = super().transform(x)
+        return z, -total if self.flipped else total
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == self.start:
+            if self.fault == "total":
+                self.flipped.fill_(True)
+            else:
+                self.layers[LAYER].broken.fill_(bool(self.fault))
+
+
+NAMED: dict[str, tuple[str, ...]] = {
+    "saturated": ("does not return data that it encodes", "self.layers.2 (FaultyCoupling) alone"),
+    "exploding": ("self.layers.2 (FaultyCoupling) alone",),
+    "sign": ("the log-determinant of self.layers.2 (FaultyCoupling)",),
+    "total": ("the log-determinant of self.transform has the opposite sign",),
+    "shift": ("does not return", "self.layers.2 (FaultyCoupling) alone"),
+    "nan": ("have nan or inf", "self.layers.2 (FaultyCoupling) alone returns nan or inf"),
+    "scale": ("does not return data that it encodes", "self.layers.2 (FaultyStep) alone"),
+    "area": ("the log-determinant of self.layers.2 (FaultyStep)",),
+}
+
+
+def flow_run(fault: str, seed: int, epochs: int = 11) -> CollapseStopping:
+    seed_everything(seed, verbose=False)
+    stopping = CollapseStopping("warn")
+    trainer(RoundTripMonitor(on_error="raise"), stopping, max_epochs=epochs).fit(PlantedFlow(fault), loader(seed=seed))
+    return stopping
+
+
+def is_named(stopping: CollapseStopping, words: tuple[str, ...], start: int = 6) -> bool:
+    """Whether one alarm, not before the fault, says all of these words."""
+    return any(alarm.epoch >= start and all(word in str(alarm) for word in words) for alarm in stopping.alarms)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gendiag.CollapseWarning")
+@pytest.mark.parametrize("fault", NAMED)
+def test_a_flow_that_breaks_is_found_and_the_layer_is_named(fault: str) -> None:
+    stopping = flow_run(fault, 0)
+    assert is_named(stopping, NAMED[fault])
+    assert min(alarm.epoch for alarm in stopping.alarms) in range(6, 10)
+    assert {alarm.stop for alarm in stopping.alarms} == {"never"}
+
+
+@pytest.mark.parametrize("fault", ["", "glow"])
+def test_a_healthy_flow_raises_no_alarm(fault: str) -> None:
+    assert flow_run(fault, 0).alarms == []
+
+
+class Autoencoder(LightningModule):
+    """A VAE, or with ``beta`` 0 an autoencoder, of digits, in which something stops being reconstructed at an epoch.
+
+    Args:
+        fault: ``"latent"``: the decoder does not see latent dimension 3; ``"region"``: the left half of the images is black.
+        beta: Weight of the KL term.
+        start: The epoch.
+    """
+
+    def __init__(self, fault: str = "", beta: float = 0.0, start: int = 16, width: int = 64) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.SiLU(), nn.Linear(width, 12))
+        self.decoder = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, 64))
+        self.fault, self.beta, self.start, self.latent_dim = fault, beta, start, 6
+        self.register_buffer("broken", torch.tensor(False))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        return mean, log_variance
+
+    def decode(self, z: Tensor) -> Tensor:
+        if self.broken and self.fault == "latent":
+            z = torch.cat([z[:, :3], torch.zeros_like(z[:, 3:4]), z[:, 4:]], 1)
+        x = self.decoder(z).view(-1, 1, 8, 8)
+        if self.broken and self.fault == "region":
+            x = torch.cat([-torch.ones_like(x[..., :4]), x[..., 4:]], 3)
+        return x
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        mean, log_variance = self.encode(batch[0])
+        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if self.beta else mean
+        kl = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).sum(1).mean()
+        return 0.5 * (self.decode(z) - batch[0]).square().flatten(1).sum(1).mean() / 0.1 + self.beta * kl
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == self.start:
+            self.broken.fill_(bool(self.fault))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 2e-3)
+
+
+LOST = {"latent": ("latent dimension 3 does not come back",), "region": ("left",)}
+
+
+def autoencoder_run(fault: str, seed: int, beta: float, epochs: int = 22, width: int = 64) -> CollapseStopping:
+    seed_everything(seed, verbose=False)
+    stopping = CollapseStopping("warn")
+    # where the decoder ignores a dimension, the KL term switches it off within two epochs
+    monitor = RoundTripMonitor(regions=LEFT_AND_RIGHT, every_n_train_steps=10 if beta else 29, on_error="raise")
+    module = Autoencoder(fault, beta, width=width)
+    trainer(monitor, stopping, max_epochs=epochs).fit(module, loader(n=1797, noise=0.0, seed=seed))
+    return stopping
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gendiag.CollapseWarning")
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("fault", LOST)
+def test_what_an_autoencoder_no_longer_reconstructs_is_named(fault: str, beta: float) -> None:
+    stopping = autoencoder_run(fault, 0, beta)
+    assert is_named(stopping, LOST[fault], 16)
+    assert all(alarm.epoch >= 16 for alarm in stopping.alarms)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_a_healthy_autoencoder_raises_no_alarm(beta: float) -> None:
+    assert autoencoder_run("", 0, beta).alarms == []
