@@ -53,6 +53,11 @@ from .diagnostics.regional_primitives.functional import minimal_features_of as m
 from .diagnostics.regional_primitives.functional import or_interactions as or_interactions
 from .diagnostics.regional_primitives.metric import RegionalPrimitives as RegionalPrimitives
 from .diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor as RegionalPrimitivesMonitor
+from .diagnostics.timestep_loss.functional import TimestepLossResult as TimestepLossResult
+from .diagnostics.timestep_loss.functional import band_edges as band_edges
+from .diagnostics.timestep_loss.functional import timestep_loss as timestep_loss
+from .diagnostics.timestep_loss.metric import TimestepLoss as TimestepLoss
+from .diagnostics.timestep_loss.monitor import TimestepLossMonitor as TimestepLossMonitor
 from .diagnostics.training_data.functional import TrainingDataResult as TrainingDataResult
 from .diagnostics.training_data.metric import TrainingData as TrainingData
 from .diagnostics.training_data.monitor import TrainingDataMonitor as TrainingDataMonitor

@@ -41,6 +41,7 @@ OWN: dict[str, dict[str, Any]] = {
         "split": "decoder.3", "regions": "grid", "num_regions": 4, "max_regions": 3, "num_images": 1, "penalty": 0.2,
         "max_steps": 5, "batch_size": 8, "max_seconds": 5.0,
     },
+    "TimestepLossMonitor": {"loss": "denoising_loss", "num_bands": 4},
     "TrainingDataMonitor": {"rows": 16},
 }  # fmt: skip
 

@@ -29,6 +29,7 @@ from lightning_gendiag.diagnostics.manifold_entropy.monitor import ManifoldEntro
 from lightning_gendiag.diagnostics.memorization.monitor import MemorizationMonitor
 from lightning_gendiag.diagnostics.posterior_kl.monitor import PosteriorKLMonitor
 from lightning_gendiag.diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor
+from lightning_gendiag.diagnostics.timestep_loss.monitor import TimestepLossMonitor
 from lightning_gendiag.diagnostics.training_data.monitor import TrainingDataMonitor
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
@@ -50,6 +51,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     CodebookUsageMonitor,
     LatentRegionsMonitor,
     RegionalPrimitivesMonitor,
+    TimestepLossMonitor,
     MemorizationMonitor,
     TrainingDataMonitor,
 )
@@ -278,6 +280,7 @@ class GenerativeDiagnostics(Member, Callback):
                     view.refresh()
                 self._try(trainer, name, partial(_check_batch, monitor, view, found_in))
             if name not in self.left_out:
+                monitor.note_first_batch(view, batch)
                 view.agree(*monitor.needs)
                 self._try(trainer, name, partial(monitor.check, view))
         # what is left out before the first evaluation belongs to the time of setup

@@ -9,6 +9,7 @@ export const DIAGNOSTICS = {
     'How far the posterior of each latent dimension is from the prior; 0 is unused.',
   ],
   CodebookUsage: ['Codebook', 'How many codes a quantizer would use if it used all evenly.'],
+  TimestepLoss: ['Noise levels', 'The loss of a diffusion or flow matching model in bands of noise levels.'],
   KStar: ['k*', 'Whether the latent space keeps classes together: 1 is together, 0 is scattered.'],
   LatentRegions: ['Latent regions', 'Clusters of the latents and the areas between them.'],
   RegionalPrimitives: ['Primitives', 'Components of the generator and the regions they draw.'],
