@@ -48,6 +48,7 @@ from lightning_gendiag import (
     Monitor,
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
+    TimestepLossMonitor,
 )
 from lightning_gendiag.callbacks.session import Session
 from lightning_gendiag.model.features import FeatureExtractor
@@ -143,15 +144,16 @@ ARMS: dict[str, Callable[[str], list[Callback]]] = {
     "manifold_entropy": lambda model: [ManifoldEntropyMonitor()],
     "posterior_kl": lambda model: [PosteriorKLMonitor()],
     "memorization": lambda model: [MemorizationMonitor(every_n_epochs=5)],
+    "timestep_loss": lambda model: [TimestepLossMonitor()],
     "latent_regions": lambda model: [LatentRegionsMonitor(every_n_epochs=5)],
     "regional_primitives": lambda model: [RegionalPrimitivesMonitor(every_n_epochs=10)],
     "default": lambda model: [GenerativeDiagnostics(action="warn")],
     "default, no limit": lambda model: [GenerativeDiagnostics(action="warn", max_overhead=None)],
 }
 NOT_FOR = {
-    "gan": ("posterior_kl", "latent_regions"),
-    "vae": (),
-    "flow": ("posterior_kl", "regional_primitives"),
+    "gan": ("posterior_kl", "latent_regions", "timestep_loss"),
+    "vae": ("timestep_loss",),
+    "flow": ("posterior_kl", "regional_primitives", "timestep_loss"),
     "diffusion": ("k_star", "manifold_entropy", "posterior_kl", "latent_regions", "regional_primitives"),
 }
 

@@ -27,6 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.timestep_loss import Denoising
 from benchmarks.zoo.autoencoders import VQVAE
 from benchmarks.zoo.judging import bounds
 from example_models import gan, vae
@@ -38,6 +39,7 @@ from lightning_gendiag import (
     MemorizationMonitor,
     Monitor,
     RegionalPrimitivesMonitor,
+    TimestepLossMonitor,
     TrainingDataMonitor,
 )
 from lightning_gendiag.plots import canvas, charts
@@ -129,6 +131,17 @@ def fit_on_few_images(folder: Path) -> None:
     ).fit(Transport(), DataLoader(train, 50, shuffle=True), DataLoader(held_out, 200))  # fmt: skip
 
 
+def fit_denoiser_on_few_images(folder: Path) -> None:
+    """Trains a flow matching model on 24 digits, with others held out."""
+    seed_everything(0, verbose=False)
+    images = digits(8)[0][torch.randperm(1797)]
+    train, held_out = TensorDataset(images[:24].repeat(20, 1, 1, 1)), TensorDataset(images[1400:])
+    Trainer(
+        max_epochs=40, accelerator="cpu", logger=TensorBoardLogger(folder, name=""),
+        callbacks=[TimestepLossMonitor(), CollapseStopping("warn")],
+    ).fit(Denoising("flow", width=32, lr=4e-3), DataLoader(train, 48, shuffle=True), DataLoader(held_out, 64))  # fmt: skip
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {
     "gan frozen": lambda folder: gan.main(["--fault", "frozen", "--runs", str(folder)]),
     "gan": lambda folder: gan.main(["--runs", str(folder)]),
@@ -140,6 +153,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "data": fit_with_class_removed,
     "codebook": fit_at_one_point,
     "memorizing": fit_on_few_images,
+    "noise levels": fit_denoiser_on_few_images,
 }
 """What is trained into a folder."""
 
@@ -153,6 +167,7 @@ PICTURES: dict[str, list[tuple[str, str, str]]] = {
     "memorization": [("memorizing", "memorization", "alarm")],
     "posterior_kl": [("vae ignored", "posterior_kl", "alarm")],
     "regional_primitives": [("primitives", "regional_primitives", "panel"), ("gan", "regional_primitives", "panel")],
+    "timestep_loss": [("noise levels", "timestep_loss", "alarm")],
     "training_data": [("data", "training_data", "alarm")],
 }
 """For each page the runs, monitors and kinds of its pictures, side by side."""
@@ -182,6 +197,7 @@ def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bo
         "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
         "posterior_kl": "KL", "training_data": "training images", "codebook": "perplexity",
         "memorization": "copies",
+        "timestep_loss": "noise levels",
     }  # fmt: skip
     return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
 
