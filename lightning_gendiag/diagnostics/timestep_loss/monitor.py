@@ -61,7 +61,7 @@ SECONDS = 0.15
 """Approximate limit of the time of each side's calls."""
 
 HELD_NUMBERS = 1 << 22
-"""Largest count of numbers in the noisy images of each side, and as many in their targets: 16 MiB in float32."""
+"""Largest count of numbers in the noisy images of each side, which are held twice beside their targets: 48 MiB in float32."""
 
 LEAST_ROWS = 4
 """Smallest number of rows of a batch in which several noise levels show."""
