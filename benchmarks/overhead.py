@@ -50,6 +50,7 @@ from lightning_gendiag import (
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
     RoundTripMonitor,
+    TimestepLossMonitor,
 )
 from lightning_gendiag.callbacks.session import Session
 from lightning_gendiag.model.features import FeatureExtractor
@@ -146,6 +147,7 @@ ARMS: dict[str, Callable[[str], list[Callback]]] = {
     "posterior_kl": lambda model: [PosteriorKLMonitor()],
     "adversary": lambda model: [AdversaryMonitor()],
     "memorization": lambda model: [MemorizationMonitor(every_n_epochs=5)],
+    "timestep_loss": lambda model: [TimestepLossMonitor()],
     "latent_regions": lambda model: [LatentRegionsMonitor(every_n_epochs=5)],
     "round_trip": lambda model: [RoundTripMonitor()],
     "regional_primitives": lambda model: [RegionalPrimitivesMonitor(every_n_epochs=10)],
@@ -153,10 +155,18 @@ ARMS: dict[str, Callable[[str], list[Callback]]] = {
     "default, no limit": lambda model: [GenerativeDiagnostics(action="warn", max_overhead=None)],
 }
 NOT_FOR = {
-    "gan": ("posterior_kl", "latent_regions"),
-    "vae": ("adversary",),
-    "flow": ("adversary", "posterior_kl", "regional_primitives"),
-    "diffusion": ("adversary", "k_star", "manifold_entropy", "posterior_kl", "latent_regions", "regional_primitives"),
+    "gan": ("posterior_kl", "latent_regions", "round_trip", "timestep_loss"),
+    "vae": ("adversary", "timestep_loss"),
+    "flow": ("adversary", "posterior_kl", "regional_primitives", "timestep_loss"),
+    "diffusion": (
+        "adversary",
+        "k_star",
+        "manifold_entropy",
+        "posterior_kl",
+        "latent_regions",
+        "regional_primitives",
+        "round_trip",
+    ),
 }
 
 

@@ -27,9 +27,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.timestep_loss import Denoising
 from benchmarks.zoo.autoencoders import VQVAE
-from benchmarks.zoo.gans import GAN, mlp
 from benchmarks.zoo.flows import Glow
+from benchmarks.zoo.gans import GAN, mlp
 from benchmarks.zoo.judging import bounds
 from example_models import flow, gan, vae
 from example_models.data import digit_batches, digits
@@ -42,6 +43,7 @@ from lightning_gendiag import (
     Monitor,
     RegionalPrimitivesMonitor,
     RoundTripMonitor,
+    TimestepLossMonitor,
     TrainingDataMonitor,
 )
 from lightning_gendiag.plots import canvas, charts
@@ -173,6 +175,17 @@ def fit_with_scale_near_zero(folder: Path) -> None:
     )
 
 
+def fit_denoiser_on_few_images(folder: Path) -> None:
+    """Trains a flow matching model on 24 digits, with others held out."""
+    seed_everything(0, verbose=False)
+    images = digits(8)[0][torch.randperm(1797)]
+    train, held_out = TensorDataset(images[:24].repeat(20, 1, 1, 1)), TensorDataset(images[1400:])
+    Trainer(
+        max_epochs=40, accelerator="cpu", logger=TensorBoardLogger(folder, name=""),
+        callbacks=[TimestepLossMonitor(), CollapseStopping("warn")],
+    ).fit(Denoising("flow", width=32, lr=4e-3), DataLoader(train, 48, shuffle=True), DataLoader(held_out, 64))  # fmt: skip
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {
     "gan frozen": lambda folder: gan.main(["--fault", "frozen", "--runs", str(folder)]),
     "gan": lambda folder: gan.main(["--runs", str(folder)]),
@@ -186,6 +199,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "memorizing": fit_on_few_images,
     "overfitted": fit_discriminator_of_few_images,
     "inverse": fit_with_scale_near_zero,
+    "noise levels": fit_denoiser_on_few_images,
 }
 """What is trained into a folder."""
 
@@ -201,6 +215,7 @@ PICTURES: dict[str, list[tuple[str, str, str]]] = {
     "posterior_kl": [("vae ignored", "posterior_kl", "alarm")],
     "regional_primitives": [("primitives", "regional_primitives", "panel"), ("gan", "regional_primitives", "panel")],
     "round_trip": [("inverse", "round_trip", "alarm")],
+    "timestep_loss": [("noise levels", "timestep_loss", "alarm")],
     "training_data": [("data", "training_data", "alarm")],
 }
 """For each page the runs, monitors and kinds of its pictures, side by side."""
@@ -229,9 +244,8 @@ def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bo
     quantities = {
         "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
         "posterior_kl": "KL", "training_data": "training images", "codebook": "perplexity",
-        "memorization": "copies", "adversary": "discriminator",
-        "memorization": "copies",
-        "round_trip": "inverse of the flow",
+        "memorization": "copies", "adversary": "discriminator", "round_trip": "inverse of the flow",
+        "timestep_loss": "noise levels",
     }  # fmt: skip
     return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
 

@@ -63,6 +63,11 @@ from .diagnostics.round_trip.functional import jacobian_volume as jacobian_volum
 from .diagnostics.round_trip.functional import round_trip_error as round_trip_error
 from .diagnostics.round_trip.metric import RoundTrip as RoundTrip
 from .diagnostics.round_trip.monitor import RoundTripMonitor as RoundTripMonitor
+from .diagnostics.timestep_loss.functional import TimestepLossResult as TimestepLossResult
+from .diagnostics.timestep_loss.functional import band_edges as band_edges
+from .diagnostics.timestep_loss.functional import timestep_loss as timestep_loss
+from .diagnostics.timestep_loss.metric import TimestepLoss as TimestepLoss
+from .diagnostics.timestep_loss.monitor import TimestepLossMonitor as TimestepLossMonitor
 from .diagnostics.training_data.functional import TrainingDataResult as TrainingDataResult
 from .diagnostics.training_data.metric import TrainingData as TrainingData
 from .diagnostics.training_data.monitor import TrainingDataMonitor as TrainingDataMonitor

@@ -594,7 +594,7 @@ def test_the_error_about_a_diffusion_model_asks_for_its_sampler() -> None:
     assert "self.forward takes (x: 'Tensor', t: 'Tensor')" in message
     assert message.endswith("or pass ModelAdapter(sample=lambda module, n: ...).")
     diagnostics = diagnosed(DDPM(), small(lambda module, n: module.p_sample_loop((n, 1, 8, 8))), kind="images")
-    assert diagnostics.attached == ["cms", *DATA]
+    assert diagnostics.attached == ["cms", "timestep_loss", *DATA]
 
 
 def test_a_slow_sampler_is_evaluated_rarely(caplog: pytest.LogCaptureFixture) -> None:
@@ -604,7 +604,7 @@ def test_a_slow_sampler_is_evaluated_rarely(caplog: pytest.LogCaptureFixture) ->
     own = trainer(diagnostics, max_epochs=8)
     with caplog.at_level("INFO"):
         own.fit(module, batches())
-    assert diagnostics.attached == [*SAMPLER, *DATA]
+    assert diagnostics.attached == [*SAMPLER, "timestep_loss", *DATA]
     assert own.current_epoch == 8
     # one call tries the sampler, one sets the monitors up, and one makes the samples that both share
     assert diagnostics.monitors["cms"].view.subject.trained is module

@@ -45,6 +45,7 @@ OWN: dict[str, dict[str, Any]] = {
         "max_steps": 5, "batch_size": 8, "max_seconds": 5.0,
     },
     "RoundTripMonitor": {"log_det": "log_volume", "num_regions": 4, "tolerance": 0.1, "patience": 3},
+    "TimestepLossMonitor": {"loss": "denoising_loss", "num_bands": 4},
     "TrainingDataMonitor": {"rows": 16},
 }  # fmt: skip
 

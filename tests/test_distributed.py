@@ -158,7 +158,7 @@ class TestWays:
             attached, left_out = report["sharded"]
             # it needs no module
             assert attached == ["training_data"]
-            assert len(left_out) == 10
+            assert len(left_out) == 12
             assert set(left_out.values()) == {report["refused"]}
             assert all(map(torch.equal, report["with"], report["without"]))
 

@@ -63,7 +63,7 @@ EXAMPLES = {
     "diffusion": (
         lambda: Diffusion(width=4, steps=2),
         16,
-        ["cms", "generation_balance", "memorization", "training_data"],
+        ["cms", "generation_balance", "timestep_loss", "memorization", "training_data"],
     ),
 }
 
@@ -102,8 +102,8 @@ def test_the_applicable_diagnostics_are_attached_to_every_example(name: str) -> 
     own = trainer(diagnostics, max_epochs=1)
     own.fit(make(), batches(size))
     assert diagnostics.attached == expected
-    # none of them has a codebook
-    assert set(diagnostics.left_out) == {*ALL, "codebook", "adversary"} - set(expected)
+    # none of them has a codebook, and one predicts from several levels of noise
+    assert set(diagnostics.left_out) == {*ALL, "codebook", "adversary", "timestep_loss"} - set(expected)
     assert all(diagnostics.left_out.values())
     assert [m.evaluations for name, m in diagnostics.monitors.items() if name in expected] == [1] * len(expected)
     assert diagnostics.stopping is not None
@@ -144,13 +144,13 @@ def test_rows_are_evaluated_by_what_needs_no_images() -> None:
 def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_path: Any) -> None:
     own_k_star, stopping = KStarMonitor(), CollapseStopping(action="warn")
     diagnostics = GenerativeDiagnostics(
-        adapter=small(), skip=("posterior_kl", "codebook", "adversary"), max_overhead=None
+        adapter=small(), skip=("posterior_kl", "codebook", "adversary", "timestep_loss"), max_overhead=None
     )
     checkpoint = ModelCheckpoint(tmp_path)
     own = trainer(diagnostics, own_k_star, stopping, checkpoint, max_epochs=1, enable_checkpointing=True)
     own.fit(VAE(3, width=2), batches(32))
     assert "k_star" not in diagnostics.attached
-    skipped = dict.fromkeys(("posterior_kl", "codebook", "adversary"), "it is in skip")
+    skipped = dict.fromkeys(("posterior_kl", "codebook", "adversary", "timestep_loss"), "it is in skip")
     assert diagnostics.left_out == {**skipped, "k_star": "the trainer has a monitor of it"}
     assert own.callbacks == [diagnostics, own_k_star, stopping, checkpoint]
     assert set(stopping.judge.evaluations) == {*diagnostics.attached, "k_star"} - {

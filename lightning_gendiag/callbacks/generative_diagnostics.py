@@ -31,6 +31,7 @@ from lightning_gendiag.diagnostics.memorization.monitor import MemorizationMonit
 from lightning_gendiag.diagnostics.posterior_kl.monitor import PosteriorKLMonitor
 from lightning_gendiag.diagnostics.regional_primitives.monitor import RegionalPrimitivesMonitor
 from lightning_gendiag.diagnostics.round_trip.monitor import RoundTripMonitor
+from lightning_gendiag.diagnostics.timestep_loss.monitor import TimestepLossMonitor
 from lightning_gendiag.diagnostics.training_data.monitor import TrainingDataMonitor
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
@@ -54,6 +55,7 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     LatentRegionsMonitor,
     RoundTripMonitor,
     RegionalPrimitivesMonitor,
+    TimestepLossMonitor,
     MemorizationMonitor,
     AdversaryMonitor,
     TrainingDataMonitor,
@@ -283,6 +285,7 @@ class GenerativeDiagnostics(Member, Callback):
                     view.refresh()
                 self._try(trainer, name, partial(_check_batch, monitor, view, found_in))
             if name not in self.left_out:
+                monitor.note_first_batch(view, batch)
                 view.agree(*monitor.needs)
                 self._try(trainer, name, partial(monitor.check, view))
         # what is left out before the first evaluation belongs to the time of setup

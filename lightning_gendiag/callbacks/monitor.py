@@ -163,6 +163,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._begins_anew = False
         self._failures = 0
         self._unseen: Exception | None = None
+        self._noted: Any = None
         self._next_panel = 0
         self._logged: list[Observation] | None = None
         self._page = self._new_page()
@@ -188,6 +189,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
 
     def see(self, view: ModelView, data: Images) -> None:
         """Takes note of this rank's next training batch, where :attr:`sees_batches`; it must cost next to nothing."""
+
+    def note_batch(self, view: ModelView, batch: Any) -> None:
+        """Takes note of this rank's next training batch as the trainer passes it; it must cost next to nothing."""
 
     def update(self, view: ModelView) -> None:
         """Gives the metric this rank's rows."""
@@ -347,6 +351,11 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Collects real images."""
         if self.session.leads(self):
             self.session.on_train_batch_start(batch)
+        if self.enabled and self._noted is not batch:
+            started = time.monotonic()
+            self.note_batch(self.view, batch)
+            self.session.schedule.budget.note(time.monotonic() - started)
+        self._noted = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -418,6 +427,11 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         return representation(self, name=None if self.name == type(self).name else self.name)
 
     # ---- one evaluation ----
+
+    def note_first_batch(self, view: ModelView, batch: Any) -> None:
+        """Lets the monitor take note of a batch before it is checked, and not once more when training takes the batch."""
+        self._noted = batch
+        self.note_batch(view, batch)
 
     def watch(self, view: ModelView, data: Images) -> None:
         """Sees a batch; a failure is raised at the next evaluation, where all processes can agree on it."""

@@ -357,3 +357,30 @@ def _holds_images(value: Any) -> bool:
     """Whether an entry is no labels but data, or holds data of its own beside labels."""
     tensor = _tensor(value)
     return any(found.tensor.ndim > 3 for found in _walk(value)) if tensor is None else tensor.ndim > 2
+
+
+def first_rows(batch: Any, n: int, rows: int, device: torch.device | str = "cpu") -> Any:
+    """Returns copies of the first rows of all that a batch of n rows holds, on a device; what has no rows stays.
+
+    Args:
+        batch: Tensors in tuples, lists and mappings, as a trainer passes it.
+        n: Number of rows of the batch.
+        rows: Number of those that are kept.
+        device: Of the copies.
+
+    Example:
+        >>> first_rows({"x": torch.arange(4), "text": ["a", "b", "c", "d"], "scale": 2.0}, 4, 2)
+        {'x': tensor([0, 1]), 'text': ['a', 'b'], 'scale': 2.0}
+    """
+    if isinstance(batch, Tensor):
+        own = batch.detach()
+        return (own[:rows] if own.ndim and len(own) == n else own).to(device, copy=True)
+    if isinstance(batch, Mapping):
+        kept = {key: first_rows(value, n, rows, device) for key, value in batch.items()}
+        return kept if type(batch) is dict else type(batch)(kept)  # type: ignore[call-arg]
+    if isinstance(batch, (tuple, list)):
+        # one text or number for each row
+        single = len(batch) == n and not any(isinstance(value, (Tensor, Mapping, tuple, list)) for value in batch)
+        parts = [first_rows(value, n, rows, device) for value in (batch[:rows] if single else batch)]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch

@@ -80,6 +80,7 @@ ARGUMENTS = {
         {},
         {"ratio": {"ratio": 0.3}, "max_side": {"max_side": 4}, "reset_real_features": {"reset_real_features": False}},
     ),
+    "timestep_loss": Arguments({"edges": [0.0, 0.5, 1.0]}, {"edges": {"edges": [0.0, 0.4, 1.0]}}),
     "posterior_kl": Arguments(
         {"latent_dim": 5},
         {"latent_dim": {"latent_dim": 6}, "threshold": {"threshold": 0.5}, "channels": {"channels": 1}},

@@ -10,6 +10,7 @@ export const DIAGNOSTICS = {
   ],
   Adversary: ['Discriminator', 'Why the generator of a GAN stalls: how real, held-out and generated images are told apart.'],
   CodebookUsage: ['Codebook', 'How many codes a quantizer would use if it used all evenly.'],
+  TimestepLoss: ['Noise levels', 'The loss of a diffusion or flow matching model in bands of noise levels.'],
   KStar: ['k*', 'Whether the latent space keeps classes together: 1 is together, 0 is scattered.'],
   LatentRegions: ['Latent regions', 'Clusters of the latents and the areas between them.'],
   RoundTrip: ['Round trip', 'What of data and latents is lost when they are encoded and decoded; 0 is nothing.'],
