@@ -18,6 +18,7 @@ class Adversary(Diagnostic):
     Args:
         threshold: See :func:`adversary`.
         lower_is_real: See :func:`adversary`.
+        kwargs: Arguments of torchmetrics' ``Metric``.
 
     Example:
         >>> metric = Adversary(threshold=0.0)

@@ -36,6 +36,7 @@ class RoundTrip(Diagnostic):
     Args:
         regions: (P,) or (H, W) numbers 0..R-1 of the region of each position of the data; by default one region.
         num_layers: K, the number of layers that are looked at alone.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if an argument is out of its range.

@@ -29,6 +29,7 @@ class TimestepLoss(Diagnostic):
 
     Args:
         edges: (B + 1,) rising noise levels between which the bands lie.
+        kwargs: arguments of torchmetrics' ``Metric``.
 
     Raises:
         ValueError: if ``edges`` are not rising numbers.
