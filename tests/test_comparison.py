@@ -128,9 +128,11 @@ def test_two_runs_are_compared_by_their_event_files(runs: tuple[Path, Path]) -> 
         ("cms", "image"),
         ("generation_balance", "class 3"),
         ("generation_balance", "all classes"),
+        ("codebook", "usage"),
+        ("codebook", "the codebook"),
     }
     assert comparison.states == ("healthy", "unhealthy")
-    assert "Worse: bottom right (cosine mean similarity 0.39" in comparison.summary
+    assert "bottom right (cosine mean similarity 0.39" in comparison.summary
     assert "| cms | bottom right | cosine mean similarity | 0.99" in comparison.table
     assert comparison.figure().shape[2] == 3
     # the other way round, what was worse is better
@@ -172,7 +174,7 @@ def test_the_command_line(runs: tuple[Path, Path], capsys: pytest.CaptureFixture
     figure = tmp_path / "figure.png"
     assert main(["compare", *map(str, runs), "--table", "--figure", str(figure)]) == 0
     out = capsys.readouterr().out
-    assert "Worse: bottom right" in out
+    assert "bottom right (cosine mean similarity" in out.partition("Worse: ")[2]
     assert "| diagnostic | series |" in out
     with Image.open(figure) as image:
         assert image.size[0] > 400

@@ -157,6 +157,7 @@ def test_monitors_and_a_stopper_of_the_trainer_replace_the_automatic_ones(tmp_pa
         "latent_regions",
         "memorization",
         "regional_primitives",
+        "round_trip",
     }
     assert diagnostics.stopping is not None
     assert diagnostics.stopping.judge.evaluations == {}

@@ -79,7 +79,8 @@ def test_evaluations_are_as_large_as_still_lets_there_be_enough_of_them(
     assert set(monitor.sizes[-monitor.evaluations :]) == {size}
     assert monitor.evaluations == pytest.approx(evaluations, rel=0.1)
     budget = monitor.session.schedule.budget
-    assert budget.training == pytest.approx(400 * STEP)
+    # hooks at each batch take real time
+    assert budget.training == pytest.approx(400 * STEP, rel=1e-3)
     assert budget.spent <= max(0.05 * 400 * STEP, 4 * (fixed + each * size))
     (plan,) = (record.message for record in caplog.records if record.message.startswith("Plan: "))
     said = re.match(r"Plan: about (\d+) evaluations? of ([\d,]+) samples, (\d+)% of the training time", plan)

@@ -51,9 +51,12 @@ MAP_NUMBERS = 1 << 22
 LEAST_MAP_IMAGES = 400
 """Number of images from which on maps are steady; in a short run no more are used."""
 
-PANEL_GROWTH, LIMITED_PANEL_GROWTH, SHORT_PANEL_GROWTH = 0.1, 1.0, 3.0
+PANEL_GROWTH, LIMITED_PANEL_GROWTH, SHORT_PANEL_GROWTH = 0.1, 1.0, 15.0
 """Panels are drawn each time the number of evaluations has grown by this share, since TensorBoard keeps ten of a tag; more
-rarely where the time is limited, and in a short run, since they may take as long as an evaluation."""
+rarely where the time is limited, and in a short run, since they take twice as long as an evaluation of few samples."""
+
+SHORT_FIRST_PANEL = 16
+"""Number of the evaluation with the first panels in a short run; those of its last evaluation are drawn at its end."""
 
 FAILURES = 3
 """Number of failures in a row that switch a monitor off."""
@@ -119,6 +122,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     """Whether it needs labels in the batches."""
     watches_batches: ClassVar[bool] = False
     """Whether it sees all training batches by :meth:`see`, and evaluates these and not the module."""
+    notes_batches: ClassVar[bool] = False
+    """Whether it is shown each training batch by :meth:`note_batch`."""
     requires: tuple[str, ...] = ()
     """Packages that it needs beyond the dependencies."""
     period_multiplier: ClassVar[int] = 1
@@ -191,7 +196,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Takes note of this rank's next training batch, where :attr:`sees_batches`; it must cost next to nothing."""
 
     def note_batch(self, view: ModelView, batch: Any) -> None:
-        """Takes note of this rank's next training batch as the trainer passes it; it must cost next to nothing."""
+        """Takes note of this rank's next training batch as the trainer passes it, where ``notes_batches``; nearly free."""
 
     def update(self, view: ModelView) -> None:
         """Gives the metric this rank's rows."""
@@ -351,6 +356,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Collects real images."""
         if self.session.leads(self):
             self.session.on_train_batch_start(batch)
+        if not self.notes_batches:
+            return
         if self.enabled and self._noted is not batch:
             started = time.monotonic()
             self.note_batch(self.view, batch)
@@ -452,7 +459,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def draws(self) -> bool:
         """Whether panels are drawn of the next evaluation; the same on all ranks."""
         is_last = run_progress(self.session.trainer) == 1
-        return self.log_images and (self.evaluations + 1 >= self._next_panel or is_last)
+        is_short = self.max_overhead is not None and self.view.real.is_short
+        due = max(self._next_panel, SHORT_FIRST_PANEL * is_short)
+        return self.log_images and (self.evaluations + 1 >= due or is_last)
 
     def evaluate(
         self,

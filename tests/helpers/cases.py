@@ -87,7 +87,7 @@ ARGUMENTS = {
     ),
     "regional_primitives": Arguments({"num_regions": 3}, {"num_regions": {"num_regions": 4}}),
     "round_trip": Arguments(
-        {"num_layers": 1}, {"num_layers": {"num_layers": 2}, "regions": {"regions": LEFT_AND_RIGHT}}
+        {"num_layers": 2}, {"num_layers": {"num_layers": 3}, "regions": {"regions": LEFT_AND_RIGHT}}
     ),
     "training_data": Arguments(
         {"shape": (2, 8, 8)},

@@ -21,6 +21,7 @@ class Adversary(Diagnostic):
         kwargs: Arguments of torchmetrics' ``Metric``.
 
     Example:
+        >>> import torch
         >>> metric = Adversary(threshold=0.0)
         >>> metric.update(real=torch.tensor([2.0, 1.5]), generated=torch.tensor([-1.0, 1.0]))
         >>> metric.compute().accuracies[:2]

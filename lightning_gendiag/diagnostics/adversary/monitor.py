@@ -126,6 +126,7 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
 
     name = "adversary"
     metric_class = Adversary
+    period_multiplier = 4
     needs = ()
     _gradients: GradientReader | None = None
     _found: Discriminator | None = None
@@ -156,7 +157,7 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         self._has_changed = dict.fromkeys(NETWORKS, False)
         self._norms: dict[str, list[float]] = {name: [] for name in NETWORKS}
         self._seen: list[float] = [0, 0.0]
-        self._noted: int | None = None
+        self._judged_at: int | None = None
 
     def reset(self) -> None:
         """Forgets the images, the weights and the gradients of before as well."""
@@ -311,7 +312,7 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         step = self.last_step or 0
         threshold = self._threshold(view, result)
         changes, unchanged = self._changes(step)
-        if self._noted != step and result.auc.isfinite() and changes[1] != 0:
+        if self._judged_at != step and result.auc.isfinite() and changes[1] != 0:
             # a frozen one learns neither sign
             self._seen = [self._seen[0] + 1, self._seen[1] + float(result.auc)]
         seen, total = self._seen
@@ -323,9 +324,9 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
             # gradients of the first steps may be small
             limits.append(EXPLODED * levels[-1] if len(before) >= LEAST_SEEN else math.inf)
             # what has exploded makes no level
-            if self._noted != step and norm.isfinite() and float(norm) <= limits[-1]:
+            if self._judged_at != step and norm.isfinite() and float(norm) <= limits[-1]:
                 self._norms[name] = [*before, float(norm)][-LEVELS:]
-        self._noted = step
+        self._judged_at = step
         if self._gradients is not None:
             self._gradients.restart()
         return result._replace(

@@ -146,12 +146,12 @@ class RoundTrip(Diagnostic):
         held: Tensor = self.layers if layer is not None else getattr(self, kind)
         if layer is None and kind in ("data", "held_out") and len(self.regions) not in (0, sums.shape[1]):
             raise ValueError(
-                f"before must have {len(self.regions)} positions as the regions have, got {tuple(before.shape)}. "
+                f"before must be of {len(self.regions)} positions as the regions are, got {tuple(before.shape)}. "
                 "To fix this, pass regions of the size of the data."
             )
         if layer is None and held.shape[1] not in (1, sums.shape[1]):
             raise ValueError(
-                f"before must have {held.shape[1]} positions as before, got {tuple(before.shape)}. "
+                f"before must be of {held.shape[1]} positions as earlier data are, got {tuple(before.shape)}. "
                 "To fix this, call reset() before passing data of another size."
             )
         volumes = self._volumes(layer, log_det, gram)

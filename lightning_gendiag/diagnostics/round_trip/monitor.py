@@ -140,6 +140,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
 
     name = "round_trip"
     metric_class = RoundTrip
+    period_multiplier = 4
     needs = ()
     region_map: RegionMap | None
     """The regions of an autoencoder's data; None before they are found, and of data that have none."""

@@ -135,6 +135,8 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
 
     name = "timestep_loss"
     metric_class = TimestepLoss
+    period_multiplier = 2
+    notes_batches = True
     needs = ()
     needs_reference = False
 
