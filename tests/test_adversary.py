@@ -724,7 +724,7 @@ def test_smaller_scores_mean_real_where_most_evaluations_show_it() -> None:
 def test_it_is_attached_to_gans_and_left_out_elsewhere() -> None:
     small = ModelAdapter(num_samples=32, num_reference=64)
     diagnostics = GenerativeDiagnostics(adapter=small, max_overhead=None, on_error="raise")
-    trainer(diagnostics, max_epochs=2).fit(TinyGAN(), batches())
+    trainer(diagnostics, max_epochs=8).fit(TinyGAN(), batches())
     assert "adversary" in diagnostics.attached
     result = diagnostics.monitors["adversary"].result
     assert len(result.generator_gradients) > 0
