@@ -12,8 +12,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train a GAN in which one region of the image breaks, and watch it being stopped
 	$(BIN)/python -m example_models.gan --fault frozen
 
-test: $(READY)  ## the whole suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## the whole suite, in two processes, each of which computes in one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 docs: $(READY)  ## the site, in build/docs: links, anchors, formulae and docstrings are checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
