@@ -216,14 +216,14 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         """Checks what shows before a training step is run."""
         trained = view.subject.trained
         fix = f"To fix this, pass {LOSS_ADVICE}."
-        if not trained.automatic_optimization:
-            raise ValueError(
-                f"training_step must be watched, but that of {type(trained).__name__} steps its optimizers itself. {fix}"
-            )
         if not takes_times(trained):
             raise ValueError(
                 f"the module must be a diffusion or flow matching model, but no part of {type(trained).__name__} takes "
                 f"times or levels of noise. {fix}"
+            )
+        if not trained.automatic_optimization:
+            raise ValueError(
+                f"training_step must be watched, but that of {type(trained).__name__} steps its optimizers itself. {fix}"
             )
         if view.subject.in_place:
             raise ValueError(f"training_step must run on a copy of the module, which cannot be made. {fix}")
