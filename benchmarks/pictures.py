@@ -346,9 +346,7 @@ def screenshots(logdir: Path) -> None:
 def animate(board: Any, path: Path) -> None:
     """Writes a GIF of the tab's first screen while the slider moves from the first step to the last."""
     frames = []
-    script = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))"
-    for position in range(int(board.one("step-slider").get_attribute("max")) + 1):
-        board.browser.execute_script(script, board.one("step-slider"), position)
+    for _ in board.slide():
         time.sleep(0.5)
         page = Image.open(io.BytesIO(board.browser.get_screenshot_as_png())).convert("RGB")
         width, height = page.size

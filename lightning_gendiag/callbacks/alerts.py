@@ -100,13 +100,6 @@ class Alerts:
         self._threads = []
         self._report_failures()
 
-    @property
-    def host(self) -> str | None:
-        """The address without what is secret in it."""
-        return (
-            None if self.webhook is None else f"{urlsplit(self.webhook).scheme}://{urlsplit(self.webhook).hostname}/..."
-        )
-
     def _held(self) -> str:
         held_back, self._held_back = self._held_back, 0
         return f"{counted(held_back, 'alarm')} {'was' if held_back == 1 else 'were'}"
@@ -162,6 +155,16 @@ class Alerts:
     def __getstate__(self) -> dict[str, Any]:
         # threads cannot be copied
         return {**vars(self), "_threads": []}
+
+
+def without_secret(webhook: str | None) -> str | None:
+    """Returns the address of a webhook without what is secret in it.
+
+    Example:
+        >>> without_secret("https://hooks.slack.com/services/T0/B0/secret")
+        'https://hooks.slack.com/...'
+    """
+    return None if webhook is None else f"{urlsplit(webhook).scheme}://{urlsplit(webhook).hostname}/..."
 
 
 def _alerting(trainer: Trainer) -> Iterator[tuple[str, Callable[..., object]]]:

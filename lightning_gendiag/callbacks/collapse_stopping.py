@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_gendiag.callbacks.alerts import Alerts
+from lightning_gendiag.callbacks.alerts import Alerts, without_secret
 from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticWarning
 from lightning_gendiag.callbacks.session import Member
@@ -288,5 +288,8 @@ class CollapseStopping(Member, EarlyStopping):
 
     def __repr__(self) -> str:
         return representation(
-            self, patience=self.judge.patience, on_alarm=self.alerts.on_alarm, webhook=self.alerts.host
+            self,
+            patience=self.judge.patience,
+            on_alarm=self.alerts.on_alarm,
+            webhook=without_secret(self.alerts.webhook),
         )

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_gendiag.callbacks.alerts import Alerts
+from lightning_gendiag.callbacks.alerts import without_secret
 from lightning_gendiag.callbacks.collapse_stopping import CollapseStopping
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.callbacks.monitor import Monitor
@@ -391,7 +391,7 @@ class GenerativeDiagnostics(Member, Callback):
             self.stopping.load_state_dict(state_dict["stopping"])
 
     def __repr__(self) -> str:
-        return representation(self, webhook=Alerts(webhook=self.webhook).host)
+        return representation(self, webhook=without_secret(self.webhook))
 
 
 def _found_in(batch: Any, reference: Reference) -> tuple[Tensor | None, str]:

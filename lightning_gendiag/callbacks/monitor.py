@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -23,6 +24,7 @@ from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.amounts import run_progress
+from lightning_gendiag.model.generators import random_state_kept
 from lightning_gendiag.model.reference import InapplicableError
 from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions
@@ -198,6 +200,14 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def note_batch(self, view: ModelView, batch: Any) -> None:
         """Takes note of this rank's next training batch as the trainer passes it, where ``notes_batches``; nearly free."""
 
+    @property
+    def wants_held_out(self) -> bool:
+        """Whether the next validation batch is given to :meth:`note_held_out`."""
+        return False
+
+    def note_held_out(self, view: ModelView, batch: Any) -> None:
+        """Takes note of images that training does not see; one that fails is left out, since nothing depends on it."""
+
     def update(self, view: ModelView) -> None:
         """Gives the metric this rank's rows."""
         raise NotImplementedError
@@ -363,6 +373,14 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             self.note_batch(self.view, batch)
             self.session.schedule.budget.note(time.monotonic() - started)
         self._noted = None
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Shows validation batches as long as they are wanted."""
+        if self._session is not None and self.enabled and self.wants_held_out:
+            with suppress(Exception), torch.no_grad(), random_state_kept(self.view.device):
+                self.note_held_out(self.view, batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

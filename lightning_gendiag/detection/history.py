@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 Role = Literal["component", "aggregate", "standalone", "rule", "record"]
 
@@ -119,6 +121,32 @@ class Curve(NamedTuple):
 
     steps: list[int]
     values: list[float]
+
+
+class ByStep(dict[int, T]):
+    """What evaluations noted, by their steps: that of the newest step, and that of the one before.
+
+    An evaluation of the same step, such as a first one that measures the time, takes the place of the one before.
+
+    Example:
+        >>> lowest = ByStep({1: 0.5})
+        >>> for step, value in ((2, 0.4), (2, 0.3), (3, 0.2)):
+        ...     lowest.note(step, value)
+        >>> lowest, lowest.before(3), lowest.before(2)
+        ({2: 0.3, 3: 0.2}, 0.3, None)
+    """
+
+    def before(self, step: int) -> T | None:
+        """Returns what was noted at the newest step before one; None where there is none."""
+        earlier = max((at for at in self if at < step), default=None)
+        return None if earlier is None else self[earlier]
+
+    def note(self, step: int, value: T) -> None:
+        """Notes a value, and forgets those of other steps but the newest one before."""
+        newest = max((at for at in self if at < step), default=None)
+        for other in [at for at in self if at not in (newest, step)]:
+            del self[other]
+        self[step] = value
 
 
 class History:

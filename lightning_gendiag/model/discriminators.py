@@ -18,7 +18,6 @@ from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapters.own import AVERAGED
 from lightning_gendiag.model.batches import Images
-from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.isolation import normalizing_by_batch
 from lightning_gendiag.model.outputs import MAX_DEPTH, fields_of
 
@@ -197,7 +196,7 @@ def in_groups(score: Callable[[Tensor, Tensor | None], Tensor], view: ModelView,
     """Returns the scores (n,) of images that are given in chunks, without a few that fill no group; inside ``isolated``."""
     n = len(images.images)
     n -= n % GROUP if n >= GROUP else 0
-    seed_all(view.adapter.seed, view.device, view.module, view.adapter)
+    view.seed()
     found = [torch.empty(0)]
     for start in range(0, n, CHUNK):
         rows = slice(start, min(start + CHUNK, n))
@@ -252,7 +251,7 @@ def find_discriminator(view: ModelView, path: str = "") -> Discriminator | None:
     for paths in tried:
         for form, call in FORMS.items():
             with suppress(Exception), view.isolated(exact=True):
-                seed_all(view.adapter.seed, view.device, view.module, view.adapter)
+                view.seed()
                 parts = [part_of(view.module, path) for path in paths]
                 with normalizing_by_batch(*parts):
                     fits = all(_scores(call(part, images, labels), images) for part in parts)
@@ -385,7 +384,7 @@ def _called_paths(view: ModelView, images: Source) -> list[str]:
         samples = view.source(images) == "samples"
         way = view.parts.way("sample" if samples else "reconstruct")
         with view.isolated():
-            seed_all(view.adapter.seed, view.device, view.module, view.adapter)
+            view.seed()
             handle = register_module_forward_pre_hook(note)
             try:
                 if samples:

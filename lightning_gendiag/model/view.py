@@ -446,7 +446,7 @@ class ModelView:
             readers = self._forgotten("reconstruct")
             with self.isolated(exact=True):
                 pieces = self._real_pieces("reconstruct", RECONSTRUCTED, way.call)
-                self._seed(self.adapter.seed)
+                self.seed()
                 for given, size, labels in pieces:
                     output = self._read(readers, partial(way.call, given), len(given), size)
                     images = self.parts.reconstructed(output, given)[:size]
@@ -622,7 +622,7 @@ class ModelView:
     def _chunk(self, index: int, n: int) -> Images:
         """One seeded call of the sampler, as float32 images; inside :meth:`isolated`."""
         way = self.parts.way("sample")
-        self._seed(self.adapter.seed + 7919 * index)
+        self.seed(self.adapter.seed + 7919 * index)
         labels = self.parts.sample_labels(n) if way.takes_labels else None
         try:
             output = way.call(n) if labels is None else way.call(n, labels)
@@ -633,15 +633,15 @@ class ModelView:
                 f"To fix this, {self.parts.advice('sample')}."
             ) from error
 
-    def seed(self) -> None:
-        """Seeds all generators alike at each evaluation, for what a monitor calls itself; inside :meth:`isolated`."""
-        self._seed(self.adapter.seed)
+    def seed(self, seed: int | None = None) -> None:
+        """Seeds the global generators, and those of the copy and of the adapter; inside :meth:`isolated`.
 
-    def _seed(self, seed: int) -> None:
-        """Seeds the global generators, and those of the copy and of the adapter."""
+        Args:
+            seed: By default the adapter's, so that they are alike at each evaluation.
+        """
         if self._copied_generators is None:
             self._copied_generators = own_generators((self.module, self.adapter))
-        seed_all(seed, self.device, *self._copied_generators)
+        seed_all(self.adapter.seed if seed is None else seed, self.device, *self._copied_generators)
 
     def _check_range(self, generated: Tensor) -> None:
         """Warns once where generated and real images seem to have different ranges of values."""
@@ -794,7 +794,7 @@ class ModelView:
             codebooks: list[Codebook] = []
             # a way that was not chosen may fail in any way
             with suppress(Exception), self.isolated(exact=True):
-                self._seed(self.adapter.seed)
+                self.seed()
                 codebooks = settled(chains, self.module, partial(call, images), len(images), called, of_output)
             if codebooks:
                 reader = CodebookReader(tuple(codebooks), need, way.name)
@@ -851,7 +851,7 @@ class ModelView:
             raise ValueError(f"{reader.way} is not there any more.")
         with self.isolated(exact=True):
             pieces = self._real_pieces("codes", RECONSTRUCTED, way.call)
-            self._seed(self.adapter.seed)
+            self.seed()
             for given, size, _ in pieces:
                 self._read([reader], partial(way.call, given), len(given), size)
 
@@ -972,6 +972,22 @@ class ModelView:
     def agreed(self, holds: bool) -> bool:
         """Returns whether something holds on all processes; every process must call it at the same time."""
         return bool(self.trainer.strategy.reduce_boolean_decision(holds, all=True))
+
+    def on_all(self, make: Callable[[], T], failure: Exception) -> T:
+        """Returns what ``make()`` returns on this process, or raises an error on all where it fails on any.
+
+        Args:
+            make: Called once, on every process at the same time.
+            failure: What is raised where it failed on another process only.
+        """
+        error: Exception | None = None
+        try:
+            made = make()
+        except Exception as caught:
+            error = caught
+        if not self.agreed(error is None):
+            raise error or failure
+        return made
 
     def broadcast(self, make: Callable[[], T]) -> T:
         """Returns what ``make()`` returns on rank 0, on every rank; its exception too."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +140,20 @@ class Board:
 
     def move(self, step: int) -> None:
         """Moves the slider to the evaluation at a step, as dragging does."""
+        if not any(self.step == step for _ in self.slide()):
+            pytest.fail(f"no position of the slider is step {step}")
+
+    def slide(self) -> Iterator[int]:
+        """Moves the slider from its first position to its last, and yields each one."""
         script = """
             const slider = arguments[0];
             slider.value = arguments[1];
             slider.dispatchEvent(new Event("input", {bubbles: true}));
         """
         slider = self.one("step-slider")
-        positions = int(slider.get_attribute("max")) + 1
-        for position in range(positions):
+        for position in range(int(slider.get_attribute("max")) + 1):
             self.browser.execute_script(script, slider, position)
-            if self.step == step:
-                return
-        pytest.fail(f"no position of the slider is step {step}")
+            yield position
 
     @property
     def step(self) -> int:

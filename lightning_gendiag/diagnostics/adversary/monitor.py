@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
-from lightning_gendiag.detection.history import Observation, Series
+from lightning_gendiag.detection.history import ByStep, Observation, Series
 from lightning_gendiag.diagnostics.adversary import plots
 from lightning_gendiag.diagnostics.adversary.functional import LEAST_SIDE, AdversaryResult, stable_rank
 from lightning_gendiag.diagnostics.adversary.metric import Adversary
@@ -31,7 +31,6 @@ from lightning_gendiag.model.discriminators import (
     takes_logits,
     weights_of,
 )
-from lightning_gendiag.model.generators import random_state_kept
 from lightning_gendiag.model.gradients import GradientReader, sampled_weights
 from lightning_gendiag.model.view import Source, check_source
 
@@ -152,7 +151,7 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         self._found, self._gradients, self._tried = None, None, False
         self._training: list[Images] = []
         self._fresh: list[Images] = []
-        self._weights: dict[int, dict[str, Tensor]] = {}
+        self._weights: ByStep[dict[str, Tensor]] = ByStep()
         self._changed_at = dict.fromkeys(NETWORKS, 0)
         self._has_changed = dict.fromkeys(NETWORKS, False)
         self._norms: dict[str, list[float]] = {name: [] for name in NETWORKS}
@@ -195,11 +194,9 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         """Collects real images, and looks for the discriminator before the first step."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self._tried and self.enabled and self._session is not None and self.view.real.example is not None:
-            self._tried = True
             # what is not found is said at the first evaluation
             with suppress(Exception):
                 self.view.refresh()
-                self._tried = False
                 self.check(self.view)
             self._tried = True
 
@@ -222,22 +219,22 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         """Keeps images of one batch."""
         self._training.append(_finite(data, self._room(data.images, view)))
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keeps images of validation batches, which training does not see, until there are enough."""
-        if self._session is None or not self.enabled:
+    @property
+    def wants_held_out(self) -> bool:
+        """Until there are enough images."""
+        return not self._fresh or self._num_fresh < self._room(self._fresh[0].images, self.view)
+
+    @property
+    def _num_fresh(self) -> int:
+        return sum(len(part.images) for part in self._fresh)
+
+    def note_held_out(self, view: ModelView, batch: Any) -> None:
+        """Keeps images of a validation batch."""
+        images = view.adapter.find_data(batch)
+        if images is None or self._is_held(images):
             return
-        # a batch that cannot be read is no failure, since held-out images are not needed
-        with suppress(Exception), torch.no_grad(), random_state_kept(self.view.device):
-            held = sum(len(part.images) for part in self._fresh)
-            if self._fresh and held >= self._room(self._fresh[0].images, self.view):
-                return
-            images = self.view.adapter.find_data(batch)
-            if images is None or self._is_held(images):
-                return
-            labels = self.view.adapter.find_labels(batch, images).labels
-            self._fresh.append(_finite(Images(images, labels), self._room(images, self.view) - held))
+        labels = view.adapter.find_labels(batch, images).labels
+        self._fresh.append(_finite(Images(images, labels), self._room(images, view) - self._num_fresh))
 
     def _is_held(self, images: Tensor) -> bool:
         """Whether the images of a batch came before, as in the check before training."""
@@ -254,13 +251,7 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
 
     def build_metric(self, view: ModelView) -> Adversary:
         """Creates the metric once the discriminator is known on all processes."""
-        error: Exception | None = None
-        try:
-            self.check(view)
-        except Exception as caught:
-            error = caught
-        if not view.agreed(error is None):
-            raise error or RuntimeError("no discriminator was found on another process")
+        view.on_all(lambda: self.check(view), RuntimeError("no discriminator was found on another process"))
         self._found = view.broadcast(lambda: self._found)
         return Adversary()
 
@@ -361,9 +352,8 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         if self._gradients is None:
             return changes, unchanged
         now = {name: sampled_weights(self._gradients.weights[name]) for name in NETWORKS}
-        earlier = [at for at in self._weights if at < step]
-        before = self._weights[max(earlier)] if earlier else None
-        self._weights = {at: self._weights[at] for at in earlier[-1:]} | {step: now}
+        before = self._weights.before(step)
+        self._weights.note(step, now)
         if before is None:
             return changes, unchanged
         for number, name in enumerate(NETWORKS):

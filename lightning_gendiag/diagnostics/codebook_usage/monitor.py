@@ -172,14 +172,7 @@ class CodebookUsageMonitor(Monitor[CodebookUsage, CodebookUsageResult]):
 
     def build_metric(self, view: ModelView) -> CodebookUsage:
         """Creates a metric for the codebooks that are found."""
-        own: list[int] = []
-        error: Exception | None = None
-        try:
-            own = self._sizes(view)
-        except Exception as caught:
-            error = caught
-        if not view.agreed(error is None):
-            raise error or RuntimeError("codes could not be read on another process")
+        own = view.on_all(lambda: self._sizes(view), RuntimeError("codes could not be read on another process"))
         # what is read may be chosen by the images, which are others on each process
         sizes, self._reader = view.broadcast(lambda: (own, self._reader))
         return CodebookUsage(sizes)

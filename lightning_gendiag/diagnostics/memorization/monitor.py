@@ -25,7 +25,6 @@ from lightning_gendiag.diagnostics.memorization.functional import (
 from lightning_gendiag.diagnostics.memorization.metric import Memorization
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.batches import Images
-from lightning_gendiag.model.generators import random_state_kept
 from lightning_gendiag.plots import pictures
 from lightning_gendiag.tensorboard.records import Record, picture
 
@@ -185,17 +184,22 @@ class MemorizationMonitor(Monitor[Memorization, MemorizationResult]):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keeps images of validation batches, which training does not see."""
-        if self._session is None or self._training is not None:
-            return
-        if batch_idx == dataloader_idx == 0 and not trainer.sanity_checking:
+        """Keeps images of validation batches."""
+        if batch_idx == dataloader_idx == 0 and not trainer.sanity_checking and self.wants_held_out:
             # the same ones come again as in the check before training, and in later epochs
             self._fresh = []
-        # a batch that cannot be read is no failure, since training images can be left out instead
-        with suppress(Exception), torch.no_grad(), random_state_kept(self.view.device):
-            images = self.view.adapter.find_data(batch)
-            if images is not None:
-                self._keep(self.view, images, self._fresh, MOST_HELD_OUT)
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @property
+    def wants_held_out(self) -> bool:
+        """Until it is decided which images are compared."""
+        return self._training is None
+
+    def note_held_out(self, view: ModelView, batch: Any) -> None:
+        """Keeps images of a validation batch."""
+        images = view.adapter.find_data(batch)
+        if images is not None:
+            self._keep(view, images, self._fresh, MOST_HELD_OUT)
 
     def _keep(self, view: ModelView, images: Tensor, held: list[Tensor], most: int) -> bool:
         """Adds copies of the finite ones of some images to those that this process holds, all of one shape.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.alarm import listed
-from lightning_gendiag.detection.history import Observation, Series, divided
+from lightning_gendiag.detection.history import ByStep, Observation, Series, divided
 from lightning_gendiag.diagnostics.round_trip import plots
 from lightning_gendiag.diagnostics.round_trip.functional import (
     MAX_TAGS,
@@ -27,14 +27,11 @@ from lightning_gendiag.diagnostics.round_trip.metric import Kind, RoundTrip
 from lightning_gendiag.functional.arrays import as_data, middle_slices
 from lightning_gendiag.functional.jacobian import DERIVATIVE_FAILS, decoder_gram
 from lightning_gendiag.model.amounts import FEWEST_ROWS, ROWS_SECONDS, TIMED, fitting
-from lightning_gendiag.model.generators import random_state_kept
 from lightning_gendiag.model.inversion import Layer, Through, latents_in, layers_of, log_det_ways
 from lightning_gendiag.model.parts import LARGEST_ERROR
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
     from lightning_gendiag.detection.alarm import Alarm
     from lightning_gendiag.model.view import ModelView
 
@@ -172,7 +169,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         self._held_out: list[Tensor] = []
         self._shape: tuple[int, ...] = ()
         self._offsets: dict[int, float] = {}
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: ByStep[tuple[Tensor, Tensor]] = ByStep()
         self._is_rounded = False
         self._most = MOST_ROWS
 
@@ -206,7 +203,13 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         return latents[0].numel() == images[0].numel()
 
     def _found(self, view: ModelView) -> Parts:
-        """Finds out whether the module is a flow, its layers, and what reports its log-determinant."""
+        """Finds out whether the module is a flow, its layers, and what reports its log-determinant; else what reconstructs."""
+        parts = self._flow_in(view)
+        if not parts.is_flow:
+            view.find("reconstruct")
+        return parts
+
+    def _flow_in(self, view: ModelView) -> Parts:
         if not self._may_be_flow(view):
             return Parts(False)
         images = view.as_input(as_data(view.reference.images[:4]))
@@ -238,18 +241,9 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
 
     def build_metric(self, view: ModelView) -> RoundTrip:
         """Finds the regions of an autoencoder's data or the layers of a flow, equal on all processes."""
-        own: Parts | None = None
-        error: Exception | None = None
-        try:
-            own = self._found(view)
-            if not own.is_flow:
-                view.find("reconstruct")
-        except Exception as caught:
-            error = caught
-        if not view.agreed(error is None):
-            raise error or RuntimeError("the module could not be inverted on another process")
+        failure = RuntimeError("the module could not be inverted on another process")
+        own = view.on_all(lambda: self._found(view), failure)
         self._parts = view.broadcast(lambda: own)
-        assert self._parts is not None
         data = view.reference.images
         self._shape = tuple(data.shape[1:])
         self._most = self._fitting(view, self._parts)
@@ -269,18 +263,21 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
             seconds = view.seconds_of(lambda: call(images)) / len(images)
         return fitting(KINDS_OF_ROWS * seconds / view.world_size, ROWS_SECONDS, FEWEST_ROWS, MOST_ROWS)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keeps images of validation batches, until there are enough."""
-        if self._session is None or (self._parts is not None and self._parts.is_flow):
-            return
-        room = MOST_ROWS // self.view.world_size - sum(map(len, self._held_out))
-        # a batch that cannot be read is no failure, since nothing else depends on it
-        with suppress(Exception), torch.no_grad(), random_state_kept(self.view.device):
-            images = self.view.adapter.find_data(batch) if room > 0 else None
-            if images is not None and all(images.shape[1:] == held.shape[1:] for held in self._held_out[:1]):
-                self._held_out.append(as_data(images[:room].detach().to("cpu", copy=True)))
+    @property
+    def wants_held_out(self) -> bool:
+        """Of autoencoders, until there are enough images."""
+        return not (self._parts is not None and self._parts.is_flow) and self._room > 0
+
+    @property
+    def _room(self) -> int:
+        """Number of validation images that this process may still hold."""
+        return MOST_ROWS // self.view.world_size - sum(map(len, self._held_out))
+
+    def note_held_out(self, view: ModelView, batch: Any) -> None:
+        """Keeps images of a validation batch."""
+        images = view.adapter.find_data(batch)
+        if images is not None and all(images.shape[1:] == held.shape[1:] for held in self._held_out[:1]):
+            self._held_out.append(as_data(images[: self._room].detach().to("cpu", copy=True)))
 
     # ---- an evaluation ----
 
@@ -472,13 +469,11 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         if view.agreed(self._is_rounded):
             result = result._replace(latent_error=torch.full_like(result.latent_error, math.nan))
         step = self.last_step or 0
-        # an evaluation of the same step, such as a first one that measures the time, takes the place of the one before
-        before = [at for at in self._kept if at < step]
-        kept = self._kept[max(before)] if before else (result.kept, result.latents_kept)
+        kept = self._kept.before(step) or (result.kept, result.latents_kept)
         if [one.shape for one in kept] != [result.kept.shape, result.latents_kept.shape]:
             kept = result.kept, result.latents_kept
         now = kept[0] | (result.unexplained <= KEPT), kept[1] | (result.latent_unexplained <= KEPT)
-        self._kept = {at: self._kept[at] for at in before[-1:]} | {step: now}
+        self._kept.note(step, now)
         first = min((at for at in self._offsets if at < step), default=None)
         offset = result.first_offset if first is None else result.first_offset.new_tensor(self._offsets[first])
         if first is None and bool(result.log_det_offset.isfinite()):
@@ -668,7 +663,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`get_extra_state` returned."""
         self._offsets = dict(state["offsets"])
-        self._kept = {step: (pair[0], pair[1]) for step, pair in state["kept"].items()}
+        self._kept = ByStep({step: (pair[0], pair[1]) for step, pair in state["kept"].items()})
 
 
 def severity(unexplained: float) -> float:

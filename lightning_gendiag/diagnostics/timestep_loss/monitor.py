@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.alarm import listed
-from lightning_gendiag.detection.history import Observation, Series
+from lightning_gendiag.detection.history import ByStep, Observation, Series
 from lightning_gendiag.diagnostics.timestep_loss import plots
 from lightning_gendiag.diagnostics.timestep_loss.functional import (
     MAX_BAND_TAGS,
@@ -165,7 +165,7 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         self._template: Any = None
         self._unreadable: Exception | None = None
         self._times: list[tuple[float, float]] = []
-        self._best: dict[int, Tensor] = {}
+        self._best: ByStep[Tensor] = ByStep()
 
     def reset(self) -> None:
         """Forgets the images and the bands as well."""
@@ -247,6 +247,7 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         moved = first_rows(batch, rows, rows, view.device)
 
         def seed(number: int) -> None:
+            # a training step may make generators of its own, which the view has not seen
             seed_all(number, view.device, view.module, view.adapter)
 
         return TrainingStep(view.module, moved, rows, seed)
@@ -290,24 +291,13 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
 
     def _recorded_side(self, view: ModelView, side: Side) -> list[NoisyBatch]:
         """Calls of the network for one side's images, on the CPU, as many as fit the limits of time and memory."""
-        [first] = self._tried(view, lambda: [self._record(view, side, 0)])
+        failure = RuntimeError("training steps could not be recorded on another process")
+        first = view.on_all(lambda: self._record(view, side, 0), failure)
         if self.loss is None:
             self._denoiser = view.broadcast(lambda: self._denoiser)
         with view.isolated(exact=True):
             calls = self._number_of_calls(view, first)
-        return [first, *self._tried(view, lambda: [self._record(view, side, n) for n in range(1, calls)])]
-
-    def _tried(self, view: ModelView, make: Callable[[], list[NoisyBatch]]) -> list[NoisyBatch]:
-        """Returns what is made, unless it fails on any process, where all must agree on it."""
-        made: list[NoisyBatch] = []
-        error: Exception | None = None
-        try:
-            made = make()
-        except Exception as caught:
-            error = caught
-        if not view.agreed(error is None):
-            raise error or RuntimeError("training steps could not be recorded on another process")
-        return made
+        return [first, *view.on_all(lambda: [self._record(view, side, n) for n in range(1, calls)], failure)]
 
     def _record(self, view: ModelView, side: Side, number: int) -> NoisyBatch:
         """One call of the network for one side's images."""
@@ -391,7 +381,7 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         judged = "held_out" if "held_out" in self._recorded else "train"
         raw = self._raw_weights(view)
         with view.isolated(exact=True):
-            seed_all(view.adapter.seed, view.device, view.module, view.adapter)
+            view.seed()
             for side, batches in self._recorded.items():
                 for held in batches:
                     batch = held.to(view.device)
@@ -435,11 +425,9 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
     def postprocess(self, view: ModelView, result: TimestepLossResult) -> TimestepLossResult:
         """Adds the lowest loss of each band so far: that of a model which learns falls, and has no level to compare with."""
         step = self.last_step or 0
-        # an evaluation of the same step takes the place of the one before
-        earlier = [at for at in self._best if at < step]
-        now = result.loss.cpu()
-        best = now.fmin(self._best[max(earlier)]) if earlier else now
-        self._best = {at: self._best[at] for at in earlier[-1:]} | {step: best}
+        now, before = result.loss.cpu(), self._best.before(step)
+        best = now if before is None else now.fmin(before)
+        self._best.note(step, best)
         return result._replace(best=best.to(result.loss))
 
     def _rules(self, result: TimestepLossResult) -> list[Observation]:
