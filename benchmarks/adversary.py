@@ -42,8 +42,8 @@ class Saturating(GAN):
         return -F.softplus(self.discriminator(fake)).mean()
 
 
-class Rates(Callback):
-    """Changes the learning rate of one network at a step: 0 lets its weights stay.
+class Changed(Callback):
+    """Multiplies something of one network from a step on.
 
     Args:
         network: 0 for the discriminator, 1 for the generator.
@@ -53,6 +53,10 @@ class Rates(Callback):
 
     def __init__(self, network: int, factor: float, start: int) -> None:
         self.network, self.factor, self.start = network, factor, start
+
+
+class Rates(Changed):
+    """Changes the learning rate: 0 lets the weights stay."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Changes the rate once."""
@@ -78,17 +82,8 @@ class UntilAlarm(Callback):
         trainer.should_stop = trainer.should_stop or bool(self.stopping.alarms)
 
 
-class Scaled(Callback):
-    """Multiplies the gradient of one network from a step on, as a loss of a wrong scale does.
-
-    Args:
-        network: 0 for the discriminator, 1 for the generator.
-        factor: By which it is multiplied.
-        start: The step.
-    """
-
-    def __init__(self, network: int, factor: float, start: int) -> None:
-        self.network, self.factor, self.start = network, factor, start
+class Scaled(Changed):
+    """Changes the gradient, as a loss of a wrong scale does."""
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

@@ -474,14 +474,18 @@ class OfTwo(TinyGAN):
         d, g = self.optimizers()
         fake = self(torch.randn(len(real), self.latent_dim))
         d.zero_grad()
-        self.manual_backward(
-            F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(fake.detach())).mean()
-        )
+        self.manual_backward(self.loss_d(real, fake.detach()))
         d.step()
         g.zero_grad()
-        scores = self.discriminator(fake)
-        self.manual_backward(-F.softplus(scores).mean() if self.saturating else F.softplus(-scores).mean())
+        self.manual_backward(self.loss_g(real, fake))
         g.step()
+
+    def loss_d(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(fake)).mean()
+
+    def loss_g(self, real: Tensor, fake: Tensor) -> Tensor:
+        scores = self.discriminator(fake)
+        return -F.softplus(scores).mean() if self.saturating else F.softplus(-scores).mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None: ...
 
@@ -543,16 +547,11 @@ def test_a_discriminator_that_was_never_trained_is_named_later() -> None:
 
 def test_a_discriminator_that_starts_late_by_a_loss_times_zero_is_not_frozen() -> None:
     class Late(OfTwo):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            real = batch[0]
-            d, g = self.optimizers()
-            fake = self(torch.randn(len(real), self.latent_dim))
-            d.zero_grad()
-            self.manual_backward(0 * F.softplus(-self.discriminator(real)).mean())
-            d.step()
-            g.zero_grad()
-            self.manual_backward((fake - real).square().mean())
-            g.step()
+        def loss_d(self, real: Tensor, fake: Tensor) -> Tensor:
+            return 0 * F.softplus(-self.discriminator(real)).mean()
+
+        def loss_g(self, real: Tensor, fake: Tensor) -> Tensor:
+            return (fake - real).square().mean()
 
     seed_everything(0, verbose=False)
     monitor, stopping = fitted(Late(), epochs=12)
@@ -701,18 +700,11 @@ def test_a_callable_of_the_users_and_a_path_give_the_same_scores() -> None:
 
 def test_smaller_scores_mean_real_where_most_evaluations_show_it() -> None:
     class Reversed(OfTwo):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            real = batch[0]
-            d, g = self.optimizers()
-            fake = self(torch.randn(len(real), self.latent_dim))
-            d.zero_grad()
-            self.manual_backward(
-                F.softplus(self.discriminator(real)).mean() + F.softplus(-self.discriminator(fake.detach())).mean()
-            )
-            d.step()
-            g.zero_grad()
-            self.manual_backward(F.softplus(self.discriminator(fake)).mean())
-            g.step()
+        def loss_d(self, real: Tensor, fake: Tensor) -> Tensor:
+            return F.softplus(self.discriminator(real)).mean() + F.softplus(-self.discriminator(fake)).mean()
+
+        def loss_g(self, real: Tensor, fake: Tensor) -> Tensor:
+            return F.softplus(self.discriminator(fake)).mean()
 
     seed_everything(0, verbose=False)
     monitor, _ = fitted(Reversed((5e-3, 1e-4)), epochs=8)
