@@ -58,7 +58,7 @@ PANEL_GROWTH, LIMITED_PANEL_GROWTH, SHORT_PANEL_GROWTH = 0.1, 1.0, 15.0
 rarely where the time is limited, and in a short run, since they take twice as long as an evaluation of few samples."""
 
 SHORT_FIRST_PANEL = 16
-"""Number of the evaluation with the first panels in a short run; those of its last evaluation are drawn at its end."""
+"""In a short run, panels are first drawn at the evaluation with this number, and last at the end of the run."""
 
 FAILURES = 3
 """Number of failures in a row that switch a monitor off."""
@@ -198,7 +198,10 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Takes note of this rank's next training batch, where :attr:`sees_batches`; it must cost next to nothing."""
 
     def note_batch(self, view: ModelView, batch: Any) -> None:
-        """Takes note of this rank's next training batch as the trainer passes it, where ``notes_batches``; nearly free."""
+        """Takes note of this rank's next training batch as the trainer passes it, if ``notes_batches``.
+
+        It must cost next to nothing.
+        """
 
     @property
     def wants_held_out(self) -> bool:
@@ -206,7 +209,10 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         return False
 
     def note_held_out(self, view: ModelView, batch: Any) -> None:
-        """Takes note of images that training does not see; one that fails is left out, since nothing depends on it."""
+        """Takes note of a validation batch, whose images training does not see.
+
+        A batch that fails is left out, since no diagnostic depends on it.
+        """
 
     def update(self, view: ModelView) -> None:
         """Gives the metric this rank's rows."""
