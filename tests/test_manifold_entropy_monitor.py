@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,39 @@ def test_derivatives_are_in_full_precision_and_the_weights_stay_the_same(precisi
     metric = ManifoldEntropy(4)
     metric.update(decoder_gram(model, torch.cat(list(monitor.view.prior_latents(20)))))  # type: ignore[union-attr]
     torch.testing.assert_close(metric.compute().entropy, monitor.result.entropy)
+
+
+UNCOMPILED = """
+import sys
+import torch
+from lightning_gendiag import ManifoldEntropy, decoder_gram
+from tests.helpers.models import TinyGAN
+from tests.helpers.running import batches, trainer
+from tests.test_manifold_entropy_monitor import make_monitor
+
+RULES = "torch._decomp.decompositions_for_jvp"
+
+class Descent(torch.nn.Module):
+    def forward(self, x):
+        return x - torch.func.grad(lambda y: torch.nn.functional.layer_norm(y, y.shape[1:]).pow(3).sum())(x)
+
+for layer, needs in ((torch.nn.Tanh(), False), (Descent(), True)):
+    monitor, model = make_monitor(), TinyGAN()
+    model.generator.append(layer)
+    trainer(monitor, max_epochs=2).fit(model, batches())
+    assert (RULES in sys.modules) is needs, layer
+    if needs:
+        metric = ManifoldEntropy(4)
+        metric.update(decoder_gram(model.eval(), torch.cat(list(monitor.view.prior_latents(20)))))
+        torch.testing.assert_close(metric.compute().entropy, monitor.result.entropy)
+assert monitor.evaluations == 2
+"""
+
+
+def test_rules_of_forward_mode_are_compiled_only_for_a_decoder_that_needs_them() -> None:
+    # in a process where nothing has used forward mode before
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-Wignore", "-c", UNCOMPILED], check=True, env=environment)
 
 
 class Wide(TinyGAN):

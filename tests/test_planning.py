@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_gendiag import CollapseStopping, CosineMeanSimilarityMonitor, GenerativeDiagnostics, ModelAdapter
+from lightning_gendiag import (
+    CollapseStopping,
+    CosineMeanSimilarityMonitor,
+    GenerativeDiagnostics,
+    ModelAdapter,
+    TrainingDataMonitor,
+)
 from lightning_gendiag.callbacks import schedule, session
 from lightning_gendiag.callbacks.collapse_stopping import CollapseWarning
 from lightning_gendiag.callbacks.schedule import shared
@@ -56,6 +62,18 @@ class Priced(CosineMeanSimilarityMonitor):
         samples = len(view.samples().images)
         self.sizes.append(samples)
         NOW.seconds += self.fixed + self.each * samples
+
+
+class PricedData(TrainingDataMonitor):
+    """A monitor of the data whose evaluations take some seconds."""
+
+    def __init__(self, seconds: float, **kwargs: Any) -> None:
+        super().__init__(log_images=False, **kwargs)
+        self.price = seconds
+
+    def update(self, view: ModelView) -> None:
+        super().update(view)
+        NOW.seconds += self.price
 
 
 def run(monitor: Priced, epochs: int = 100, *others: Any, script: Any = None) -> Any:
@@ -107,6 +125,21 @@ def test_the_number_of_samples_is_the_users_where_one_is_given_or_a_monitor_has_
     free = Priced(0.01, 1e-3, adapter=ModelAdapter(num_reference=64))
     run(free, 3, CosineMeanSimilarityMonitor(num_regions=2, name="limited", max_overhead=0.05, log_images=False))
     assert set(free.sizes) == {1024}
+
+
+@pytest.mark.parametrize(("fixed", "price", "together"), [(0.5, 0.5, True), (3.0, 0.5, True), (5.0, 0.05, False)])
+def test_the_data_are_evaluated_with_the_samples_unless_these_cost_far_more(
+    fixed: float, price: float, together: bool
+) -> None:
+    data = PricedData(price, max_overhead=0.05)
+    samples = Priced(fixed, 0.0, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    run(samples, 400, data)
+    assert samples.evaluations > 1
+    if together:
+        assert data.evaluations == pytest.approx(samples.evaluations, abs=1)
+    else:
+        assert data.evaluations > 3 * samples.evaluations
+    assert samples.session.schedule.budget.spent < 0.05 * 1600 * STEP + 2 * fixed
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:

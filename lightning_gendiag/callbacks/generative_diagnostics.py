@@ -61,6 +61,9 @@ MONITORS: tuple[type[Monitor[Any, Any]], ...] = (
     TrainingDataMonitor,
 )
 
+BATCH_HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
+"""Hooks that are called so often that they are handed to those monitors only that do something in them."""
+
 
 class GenerativeDiagnostics(Member, Callback):
     """Enables every diagnostic that applies to a module, with one stopper, and logs which were left out and why.
@@ -175,6 +178,7 @@ class GenerativeDiagnostics(Member, Callback):
         self.left_out: dict[str, str] = {}
         self._stops = False
         self._inspected = False
+        self._acting: dict[str, list[Monitor[Any, Any]]] = {}
         self._of_unknown_length = False
         self._checking = 0.0
 
@@ -201,6 +205,10 @@ class GenerativeDiagnostics(Member, Callback):
     @property
     def _active(self) -> list[Monitor[Any, Any]]:
         return [monitor for name, monitor in self.monitors.items() if name not in self.left_out]
+
+    def _choose_acting(self) -> None:
+        """Chooses, once it is known what is left out, the monitors in which the hooks of each batch do something."""
+        self._acting = {hook: [m for m in self._active if m.acts_in(hook)] for hook in BATCH_HOOKS}
 
     # ---- choosing ----
 
@@ -268,7 +276,7 @@ class GenerativeDiagnostics(Member, Callback):
         if not self._inspected:
             self._inspected = True
             self._inspect(trainer, batch)
-        for monitor in self._active:
+        for monitor in self._acting["on_train_batch_start"]:
             monitor.on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _inspect(self, trainer: Trainer, batch: Any) -> None:
@@ -288,6 +296,7 @@ class GenerativeDiagnostics(Member, Callback):
                 monitor.note_first_batch(view, batch)
                 view.agree(*monitor.needs)
                 self._try(trainer, name, partial(monitor.check, view))
+        self._choose_acting()
         # what is left out before the first evaluation belongs to the time of setup
         session.schedule.budget.charge(time.monotonic() - started, ready=False)
         self._say(session, trainer)
@@ -328,7 +337,7 @@ class GenerativeDiagnostics(Member, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Evaluates where the schedule counts steps."""
-        for monitor in self._active:
+        for monitor in self._acting["on_train_batch_end"]:
             monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,7 +355,7 @@ class GenerativeDiagnostics(Member, Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Lets monitors read gradients."""
-        for monitor in self._active:
+        for monitor in self._acting["on_before_optimizer_step"]:
             monitor.on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def on_validation_batch_start(

@@ -457,6 +457,11 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     def __repr__(self) -> str:
         return representation(self, name=None if self.name == type(self).name else self.name)
 
+    def acts_in(self, hook: str) -> bool:
+        """Returns whether a hook of Lightning's does something here: in the session's first monitor, and in its own way."""
+        takes_note = hook == "on_train_batch_start" and self.notes_batches
+        return takes_note or self.session.leads(self) or getattr(type(self), hook) is not getattr(Monitor, hook)
+
     # ---- one evaluation ----
 
     def note_first_batch(self, view: ModelView, batch: Any) -> None:

@@ -21,7 +21,7 @@ EVALUATIONS = 75
 """Number of evaluations that are worth having: a run of fewer epochs is evaluated within them, and evaluations have more
 samples where there are so many all the same."""
 
-HELD_BACK = 0.04
+HELD_BACK = 0.02
 """Part of the limit that is left for what is not measured, such as what loggers write in threads of their own."""
 
 NEWEST = 5
@@ -29,6 +29,9 @@ NEWEST = 5
 
 LEAST_ALLOWANCE = 0.1
 """Where the setup has used the budget up, monitors are due as if this part of it were left."""
+
+JOINED = 0.1
+"""Data that cost less than this part of the samples are evaluated more often than these."""
 
 ENDLESS = 1000
 """Number of steps from one evaluation to the next in a run whose length is not known."""
@@ -130,10 +133,10 @@ class Schedule:
             for monitor in limited
             if monitor in due or (monitor.name in self._waiting and _by_steps(monitor) != epoch_over)
         ]
-        periods = self.periods(limited)
+        periods, units = self.periods(limited), self._units(limited)
         # one that is due a tenth as often as another takes part in each tenth round
         wanted = [m for m in asking if self.dues - self._last_due.get(m.name, 0.0) >= periods[m.name]]
-        names = self._granted(wanted, periods, limit_of(due))
+        names = self._granted(wanted, units, periods, limit_of(due))
         if self.trainer.world_size > 1:
             names = self.trainer.strategy.broadcast(names)
         self.budget.rounds += bool(names)
@@ -148,13 +151,17 @@ class Schedule:
         return [m for m in monitors if (m in due if m.max_overhead is None else m.name in names)]
 
     def _granted(
-        self, wanted: Sequence[Monitor[Any, Any]], periods: Mapping[str, float], max_overhead: float
+        self,
+        wanted: Sequence[Monitor[Any, Any]],
+        units: Mapping[Monitor[Any, Any], str],
+        periods: Mapping[str, float],
+        max_overhead: float,
     ) -> set[str]:
         """Names of the monitors for which there is time, those first that have waited longest for their period."""
         progress, taken, granted = run_progress(self.trainer) or 1.0, 0.0, set()
-        waited = {m.shares(): (self.dues - self._last_due.get(m.name, 0)) / periods[m.name] for m in wanted}
+        waited = {units[m]: (self.dues - self._last_due.get(m.name, 0)) / periods[m.name] for m in wanted}
         for unit in sorted(waited, key=lambda unit: -waited[unit]):
-            members = [monitor for monitor in wanted if monitor.shares() == unit]
+            members = [monitor for monitor in wanted if units[monitor] == unit]
             taken += sum(self.cost(m) + m.draws * self._drawing.get(m.name, 0.0) for m in members)
             if not self.budget.grants(max_overhead, progress, taken or None):
                 break
@@ -214,7 +221,7 @@ class Schedule:
         Args:
             monitors: All with a limit.
         """
-        units, relative = {m: m.shares() for m in monitors}, {m: self._relative_period(m, monitors) for m in monitors}
+        units, relative = self._units(monitors), {m: self._relative_period(m, monitors) for m in monitors}
         least = {unit: min(relative[m] for m in monitors if units[m] == unit) for unit in units.values()}
         costs = dict.fromkeys(least, 0.0)
         for monitor, unit in units.items():
@@ -222,6 +229,18 @@ class Schedule:
         weights = {unit: list(units.values()).count(unit) for unit in costs}
         periods = shared(costs, weights, least, self._allowance(limit_of(monitors)), self.coming + 1)
         return {m.name: periods[unit] * relative[m] / least[unit] for m, unit in units.items()}
+
+    def _units(self, monitors: Sequence[Monitor[Any, Any]]) -> dict[Monitor[Any, Any], str]:
+        """What is evaluated at the same times: what is drawn once, and the data with the samples, unless these cost far more.
+
+        An alarm on samples says whether the data moved as well.
+        """
+        units = {monitor: monitor.shares() for monitor in monitors}
+        samples = sum(
+            self.cost(m) / self._relative_period(m, monitors) for m, unit in units.items() if unit == "samples"
+        )
+        joining = [m for m in monitors if m.watches_batches and self.cost(m) > JOINED * samples > 0]
+        return units | dict.fromkeys(joining, "samples")
 
     def affords(self, monitors: Sequence[Monitor[Any, Any]], among: Sequence[Monitor[Any, Any]]) -> bool:
         """Returns whether monitors evaluate as often as is worth having.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -180,6 +181,24 @@ def uncompiled(part: nn.Module) -> nn.Module:
 def without_compiling() -> AbstractContextManager[Any]:
     """Runs compiled functions as they are: other sizes would make them compile anew, and training with other numbers."""
     return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+
+
+@contextmanager
+def forward_mode_uncompiled() -> Iterator[None]:
+    """Lets forward mode begin at once: torch compiles rules for it when it is first used, for 0.1 to 0.3 s and some MB.
+
+    They are those of the backward passes of normalizations, which a module may run within its forward pass. All else works
+    without, and these raise the error of operations that have no derivative. There is no public way to leave them out.
+    """
+    if "torch._decomp.decompositions_for_jvp" in sys.modules or not hasattr(forward_ad, "_maybe_load_decompositions"):
+        yield
+        return
+    load = forward_ad._maybe_load_decompositions
+    forward_ad._maybe_load_decompositions = _silent
+    try:
+        yield
+    finally:
+        forward_ad._maybe_load_decompositions = load
 
 
 # ---- callbacks that monitor our keys ----

@@ -18,6 +18,9 @@ CHUNK = 128
 POSITIONS = 1 << 22
 """Largest number of pixels in a chunk: 64 images of 256x256, or 16 of 512x512."""
 
+CACHED = {"cpu": 1 << 16}
+"""Largest number of pixels that filters see together, by the kind of device: more leave a processor's cache."""
+
 PIXELS = 4096
 """Images with at most this many values are compared by their pixels, larger ones by features."""
 
@@ -89,7 +92,12 @@ class FeatureExtractor(nn.Module):
 
     def responses(self, images: Tensor) -> Tensor:
         """Returns the pooled responses (N, 1024) of the filters to images (N, C, H, W), at least 0, in float32."""
-        x = (as_images(images).float() - self.mean) / self.scale
+        images = as_images(images)
+        size = CACHED.get(images.device.type, POSITIONS) // (images.shape[2] * images.shape[3])
+        return torch.cat([self._responses(some) for some in pieces(images, max(1, size))])
+
+    def _responses(self, images: Tensor) -> Tensor:
+        x = (images.float() - self.mean) / self.scale
         x = F.conv2d(x, self.first, stride=2, padding=2).relu_()
         x = F.conv2d(x, self.second, stride=2, padding=2).relu_()
         return F.adaptive_avg_pool2d(x, 4).flatten(1)

@@ -213,7 +213,10 @@ class Reference:
         most = self._most_like(images)
         if self.is_short and self.adapter.num_reference is None:
             most = min(most, SHORT_REFERENCE)
-        self.images = Images(images[:most].cpu(), labels[:most].cpu() if known else None)
+        if len(images) > most:
+            # a part of its own, so that the rest is freed
+            images = images[:most].clone()
+        self.images = Images(images.cpu(), labels[:most].cpu() if known else None)
         self.conditions = conditions[:most].cpu() if len(conditions) else None
         self._say_size()
         return True

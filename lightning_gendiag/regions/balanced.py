@@ -58,8 +58,10 @@ def balanced_clusters(
     if connected:
         edges = _edges(~background.reshape(height, width))
         places = np.stack(np.divmod(inside, width), 1) / max(height, width)
-        places -= places.mean(0)
-        kernel = kernel + (POSITION * places @ places.T).astype(kernel.dtype)
+        places = ((places - places.mean(0)) * POSITION**0.5).astype(kernel.dtype)
+        together = places @ places.T
+        together += kernel
+        kernel = together
     count = None if num_regions is None else num_regions - bool(background.any())
     found = _settled(kernel, edges, *_divided(kernel, edges, count))
     sizes = np.bincount(found)

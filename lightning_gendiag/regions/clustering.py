@@ -124,12 +124,14 @@ def find_regions(
         return torch.from_numpy(found), background
 
     labels, background = clusters(whole)
+    alignment, dependence = _alignment(whole, labels)
     labels = labels.view(images.shape[-2:])
+    # before the halves are clustered, which takes as much memory again
+    del whole
     stability = math.nan
     if halves:
         found = (_mirror(total.div_(len(half))) for total, half in zip(sums, halves, strict=True))
         stability = adjusted_rand_index(*(clusters(cka)[0] for cka in found))
-    alignment, dependence = _alignment(whole, labels.flatten())
     if cell > 1:
         labels = _refined(labels, batches[:REFINING], cell, gamma, max_bytes)[:height, :width]
     return RegionMap(

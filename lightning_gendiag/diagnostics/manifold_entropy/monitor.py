@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,6 +18,7 @@ from lightning_gendiag.diagnostics.manifold_entropy.functional import MAX_DIMENS
 from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntropy
 from lightning_gendiag.functional.arrays import middle_slices, tensor_of
 from lightning_gendiag.functional.jacobian import active_dims, check_derivative, decoder_gram
+from lightning_gendiag.model import compat
 from lightning_gendiag.model.amounts import fitting
 from lightning_gendiag.tensorboard.records import Record
 
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
     from lightning_gendiag.model.view import ModelView
     from lightning_gendiag.plots.canvas import Occasion
+
+T = TypeVar("T")
+
+Mode = Literal["auto", "forward", "reverse"]
 
 MAX_BYTES = {"cpu": 6 << 20}
 """Approximate working memory of an evaluation, by the kind of device: on a processor more is not faster."""
@@ -128,6 +134,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
     """(l,) numbers of the dimensions that are monitored; empty before the first evaluation."""
     _chosen_latents: int | None = None
     _traversal: Tensor | None = None
+    _uncompiled = True
 
     def __init__(
         self,
@@ -137,7 +144,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         max_dims: int | None = None,
         latent_scale: float = 1.0,
         data_scale: float = 1.0,
-        mode: Literal["auto", "forward", "reverse"] = "auto",
+        mode: Mode = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -165,7 +172,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         z = next(view.prior_latents(2, all_ranks=True))
         try:
             with view.isolated(exact=True):
-                check_derivative(view.decode, z, mode=self.mode)
+                self._in_mode(lambda mode: check_derivative(view.decode, z, mode=mode))
         except RuntimeError as error:
             # as for all that a module lacks
             raise ValueError(str(error)) from error
@@ -224,10 +231,21 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         return view.seconds_of(lambda: self._grams(view, z[:1])) / few
 
     def _grams(self, view: ModelView, z: Tensor) -> Tensor:
-        return decoder_gram(
-            view.decode, z, dims=self.dims, latent_scale=self.latent_scale, data_scale=self.data_scale, mode=self.mode,
-            max_bytes=MAX_BYTES.get(view.device.type, MAX_BYTES_ON_OTHERS),
+        max_bytes = MAX_BYTES.get(view.device.type, MAX_BYTES_ON_OTHERS)
+        return self._in_mode(
+            lambda mode: decoder_gram(
+                view.decode, z, dims=self.dims, latent_scale=self.latent_scale, data_scale=self.data_scale, mode=mode,
+                max_bytes=max_bytes,
+            )
         )  # fmt: skip
+
+    def _in_mode(self, derive: Callable[[Mode], T]) -> T:
+        """Takes a derivative in this monitor's mode, without what torch compiles first as long as nothing needs it."""
+        if self.mode == "auto" and self._uncompiled:
+            with suppress(RuntimeError), compat.forward_mode_uncompiled():
+                return derive("forward")
+            self._uncompiled = False
+        return derive(self.mode)
 
     def update(self, view: ModelView) -> None:
         """Adds the Gram matrices of this rank's latents, in full precision."""

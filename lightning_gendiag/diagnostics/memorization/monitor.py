@@ -179,7 +179,8 @@ class MemorizationMonitor(Monitor[Memorization, MemorizationResult]):
         """Keeps images of a batch until there are enough, or the epoch is over, after which the same ones come again."""
         epoch = view.trainer.current_epoch
         self._epoch = epoch if self._epoch is None else self._epoch
-        self._is_full = epoch != self._epoch or not self._keep(view, data.images, self._collected, MOST_IMAGES)
+        most = SHORT_IMAGES if view.real.is_short else MOST_IMAGES
+        self._is_full = epoch != self._epoch or not self._keep(view, data.images, self._collected, most)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -257,7 +258,10 @@ class MemorizationMonitor(Monitor[Memorization, MemorizationResult]):
         # few batches may have passed since a run was resumed; once an epoch is over, there are no others
         enough = own is not None and own.shape[1:] == shape and (self._is_full or len(own) >= len(reference))
         if view.agreed(enough) and own is not None:
-            training = own[: math.ceil(SHORT_IMAGES / view.world_size)] if view.real.is_short else own
+            training = own
+            if view.real.is_short:
+                # a part of its own, so that the rest is freed
+                training = own[: math.ceil(SHORT_IMAGES / view.world_size)].clone()
             others = reference if view.adapter.reference is not None else reference[:0]
         else:
             training, others = reference, reference[:0]

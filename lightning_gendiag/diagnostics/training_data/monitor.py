@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HELD = 64
 """Number of batches whose images are held before they are measured together, at most."""
 
-HELD_NUMBERS = {"cpu": 1 << 18}
+HELD_NUMBERS = {"cpu": 1 << 19}
 """Largest count of numbers in the images that are held, by the kind of device: on a processor as many as its cache holds."""
 
 HELD_ON_OTHERS = 1 << 22
