@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test docs dist bench lint clean
+.PHONY: demo test minimal docs dist bench lint clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -14,6 +14,12 @@ demo: $(READY)  ## train a GAN in which one region of the image breaks, and watc
 
 test: $(READY)  ## the whole suite, in two processes, each of which computes in one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+OLDEST := .venv-minimal/bin/python
+minimal:  ## the core of the suite with the oldest versions that are supported; on Linux without a GPU, set INDEX=
+	test -x $(OLDEST) || $(PYTHON) -m venv .venv-minimal
+	$(OLDEST) -m pip install --quiet --disable-pip-version-check $(INDEX) -c constraints-minimal.txt -e '.[plot,examples,cli,tab]' pytest pytest-xdist pyyaml
+	OMP_NUM_THREADS=1 $(OLDEST) -W ignore -m pytest --numprocesses 2 --dist loadfile -o filterwarnings= -W ignore
 
 docs: $(READY)  ## the site, in build/docs: links, anchors, formulae and docstrings are checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -49,4 +55,4 @@ bench: $(READY)  ## every measurement; each script prints a table; more than an 
 	$(BIN)/python -m benchmarks.scale --exponents
 
 clean:
-	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-minimal build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -35,7 +35,7 @@ from lightning_gendiag.model.gradients import GradientReader, norm_of
 from tests.helpers.cases import Case
 from tests.helpers.logs import events
 from tests.helpers.models import SmallVAE, TinyGAN
-from tests.helpers.running import attached, batches, state_after_training, trainer
+from tests.helpers.running import attached, batches, loading, state_after_training, trainer
 
 
 def _update(seed: int) -> dict[str, Any]:
@@ -743,7 +743,7 @@ def test_a_resumed_run_knows_the_usual_gradients(tmp_path: Any) -> None:
     own.fit(TinyGAN(), batches())
     own.save_checkpoint(tmp_path / "run.ckpt")
     monitor = AdversaryMonitor(on_error="raise")
-    trainer(monitor, max_epochs=3).fit(TinyGAN(), batches(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    trainer(monitor, max_epochs=3).fit(TinyGAN(), batches(), ckpt_path=tmp_path / "run.ckpt", **loading())
     assert monitor.evaluations == 3
     assert monitor.result is not None
     assert monitor.result.levels.isfinite().all()

@@ -33,7 +33,7 @@ from lightning_gendiag.model import amounts
 from lightning_gendiag.model.amounts import fitting, reference_size, seconds_of
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.models import SmallVAE, TinyGAN
-from tests.helpers.running import attached, batches, trainer
+from tests.helpers.running import attached, batches, loading, trainer
 
 # not an attribute of a module, which would be copied with it
 CLOCK = SimpleNamespace(now=100.0, busy=7.0, monotonic=lambda: CLOCK.now, thread_time=lambda: CLOCK.busy)
@@ -229,7 +229,7 @@ def test_the_numbers_are_kept_in_checkpoints_and_chosen_anew_for_other_data(tmp_
     first.fit(Slow(1 / 64), batches())
     first.save_checkpoint(path)
     monitor = CosineMeanSimilarityMonitor(num_regions=2)
-    trainer(monitor, max_epochs=2).fit(Slow(0.0), batches(), ckpt_path=path, weights_only=True)
+    trainer(monitor, max_epochs=2).fit(Slow(0.0), batches(), ckpt_path=path, **loading())
     assert len(monitor.view.samples().images) == 128
     monitor.view.forget_reference()
     assert len(monitor.view.samples().images) == 1024

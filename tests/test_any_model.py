@@ -34,7 +34,7 @@ from lightning_gendiag import (
     GenerativeDiagnostics,
     ModelAdapter,
 )
-from tests.helpers.running import trainer
+from tests.helpers.running import loading, trainer
 
 # untrained models generate images in another range of values
 pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
@@ -758,7 +758,7 @@ def test_the_callback_may_be_added_to_a_resumed_run(make: Any, tmp_path: Path) -
     own.fit(make(), batches())
     own.save_checkpoint(tmp_path / "without.ckpt")
     diagnostics = GenerativeDiagnostics(adapter=small(), max_overhead=None)
-    resumed = {"ckpt_path": tmp_path / "without.ckpt", "weights_only": True}
+    resumed = {"ckpt_path": tmp_path / "without.ckpt", **loading()}
     seed_everything(0, verbose=False)
     added = trainer(diagnostics, max_epochs=5)
     added.fit(make(), batches(), **resumed)
@@ -779,7 +779,7 @@ def test_the_callback_may_be_removed_from_a_resumed_run(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "with.ckpt", weights_only=True)
     assert "cms" in state["callbacks"]["GenerativeDiagnostics"]["monitors"]
     removed = trainer(max_epochs=4)
-    removed.fit(LitVanillaVAE(), batches(), ckpt_path=tmp_path / "with.ckpt", weights_only=True)
+    removed.fit(LitVanillaVAE(), batches(), ckpt_path=tmp_path / "with.ckpt", **loading())
     assert removed.current_epoch == 4
     assert removed.global_step == 2 * own.global_step
 

@@ -28,7 +28,7 @@ from lightning_gendiag.tensorboard import records
 from tests.helpers.cases import Case
 from tests.helpers.logs import events
 from tests.helpers.models import ScriptedGenerator, TinyGAN
-from tests.helpers.running import attached, batches, state_after_training, trainer
+from tests.helpers.running import attached, batches, loading, state_after_training, trainer
 
 
 def updates(count: int = 10, n: int = 20) -> list[dict[str, Any]]:
@@ -719,7 +719,7 @@ def test_a_resumed_run_remembers_which_codes_were_in_use(tmp_path: Any) -> None:
     own.fit(Tokenizer(), batches(16))
     own.save_checkpoint(tmp_path / "run.ckpt")
     monitor = CodebookUsageMonitor(on_error="raise")
-    trainer(monitor, max_epochs=3).fit(Tokenizer(), batches(16), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    trainer(monitor, max_epochs=3).fit(Tokenizer(), batches(16), ckpt_path=tmp_path / "run.ckpt", **loading())
     assert monitor.evaluations == 3
     assert monitor.result is not None
     assert float(monitor.result.recent.sum()) >= 1

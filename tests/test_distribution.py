@@ -37,6 +37,21 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Message:
         return message_from_string(archive.read(name).decode())
 
 
+def test_the_oldest_versions_are_those_that_the_core_of_the_suite_runs_with(metadata: Message) -> None:
+    declared = {}
+    for line in metadata.get_all("Requires-Dist", []):
+        requirement, _, marker = line.partition(";")
+        found = re.match(r"([\w-]+)(?:\[\w+\])?.*?>=([\d.]+)", requirement)
+        if found and not re.search("extra == '(field|zoo|docs|release|dev)'", marker):
+            declared[found[1].lower()] = found[2]
+    pinned = dict(line.split("==") for line in (ROOT / "constraints-minimal.txt").read_text().splitlines())
+    assert declared
+    # 2.4 and 2.4.0 are one version
+    assert {name: version.rstrip(".0") for name, version in pinned.items()} == {
+        name: version.rstrip(".0") for name, version in declared.items()
+    }
+
+
 def test_each_link_of_the_description_is_an_address_of_a_file(metadata: Message) -> None:
     description = metadata.get_payload()
     assert isinstance(description, str)

@@ -21,7 +21,7 @@ from lightning_gendiag import (
     KStarMonitor,
     ModelAdapter,
 )
-from tests.helpers.running import batches, state_after_training, trainer
+from tests.helpers.running import batches, loading, state_after_training, trainer
 
 
 def small() -> ModelAdapter:
@@ -168,9 +168,7 @@ def test_it_resumes_from_a_checkpoint_and_may_be_used_for_another_fit(tmp_path: 
     own.fit(VAE(3, width=2), batches(32))
     own.save_checkpoint(tmp_path / "last.ckpt")
     diagnostics = GenerativeDiagnostics(adapter=small(), max_overhead=None)
-    trainer(diagnostics, max_epochs=3).fit(
-        VAE(3, width=2), batches(32), ckpt_path=tmp_path / "last.ckpt", weights_only=True
-    )
+    trainer(diagnostics, max_epochs=3).fit(VAE(3, width=2), batches(32), ckpt_path=tmp_path / "last.ckpt", **loading())
     assert diagnostics.monitors["cms"].evaluations == 3
     again = trainer(diagnostics, max_epochs=1)
     again.fit(VAE(3, width=2), batches(32))

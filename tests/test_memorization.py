@@ -38,7 +38,7 @@ from tests.helpers.cases import Case
 from tests.helpers.logs import events
 from tests.helpers.models import ScriptedGenerator, TinyGAN
 from tests.helpers.recorded_runs import Replay
-from tests.helpers.running import batches, state_after_training, trainer
+from tests.helpers.running import batches, loading, state_after_training, trainer
 
 
 def shuffled(size: int = 8) -> Tensor:
@@ -532,7 +532,7 @@ def test_a_resumed_run_holds_training_images_again(tmp_path: Any) -> None:
     own.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
     second = MemorizationMonitor(on_error="raise")
     again = trainer(second, max_epochs=3)
-    again.fit(Copier(), loader(Copier().seen), ckpt_path=tmp_path / "last.ckpt", weights_only=False)
+    again.fit(Copier(), loader(Copier().seen), ckpt_path=tmp_path / "last.ckpt", **loading(False))
     assert second.evaluations == 3
     assert second.result is not None
     assert float(second.result.num_training) == 600

@@ -28,7 +28,7 @@ from lightning_gendiag import (
 )
 from tests.helpers.logs import events, written_layout
 from tests.helpers.models import ScriptedGenerator, TinyGAN
-from tests.helpers.running import Numbers, batches, state_after_training, trainer
+from tests.helpers.running import Numbers, batches, loading, state_after_training, trainer
 
 HALVES = RegionMap(torch.arange(8).ge(4).long().repeat(8, 1))
 
@@ -534,5 +534,5 @@ class TestContainedErrors:
         torch.save(state, tmp_path / "old.ckpt")
         monitor = make_monitor()
         with pytest.warns(DiagnosticWarning, match="begins anew, since its state in the checkpoint cannot be read"):
-            trainer(monitor, max_epochs=2).fit(TinyGAN(), batches(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+            trainer(monitor, max_epochs=2).fit(TinyGAN(), batches(), ckpt_path=tmp_path / "old.ckpt", **loading())
         assert monitor.latest is not None

@@ -24,7 +24,7 @@ from lightning_gendiag.callbacks.collapse_stopping import CollapseWarning
 from lightning_gendiag.callbacks.schedule import shared
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.models import ScriptedGenerator
-from tests.helpers.running import batches, trainer
+from tests.helpers.running import batches, loading, trainer
 
 NOW = SimpleNamespace(seconds=0.0)
 STEP = 1.0
@@ -156,9 +156,7 @@ def test_a_resumed_run_keeps_the_number_of_samples(tmp_path: Any) -> None:
     own.save_checkpoint(tmp_path / "run.ckpt")
     # as if evaluations were cheap now
     after = Priced(0.0, 1e-6, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
-    trainer(after, max_epochs=110).fit(
-        Timed(size=8), batches(8, 64), ckpt_path=tmp_path / "run.ckpt", weights_only=False
-    )
+    trainer(after, max_epochs=110).fit(Timed(size=8), batches(8, 64), ckpt_path=tmp_path / "run.ckpt", **loading(False))
     assert after.evaluations > before.evaluations
     assert set(before.sizes[-before.evaluations :]) == set(after.sizes) == {256}
 

@@ -30,7 +30,7 @@ from lightning_gendiag.detection.rules import Judge
 from lightning_gendiag.diagnostics.regional_primitives.functional import importance, memberships
 from tests.helpers.cases import Case
 from tests.helpers.logs import events
-from tests.helpers.running import batches, state_after_training, trainer
+from tests.helpers.running import batches, loading, state_after_training, trainer
 
 
 def updates(count: int = 10, n: int = 3) -> list[dict[str, Any]]:
@@ -406,7 +406,7 @@ def test_the_state_is_restored_from_a_checkpoint(tmp_path: Any) -> None:
     own.fit(Painter(), batches())
     own.save_checkpoint(tmp_path / "last.ckpt")
     second = make_monitor()
-    trainer(second, max_epochs=3).fit(Painter(), batches(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    trainer(second, max_epochs=3).fit(Painter(), batches(), ckpt_path=tmp_path / "last.ckpt", **loading())
     assert second.evaluations == 3
     torch.testing.assert_close(second.result.strength, first.result.strength, rtol=0.2, atol=0.05)
 

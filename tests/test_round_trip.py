@@ -31,7 +31,7 @@ from lightning_gendiag.model.inversion import layers_of, log_det_ways
 from tests.helpers.cases import LEFT_AND_RIGHT, Case
 from tests.helpers.logs import events
 from tests.helpers.models import TinyGAN
-from tests.helpers.running import batches, state_after_training, trainer
+from tests.helpers.running import batches, loading, state_after_training, trainer
 
 
 def updates(count: int = 10, n: int = 20) -> list[dict[str, Any]]:
@@ -493,9 +493,7 @@ def test_a_resumed_run_remembers_the_first_difference_and_what_was_reconstructed
     own.save_checkpoint(tmp_path / "flow.ckpt")
     first = own.callbacks[0].result.log_det_offset
     monitor = RoundTripMonitor(on_error="raise")
-    trainer(monitor, max_epochs=3).fit(
-        WithPair(TwoMethods), loader(), ckpt_path=tmp_path / "flow.ckpt", weights_only=True
-    )
+    trainer(monitor, max_epochs=3).fit(WithPair(TwoMethods), loader(), ckpt_path=tmp_path / "flow.ckpt", **loading())
     assert monitor.evaluations == 3
     assert float(monitor.result.first_offset) == float(first) != float(monitor.result.log_det_offset)
 

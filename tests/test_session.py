@@ -29,7 +29,7 @@ from lightning_gendiag import (
     cosine_mean_similarity,
 )
 from tests.helpers.models import ScriptedGenerator, SmallVAE, TinyGAN
-from tests.helpers.running import batches, trainer
+from tests.helpers.running import batches, loading, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
 
@@ -153,7 +153,7 @@ class TestAnotherFit:
         own.fit(model, batches())
         other.warmup_epochs = 5
         own.fit_loop.max_epochs = 5
-        own.fit(model, batches(), ckpt_path=tmp_path / "1.ckpt", weights_only=True)
+        own.fit(model, batches(), ckpt_path=tmp_path / "1.ckpt", **loading())
         assert (monitor.evaluations, other.evaluations) == (5, 2)
         assert stopping.judge.evaluations == {"cms": 5, "other": 2}
         assert len(monitor.session.history.curves("other")["image"].values) == 2
@@ -168,7 +168,7 @@ class TestAnotherFit:
         monitor, stopping = cms(), CollapseStopping("warn")
         again = trainer(monitor, stopping, max_epochs=5)
         with pytest.warns(UserWarning, match="begins anew, since its state in the checkpoint cannot be read"):
-            again.fit(SmallVAE(), batches(), ckpt_path=tmp_path / "broken.ckpt", weights_only=True)
+            again.fit(SmallVAE(), batches(), ckpt_path=tmp_path / "broken.ckpt", **loading())
         assert monitor.evaluations == len(monitor.session.history.curves("cms")["image"].values) == 2
         assert stopping.judge.evaluations == {"cms": 2}
 
@@ -178,7 +178,7 @@ class TestAnotherFit:
         own.save_checkpoint(tmp_path / "a.ckpt")
         monitor = cms()
         fine = trainer(monitor, max_epochs=5)
-        fine.fit(SmallVAE(), inverted(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+        fine.fit(SmallVAE(), inverted(), ckpt_path=tmp_path / "a.ckpt", **loading())
         assert monitor.evaluations == 3
         logged = float(fine.callback_metrics["gendiag/cms/image"])
         assert logged == pytest.approx(self.similarity(monitor, -digits(8)[0][:64]), abs=1e-5)

@@ -47,7 +47,7 @@ from tests.helpers.denoisers import (
 )
 from tests.helpers.logs import events
 from tests.helpers.models import SmallVAE, TinyGAN
-from tests.helpers.running import batches, state_after_training, trainer
+from tests.helpers.running import batches, loading, state_after_training, trainer
 
 
 def updates(count: int = 10, n: int = 24) -> list[dict[str, Any]]:
@@ -443,7 +443,7 @@ def test_a_resumed_run_keeps_its_bands(tmp_path: Any) -> None:
     own.fit(Flow(), batches(8))
     own.save_checkpoint(tmp_path / "run.ckpt")
     monitor = TimestepLossMonitor(on_error="raise")
-    trainer(monitor, max_epochs=3).fit(Flow(), batches(8), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+    trainer(monitor, max_epochs=3).fit(Flow(), batches(8), ckpt_path=tmp_path / "run.ckpt", **loading())
     assert monitor.evaluations == 3
     assert first.result is not None
     assert monitor.result is not None

@@ -27,7 +27,7 @@ from lightning_gendiag.model.batches import Images
 from lightning_gendiag.plots.canvas import Occasion
 from tests.helpers.cases import Case
 from tests.helpers.models import TinyGAN
-from tests.helpers.running import state_after_training, trainer
+from tests.helpers.running import loading, state_after_training, trainer
 
 IMAGES, LABELS = digits(8)
 
@@ -388,7 +388,7 @@ def test_it_resumes_with_the_first_images_of_the_run(tmp_path: Any) -> None:
     own.save_checkpoint(tmp_path / "last.ckpt")
     monitor = TrainingDataMonitor(on_error="raise")
     trainer(monitor, max_epochs=3).fit(
-        TinyGAN(), loader(IMAGES[WITHOUT], LABELS[WITHOUT]), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        TinyGAN(), loader(IMAGES[WITHOUT], LABELS[WITHOUT]), ckpt_path=tmp_path / "last.ckpt", **loading()
     )
     assert "class 3 has not been" in monitor.moved
 

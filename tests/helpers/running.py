@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,11 @@ def trainer(*callbacks: Any, **options: Any) -> Trainer:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*available but not used.*")
         return Trainer(callbacks=list(callbacks), **options)
+
+
+def loading(weights_only: bool = True) -> dict[str, Any]:
+    """Returns how ``Trainer.fit`` loads a checkpoint; Lightning before 2.6 cannot be asked to load plain values only."""
+    return {"weights_only": weights_only} if "weights_only" in signature(Trainer.fit).parameters else {}
 
 
 class Numbers(Callback):
