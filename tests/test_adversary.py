@@ -426,7 +426,7 @@ def test_scaled_gradients_are_read_as_optimizers_use_them() -> None:
     assert compat.gradient_scale(own, optimizer) == own.precision_plugin.scaler.get_scale() > 1000
     reader = GradientReader({"generator": [weight := nn.Parameter(torch.zeros(2))]})
     weight.grad = torch.tensor([3.0, 4.0])
-    reader.read(torch.optim.SGD([weight], 0.1), scale=10.0)
+    reader.read(torch.optim.SGD([weight], 0.1), lambda: 10.0)
     assert reader.norms("generator").tolist() == [0.5]
 
 

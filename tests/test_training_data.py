@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 from benchmarks.training_data import run
 from example_models.data import digits
 from lightning_gendiag import CollapseStopping, GenerativeDiagnostics, TrainingData, TrainingDataMonitor
+from lightning_gendiag.diagnostics.training_data import monitor as monitors
 from lightning_gendiag.diagnostics.training_data import plots
 from lightning_gendiag.diagnostics.training_data.functional import (
     cell_statistics,
@@ -362,6 +364,22 @@ def test_evaluations_by_steps_see_every_batch_between_them() -> None:
     trainer(monitor, max_epochs=3).fit(TinyGAN(), loader(IMAGES[:640], LABELS[:640]))
     # the reference is there after an epoch of 10 batches
     assert seen == [14 * 64, 7 * 64, 7 * 64]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
+def test_of_batches_that_take_too_long_to_look_at_only_some_are(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(monitors, "LOOKING", 0.0)
+    monkeypatch.setattr(monitors, "LOOKING_SECONDS", seconds)
+    monkeypatch.setattr(monitors, "MORE_ROWS", 12)
+    monitor = TrainingDataMonitor(max_overhead=0.9, on_error="raise")
+    own = trainer(monitor, max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    own.fit(Loaded(loader(IMAGES, LABELS), loader(IMAGES[WITHOUT], LABELS[WITHOUT])))
+    looked = " that were looked at" if seconds == 0 else ""
+    assert re.match(rf"class 3 has not been in the last [\d,]+ training images{looked}, of which", monitor.moved)
+    assert monitor.result is not None
+    batches, skipped = int(monitor.result.batches[0]), int(monitor.result.skipped)
+    # of 26 batches
+    assert (batches, skipped) == ((12, 14) if seconds == 0 else (26, 0))
 
 
 class Failing(TrainingDataMonitor):

@@ -69,6 +69,7 @@ class Session:
         self.schedule = Schedule(trainer)
         self._subject: Subject | None = None
         self._views: dict[ModelAdapter, ModelView] = {}
+        self._chosen: dict[Monitor[Any, Any], ModelView] = {}
         self._unreadable: dict[ModelAdapter, Exception] = {}
         self._batches = 0
         self._evaluated_at: dict[str, int] = {}
@@ -93,11 +94,12 @@ class Session:
             # a second fit: who takes part says so again
             self._ended = False
             self.monitors, self.listeners, self.stopper, self.automatic = [], [], None, False
+            self._chosen = {}
             for view in self._views.values():
                 view.real.doubt()
         if self._subject is None or self._subject.trained is not module:
             self._subject = Subject(module, self.trainer)
-            self._views, self.history, self._evaluated_at = {}, History(), {}
+            self._views, self._chosen, self.history, self._evaluated_at = {}, {}, History(), {}
 
     def join(self, monitor: Monitor[Any, Any]) -> None:
         """Adds a monitor.
@@ -115,11 +117,13 @@ class Session:
                 f"To fix this, pass {type(monitor).__name__}(name=...)."
             )
         self.monitors.append(monitor)
+        self._chosen = {}
 
     def leave(self, monitor: Monitor[Any, Any]) -> None:
         """Removes a monitor that cannot work here."""
         if monitor in self.monitors:
             self.monitors.remove(monitor)
+            self._chosen = {}
 
     def end(self) -> None:
         """Ends the fit: lets callbacks of others go on as they were."""
@@ -146,6 +150,11 @@ class Session:
 
     def view_of(self, monitor: Monitor[Any, Any]) -> ModelView:
         """Returns the view of a monitor: of its adapter, or of the first one that another monitor was given."""
+        if monitor not in self._chosen:
+            self._chosen[monitor] = self._choose_view(monitor)
+        return self._chosen[monitor]
+
+    def _choose_view(self, monitor: Monitor[Any, Any]) -> ModelView:
         adapter = monitor.adapter or next((m.adapter for m in self.monitors if m.adapter), None)
         if adapter is None:
             adapter = self.default_adapter = self.default_adapter or ModelAdapter()
@@ -210,7 +219,8 @@ class Session:
         if not self._defined:
             self._defined = True
             self._define_keys()
-        if compat.has_stepped(self.trainer):
+        by_steps = any(monitor.every_n_train_steps is not None for monitor in self.monitors)
+        if by_steps and compat.has_stepped(self.trainer):
             self._evaluate(compat.batch_step(self.trainer, epoch_over=False), epoch_over=False)
 
     def on_train_epoch_end(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,12 +32,12 @@ class GradientReader:
         self._groups = {id(p): name for name, tensors in weights.items() for p in tensors}
         self._trained: WeakKeyDictionary[torch.optim.Optimizer, dict[str, list[Tensor]]] = WeakKeyDictionary()
 
-    def read(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
+    def read(self, optimizer: torch.optim.Optimizer, scale: Callable[[], float] = lambda: 1.0) -> None:
         """Notes a step that an optimizer is about to take.
 
         Args:
             optimizer: The optimizer.
-            scale: By which the gradients are still multiplied.
+            scale: Returns the factor by which the gradients are still multiplied.
         """
         trained = self._trained.get(optimizer)
         if trained is None:
@@ -52,7 +52,7 @@ class GradientReader:
             if self._since[name] & (self._since[name] - 1) == 0:
                 norm = norm_of(p.grad for p in tensors)
                 if norm is not None:
-                    self._norms[name].append(norm / scale)
+                    self._norms[name].append(norm / scale())
 
     def norms(self, name: str) -> Tensor:
         """Returns the newest norms (n,) of a group in float64, n up to 6; inf and nan where gradients are."""

@@ -206,7 +206,7 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         """Reads the norms of gradients at some steps."""
         if self._gradients is not None and self.enabled:
             started = time.monotonic()
-            self._gradients.read(optimizer, compat.gradient_scale(trainer, optimizer))
+            self._gradients.read(optimizer, lambda: compat.gradient_scale(trainer, optimizer))
             if self.max_overhead is not None:
                 self.session.schedule.budget.note(time.monotonic() - started)
 

@@ -228,6 +228,8 @@ class TrainingDataResult(NamedTuple):
     """(K,) number of images since each class was last seen, before these batches; nan where it is not known"""
     confidence: Tensor
     """() probability that nothing is wrongly said to have moved, over all tests together"""
+    skipped: Tensor
+    """() number of batches since the last evaluation that were not looked at, to save time"""
 
     # ---- names ----
 
@@ -240,6 +242,10 @@ class TrainingDataResult(NamedTuple):
     def noun(self) -> str:
         """What the data are called."""
         return {2: "series", 3: "images", 4: "volumes"}.get(len(self.shape), "rows")
+
+    @property
+    def _watched(self) -> str:
+        return f"training {self.noun}{' that were looked at' if float(self.skipped) else ''}"
 
     # ---- the tests ----
 
@@ -444,9 +450,7 @@ class TrainingDataResult(NamedTuple):
             ("became frequent", [c for c in classes if float(changes[c]) > 0]),
         ):
             parts += [f"{listed([str(c) for c in some], 12)} {verb}"] if some else []
-        return f"the classes of the last {int(self.classes[0].sum()):,} training {self.noun} changed: " + "; ".join(
-            parts
-        )
+        return f"the classes of the last {int(self.classes[0].sum()):,} {self._watched} changed: " + "; ".join(parts)
 
     def class_words(self, label: int) -> str:
         """Returns what happened to one class."""
@@ -454,11 +458,11 @@ class TrainingDataResult(NamedTuple):
         if float(self.classes[0, label]) == 0:
             unseen = int(total + self.absent.nan_to_num(0.0)[label])
             return (
-                f"class {label} has not been in the last {unseen:,} training {self.noun}, of which {unseen * share:,.0f} "
+                f"class {label} has not been in the last {unseen:,} {self._watched}, of which {unseen * share:,.0f} "
                 "were expected"
             )
         return (
-            f"class {label} is {float(self.share[0, label]):.1%} of the last {int(total):,} training {self.noun}, and was "
+            f"class {label} is {float(self.share[0, label]):.1%} of the last {int(total):,} {self._watched}, and was "
             f"{share:.1%}"
         )
 

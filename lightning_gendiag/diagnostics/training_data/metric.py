@@ -99,6 +99,7 @@ class TrainingData(Diagnostic):
     classes: Tensor
     class_batch_squares: Tensor
     label_batches: Tensor
+    skipped: Tensor
     hashes: list[Tensor]
     first_hashes: list[Tensor]
     low: Tensor
@@ -120,7 +121,7 @@ class TrainingData(Diagnostic):
         self.most, self.confidence, self.grid = rows, confidence, grid_of(self.shape)
         pair, cells, classes = (2,), (2, 3, math.prod(self.grid)), (2, MAX_CLASSES + 1)
         self.add_sums(
-            images=pair, batches=pair, invalid_images=pair, rows_seen=pair, within=pair, label_batches=pair,
+            images=pair, batches=pair, invalid_images=pair, rows_seen=pair, within=pair, label_batches=pair, skipped=(),
             edges=(2, 2), edge_squares=(2, 2), edge_batch_squares=(2, 2),
             cells=cells, cell_squares=cells, cell_batch_squares=cells, classes=classes, class_batch_squares=classes,
         )  # fmt: skip
@@ -274,6 +275,7 @@ class TrainingData(Diagnostic):
             first_hashes=first_hashes,
             absent=self.images.new_full((count,), math.nan),
             confidence=self.images.new_tensor(self.confidence),
+            skipped=self.skipped,
         )
 
     def _finite_hashes(self, name: str) -> Tensor:

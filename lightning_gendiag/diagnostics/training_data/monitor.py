@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ HELD_NUMBERS = {"cpu": 1 << 19}
 
 HELD_ON_OTHERS = 1 << 22
 """The same on other kinds, where the number of calls counts."""
+
+LOOKING, LOOKING_SECONDS = 0.1, 0.05
+"""Part of the limit of the time, and seconds beside it, within which all batches are looked at; of more, some are not."""
 
 LEAST_FIRST = 256
 """Number of images from which on the first ones of the run are complete."""
@@ -90,7 +94,8 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
             raise ValueError(f"rows must be at least 1, got {rows}.")
         self.rows = rows
         self._held: list[Glance] = []
-        self._numbers = self._batches = self._since_evaluation = 0
+        self._numbers = self._batches = self._since_evaluation = self._skipped = 0
+        self._looking = 0.0
 
     @property
     def moved(self) -> str:
@@ -105,16 +110,36 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
     def prepare(self) -> None:
         """Takes over a checkpoint's state, and forgets batches of a fit before this one."""
         self._watched, self._held = None, []
-        self._numbers = self._batches = self._since_evaluation = 0
+        self._numbers = self._batches = self._since_evaluation = self._skipped = 0
+        # as for the time that may be spent, of this fit
+        self._looking = 0.0
         super().prepare()
 
     # ---- between two evaluations ----
 
     def see(self, view: ModelView, data: Images) -> None:
-        """Keeps some images of a batch and all labels; they are measured together with those of other batches."""
+        """Keeps some images of a batch and all labels; they are measured together with those of other batches.
+
+        Where that takes more than a part of the limit of the time, it is done for fewer batches.
+        """
         images, labels = data
         if not len(images):
             return
+        if self._since_evaluation >= MORE_ROWS and not self._has_time():
+            self._skipped += 1
+            return
+        started = time.monotonic()
+        self._look(view, images, labels)
+        self._looking += time.monotonic() - started
+
+    def _has_time(self) -> bool:
+        """Whether looking at batches has taken no more than its part of the limit."""
+        if self.max_overhead is None:
+            return True
+        training = self.session.schedule.budget.training
+        return self._looking <= LOOKING_SECONDS + LOOKING * self.max_overhead * training
+
+    def _look(self, view: ModelView, images: Tensor, labels: Tensor | None) -> None:
         if self._watched is None:
             self._watched = TrainingData(images.shape[1:], rows=self.rows).to(images.device)
         if images.ndim < 2 or grid_of(images.shape[1:]) != self._watched.grid:
@@ -151,6 +176,8 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
         if self._watched is not None and self._watched.update_called:
             self.metric.merge_state(self._watched.to(view.device))
             self._watched.reset()
+        self.metric.accumulate(skipped=self._skipped)
+        self._skipped = 0
         if self.first is not None and view.is_global_zero:
             self.metric.add_first(self.first)
 
