@@ -238,11 +238,20 @@ def summary(runs: Sequence[Run], **options: Any) -> tuple[dict[str, float], list
         wrong += [f"{run['family']} {run['data']} {run['seed']}: {alarm.diagnostic}: {alarm}" for alarm in alarms]
         faults += judged
     regional = [one for one in faults if one.about == "region"]
+    parts = [one for one in faults if one.about in ("class", "dimension")]
+    others = [one for one in faults if one.about not in ("region", "class", "dimension")]
     figures = {
+        "runs": len(runs),
+        "runs_with_faults": len({one.run for one in faults}),
+        "evaluations": sum(len(run["healthy"]["loss"]) for run in runs),
+        "wrong_alarms": len(wrong),
+        "runs_with_wrong_alarms": stopped,
         "regional_found": mean(one.found for one in regional),
         "regional_named": mean(one.named for one in regional),
         "regional_iou": middle(one.overlap for one in regional),
-        "named": mean(one.named for one in faults if one.about in ("class", "dimension")),
+        "parts_found": mean(one.found for one in parts),
+        "named": mean(one.named for one in parts),
+        "others_found": mean(one.found for one in others),
         "false_alarms": len(wrong) / len(runs),
         "healthy_stopped": stopped / len(runs),
         "delay": middle(one.delay for one in regional if "decaying" not in one.fault),

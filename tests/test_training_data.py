@@ -367,7 +367,9 @@ def test_evaluations_by_steps_see_every_batch_between_them() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e6])
-def test_of_batches_that_take_too_long_to_look_at_only_some_are(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+def test_of_batches_that_take_too_long_to_look_at_only_some_are(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
     monkeypatch.setattr(monitors, "LOOKING", 0.0)
     monkeypatch.setattr(monitors, "LOOKING_SECONDS", seconds)
     monkeypatch.setattr(monitors, "MORE_ROWS", 12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -291,10 +291,9 @@ def lines(healthy: Sequence[Healthy], faulty: Sequence[Faulty], verbose: bool) -
     yield f"{'healthy runs':28s} {'stopped':26s} {'wrongly stopped':26s} {'with a wrong alarm':26s}"
     groups: dict[str, list[Healthy]] = {"all": list(healthy)}
     for one in healthy:
-        kind, spacing = one.run["kind"], one.run["spacing"]
+        kind = one.run["kind"]
         groups.setdefault(kind + (" (new kind)" if KINDS[kind].held_out else ""), []).append(one)
-        low = next(low for low in (50, 25, 12, 0) if spacing >= low)
-        groups.setdefault(f"spacing of {low} or more steps", []).append(one)
+        groups.setdefault(f"spacing of {spacing_of(one)} or more steps", []).append(one)
     for name in sorted(groups, key=lambda name: (name != "all", name)):
         some = groups[name]
         stops, wrong = share(one.stopped is not None for one in some), share(one.wrongly_stopped for one in some)
@@ -330,6 +329,19 @@ def lines(healthy: Sequence[Healthy], faulty: Sequence[Faulty], verbose: bool) -
         yield f"{name:36s} {stopped:28s} {share(fault.baselines[name] for fault in counted):28s}"
 
 
+def spacing_of(one: Healthy) -> int:
+    """Returns the least number of steps between evaluations in the group of a run."""
+    return next(low for low in (50, 25, 12, 0) if one.run["spacing"] >= low)
+
+
+def tally(healthy: Sequence[Healthy], group: Callable[[Healthy], str]) -> dict[str, tuple[int, int]]:
+    """Returns for each group the number of runs with a wrong alarm, and of all runs."""
+    groups: dict[str, list[bool]] = {}
+    for one in healthy:
+        groups.setdefault(group(one), []).append(bool(one.wrong))
+    return {name: (sum(flags), len(flags)) for name, flags in sorted(groups.items())}
+
+
 def counts(one: Faulty) -> bool:
     """Returns whether a fault counts: some do only where what is generated got worse."""
     return one.visible or one.from_start or not FAULTS[one.fault].if_changed
@@ -354,12 +366,20 @@ def figures(healthy: Sequence[Healthy], faulty: Sequence[Faulty]) -> dict[str, A
     }
     best = max(shares.values(), key=lambda pair: pair[1] - pair[0], default=(math.nan, math.nan))
     delays = [one.delay for one in later if one.found]
+    stopped = [one.stopped is not None for one in healthy]
+    wrong = [bool(one.wrong) for one in healthy]
     return {
         "healthy_runs": len(healthy),
-        "stopped": mean(one.stopped is not None for one in healthy),
+        "kinds": len({one.run["kind"] for one in healthy}),
+        "stopped_runs": sum(stopped),
+        "stopped": mean(stopped),
+        "stopped_bounds": bounds(sum(stopped), len(healthy)),
         "wrongly_stopped": mean(one.wrongly_stopped for one in healthy),
         "wrong_alarms": sum(len(one.wrong) for one in healthy),
-        "runs_with_wrong_alarms": mean(bool(one.wrong) for one in healthy),
+        "runs_with_wrong_alarms": mean(wrong),
+        "wrong_bounds": bounds(sum(wrong), len(healthy)),
+        "wrong_by_spacing": tally(healthy, lambda one: str(spacing_of(one))),
+        "wrong_by_kind": tally(healthy, lambda one: one.run["kind"]),
         "called_unhealthy": mean(one.state == "unhealthy" for one in healthy),
         "by_chance": mean(one.late[start] for one in healthy for start in (EARLY, LATE)),
         "faults": len(later),
@@ -369,8 +389,14 @@ def figures(healthy: Sequence[Healthy], faulty: Sequence[Faulty]) -> dict[str, A
         "data_faults": len(data),
         "data_found": mean(one.as_data for one in data),
         "start_faults": len(start),
+        "start_faults_found": sum(one.found for one in start),
+        "start_kind_least": min(
+            (mean(kind) for name in FROM_THE_START if (kind := [one.found for one in start if one.fault == name])),
+            default=math.nan,
+        ),
         "start_found": mean(one.found for one in start),
         "delay": statistics.median(delays) if delays else math.nan,
+        "baselines": list(shares.values()),
         "baseline_stopped": best[0],
         "baseline_found": best[1],
     }
@@ -405,4 +431,12 @@ def judge(runs: Iterable[Record], verbose: bool = False) -> dict[str, Any]:
 
 def as_line(found: dict[str, Any]) -> str:
     """Returns figures as one line of JSON."""
-    return json.dumps({name: None if value != value else round(value, 4) for name, value in found.items()})
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: rounded(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [rounded(part) for part in value]
+        return None if value != value else round(value, 4)
+
+    return json.dumps(rounded(found))

@@ -1,0 +1,100 @@
+"""Sentences of the pages with figures that scripts have measured.
+
+``{overhead.evaluations}`` stands for a number of ``benchmarks/outputs/overhead.json``, the line of JSON with which
+``python -m benchmarks.overhead --json`` ends. After a colon stands how the page shows it: ``.1%`` as a share in per cent with
+one decimal, ``.1p`` as that without the sign, ``word`` as a word, ``.2f`` as by ``format``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+OUTPUTS = ROOT / "benchmarks" / "outputs"
+WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+SENTENCES: dict[str, tuple[str, ...]] = {
+    "README.md": (
+        "judges {planted_faults.runs} recorded runs of the four example models",
+        "In {planted_faults.runs_with_faults} of them one fault after another",
+        "| nothing: {planted_faults.runs} healthy runs, {planted_faults.evaluations} evaluations | "
+        "{planted_faults.wrong_alarms:word} false alarms, in {planted_faults.runs_with_wrong_alarms:word} runs |",
+        "replaced by noise | {planted_faults.regional_found:.1%}, within three evaluations if the fault is sudden | median "
+        "overlap with the planted region {planted_faults.regional_iou:.2f} (intersection over union) |",
+        "or encoded as one | {planted_faults.parts_found:.0%} | {planted_faults.named:.0%} |",
+        "KL term of 10,000 | {planted_faults.parts_found:.0%} | {planted_faults.named:.0%} |",
+        "a weight that is nan | {planted_faults.others_found:.0%} | |",
+        "Of {zoo.healthy_runs} healthy runs, {zoo.stopped_runs:word} was stopped (95 % bounds: {zoo.stopped_bounds.0:.0p} to "
+        "{zoo.stopped_bounds.1:.0%}); {zoo.runs_with_wrong_alarms:.1%} ({zoo.wrong_bounds.0:.0p} to {zoo.wrong_bounds.1:.0%}) "
+        "raised an alarm that the classifier calls wrong. Of {zoo.faults} faults, {zoo.found:.0%} were found.",
+        "it found {defaults.models.all.found:.0%} of {defaults.models.all.faults} faults, {defaults.models.all.within_3:.0%} "
+        "within three evaluations; the median delay was {defaults.models.all.seconds:.1f} s of training",
+    ),
+    "docs/alarms.md": (
+        "| nothing: {planted_faults.runs} healthy runs, {planted_faults.evaluations} evaluations | "
+        "{planted_faults.wrong_alarms:word} false alarms, in {planted_faults.runs_with_wrong_alarms:word} runs |",
+        "| healthy runs | {zoo.healthy_runs} |",
+        "| stopped; stopped although the referee sees nothing worse | {zoo.stopped:.1%} ({zoo.stopped_bounds.0:.0p} to "
+        "{zoo.stopped_bounds.1:.0%}); {zoo.wrongly_stopped:.1%} |",
+        "| with an alarm that the referee calls wrong | {zoo.runs_with_wrong_alarms:.1%} ({zoo.wrong_bounds.0:.0p} to "
+        "{zoo.wrong_bounds.1:.0%}) |",
+        "50 to 100 steps | {zoo.wrong_by_spacing.0.0} of {zoo.wrong_by_spacing.0.1}, {zoo.wrong_by_spacing.12.0} of "
+        "{zoo.wrong_by_spacing.12.1}, {zoo.wrong_by_spacing.25.0} of {zoo.wrong_by_spacing.25.1}, "
+        "{zoo.wrong_by_spacing.50.0} of {zoo.wrong_by_spacing.50.1} |",
+        "| faults in training found; named | {zoo.found:.1%} of {zoo.faults}; {zoo.named:.1%} |",
+        "| faults of the data named as such | {zoo.data_found:.1%} of {zoo.data_faults} |",
+        "| evaluations until the alarm, median | {zoo.delay:.0f} |",
+        "| wrong from the start, found | {zoo.start_faults_found} of {zoo.start_faults}, of each of six kinds "
+        "{zoo.start_kind_least:.0p} to 100 % |",
+        "**{planted_faults.regional_found:.1%}** | median overlap with the planted region {planted_faults.regional_iou:.2f} ",
+        "| `CollapseStopping` | {planted_faults.regional_found:.1%} | {planted_faults.runs_with_wrong_alarms} of "
+        "{planted_faults.runs} with an alarm |",
+        "| {planted_faults.baseline_found:.0%} | {planted_faults.baseline_false_alarms:.0%} |",
+    ),
+    "docs/costs.md": (
+        *(
+            f"{{defaults.models.{model}.within_3:.0%}} | {{defaults.models.{model}.named:.0%}} | "
+            f"{{defaults.models.{model}.seconds:.1f}} | {{defaults.models.{model}.evaluations:.0f}}, "
+            f"{{defaults.models.{model}.samples:.0f}} |"
+            for model in ("gan", "vae", "flow", "diffusion")
+        ),
+        "| all | {defaults.models.all.found:.0%} of {defaults.models.all.faults} | {defaults.models.all.within_3:.0%} | "
+        "{defaults.models.all.named:.0%} | {defaults.models.all.seconds:.1f} | {defaults.models.all.evaluations:.0f} |",
+    ),
+}
+"""By page; line breaks of a page count as spaces."""
+
+
+@cache
+def output(name: str) -> Any:
+    """Returns what a script has measured."""
+    return json.loads((OUTPUTS / f"{name}.json").read_text())
+
+
+def in_words(path: str, spec: str) -> str:
+    """Returns a number of an output as a page shows it."""
+    name, *parts = path.split(".")
+    value = output(name)
+    for part in parts:
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    if spec == "word":
+        return WORDS[value]
+    if spec.endswith("p"):
+        return f"{100 * value:{spec[:-1]}f}"
+    if spec.endswith("%"):
+        return f"{100 * value:{spec[:-1]}f} %"
+    return f"{value:{spec or ',d'}}"
+
+
+def sentence(template: str) -> str:
+    """Returns a sentence with its figures."""
+    return re.sub(r"\{([\w.]+)(?::([^}]*))?\}", lambda match: in_words(match[1], match[2] or ""), template)
+
+
+def text_of(page: str) -> str:
+    """Returns the text of a page with spaces for line breaks."""
+    return " ".join((ROOT / page).read_text().split())
