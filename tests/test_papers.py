@@ -52,7 +52,7 @@ def test_a_page_has_a_table_for_each_part_of_its_record(name: str) -> None:
 @every_study
 def test_measured_numbers_of_a_page_stand_in_its_tables_only(name: str) -> None:
     prose = re.sub(r"^\|.*$", "", (PAGES / f"{name}.md").read_text(), flags=re.M)
-    prose = re.sub(r"arXiv \d+\.\d+|arxiv\.org/abs/\d+\.\d+", "", prose)
+    prose = re.sub(r"arXiv\s\d+\.\d+|arxiv\.org/abs/\d+\.\d+", "", prose)
     assert not re.findall(r"\d+\.\d+|\d %", prose)
 
 

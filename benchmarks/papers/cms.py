@@ -199,20 +199,16 @@ def _at(position: float) -> str:
     return f"{position:.0f}" if position < math.inf else "none"
 
 
-def hybrids(real: Tensor, regions: RegionMap, share: float, generator: torch.Generator) -> Tensor:
+def hybrids(images: Tensor, regions: RegionMap, share: float, seed: int) -> Tensor:
     """Returns images whose regions come each from an image of its own, but for a share that is left as it is."""
-    n = len(real)
+    generator = torch.Generator().manual_seed(seed)
+    n = len(images)
     whole = torch.rand(n, generator=generator) < share
-    images = torch.zeros_like(real)
+    mixed = torch.zeros_like(images)
     for r in range(regions.num_regions):
         source = torch.where(whole, torch.arange(n), torch.randperm(n, generator=generator))
-        images = torch.where(regions.mask(r), real[source], images)
-    return images
-
-
-def broken(images: Tensor, mask: Tensor) -> Tensor:
-    """Returns images that are blurred inside a mask."""
-    return torch.where(mask, F.avg_pool2d(images, 5, 1, 2, count_include_pad=False), images)
+        mixed = torch.where(regions.mask(r), images[source], mixed)
+    return mixed
 
 
 def dependence(seed: int) -> Part:
@@ -223,14 +219,16 @@ def dependence(seed: int) -> Part:
         images = images_of(name)[:800]
         regions = find_regions(images, 5, progress=False)
         for share in (0.0, 0.5, 1.0):
-            generator = torch.Generator().manual_seed(seed)
-            mixed = hybrids(images, regions, share, generator)
+            mixed = hybrids(images, regions, share, seed)
             real, generated = mixed[:400], mixed[400:]
-            everywhere = torch.ones_like(regions.mask(0))
-            before = cosine_mean_similarity(generated, real, regions)
-            whole = cosine_mean_similarity(broken(generated, everywhere), real, regions)
+            # each image is blurred before it is mixed, so that no region holds anything of another one's image
+            blurred = hybrids(F.avg_pool2d(images, 5, 1, 2, count_include_pad=False), regions, share, seed)[400:]
+            before, whole = (cosine_mean_similarity(x, real, regions) for x in (generated, blurred))
             candidates = [r for r in range(5) if r != regions.background]
-            harmed = [cosine_mean_similarity(broken(generated, regions.mask(r)), real, regions) for r in candidates]
+            harmed = [
+                cosine_mean_similarity(torch.where(regions.mask(r), blurred, generated), real, regions)
+                for r in candidates
+            ]
             falls = [(before.regions / one.regions).log() for one in harmed]
             right = sum(int(fall.argmax()) == r for r, fall in zip(candidates, falls, strict=True))
             one_by_one = statistics.mean(abs(float(one.residual)) for one in harmed)
