@@ -23,8 +23,8 @@ from tests.helpers import scalar_table
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(lightning_gendiag.__file__).parent
 NAMES = ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")
-PAGES = [ROOT / f"{name}.md" for name in NAMES] + sorted((ROOT / "docs").glob("*.md"))
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+PAGES = [ROOT / f"{name}.md" for name in NAMES] + sorted((ROOT / "docs").rglob("*.md"))
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 every_monitor = pytest.mark.parametrize("monitor", MONITORS, ids=lambda monitor: monitor.name)
 
 

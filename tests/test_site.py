@@ -70,8 +70,10 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (package / "callbacks" / "monitor.py").write_text("class Monitor:\n    pass\n")
     shutil.copy(ROOT / "mkdocs.yml", folder)
     shutil.copytree(DOCS / "site", docs / "site")
-    for page in DOCS.glob("*.md"):
-        (docs / page.name).write_text("\n\n".join(re.findall(r"^#+ .*$", page.read_text(), re.M)))
+    for page in DOCS.rglob("*.md"):
+        copied = docs / page.relative_to(DOCS)
+        copied.parent.mkdir(exist_ok=True)
+        copied.write_text("\n\n".join(re.findall(r"^#+ .*$", page.read_text(), re.M)))
     section = (DOCS / "index.md").read_text().split("\n## Guides to the diagnostics\n")[1].split("\n## ")[0]
     (docs / "index.md").write_text(f"# Overview\n\n## Guides to the diagnostics\n{section}")
     for name in GENERATED.values():
@@ -84,7 +86,7 @@ def test_each_page_has_one_place_in_the_navigation() -> None:
     settings = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)
     pages = [page for page in navigation(settings["nav"]) if not page.startswith("https://")] + rows_of_guides()
     assert len(pages) == len(set(pages))
-    assert {page.name for page in DOCS.glob("*.md")} | set(GENERATED) == set(pages)
+    assert {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} | set(GENERATED) == set(pages)
     assert all((ROOT / source).exists() for source in GENERATED.values())
 
 
@@ -92,7 +94,7 @@ def test_each_diagnostic_has_a_row_in_the_overview() -> None:
     assert {f"{scalar_table.guide_of(monitor)}.md" for monitor in MONITORS} <= set(rows_of_guides())
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_the_formulae_of_a_page_are_closed(page: Path) -> None:
     text = page.read_text()
     blocks = re.findall(r"^```math\n(.*?)^```$", text, re.M | re.S)

@@ -6,6 +6,7 @@ MkDocs calls the functions that are named ``on_...``. The pages stay plain Markd
 from __future__ import annotations
 
 import ast
+import posixpath
 import re
 from html import unescape
 from pathlib import Path
@@ -113,12 +114,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path, anchor = match[1], match[2] or ""
         if inside:
             path = path.removeprefix("docs/") if path.startswith("docs/") else f"../{path}"
-        if not path.startswith("../"):
+        # relative to the folder of the pages
+        folder = posixpath.dirname(page.file.src_uri)
+        target = posixpath.normpath(posixpath.join(folder, path))
+        if not target.startswith("../"):
             return f"]({path}{anchor})"
-        path = path.removeprefix("../")
-        if not (ROOT / path).exists():
-            raise PluginError(f"{page.file.src_uri} links to {path}, which does not exist")
-        return f"]({own.get(path) or f'{REPOSITORY}/blob/main/{path}'}{anchor})"
+        target = target.removeprefix("../")
+        if not (ROOT / target).exists():
+            raise PluginError(f"{page.file.src_uri} links to {target}, which does not exist")
+        if target in own:
+            return f"]({posixpath.relpath(own[target], folder or '.')}{anchor})"
+        return f"]({REPOSITORY}/blob/main/{target}{anchor})"
 
     if page.file.src_uri.startswith("api/"):
         return markdown
