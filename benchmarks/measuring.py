@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.benchmark import Timer
 
+A = TypeVar("A")
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -78,6 +79,26 @@ def in_own_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     """Returns what a function of a module returns in a new process, so that its peak memory is its own."""
     with ProcessPoolExecutor(1, mp.get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def computed(function: Callable[[A], T], items: Sequence[A], jobs: int) -> Iterator[T]:
+    """Yields what a function of a module returns for each item, in their order.
+
+    Args:
+        function: What each item is given to.
+        items: Which must be pickled where there are several processes.
+        jobs: Number of processes that compute, in one thread each.
+    """
+    if jobs == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from map(function, items)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    with ProcessPoolExecutor(jobs, mp.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(function, items)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import defaults
+from benchmarks import defaults, round_trip
 from benchmarks.gpu import Recording, main
 
 
@@ -65,3 +65,34 @@ def test_faults_that_are_not_found_delay_for_ever() -> None:
     assert power.seconds == 8.0
     assert math.isnan(power.seconds_90)
     assert defaults.figures([run])["power"]["planned"]["seconds_90"] is None
+
+
+def test_runs_of_round_trips_are_counted() -> None:
+    def ran(name: str, delay: float, is_named: bool = True, is_early: bool = False, alarms: int = 1) -> Any:
+        return round_trip.Outcome(name, 0, is_early, delay, is_named, ["an alarm"] * alarms, 11, 1.0)
+
+    first, second, *_ = round_trip.FAILURES
+    healthy = next(iter(round_trip.HEALTHY))
+    outcomes = [
+        ran(first, 3), ran(first, 5, is_named=False), ran(first, 4, is_early=True), ran(second, math.inf, False),
+        ran(healthy, math.inf, False, alarms=0), ran(healthy, 2.0, False, alarms=3),
+    ]  # fmt: skip
+    figures = round_trip.summary(outcomes)
+    assert figures["failures"] == {
+        first: {"runs": 3, "found": 2, "named": 1, "delay": 4},
+        second: {"runs": 1, "found": 0, "named": 0, "delay": None},
+    }
+    assert figures["healthy"] == {healthy: {"runs": 2, "alarms": 1, "evaluations": 22}}
+    assert sum("2 of 3" in line and "1 of 3" in line for line in round_trip.lines(figures)) == 1
+    assert json.loads(json.dumps(figures)) == figures
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_the_benchmark_of_round_trips_measures_the_delay_of_a_failure(
+    capsys: pytest.CaptureFixture[str], jobs: str
+) -> None:
+    round_trip.main(["--seeds", "1", "--only", "of the whole", "--jobs", jobs, "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # three evaluations confirm it
+    expected = {"runs": 1, "found": 1, "named": 1, "delay": 3}
+    assert found == {"failures": {"log-determinant with the wrong sign, of the whole": expected}, "healthy": {}}

@@ -122,6 +122,52 @@ def test_two_processes_watch_all_training_data_and_agree_on_what_moved(tmp_path:
 
 
 @pytest.fixture(scope="module")
+def flows(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What one process, and then each of two, report of flows that invert themselves or not."""
+    folder = tmp_path_factory.mktemp("flows")
+    return [r for n in (1, 2) for r in reports("flow_on_two", folder / str(n), processes=n)]
+
+
+class TestFlows:
+    @pytest.mark.parametrize("fault", ["", "shift", "sign"])
+    def test_the_inverse_and_the_volume_of_a_flow_are_the_same_on_one_and_two_processes(
+        self, flows: list[Any], fault: str
+    ) -> None:
+        single, one, two = (report[fault] for report in flows)
+        assert one == two
+        # layers are judged by the worst rows of each process, which are others on two
+        whole = {name for name in single["scalars"] if not name.startswith("layer_")}
+        assert whole == {"data_error", "latent_error", "noise_error", "invalid", "condition", "log_det_error"}
+        for name in whole:
+            assert one["scalars"][name] == pytest.approx(single["scalars"][name], rel=1e-4, abs=1e-6), name
+
+    @pytest.mark.parametrize(
+        ("fault", "words"),
+        [
+            ("shift", ("does not return data that it encodes", "self.layers.2 (FaultyCoupling) alone has an error")),
+            ("sign", ("the log-determinant of self.layers.2 (FaultyCoupling) is wrong",)),
+        ],
+    )
+    def test_the_layer_of_a_flow_is_named_on_one_and_two_processes(
+        self, flows: list[Any], fault: str, words: tuple[str, ...]
+    ) -> None:
+        for report in flows:
+            epoch, message = report[fault]["alarms"][0]
+            # the third evaluation confirms it
+            assert epoch == 2
+            assert all(word in message for word in words)
+            assert report[""]["alarms"] == []
+
+    def test_both_processes_add_their_rows_to_the_layers(self, flows: list[Any]) -> None:
+        for report in flows:
+            errors = {
+                name: value for name, value in report["shift"]["scalars"].items() if name.startswith("layer_error")
+            }
+            assert len(errors) == 6
+            assert [name for name, value in errors.items() if value > 1e-4] == ["layer_error_2"]
+
+
+@pytest.fixture(scope="module")
 def ways(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What one process, and then each of two, report of models that the two see differently."""
     folder = tmp_path_factory.mktemp("ways")

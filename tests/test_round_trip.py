@@ -6,19 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import zuko
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.zoo.autoencoders import VQVAE
-from benchmarks.zoo.flows import Coupling, GlowStep
-from benchmarks.zoo.flows import Flow as ZooFlow
 from example_models.data import digits
 from lightning_gendiag import (
+    Alarm,
     CollapseStopping,
     GenerativeDiagnostics,
     ModelAdapter,
@@ -29,6 +26,19 @@ from lightning_gendiag import (
 )
 from lightning_gendiag.model.inversion import layers_of, log_det_ways
 from tests.helpers.cases import LEFT_AND_RIGHT, Case
+from tests.helpers.inversions import (
+    LOST,
+    NAMED,
+    START,
+    START_OF_AUTOENCODERS,
+    PlantedAutoencoder,
+    Run,
+    Zuko,
+    autoencoder_run,
+    flow_run,
+    is_named,
+    loader,
+)
 from tests.helpers.logs import events
 from tests.helpers.models import TinyGAN
 from tests.helpers.running import batches, loading, state_after_training, trainer
@@ -300,24 +310,6 @@ class WithPair(Chain):
         return self.run(x.flatten(1), False)
 
 
-class Zuko(LightningModule):
-    def __init__(self, kind: Any = zuko.flows.NICE) -> None:
-        super().__init__()
-        self.latent_dim, self.flow = 64, kind(64, transforms=3, hidden_features=(16,))
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.flow().transform(x.flatten(1))
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.flow().transform.inv(z).view(-1, 1, 8, 8)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return -self.flow().log_prob(batch[0].flatten(1)).mean() / 64
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), 1e-3)
-
-
 def jacobian_at(encode: Any, x: Tensor) -> Tensor:
     return torch.autograd.functional.jacobian(lambda flat: encode(flat.view(1, 1, 8, 8)).flatten(), x.flatten())
 
@@ -393,12 +385,6 @@ def test_a_layer_inside_another_one_is_taken_alone() -> None:
 # ---- the monitor ----
 
 
-def loader(size: int = 8, noise: float = 1 / 16, n: int = 512, seed: int = 0) -> DataLoader[Any]:
-    images, labels = digits(size)
-    images = images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(images[:n], labels[:n]), 64, shuffle=True)
-
-
 def fitted(module: LightningModule, monitor: RoundTripMonitor, epochs: int = 2, **options: Any) -> Any:
     stopping = CollapseStopping("warn")
     trainer(monitor, stopping, max_epochs=epochs, **options).fit(module, loader())
@@ -446,7 +432,7 @@ def test_it_is_attached_to_flows_and_autoencoders_and_left_out_elsewhere() -> No
     assert "reconstruct must be known" in other.left_out["round_trip"]
 
 
-@pytest.mark.parametrize("make", [lambda: Chain(TwoMethods), lambda: Autoencoder()])
+@pytest.mark.parametrize("make", [lambda: Chain(TwoMethods), lambda: PlantedAutoencoder()])
 def test_training_is_bit_identical_with_and_without_the_monitor(make: Any) -> None:
     def run(*callbacks: Any) -> Any:
         return state_after_training(*callbacks, module=make, size=8)
@@ -476,7 +462,7 @@ def test_a_flow_that_returns_pictures_in_8_bits_is_not_judged_by_its_latents() -
 def test_scalars_and_panels_are_logged(tmp_path: Any) -> None:
     for module, expected in (
         (Chain(TwoMethods), {"data_error", "latent_error", "noise_error", "condition", "layer_error_3"}),
-        (Autoencoder(), {"unexplained", "unexplained_2", "latent_unexplained"}),
+        (PlantedAutoencoder(), {"unexplained", "unexplained_2", "latent_unexplained"}),
     ):
         logger = TensorBoardLogger(tmp_path, name=type(module).__name__)
         trainer(RoundTripMonitor(on_error="raise"), max_epochs=2, logger=logger).fit(module, loader())
@@ -501,214 +487,35 @@ def test_a_resumed_run_remembers_the_first_difference_and_what_was_reconstructed
 # ---- planted faults in real training ----
 
 
-class FaultyCoupling(Coupling):
-    """A coupling that is broken from an epoch on.
-
-    Args:
-        fault: ``"saturated"``: scales are so near zero that float32 loses what is shifted afterwards; ``"exploding"``: scales
-            grow without bound away from the data; ``"sign"``: of the log-determinant; ``"shift"``: the inverse forgets it;
-            ``"nan"``: of one dimension in the inverse.
-    """
-
-    def __init__(self, mask: Tensor, width: int, fault: str) -> None:
-        super().__init__(mask, width)
-        self.fault = fault
-        self.register_buffer("broken", torch.tensor(False))
-        self.register_buffer("centre", torch.zeros(len(mask)))
-        self.register_buffer("radius", torch.tensor(math.inf))
-
-    def terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scale, shift = super().terms(x)
-        if self.training and self.fault == "exploding":
-            some = (x * self.mask).detach()
-            self.centre.copy_(some.mean(0))
-            self.radius.copy_((some - self.centre).norm(dim=1).max())
-        if self.broken and self.fault == "saturated":
-            return scale - 30 * (1 - self.mask), shift + 1 - self.mask
-        if self.broken and self.fault == "exploding":
-            far = F.relu((x * self.mask - self.centre).norm(dim=1, keepdim=True) / self.radius - 1.15)
-            return (scale - 200 * far) * (1 - self.mask), shift + 1 - self.mask
-        return scale, shift
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, volume = super().forward(x)
-        return y, -volume if self.broken and self.fault == "sign" else volume
-
-    def inverse(self, y: Tensor) -> Tensor:
-        scale, shift = self.terms(y)
-        if self.broken and self.fault == "shift":
-            return y * (-scale).exp()
-        x = (y - shift) * (-scale).exp()
-        if self.broken and self.fault == "nan":
-            x = torch.cat([x[:, :5], x[:, 5:6].log(), x[:, 6:]], 1)
-        return x
-
-
-class FaultyStep(GlowStep):
-    """A step of Glow that is broken from an epoch on.
-
-    Args:
-        fault: ``"scale"``: one channel is scaled to almost nothing; ``"area"``: the log-determinant of the scale leaves out
-            the number of positions.
-    """
-
-    def __init__(self, channels: int, width: int, fault: str) -> None:
-        super().__init__(channels, width)
-        self.fault = fault
-        self.register_buffer("broken", torch.tensor(False))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.broken and self.fault == "scale":
-            with torch.no_grad():
-                self.log_scale[:, 1], self.shift[:, 1] = -25.0, 1.0
-        y, volume = super().forward(x)
-        if self.broken and self.fault == "area":
-            # 4x4 positions
-            volume = volume - 15 * self.log_scale.sum()
-        return y, volume
-
-
-LAYER = 2
-"""Number of the layer that breaks."""
-
-
-class PlantedFlow(ZooFlow):
-    """A flow of six layers, of which one breaks at the beginning of an epoch; ``"total"`` flips the sign of their sum."""
-
-    def __init__(self, fault: str = "", start: int = 6) -> None:
-        self.is_glow = fault in ("scale", "area", "glow")
-        layers: list[nn.Module] = []
-        for number in range(6):
-            own = fault if number == LAYER else ""
-            if self.is_glow:
-                layers.append(FaultyStep(4, 16, own))
-            else:
-                board = (torch.arange(64) // (1 + number % 2) + number) % 2
-                layers.append(FaultyCoupling(board.float(), 48, own))
-        super().__init__((1, 8, 8), 1e-3, layers)
-        self.is_glow, self.fault, self.start = fault in ("scale", "area", "glow"), fault, start
-        self.register_buffer("flipped", torch.tensor(False))
-
-    def folded(self, x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(x, 2) if self.is_glow else x.flatten(1)
-
-    def unfolded(self, z: Tensor) -> Tensor:
-        return F.pixel_shuffle(z, 2) if self.is_glow else z.view(-1, 1, 8, 8)
-
-    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, total = super().transform(x)
-        return z, -total if self.flipped else total
-
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch == self.start:
-            if self.fault == "total":
-                self.flipped.fill_(True)
-            else:
-                self.layers[LAYER].broken.fill_(bool(self.fault))
-
-
-NAMED: dict[str, tuple[str, ...]] = {
-    "saturated": ("does not return data that it encodes", "self.layers.2 (FaultyCoupling) alone"),
-    "exploding": ("self.layers.2 (FaultyCoupling) alone",),
-    "sign": ("the log-determinant of self.layers.2 (FaultyCoupling)",),
-    "total": ("the log-determinant of self.transform has the opposite sign",),
-    "shift": ("does not return", "self.layers.2 (FaultyCoupling) alone"),
-    "nan": ("have nan or inf", "self.layers.2 (FaultyCoupling) alone returns nan or inf"),
-    "scale": ("does not return data that it encodes", "self.layers.2 (FaultyStep) alone"),
-    "area": ("the log-determinant of self.layers.2 (FaultyStep)",),
-}
-
-
-def flow_run(fault: str, seed: int, epochs: int = 11) -> CollapseStopping:
-    seed_everything(seed, verbose=False)
+def alarms_of(run: Run) -> list[Alarm]:
     stopping = CollapseStopping("warn")
-    trainer(RoundTripMonitor(on_error="raise"), stopping, max_epochs=epochs).fit(PlantedFlow(fault), loader(seed=seed))
-    return stopping
-
-
-def is_named(stopping: CollapseStopping, words: tuple[str, ...], start: int = 6) -> bool:
-    """Whether one alarm, not before the fault, says all of these words."""
-    return any(alarm.epoch >= start and all(word in str(alarm) for word in words) for alarm in stopping.alarms)
+    trainer(run.monitor, stopping, max_epochs=run.epochs).fit(run.module, run.batches)
+    return stopping.alarms
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gendiag.CollapseWarning")
 @pytest.mark.parametrize("fault", NAMED)
 def test_a_flow_that_breaks_is_found_and_the_layer_is_named(fault: str) -> None:
-    stopping = flow_run(fault, 0)
-    assert is_named(stopping, NAMED[fault])
-    assert min(alarm.epoch for alarm in stopping.alarms) in range(6, 10)
-    assert {alarm.stop for alarm in stopping.alarms} == {"never"}
+    alarms = alarms_of(flow_run(fault, 0))
+    assert is_named(alarms, NAMED[fault])
+    assert min(alarm.epoch for alarm in alarms) in range(START, START + 4)
+    assert {alarm.stop for alarm in alarms} == {"never"}
 
 
-@pytest.mark.parametrize("fault", ["", "glow"])
+@pytest.mark.parametrize("fault", ["", "glow", "fixed"])
 def test_a_healthy_flow_raises_no_alarm(fault: str) -> None:
-    assert flow_run(fault, 0).alarms == []
-
-
-class Autoencoder(LightningModule):
-    """A VAE, or with ``beta`` 0 an autoencoder, of digits, in which something stops being reconstructed at an epoch.
-
-    Args:
-        fault: ``"latent"``: the decoder does not see latent dimension 3; ``"region"``: the left half of the images is black.
-        beta: Weight of the KL term.
-        start: The epoch.
-    """
-
-    def __init__(self, fault: str = "", beta: float = 0.0, start: int = 16, width: int = 64) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.SiLU(), nn.Linear(width, 12))
-        self.decoder = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, 64))
-        self.fault, self.beta, self.start, self.latent_dim = fault, beta, start, 6
-        self.register_buffer("broken", torch.tensor(False))
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = self.encoder(x).chunk(2, 1)
-        return mean, log_variance
-
-    def decode(self, z: Tensor) -> Tensor:
-        if self.broken and self.fault == "latent":
-            z = torch.cat([z[:, :3], torch.zeros_like(z[:, 3:4]), z[:, 4:]], 1)
-        x = self.decoder(z).view(-1, 1, 8, 8)
-        if self.broken and self.fault == "region":
-            x = torch.cat([-torch.ones_like(x[..., :4]), x[..., 4:]], 3)
-        return x
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        mean, log_variance = self.encode(batch[0])
-        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if self.beta else mean
-        kl = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).sum(1).mean()
-        return 0.5 * (self.decode(z) - batch[0]).square().flatten(1).sum(1).mean() / 0.1 + self.beta * kl
-
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch == self.start:
-            self.broken.fill_(bool(self.fault))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), 2e-3)
-
-
-LOST = {"latent": ("latent dimension 3 does not come back",), "region": ("left",)}
-
-
-def autoencoder_run(fault: str, seed: int, beta: float, epochs: int = 22, width: int = 64) -> CollapseStopping:
-    seed_everything(seed, verbose=False)
-    stopping = CollapseStopping("warn")
-    # where the decoder ignores a dimension, the KL term switches it off within two epochs
-    monitor = RoundTripMonitor(regions=LEFT_AND_RIGHT, every_n_train_steps=10 if beta else 29, on_error="raise")
-    module = Autoencoder(fault, beta, width=width)
-    trainer(monitor, stopping, max_epochs=epochs).fit(module, loader(n=1797, noise=0.0, seed=seed))
-    return stopping
+    assert alarms_of(flow_run(fault, 0)) == []
 
 
 @pytest.mark.filterwarnings("ignore::lightning_gendiag.CollapseWarning")
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 @pytest.mark.parametrize("fault", LOST)
 def test_what_an_autoencoder_no_longer_reconstructs_is_named(fault: str, beta: float) -> None:
-    stopping = autoencoder_run(fault, 0, beta)
-    assert is_named(stopping, LOST[fault], 16)
-    assert all(alarm.epoch >= 16 for alarm in stopping.alarms)
+    alarms = alarms_of(autoencoder_run(fault, 0, beta))
+    assert is_named(alarms, LOST[fault])
+    assert all(alarm.epoch >= START_OF_AUTOENCODERS for alarm in alarms)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_a_healthy_autoencoder_raises_no_alarm(beta: float) -> None:
-    assert autoencoder_run("", 0, beta).alarms == []
+    assert alarms_of(autoencoder_run("", 0, beta)) == []
