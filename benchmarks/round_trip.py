@@ -3,8 +3,8 @@
 ``python -m benchmarks.round_trip`` trains small models on digits of scikit-learn, ten seeds of each failure, and healthy
 models of other kinds, widths, learning rates and data. It prints a line for each run, and then a table: in how many runs of N
 an alarm was raised once the failure had begun and none before, in how many one alarm named what failed, and the median number
-of evaluations until the first alarm. ``--only`` chooses failures and kinds by a part of their names. It takes about 15 minutes
-of one core.
+of evaluations until the first alarm. ``--only`` chooses failures and kinds by a part of their names. It takes more than
+15 minutes of one core.
 """
 
 from __future__ import annotations
