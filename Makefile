@@ -16,7 +16,7 @@ test: $(READY)  ## the whole suite, in two processes, each of which computes in 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 OLDEST := .venv-minimal/bin/python
-minimal:  ## the core of the suite with the oldest versions that are supported; on Linux without a GPU, set INDEX=
+minimal:  ## the suite with the oldest versions that are supported; INDEX gives pip more options, such as an index with torch for CPUs
 	test -x $(OLDEST) || $(PYTHON) -m venv .venv-minimal
 	$(OLDEST) -m pip install --quiet --disable-pip-version-check $(INDEX) -c constraints-minimal.txt -e '.[plot,examples,cli,tab]' pytest pytest-xdist pyyaml
 	OMP_NUM_THREADS=1 $(OLDEST) -W ignore -m pytest --numprocesses 2 --dist loadfile -o filterwarnings= -W ignore

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import multiprocessing as mp
 import statistics
 import tempfile
@@ -267,17 +266,11 @@ def main() -> None:
             figures = {
                 "default_over_none": found["default"]["seconds"] / none["seconds"],
                 "fid_over_none": found["fid"]["seconds"] / none["seconds"],
-                "none_over_none": found["none, again"]["seconds"] / none["seconds"]
-                if "none, again" in found
-                else math.nan,
-                # by the clocks of the callbacks, which see their hooks at each batch too
-                "default_by_clocks": 1 + found["default"]["evaluating"] / none["seconds"],
                 "default_evaluating_share": found["default"]["evaluating"] / none["seconds"],
                 "fid_evaluating_share": found["fid"]["evaluating"] / none["seconds"],
                 "fid_evaluations": found["fid"]["evaluations"],
                 "fid_evaluation_s": found["fid"]["evaluating"] / max(found["fid"]["evaluations"], 1),
                 "fid_memory_ratio": found["fid"]["peak_mib"] / none["peak_mib"],
-                "epoch_s": batches,
                 "later_evaluation_s": found["default"]["later"],
                 "evaluations": found["default"]["evaluations"],
                 "samples": found["default"]["samples"],

@@ -37,7 +37,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Message:
         return message_from_string(archive.read(name).decode())
 
 
-def test_the_oldest_versions_are_those_that_the_core_of_the_suite_runs_with(metadata: Message) -> None:
+def test_the_oldest_versions_are_those_that_the_suite_runs_with(metadata: Message) -> None:
     declared = {}
     for line in metadata.get_all("Requires-Dist", []):
         requirement, _, marker = line.partition(";")

@@ -23,6 +23,7 @@ from benchmarks.zoo.data import load
 from benchmarks.zoo.gans import convolutional_critic, convolutional_generator
 from lightning_gendiag import CosineMeanSimilarityResult, RegionMap, cosine_mean_similarity, find_regions
 from lightning_gendiag.detection import alarm_positions
+from lightning_gendiag.regions.pixel_cka import median_bandwidth
 
 SETS = ("mnist", "faces")
 """Grey images of 16x16 pixels: handwritten digits, and crops of photographs of faces."""
@@ -279,8 +280,7 @@ def clustering(seed: int) -> Part:
     }
     for name in SETS:
         images = images_of(name)[:1000]
-        flat = images.flatten(1)
-        gamma = 1 / float(torch.cdist(flat, flat).square().median())
+        gamma = float(median_bandwidth(images.flatten(1)))
         first: RegionMap | None = None
         for way, options in ways.items():
             own = dict(options)

@@ -6,13 +6,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.dysfunctions import THEIR_CLASS_FID, THEIR_FID, THEIR_IS, THEIR_SHARE, Study, study
 from benchmarks.measuring import trained
+from benchmarks.papers.data import padded_digits
 from benchmarks.papers.study import Finding, Part, holds
-from benchmarks.zoo.data import load
 from example_models.vae import VAE
 from lightning_gendiag import posterior_kl
 
@@ -23,9 +22,8 @@ EPOCHS, SAMPLES, KL_EPOCHS = 20, 10_000, 4
 @cache
 def studies(seed: int) -> dict[int, Study]:
     """Returns what is measured of VAEs with two and three dimensions on 5,000 digits of MNIST."""
-    data = load("mnist28")
-    images = F.pad(data.images, (2, 2, 2, 2), value=-1.0)
-    return {dims: study(dims, images, data.labels, EPOCHS, SAMPLES, seed) for dims in (2, 3)}
+    images, labels = padded_digits()
+    return {dims: study(dims, images, labels, EPOCHS, SAMPLES, seed) for dims in (2, 3)}
 
 
 def balance(seed: int) -> Part:
@@ -119,9 +117,8 @@ def by_class(seed: int) -> Part:
 
 def vanishing(seed: int) -> Part:
     """The vanishing KL divergence: a VAE whose KL term is weighed more and more."""
-    data = load("mnist28")
-    images = F.pad(data.images, (2, 2, 2, 2), value=-1.0)
-    loader = DataLoader(TensorDataset(images, data.labels), 64, shuffle=True, drop_last=True)
+    images, labels = padded_digits()
+    loader = DataLoader(TensorDataset(images, labels), 64, shuffle=True, drop_last=True)
     rows: list[list[Any]] = []
     for beta in (0.0, 1.0, 30.0, 300.0):
         torch.manual_seed(seed)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.measuring import trained
+from benchmarks.papers.data import padded_digits, split_digits
 from benchmarks.papers.study import Finding, Part, holds
-from benchmarks.zoo.data import load
 from benchmarks.zoo.flows import Coupling, Flow, Glow, RealNVP
 from example_models.vae import VAE
 from lightning_gendiag import (
@@ -30,6 +30,7 @@ from lightning_gendiag import (
     decoder_gram,
     manifold_cross_information,
     manifold_entropy,
+    posterior_kl,
 )
 from lightning_gendiag.diagnostics.manifold_entropy.functional import HALF_LOG_2PIE, latent_correlation
 
@@ -397,16 +398,6 @@ NOISE, HELD_OUT, LATENTS = 0.1, 500, 24
 """Standard deviation of noise on images, as a density of grey levels needs; images not trained on; latents evaluated."""
 
 
-@cache
-def split_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns 4,500 images of MNIST at 16x16 with their labels, and 500 others with noise on them."""
-    data = load("mnist")
-    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
-    images, labels = data.images[order], data.labels[order]
-    noise = NOISE * torch.randn(images[:HELD_OUT].shape, generator=torch.Generator().manual_seed(seed))
-    return images[HELD_OUT:], labels[HELD_OUT:], images[:HELD_OUT] + noise, labels[:HELD_OUT]
-
-
 def flow_entropies(flow: Flow) -> ManifoldEntropyResult:
     """Returns the entropies of a flow at latents of the prior."""
     generator = torch.Generator().manual_seed(0)
@@ -424,7 +415,8 @@ def flow_entropies(flow: Flow) -> ManifoldEntropyResult:
 
 def flows(seed: int) -> Part:
     """Figures 3 to 5: flows of digits by architecture and by loss."""
-    images, labels, held_out, of_held_out = split_digits(seed)
+    images, labels, held_out, of_held_out = split_digits(HELD_OUT, seed)
+    held_out = held_out + NOISE * torch.randn(held_out.shape, generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(128, dtype=torch.long)
 
     def batch() -> Tensor:
@@ -536,14 +528,13 @@ BETAS = (0.01, 0.1, 1.0, 10.0, 30.0, 100.0)
 
 def betas(seed: int) -> Part:
     """The beta-VAEs of the paper: ten and a hundred latent dimensions."""
-    data = load("mnist28")
-    images = F.pad(data.images, (2, 2, 2, 2), value=-1.0)
+    images, labels = padded_digits()
     rows: list[list[Any]] = []
     used: dict[int, list[float]] = {10: [], 100: []}
     for length, beta in itertools.product(used, BETAS):
         torch.manual_seed(seed)
         model = VAE(length, beta)
-        loader = DataLoader(TensorDataset(images, data.labels), 64, shuffle=True, drop_last=True)
+        loader = DataLoader(TensorDataset(images, labels), 64, shuffle=True, drop_last=True)
         trained(model, loader, BETA_EPOCHS)
         metric = ManifoldEntropy(length)
         z = torch.randn(64, length, generator=torch.Generator().manual_seed(0))
@@ -551,7 +542,7 @@ def betas(seed: int) -> Part:
         metric.update(decoder_gram(model.decode, z))
         r = metric.compute()
         mean, log_variance = model.encode(images[:1000])
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(0)
+        kl = posterior_kl(mean, log_variance).mean(0)
         strong = int((r.relative > 0.1).sum())
         used[length].append(float(r.effective_dimensions))
         rows.append(

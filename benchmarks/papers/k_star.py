@@ -6,7 +6,6 @@ r"""Kotyan, Chen, Vargas, *k\* distribution of image encoders*: encoders that le
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,21 +13,12 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from benchmarks.papers.data import Split, split_digits
 from benchmarks.papers.study import Finding, Part, holds
-from benchmarks.zoo.data import load
 from lightning_gendiag import k_star
 
-Split = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Images and labels of training, and those that are held out."""
-
-
-@cache
-def split(seed: int) -> Split:
-    """Returns 4,000 digits of MNIST at 16x16 with their labels, and 1,000 others."""
-    data = load("mnist")
-    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
-    images, labels = data.images[order], data.labels[order]
-    return images[1000:], labels[1000:], images[:1000], labels[:1000]
+HELD_OUT = 1000
+"""Number of digits of which k* is computed; the other 4,000 are trained on."""
 
 
 class Classifier(nn.Module):
@@ -111,7 +101,7 @@ MEASURES = ["accuracy", "mean k*", "true skewness", "approximate skewness", "fra
 
 def learning(seed: int) -> Part:
     """An encoder while it learns."""
-    data = split(seed)
+    data = split_digits(HELD_OUT, seed)
     rows: list[list[Any]] = []
 
     def look(model: nn.Module, epoch: int) -> None:
@@ -145,7 +135,7 @@ SIZES = (0.0, 0.1, 0.3)
 
 def robust(seed: int) -> Part:
     """Encoders that are trained on attacked images."""
-    data = split(seed)
+    data = split_digits(HELD_OUT, seed)
     rows: list[list[Any]] = []
     for size in SIZES:
         model = trained_on(data, 4, seed, size)

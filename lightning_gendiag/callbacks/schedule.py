@@ -133,7 +133,8 @@ class Schedule:
             for monitor in limited
             if monitor in due or (monitor.name in self._waiting and _by_steps(monitor) != epoch_over)
         ]
-        periods, units = self.periods(limited), self._units(limited)
+        units = self._units(limited)
+        periods = self._periods(units)
         # one that is due a tenth as often as another takes part in each tenth round
         wanted = [m for m in asking if self.dues - self._last_due.get(m.name, 0.0) >= periods[m.name]]
         names = self._granted(wanted, units, periods, limit_of(due))
@@ -221,7 +222,11 @@ class Schedule:
         Args:
             monitors: All with a limit.
         """
-        units, relative = self._units(monitors), {m: self._relative_period(m, monitors) for m in monitors}
+        return self._periods(self._units(monitors))
+
+    def _periods(self, units: Mapping[Monitor[Any, Any], str]) -> dict[str, float]:
+        monitors = list(units)
+        relative = {m: self._relative_period(m, monitors) for m in monitors}
         least = {unit: min(relative[m] for m in monitors if units[m] == unit) for unit in units.values()}
         costs = dict.fromkeys(least, 0.0)
         for monitor, unit in units.items():

@@ -15,6 +15,9 @@ from lightning_gendiag.functional.arrays import tensor_of
 
 Decode = Callable[[Tensor], Any]
 
+Mode = Literal["auto", "forward", "reverse"]
+"""How derivatives are taken: forward or reverse mode, or forward mode where it works."""
+
 WIDENING = 12
 """Assumed working memory of a decoder as a multiple of that of its output."""
 
@@ -35,7 +38,7 @@ def decoder_gram(
     dims: Tensor | None = None,
     latent_scale: Tensor | float = 1.0,
     data_scale: Tensor | float = 1.0,
-    mode: Literal["auto", "forward", "reverse"] = "auto",
+    mode: Mode = "auto",
     max_bytes: int = 1 << 24,
 ) -> Tensor:
     """Computes ``J'J`` of a decoder at each latent, where ``J = dx/dz`` (X x L), exactly and without storing J for the batch.
@@ -91,7 +94,7 @@ def decoder_gram(
     return _gram(decode, z, wanted, row_scale, column_scale, mode, max_bytes)
 
 
-def check_derivative(decode: Decode, z: Tensor, *, mode: Literal["auto", "forward", "reverse"] = "auto") -> None:
+def check_derivative(decode: Decode, z: Tensor, *, mode: Mode = "auto") -> None:
     """Checks that :func:`decoder_gram` finds a derivative, by one product of the Jacobian with a vector for each way.
 
     Args:

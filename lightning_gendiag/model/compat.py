@@ -185,10 +185,10 @@ def without_compiling() -> AbstractContextManager[Any]:
 
 @contextmanager
 def forward_mode_uncompiled() -> Iterator[None]:
-    """Lets forward mode begin at once: torch compiles rules for it when it is first used, for 0.1 to 0.3 s and some MB.
+    """Lets forward mode begin without rules that torch otherwise compiles when it is first used, in 0.1 to 0.3 s.
 
-    They are those of the backward passes of normalizations, which a module may run within its forward pass. All else works
-    without, and these raise the error of operations that have no derivative. There is no public way to leave them out.
+    Only the backward passes of normalizations need these rules, which a module may run within its forward pass. Without the
+    rules, they raise the error of operations that have no derivative. There is no public way to leave the rules out.
     """
     if "torch._decomp.decompositions_for_jvp" in sys.modules or not hasattr(forward_ad, "_maybe_load_decompositions"):
         yield

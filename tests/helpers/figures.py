@@ -50,6 +50,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "| evaluations until the alarm, median | {zoo.delay:.0f} |",
         "| wrong from the start, found | {zoo.start_faults_found} of {zoo.start_faults}, of each of six kinds "
         "{zoo.start_kind_least:.0p} to 100 % |",
+        "on the referee's FID: healthy runs stopped; faults found | {zoo.baselines.1.0:.0%}; {zoo.baselines.1.1:.0%} |",
+        "on any series: healthy runs stopped; faults found | {zoo.baselines.2.0:.0%}; {zoo.baselines.2.1:.0%} |",
         "**{planted_faults.regional_found:.1%}** | median overlap with the planted region {planted_faults.regional_iou:.2f} ",
         "| `CollapseStopping` | {planted_faults.regional_found:.1%} | {planted_faults.runs_with_wrong_alarms} of "
         "{planted_faults.runs} with an alarm |",

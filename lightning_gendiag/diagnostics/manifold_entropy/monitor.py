@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,7 +17,7 @@ from lightning_gendiag.diagnostics.manifold_entropy import plots
 from lightning_gendiag.diagnostics.manifold_entropy.functional import MAX_DIMENSION_TAGS, ManifoldEntropyResult
 from lightning_gendiag.diagnostics.manifold_entropy.metric import ManifoldEntropy
 from lightning_gendiag.functional.arrays import middle_slices, tensor_of
-from lightning_gendiag.functional.jacobian import active_dims, check_derivative, decoder_gram
+from lightning_gendiag.functional.jacobian import Mode, active_dims, check_derivative, decoder_gram
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.amounts import fitting
 from lightning_gendiag.tensorboard.records import Record
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lightning_gendiag.plots.canvas import Occasion
 
 T = TypeVar("T")
-
-Mode = Literal["auto", "forward", "reverse"]
 
 MAX_BYTES = {"cpu": 6 << 20}
 """Approximate working memory of an evaluation, by the kind of device: on a processor more is not faster."""
@@ -240,7 +238,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         )  # fmt: skip
 
     def _in_mode(self, derive: Callable[[Mode], T]) -> T:
-        """Takes a derivative in this monitor's mode, without what torch compiles first as long as nothing needs it."""
+        """Takes a derivative in this monitor's mode; torch compiles rules for it only once they are needed."""
         if self.mode == "auto" and self._uncompiled:
             with suppress(RuntimeError), compat.forward_mode_uncompiled():
                 return derive("forward")

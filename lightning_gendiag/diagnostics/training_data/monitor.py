@@ -83,7 +83,6 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
     needs = ()
     watches_batches = True
     expected_seconds = 0.01
-    _watched: TrainingData | None = None
     first: dict[str, Tensor] | None = None
     """Sums of the first batches, with which later ones are compared; None before the first evaluation."""
     _absent: Tensor | None = None
@@ -93,8 +92,13 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
         if rows < 1:
             raise ValueError(f"rows must be at least 1, got {rows}.")
         self.rows = rows
+        self._forget_batches()
+
+    def _forget_batches(self) -> None:
+        self._watched: TrainingData | None = None
         self._held: list[Glance] = []
         self._numbers = self._batches = self._since_evaluation = self._skipped = 0
+        # seconds of this fit, as those of the time that passed
         self._looking = 0.0
 
     @property
@@ -109,10 +113,7 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
 
     def prepare(self) -> None:
         """Takes over a checkpoint's state, and forgets batches of a fit before this one."""
-        self._watched, self._held = None, []
-        self._numbers = self._batches = self._since_evaluation = self._skipped = 0
-        # as for the time that may be spent, of this fit
-        self._looking = 0.0
+        self._forget_batches()
         super().prepare()
 
     # ---- between two evaluations ----
