@@ -484,6 +484,23 @@ def test_a_resumed_run_remembers_the_first_difference_and_what_was_reconstructed
     assert float(monitor.result.first_offset) == float(first) != float(monitor.result.log_det_offset)
 
 
+def test_a_fall_from_far_worse_than_the_mean_to_less_far_is_no_recovery() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(200, 4, generator=generator)
+    values = []
+    for error in (1.3, 1.2, 0.99):
+        after = before.clone()
+        after[:, 2] = before[:, 2] * (1 - error)
+        metric = RoundTrip()
+        metric.update(before, before)
+        metric.update(before, after, kind="latents")
+        result = metric.compute()
+        result = result._replace(latents_kept=torch.ones_like(result.latents_kept))
+        observations = RoundTripMonitor()._of_autoencoder(result)
+        values += [seen.value for seen in observations if seen.series.name == "latent dimensions"]
+    assert values == [1.0, 1.0, pytest.approx(1 - r2_score(before[:, 2], after[:, 2]), abs=1e-6)]
+
+
 # ---- planted faults in real training ----
 
 

@@ -610,7 +610,8 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         is_learned = len(known) > 1 and float(known.median()) <= KEPT
         lost = [i for i, value in enumerate(unexplained.tolist()) if is_learned and value >= LOST]
         title = listed([labels[i] for i in lost])
-        worst = max((float(unexplained[i]) for i in lost), default=0.0)
+        # worse than the mean is lost and no more: from 174 % to 157 % nothing has come back
+        worst = min(max((float(unexplained[i]) for i in lost), default=0.0), 1.0)
         message = f"{title} {what}: {worst:.0%} of the variance has been lost for {{evaluations}} evaluations"
         fallen = any(bool(kept[i]) for i in lost)
         confirmed = replace(series, confirm=min(self.patience, CONFIRM) if fallen else self.patience)
