@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from benchmarks.pages import COSTS, costs
 from tests.helpers.figures import OUTPUTS, ROOT, SENTENCES, sentence, text_of
 
 DECLARED = ("95 % bounds", "KL term of 10,000", "40th of 100 evaluations")
@@ -24,6 +25,11 @@ def test_each_number_about_alarms_in_the_readme_was_measured() -> None:
     # code and links hold none
     text = re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)
     assert not re.findall(r".{30}\d.{30}", text)
+
+
+def test_the_tables_of_costs_are_those_of_the_records() -> None:
+    text = COSTS.read_text()
+    assert costs(text) == text, "run python -m benchmarks.pages"
 
 
 def test_each_output_is_shown_somewhere() -> None:

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.pages import NOT_MEASURED, filled, markdown
 from benchmarks.papers.__main__ import STUDIES
 from benchmarks.papers.entropy import GIN, DetailStep, Preserving, WaveletFlow
 from benchmarks.papers.study import (
-    NOT_MEASURED,
     PAGES,
     SHOWN,
     Part,
-    filled,
     holds,
-    markdown,
     overview,
     record_of,
     save,

@@ -16,7 +16,8 @@ import warnings
 import torch
 from lightning.pytorch import seed_everything
 
-from benchmarks.papers.study import Part, markdown, record_of, save, write_pages
+from benchmarks.pages import markdown
+from benchmarks.papers.study import Part, record_of, save, write_pages
 
 STUDIES = ("cms", "entropy", "dysfunctions", "k_star", "primitives")
 

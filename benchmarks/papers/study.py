@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-ROOT = Path(__file__).parents[2]
-RECORDS = ROOT / "benchmarks" / "records" / "papers"
-PAGES = ROOT / "docs" / "papers"
+from benchmarks import pages
+from benchmarks.pages import ROOT, filled, markdown
 
-NOT_MEASURED = "This part has a script, and was not measured yet."
-"""What a page says in place of a table."""
+RECORDS = pages.RECORDS / "papers"
+PAGES = ROOT / "docs" / "papers"
 
 Shown = Literal["yes", "in part", "no", "answered"]
 """Whether a result shows again, or an open question is answered."""
@@ -63,19 +60,6 @@ def _rounded(cell: Any) -> Any:
     return float(f"{cell:.3g}") if isinstance(cell, float) else cell
 
 
-def text_of(cell: Any) -> str:
-    """Returns a cell as a page shows it, numbers with three digits."""
-    if not isinstance(cell, float):
-        return re.sub(r"(\d)%", r"\1 %", str(cell))
-    return f"{cell:.0f}" if abs(cell) >= 100 else f"{cell:.3g}"
-
-
-def markdown(columns: list[str], rows: list[list[Any]]) -> str:
-    """Returns a table."""
-    first, *others = ["| " + " | ".join(map(text_of, line)) + " |" for line in (columns, *rows)]
-    return "\n".join([first, "|" + "---|" * len(columns), *others])
-
-
 def tables(name: str) -> dict[str, str]:
     """Returns the tables of a page: one for each part that was measured, and ``findings`` of all of them."""
     record = record_of(name)
@@ -98,16 +82,6 @@ def overview(names: tuple[str, ...]) -> str:
         title = (PAGES / f"{name}.md").read_text().splitlines()[0].removeprefix("# ")
         rows.append([f"[{title}]({name}.md)", *counted(name), seconds, f"`python -m benchmarks.papers {name}`"])
     return markdown(["page", *SHOWN, "seconds of one core", "command"], rows)
-
-
-def filled(text: str, made: dict[str, str]) -> str:
-    """Returns the text of a page whose tables, which follow comments with their names, are those that were made."""
-
-    def table(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n\n{made.get(match[1], NOT_MEASURED)}\n"
-
-    row = rf"(?:\||{re.escape(NOT_MEASURED)}).*\n"
-    return re.sub(rf"<!-- (\w+) -->\n(?:\n(?:{row})+)?", table, text)
 
 
 def write_pages(names: tuple[str, ...]) -> None:
