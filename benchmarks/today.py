@@ -31,7 +31,7 @@ DECLARED: dict[tuple[str, str], Series] = {
 SEVERITIES: dict[tuple[str, str], Callable[[float], float]] = {
     ("manifold_entropy", "standalone"): entropy.entanglement,
     ("posterior_kl", "component"): divergence.severity,
-    ("posterior_kl", "aggregate"): divergence.severity,
+    ("posterior_kl", "aggregate"): divergence.shortfall,
 }
 """Severities that follow from the value alone."""
 

@@ -57,6 +57,15 @@ def judged(
 FALLEN = [*calm(20, 1), *[9.0] * 20]
 
 
+def test_a_relapse_is_told_from_the_level_before_the_first_fall() -> None:
+    falls = [*calm(20), *[9.0] * 14, *calm(5), *[9.0] * 6]
+    _, judge = judged(calm(len(falls)), falls)
+    first, second = judge.alarms
+    assert first.recovered is not None
+    assert [abs(one.before) < 1 for one in (first, second)] == [True, True]
+    assert second.after == -9.0
+
+
 def test_a_class_does_not_stop_a_run_whose_images_become_better() -> None:
     stops, judge = judged([-0.2 * i + value for i, value in enumerate(calm(40))], FALLEN)
     assert stops == []

@@ -105,7 +105,8 @@ class Judge:
                 alarm.recovered = evaluation.step
         self._deviations[monitor] = {name: detection.deviation for name, detection in detections.items()}
         known = {name for alarm in self.open_alarms(monitor) for name in alarm.names}
-        raised = _Grouping(monitor, evaluation, history, contributions, judged, detections, known).alarms()
+        detectors = self._detectors.get(monitor, {})
+        raised = _Grouping(monitor, evaluation, history, contributions, judged, detections, known, detectors).alarms()
         raised.sort(key=lambda alarm: -alarm.contributions.get(alarm.names[0], 1.0))
         self.alarms += raised
         return raised
@@ -294,6 +295,8 @@ class _Grouping:
     detections: dict[str, Detection]
     known: set[str]
     """Names of the series that open alarms are about."""
+    detectors: dict[str, Detector]
+    """That of each series, which knows the evaluations that make its level: not those of an earlier collapse."""
 
     def alarms(self) -> list[Alarm]:
         """Returns what this evaluation newly shows."""
@@ -392,5 +395,7 @@ class _Grouping:
     def _level(self, name: str, since: int) -> float:
         """The median of the newest values from before the change."""
         entries = self.history.entries(self.monitor, name)
-        values = [entry.value for entry in entries if entry.number < since and math.isfinite(entry.value)]
-        return median(values[-16:] or [math.nan])
+        earlier = [entry for entry in entries if entry.number < since and math.isfinite(entry.value)]
+        positions = set(self.detectors[name].positions)
+        known = [entry for entry in earlier if entry.number in positions] or earlier
+        return median([entry.value for entry in known[-16:]] or [math.nan])

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
     from lightning_gendiag.model.view import ModelView
 
-IN_USE = 1.0
-"""Nats: a dimension that carries as much is in use, and it does not matter how much more it carries."""
+IN_USE, TOTAL_IN_USE = 3.0, 1.0
+"""Nats: a dimension that carries as much is in use, and so is a latent. It does not matter how much more they carry."""
+
+FLOOR = 0.02
+"""Nats: a dimension that carries less is as dead as one that carries none."""
 
 WATCHED = 256
 """Largest number of dimensions that are watched one by one; of more, channels of spatial latents are, or the total."""
@@ -37,15 +40,15 @@ TRIALS = 12
 CHUNK = 128
 """Largest number of images that go through the encoder at a time."""
 
-MIN_STD = 0.1
-"""Nats. A beta-VAE gives up dimensions that carry no more than two or three times as much while it improves."""
+MIN_STD, MIN_DELTA = 0.2, 3.2
+"""Octaves: a dimension dies only where it surely carries less than a ninth of what it did, or of three nats. One that a VAE
+gives up while it improves often settles at an eighth of a nat, and still changes images half as much as before."""
 
-MIN_DELTA = 0.65
-"""Nats. A dimension dies only where it surely carries this much less than one nat. With 0.6, VAEs that slowly give up a
-dimension of about one nat raised alarms while it still changed images half as much as before."""
+TOTAL_MIN_STD = 0.1
+"""Nats."""
 
 DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD, min_delta=MIN_DELTA)
-TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=MIN_STD, stop="alone")
+TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=TOTAL_MIN_STD, stop="alone")
 UNUSED = Series("all of the latent", "rule", "KL in nats", "nats", label=TOTAL.name, progress=0.02, stop="alone")
 """Of the rule that some dimension must be active, unless the total still rises."""
 
@@ -55,10 +58,11 @@ Spread = Literal["auto", "log_variance", "variance", "log_std", "std"]
 class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     """Monitors :class:`PosteriorKL` of a VAE's encoder on the reference images.
 
-    A dimension dies when its KL divergence falls from its level to less than about a third of a nat. Changes above one
-    nat raise no alarm, and so a warm-up of the KL term does not either. The latent has collapsed when no dimension has been
-    active for ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256 dimensions
-    the channels of spatial latents are watched, each the sum over its positions, and of other latents only the total.
+    A dimension dies when its KL divergence falls to less than a ninth of its level, or of three nats. Changes above
+    three nats raise no alarm, and so a warm-up of the KL term does not either. The latent has collapsed when no dimension
+    has been active for ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256
+    dimensions the channels of spatial latents are watched, each the sum over its positions, and of other latents only
+    the total.
 
     Args:
         posterior: What gives mean and spread, both (N, L) or (N, C, ...), of images: the name of a method of the module,
@@ -208,7 +212,7 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         )
         return [
             *(Observation(series.numbered(i), nats, severity(nats)) for i, nats in enumerate(watched)),
-            Observation(TOTAL, total, severity(total)),
+            Observation(TOTAL, total, shortfall(total)),
             Observation(replace(UNUSED, confirm=self.patience), total, math.inf if unused else 0.0, message=message),
         ]
 
@@ -231,5 +235,15 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
 
 
 def severity(nats: float) -> float:
-    """Returns by how much a divergence falls short of one nat; nan stays nan."""
-    return math.nan if math.isnan(nats) else max(0.0, IN_USE - nats)
+    """Returns by how many octaves the divergence of a dimension falls short of three nats; nan stays nan.
+
+    Example:
+        >>> severity(5.0), severity(0.75), severity(0.0) == severity(FLOOR)
+        (0.0, 2.0, True)
+    """
+    return math.nan if math.isnan(nats) else max(0.0, math.log2(IN_USE / max(nats, FLOOR)))
+
+
+def shortfall(nats: float) -> float:
+    """Returns by how many nats the divergence of the latent falls short of one; nan stays nan."""
+    return math.nan if math.isnan(nats) else max(0.0, TOTAL_IN_USE - nats)
