@@ -118,6 +118,24 @@ def test_the_plan_says_when_an_alarm_is_possible_and_when_none_is(caplog: pytest
     assert re.search(r"no alarm is possible, since it takes 1[2-4] evaluations\. .*max_overhead=None", impossible)
 
 
+def test_the_plan_says_why_a_monitor_is_never_evaluated_again(caplog: pytest.LogCaptureFixture) -> None:
+    class Rare(Priced):
+        period_multiplier = 5
+
+    class Alone(Priced):
+        def shares(self) -> str:
+            return self.name
+
+    common: dict[str, Any] = {"adapter": ModelAdapter(num_reference=64), "max_overhead": 0.05}
+    rare = Rare(0.0, 0.0, name="rare", every_n_epochs=5, **common)
+    dear = Alone(50.0, 0.0, name="dear", **common)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        run(Priced(0.01, 1e-5, name="often", **common), 4, rare, dear)
+    (plan,) = (record.message for record in caplog.records if record.message.startswith("Plan: "))
+    assert "rare never, since it takes part in one of 5 evaluations" in plan
+    assert "dear never, since it may take 50 s" in plan
+
+
 def test_the_number_of_samples_is_the_users_where_one_is_given_or_a_monitor_has_no_limit() -> None:
     given = Priced(0.01, 1e-3, adapter=ModelAdapter(num_samples=48, num_reference=64), max_overhead=0.05)
     run(given, 12)

@@ -128,7 +128,7 @@ def in_words(session: Session) -> str:
         share = min(seconds / schedule.budget.training / (1 + coming / schedule.dues), limit)
         text = f"Plan: about {counted(int(number), 'evaluation')}{of}, {share:.0%} of the training time"
     rarer = [
-        f"{m.name} never, since it may take {schedule.cost(m):.2g} s"
+        f"{m.name} never, {_why_never(m, number, schedule.cost(m))}"
         if periods[m.name] > coming
         else f"{m.name} {1 + int(coming // periods[m.name]):,} times"
         if coming < math.inf
@@ -149,3 +149,10 @@ def in_words(session: Session) -> str:
             unit, count = "step", (schedule.dues + later) * by_steps
         text += f"; the first alarm is possible after {unit} {math.ceil(count):,}"
     return f"{text}. {advice}"
+
+
+def _why_never(monitor: Monitor[Any, Any], evaluations: float, seconds: float) -> str:
+    """Why a monitor is not evaluated in a run with so many evaluations of the most frequent one."""
+    if monitor.period_multiplier >= max(evaluations, 2):
+        return f"since it takes part in one of {monitor.period_multiplier} evaluations"
+    return f"since it may take {seconds:.2g} s"
