@@ -91,8 +91,8 @@ class Run:
         )  # fmt: skip
         names = [f"dimension {d}" for d in range(self.dimensions)]
         for monitor, diagnostic, quantity in (
-            ("manifold_entropy", "ManifoldEntropy", "entropy"),
-            ("posterior_kl", "PosteriorKL", "KL"),
+            ("manifold_entropy", "ManifoldEntropy", "entropy in nats"),
+            ("posterior_kl", "PosteriorKL", "KL in nats"),
         ):
             series = [self.series(name, "component", quantity, d, "nats") for d, name in enumerate(names)]
             self.write(records.setup_tag(monitor), 0, {"diagnostic": diagnostic, "series": series})

@@ -69,6 +69,13 @@ def test_the_tab_opens_on_what_is_wrong(board: Board) -> None:
     assert [one for one in errors if "gendiag" in one or "static" in one] == []
 
 
+def test_a_unit_is_named_once(board: Board) -> None:
+    board.choose("broken")
+    board.move(600)
+    shown(board, "panel-ManifoldEntropy")
+    assert board.text("spectrum-title", "panel-ManifoldEntropy") == "Entropy in nats of each dimension, step 600"
+
+
 def test_the_slider_moves_map_curves_and_samples_together(board: Board) -> None:
     board.choose("broken")
     board.move(600)

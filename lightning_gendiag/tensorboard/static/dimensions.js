@@ -5,6 +5,7 @@ import {colourOf} from './colours.js';
 import {el, formatted, freshId} from './dom.js';
 import {Panel, titled} from './panel.js';
 import {choose, currentStep, highlighted, point, valueAt, withRole} from './state.js';
+import {quantityOf} from './titles.js';
 
 export class Dimensions extends Panel {
   build() {
@@ -28,7 +29,7 @@ export class Dimensions extends Panel {
     this.heat = new Heat('Latent dimensions over steps', 210);
     this.curves = new Curves('Curve of the highlighted dimension', 200);
     this.curvesTitle = el('h3');
-    this.spectrumTitle = el('h3');
+    this.spectrumTitle = el('h3', {'data-testid': 'spectrum-title'});
     this.heatTitle = el('h3');
     this.body.classList.add('dimensions');
     this.matrix = new Matrix('Mutual information of pairs of dimensions', {width: 230});
@@ -55,8 +56,7 @@ export class Dimensions extends Panel {
     const {monitor} = this;
     this.series = this.components;
     this.others = withRole(monitor, 'aggregate', 'standalone', 'rule', 'record');
-    const {quantity = 'value', unit} = this.series[0] ?? {};
-    this.quantity = unit ? `${quantity} in ${unit}` : quantity;
+    this.quantity = quantityOf(this.series[0]);
     const values = this.series.map((one) => monitor.values[one.name] ?? []);
     this.limits = limitsOf(values.flat());
     const [low, high] = this.limits;

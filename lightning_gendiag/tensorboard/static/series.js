@@ -4,6 +4,7 @@ import {Curves} from './charts.js';
 import {el} from './dom.js';
 import {Legend, Panel} from './panel.js';
 import {state} from './state.js';
+import {quantityOf} from './titles.js';
 
 const MOST_CHARTS = 6;
 const MOST_CURVES = 12;
@@ -68,11 +69,9 @@ export class OtherSeries {
   }
 }
 
-const axisOf = (series) => (series.unit ? `${series.quantity} in ${series.unit}` : series.quantity || 'value');
-
 function grouped(series) {
   const groups = new Map();
-  for (const one of series) groups.set(axisOf(one), [...(groups.get(axisOf(one)) ?? []), one]);
+  for (const one of series) groups.set(quantityOf(one), [...(groups.get(quantityOf(one)) ?? []), one]);
   return groups;
 }
 

@@ -22,6 +22,12 @@ export const DIAGNOSTICS = {
   TrainingData: ['Training data', ''],
 };
 
+/** Returns what a series is of, with its unit, which some quantities name already. */
+export function quantityOf({quantity, unit} = {}) {
+  if (!quantity) return 'value';
+  return !unit || quantity.endsWith(` in ${unit}`) ? quantity : `${quantity} in ${unit}`;
+}
+
 export const ORDER = Object.keys(DIAGNOSTICS);
 
 export function titleOf(name, diagnostic) {
