@@ -261,6 +261,54 @@ def test_a_sampler_of_latents_is_followed_by_the_decoder_of_the_first_stage() ->
     assert view.samples().images.shape == (8, 1, 8, 8)
 
 
+class Denoiser(nn.Module):
+    """A network of noisy images and times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x) * t.view(-1, 1, 1, 1)
+
+
+class Denoising(LightningModule):
+    """A diffusion model whose own forward makes images of noise as large as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = Denoiser()
+
+    def forward(self, x_t: Tensor) -> Tensor:
+        for step in reversed(range(4)):
+            x_t = x_t - self.decoder(x_t, x_t.new_full((len(x_t),), step / 4))
+        return x_t
+
+
+def test_noise_as_large_as_an_image_is_denoised(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert view_of(Denoising()).source() == "samples"
+    assert "Samples: self.forward from normal noise (n, 1, 8, 8). To choose another" in caplog.text
+
+
+def test_a_forward_of_noise_is_no_sampler_where_it_returns_a_loss_or_nothing_takes_times() -> None:
+    class Loss(Denoising):
+        def forward(self, x_t: Tensor) -> Tensor:
+            return super().forward(x_t).square().mean()
+
+    class Timeless(Denoising):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Identity()
+
+        def forward(self, x_t: Tensor) -> Tensor:
+            return x_t
+
+    for module in (Loss(), Timeless()):
+        with pytest.raises(ValueError, match="sample must be known"):
+            view_of(module).source()
+
+
 def test_what_samples_is_found_again_on_each_copy() -> None:
     module = Wrapper()
     view = view_of(module)

@@ -48,6 +48,12 @@ CONDITIONS = re.compile(r"(c|cond|condition(s|ing)?|context|prompts?|.*_(cond|co
 NOISE = re.compile(r"(z|zs|noise|latents?|code|eps|x_?t|z_?samples?)", re.IGNORECASE)
 """Names of parameters of a sampler, by what they take."""
 
+TIMES = re.compile(r"ts?|\w*time\w*|steps?|\w*sigmas?|\w*noise\w*|\w*lambda\w*|\w*snr\w*|angles?", re.IGNORECASE)
+"""Names of parameters that take times or levels of noise."""
+
+KINDS = re.compile(r"diffus|denois|flow_?match|ddpm|score_?(net|model|based)|schedul|unet", re.IGNORECASE)
+"""Names of classes of such networks, or of what belongs to them."""
+
 LABEL_KEYWORDS = ("labels", "y")
 """Names under which samplers that take any keywords are given labels, where they do not work without."""
 
@@ -109,6 +115,7 @@ def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iter
     for name in (*DECODE_NAMES, *generators):
         if (target := attribute(part, name)) is not None:
             yield from decoder_ways(target, f"{path}.{name}", module, part, context)
+    yield from _denoised(part, path, module, context)
     for name in RECONSTRUCT_NAMES:
         if name == "forward" and part is not module and context.shape is None:
             # it may do anything, which the first images show
@@ -229,6 +236,17 @@ def _encoders(part: nn.Module, path: str) -> Iterator[Way]:
             yield Way("encode", f"{path}.{name}(images)", target, owner=type(part).__name__)
             # images as rows, as in Lightning's first example
             yield Way("encode", f"{path}.{name}(images.flatten(1))", partial(_of_rows, target))
+
+
+def _denoised(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iterator[Way]:
+    """Yields what a diffusion model makes of noise as large as an image, by a sampler or its own forward that takes that."""
+    if context.shape is None or not takes_times(module):
+        return
+    for name in (*SAMPLE_NAMES, *(("forward",) if part is module else ())):
+        target = attribute(part, name)
+        if target is not None and accepts(target, 1) and _takes_noise(target):
+            text = f"{path}.{name} from normal noise (n, {', '.join(map(str, context.shape))})"
+            yield Way("sample", text, partial(_sampled, target, module, context.shape))
 
 
 def takes_classes(target: Callable[..., Any]) -> bool:
@@ -407,3 +425,16 @@ def accepts(target: Callable[..., Any], given: int) -> bool:
     except TypeError:
         return False
     return True
+
+
+def takes_times(module: nn.Module) -> bool:
+    """Returns whether names say that a part of a module takes times, or is of a diffusion model, before anything runs."""
+    held = [value for part in (module, *module.children()) for value in vars(part).values()]
+    if any(KINDS.search(type(value).__name__) for value in (*module.modules(), *held)):
+        return True
+    for part in module.modules():
+        signature = signature_of(part) if type(part).__module__.partition(".")[0] != "torch" else None
+        names = [] if signature is None else list(signature.parameters)
+        if len(names) > 1 and any(TIMES.fullmatch(name) for name in names):
+            return True
+    return False
