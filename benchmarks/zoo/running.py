@@ -15,7 +15,7 @@ from benchmarks.zoo.models import KINDS
 from benchmarks.zoo.recording import Unit, record, write
 from benchmarks.zoo.truth import referee
 
-HELD_OUT_SEED = 7000
+HELD_OUT_SEED = 8000
 """Rules were chosen on runs with smaller seeds only."""
 
 
