@@ -304,9 +304,36 @@ def test_a_forward_of_noise_is_no_sampler_where_it_returns_a_loss_or_nothing_tak
         def forward(self, x_t: Tensor) -> Tensor:
             return x_t
 
-    for module in (Loss(), Timeless()):
+    class Step(Denoising):
+        def forward(self, x_t: Tensor, t: Tensor | None = None) -> Tensor:
+            return super().forward(x_t)
+
+    class Conditional(Timeless):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = type("Generator", (nn.Identity,), {"forward": lambda self, noise, labels: noise})()
+
+    for module in (Loss(), Timeless(), Step(), Conditional()):
         with pytest.raises(ValueError, match="sample must be known"):
             view_of(module).source()
+
+
+def test_a_sampler_of_a_part_is_preferred_to_a_forward_of_noise() -> None:
+    class Holding(Denoising):
+        def __init__(self) -> None:
+            super().__init__()
+            self.diffusion = type("Sampler", (nn.Identity,), {"sample": lambda self, n: torch.rand(n, 1, 8, 8)})()
+
+    assert name_of(view_of(Holding()), "sample") == "self.diffusion.sample(n)"
+
+
+def test_latents_of_another_size_are_no_images_that_noise_is_denoised_to() -> None:
+    class Latent(Denoising):
+        def encode(self, images: Tensor) -> Tensor:
+            return nn.functional.avg_pool2d(images, 2)
+
+    with pytest.raises(ValueError, match="sample must be known"):
+        view_of(Latent()).source("samples")
 
 
 def test_what_samples_is_found_again_on_each_copy() -> None:

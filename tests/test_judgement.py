@@ -21,7 +21,7 @@ from lightning_gendiag import (
     Observation,
     Series,
 )
-from lightning_gendiag.detection.history import History
+from lightning_gendiag.detection.history import History, divided
 from lightning_gendiag.detection.report import report
 from lightning_gendiag.detection.rules import Judge
 from tests.helpers.alarms import alarm
@@ -57,7 +57,25 @@ def judged(
 FALLEN = [*calm(20, 1), *[9.0] * 20]
 
 
-def test_a_relapse_is_told_from_the_level_before_the_first_fall() -> None:
+def test_a_part_that_had_fallen_before_has_no_share_in_a_later_drop() -> None:
+    judge, history = Judge(3e-4, 6), History()
+    for i in range(70):
+        values = [calm(70)[i] + 9.0 * (i >= 30), calm(70, 1)[i] + 9.0 * (i >= 60), calm(70, 2)[i]]
+        observed = [
+            Observation(Series("region").numbered(r, name), -value, value)
+            for r, (name, value) in enumerate(zip(("left", "right", "centre"), values, strict=True))
+        ]
+        evaluation = Evaluation(i + 1, i, i, observed)
+        history.append("cms", evaluation)
+        judge.update(
+            "cms", evaluation, history, lambda before, after: divided({k: before[k] - after[k] for k in before})
+        )
+    left, right = judge.alarms
+    assert (left.label, right.label) == ("left", "right")
+    assert right.contributions["right"] > 0.9
+
+
+def test_a_relapse_is_compared_with_the_level_before_the_first_fall() -> None:
     falls = [*calm(20), *[9.0] * 14, *calm(5), *[9.0] * 6]
     _, judge = judged(calm(len(falls)), falls)
     first, second = judge.alarms

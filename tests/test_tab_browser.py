@@ -69,13 +69,6 @@ def test_the_tab_opens_on_what_is_wrong(board: Board) -> None:
     assert [one for one in errors if "gendiag" in one or "static" in one] == []
 
 
-def test_a_unit_is_named_once(board: Board) -> None:
-    board.choose("broken")
-    board.move(600)
-    shown(board, "panel-ManifoldEntropy")
-    assert board.text("spectrum-title", "panel-ManifoldEntropy") == "Entropy in nats of each dimension, step 600"
-
-
 def test_the_slider_moves_map_curves_and_samples_together(board: Board) -> None:
     board.choose("broken")
     board.move(600)
@@ -128,6 +121,13 @@ def test_an_alarm_jumps_to_its_step_and_region(board: Board) -> None:
 
 def shown(board: Board, panel: str) -> None:
     board.browser.execute_script("arguments[0].scrollIntoView()", board.one(panel))
+
+
+def test_a_unit_is_named_once(board: Board) -> None:
+    board.choose("broken")
+    board.move(600)
+    shown(board, "panel-ManifoldEntropy")
+    assert board.text("spectrum-title", "panel-ManifoldEntropy") == "Entropy in nats of each dimension, step 600"
 
 
 def test_the_codes_that_died_are_named_at_the_step_and_not_before(board: Board) -> None:

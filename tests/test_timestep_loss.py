@@ -30,9 +30,8 @@ from lightning_gendiag import (
     band_edges,
     timestep_loss,
 )
-from lightning_gendiag.model.adapters.own import takes_times
 from lightning_gendiag.model.batches import first_rows
-from lightning_gendiag.model.denoising import TrainingStep, find_denoiser, predict, record
+from lightning_gendiag.model.denoising import TrainingStep, find_denoiser, predict, record, takes_times
 from lightning_gendiag.model.generators import seed_all
 from tests.helpers.cases import Case
 from tests.helpers.denoisers import (

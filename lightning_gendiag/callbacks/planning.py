@@ -12,6 +12,7 @@ from lightning_gendiag.model.amounts import run_progress
 
 if TYPE_CHECKING:
     from lightning_gendiag.callbacks.monitor import Monitor
+    from lightning_gendiag.callbacks.schedule import Schedule
     from lightning_gendiag.callbacks.session import Session
     from lightning_gendiag.model.view import ModelView
 
@@ -128,7 +129,7 @@ def in_words(session: Session) -> str:
         share = min(seconds / schedule.budget.training / (1 + coming / schedule.dues), limit)
         text = f"Plan: about {counted(int(number), 'evaluation')}{of}, {share:.0%} of the training time"
     rarer = [
-        f"{m.name} never, {_why_never(m, number, schedule.cost(m))}"
+        f"{m.name} never, {_why_never(schedule, m, main, limited)}"
         if periods[m.name] > coming
         else f"{m.name} {1 + int(coming // periods[m.name]):,} times"
         if coming < math.inf
@@ -151,8 +152,11 @@ def in_words(session: Session) -> str:
     return f"{text}. {advice}"
 
 
-def _why_never(monitor: Monitor[Any, Any], evaluations: float, seconds: float) -> str:
-    """Why a monitor is not evaluated in a run with so many evaluations of the most frequent one."""
-    if monitor.period_multiplier >= max(evaluations, 2):
-        return f"since it takes part in one of {monitor.period_multiplier} evaluations"
-    return f"since it may take {seconds:.2g} s"
+def _why_never(
+    schedule: Schedule, monitor: Monitor[Any, Any], main: Monitor[Any, Any], limited: Sequence[Monitor[Any, Any]]
+) -> str:
+    """Why a monitor is not evaluated again: it is due too rarely beside the main one, or it is too expensive."""
+    rarely, often = schedule.relative_period(monitor, limited), schedule.periods(limited)[main.name]
+    if rarely * often > schedule.coming and schedule.cost(monitor) <= schedule.cost(main):
+        return f"since it takes part in one of {rarely} evaluations"
+    return f"since it may take {schedule.cost(monitor):.2g} s"

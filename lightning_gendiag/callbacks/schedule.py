@@ -226,7 +226,7 @@ class Schedule:
 
     def _periods(self, units: Mapping[Monitor[Any, Any], str]) -> dict[str, float]:
         monitors = list(units)
-        relative = {m: self._relative_period(m, monitors) for m in monitors}
+        relative = {m: self.relative_period(m, monitors) for m in monitors}
         least = {unit: min(relative[m] for m in monitors if units[m] == unit) for unit in units.values()}
         costs = dict.fromkeys(least, 0.0)
         for monitor, unit in units.items():
@@ -242,7 +242,7 @@ class Schedule:
         """
         units = {monitor: monitor.shares() for monitor in monitors}
         samples = sum(
-            self.cost(m) / self._relative_period(m, monitors) for m, unit in units.items() if unit == "samples"
+            self.cost(m) / self.relative_period(m, monitors) for m, unit in units.items() if unit == "samples"
         )
         joining = [m for m in monitors if m.watches_batches and self.cost(m) > JOINED * samples > 0]
         return units | dict.fromkeys(joining, "samples")
@@ -256,10 +256,10 @@ class Schedule:
         """
         periods, dues = self.periods(among), self.dues + self.coming
         spare = 1 if dues == math.inf else dues // EVALUATIONS
-        return all(periods[m.name] <= max(self._relative_period(m, among), spare) for m in monitors)
+        return all(periods[m.name] <= max(self.relative_period(m, among), spare) for m in monitors)
 
-    def _relative_period(self, monitor: Monitor[Any, Any], monitors: Sequence[Monitor[Any, Any]]) -> int:
-        """How many times as often as this monitor the most frequent one is due."""
+    def relative_period(self, monitor: Monitor[Any, Any], monitors: Sequence[Monitor[Any, Any]]) -> int:
+        """Returns how many times as often as this monitor the most frequent one is due."""
         periods = [
             _period(other)
             for other in monitors

@@ -396,6 +396,9 @@ class _Grouping:
         """The median of the newest values from before the change."""
         entries = self.history.entries(self.monitor, name)
         earlier = [entry for entry in entries if entry.number < since and math.isfinite(entry.value)]
-        positions = set(self.detectors[name].positions)
-        known = [entry for entry in earlier if entry.number in positions] or earlier
-        return median([entry.value for entry in known[-16:]] or [math.nan])
+        detector = self.detectors[name]
+        if not (detector.active and detector.since is not None and detector.since < since):
+            # after a relapse, not the level of the first fall; what had fallen already adds nothing to this change
+            healthy = set(detector.positions)
+            earlier = [entry for entry in earlier if entry.number in healthy] or earlier
+        return median([entry.value for entry in earlier[-16:]] or [math.nan])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -23,6 +24,12 @@ from lightning_gendiag.model.adapters.own import signature_of
 
 LOSS_ADVICE = "TimestepLossMonitor(loss=lambda module, images, times, noise: ...)"
 TO_FIX = f"To fix this, pass {LOSS_ADVICE}."
+
+TIMES = re.compile(r"ts?|\w*time\w*|steps?|\w*sigmas?|\w*noise\w*|\w*lambda\w*|\w*snr\w*|angles?", re.IGNORECASE)
+"""Names of parameters that take times or levels of noise."""
+
+KINDS = re.compile(r"diffus|denois|flow_?match|ddpm|score_?(net|model|based)|schedul|unet", re.IGNORECASE)
+"""Names of classes of such networks, or of what belongs to them."""
 
 BATCH_INDEX = 1
 """Number of the batch that a training step is given; many draw pictures at the first one."""
@@ -359,6 +366,19 @@ def _times(call: Call, denoiser: Denoiser, levels: Tensor) -> Tensor | None:
 
 
 # ---- finding ----
+
+
+def takes_times(module: nn.Module) -> bool:
+    """Returns whether names say that a part of a module takes times, or is of a diffusion model, before anything runs."""
+    held = [value for part in (module, *module.children()) for value in vars(part).values()]
+    if any(KINDS.search(type(value).__name__) for value in (*module.modules(), *held)):
+        return True
+    for part in module.modules():
+        signature = signature_of(part) if type(part).__module__.partition(".")[0] != "torch" else None
+        names = [] if signature is None else list(signature.parameters)
+        if len(names) > 1 and any(TIMES.fullmatch(name) for name in names):
+            return True
+    return False
 
 
 def find_denoiser(step: TrainingStep, seed: int) -> tuple[Denoiser, Any]:

@@ -53,7 +53,8 @@ by 0.2 to 0.36 octaves."""
 
 MIN_STD = 0.55
 """Half as much of a class again, or a third less, is a usual fluctuation; octaves. With 0.5, a third more classes of healthy
-GANs were called dropped that an independent classifier still saw; with 0.6, fewer are found that were drawn as another."""
+GANs were called dropped that an independent classifier still saw; with 0.6, fewer classes were found that a generator draws
+as another class."""
 
 MOST = 1.25
 """A share that falls to this many times that of real images is an improvement. A class that is generated too often can still

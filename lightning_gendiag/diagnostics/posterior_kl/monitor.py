@@ -58,11 +58,11 @@ Spread = Literal["auto", "log_variance", "variance", "log_std", "std"]
 class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
     """Monitors :class:`PosteriorKL` of a VAE's encoder on the reference images.
 
-    A dimension dies when its KL divergence falls to less than a ninth of its level, or of three nats. Changes above
-    three nats raise no alarm, and so a warm-up of the KL term does not either. The latent has collapsed when no dimension
-    has been active for ``patience`` evaluations in a row, which may be from the beginning of training. Of more than 256
-    dimensions the channels of spatial latents are watched, each the sum over its positions, and of other latents only
-    the total.
+    A dimension dies when its KL divergence surely falls to less than a ninth of its level, where a level above three
+    nats counts as three. Changes above three nats raise no alarm, and so a warm-up of the KL term does not either. The
+    latent has collapsed when no dimension has been active for ``patience`` evaluations in a row, which may be from the
+    beginning of training. Of more than 256 dimensions the channels of spatial latents are watched, each the sum over its
+    positions, and of other latents only the total.
 
     Args:
         posterior: What gives mean and spread, both (N, L) or (N, C, ...), of images: the name of a method of the module,
@@ -238,10 +238,10 @@ def severity(nats: float) -> float:
     """Returns by how many octaves the divergence of a dimension falls short of three nats; nan stays nan.
 
     Example:
-        >>> severity(5.0), severity(0.75), severity(0.0) == severity(FLOOR)
+        >>> severity(5.0), round(severity(0.75), 6), severity(0.0) == severity(FLOOR)
         (0.0, 2.0, True)
     """
-    return math.nan if math.isnan(nats) else max(0.0, math.log2(IN_USE / max(nats, FLOOR)))
+    return math.nan if math.isnan(nats) else max(0.0, math.log2(IN_USE) - math.log2(max(nats, FLOOR)))
 
 
 def shortfall(nats: float) -> float:

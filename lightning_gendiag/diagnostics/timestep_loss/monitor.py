@@ -24,7 +24,6 @@ from lightning_gendiag.diagnostics.timestep_loss.functional import (
 )
 from lightning_gendiag.diagnostics.timestep_loss.metric import TimestepLoss
 from lightning_gendiag.functional.arrays import as_data
-from lightning_gendiag.model.adapters.own import takes_times
 from lightning_gendiag.model.amounts import fitting
 from lightning_gendiag.model.batches import first_rows
 from lightning_gendiag.model.denoising import (
@@ -36,6 +35,7 @@ from lightning_gendiag.model.denoising import (
     predict,
     prediction_in,
     record,
+    takes_times,
 )
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from lightning_gendiag.model.adapters.base import Recogniser
 from lightning_gendiag.model.adapters.libraries import LIBRARIES
-from lightning_gendiag.model.adapters.own import children, decoded_samples, own
+from lightning_gendiag.model.adapters.own import children, decoded_samples, denoised, own
 
-RECOGNISERS: tuple[Recogniser, ...] = (own, *LIBRARIES, children, decoded_samples)
+RECOGNISERS: tuple[Recogniser, ...] = (own, *LIBRARIES, children, decoded_samples, denoised)

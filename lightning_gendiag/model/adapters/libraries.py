@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Normal
 from lightning_gendiag import samplers
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapters.base import Context, Recogniser, Way
-from lightning_gendiag.model.adapters.own import AVERAGED, normal, signature_of
+from lightning_gendiag.model.adapters.own import AVERAGED, TIMES, normal, signature_of
 from lightning_gendiag.model.outputs import data_in
 
 STEPS = samplers.STEPS
@@ -37,9 +37,6 @@ FLOWS = ("normflows", "nflows", "zuko")
 
 LABELS = ("y", "label", "labels", "cls", "classes", "class_labels", "target", "targets")
 """Names of parameters that take class labels."""
-
-TIMES = re.compile(r"ts?|\w*time\w*|steps?|sigmas?|noise_levels?")
-"""Names of parameters that take times or levels of noise."""
 
 OF_NOISE = re.compile(r"(^|_)(base|prior|noise|latents?|source|q0|p_?z)(_|$)")
 """Names of distributions that are not the data's."""

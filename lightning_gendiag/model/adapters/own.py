@@ -48,11 +48,8 @@ CONDITIONS = re.compile(r"(c|cond|condition(s|ing)?|context|prompts?|.*_(cond|co
 NOISE = re.compile(r"(z|zs|noise|latents?|code|eps|x_?t|z_?samples?)", re.IGNORECASE)
 """Names of parameters of a sampler, by what they take."""
 
-TIMES = re.compile(r"ts?|\w*time\w*|steps?|\w*sigmas?|\w*noise\w*|\w*lambda\w*|\w*snr\w*|angles?", re.IGNORECASE)
+TIMES = re.compile(r"ts?|\w*time\w*|steps?|sigmas?|noise_levels?")
 """Names of parameters that take times or levels of noise."""
-
-KINDS = re.compile(r"diffus|denois|flow_?match|ddpm|score_?(net|model|based)|schedul|unet", re.IGNORECASE)
-"""Names of classes of such networks, or of what belongs to them."""
 
 LABEL_KEYWORDS = ("labels", "y")
 """Names under which samplers that take any keywords are given labels, where they do not work without."""
@@ -100,6 +97,26 @@ def decoded_samples(module: nn.Module, context: Context) -> Iterator[Way]:
                     yield Way("sample", f"{name} of {way.name}", call, takes_labels=way.takes_labels)
 
 
+def denoised(module: nn.Module, context: Context) -> Iterator[Way]:
+    """Yields what a diffusion model makes of normal noise as large as an image: a sampler or its own forward that takes it."""
+    of_other_size = context.latent not in (None, context.shape)
+    if context.shape is None or of_other_size or not any(map(_takes_times, module.modules())):
+        return
+    parts = {"self": module, **{f"self.{name}": child for name, child in module.named_children()}}
+    for path, part in parts.items():
+        for name in (*SAMPLE_NAMES, "forward") if part is module else SAMPLE_NAMES:
+            target = attribute(part, name)
+            if target is not None and accepts(target, 1) and _takes_noise(target) and not _takes_times(target):
+                text = f"{path}.{name} from normal noise (n, {', '.join(map(str, context.shape))})"
+                yield Way("sample", text, partial(_sampled, target, module, context.shape))
+
+
+def _takes_times(target: Callable[..., Any]) -> bool:
+    """Whether names say that something takes data and times, as the network of a diffusion model does."""
+    signature = signature_of(target)
+    return signature is not None and any(TIMES.fullmatch(name) for name in list(signature.parameters)[1:])
+
+
 def _decoded(decoder: Callable[..., Any], sampler: Callable[..., Any], n: int, *labels: Tensor) -> Any:
     sampled = sampler(n, *labels)
     return decoder(sampled[0] if isinstance(sampled, (tuple, list)) else sampled)
@@ -115,7 +132,6 @@ def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iter
     for name in (*DECODE_NAMES, *generators):
         if (target := attribute(part, name)) is not None:
             yield from decoder_ways(target, f"{path}.{name}", module, part, context)
-    yield from _denoised(part, path, module, context)
     for name in RECONSTRUCT_NAMES:
         if name == "forward" and part is not module and context.shape is None:
             # it may do anything, which the first images show
@@ -236,17 +252,6 @@ def _encoders(part: nn.Module, path: str) -> Iterator[Way]:
             yield Way("encode", f"{path}.{name}(images)", target, owner=type(part).__name__)
             # images as rows, as in Lightning's first example
             yield Way("encode", f"{path}.{name}(images.flatten(1))", partial(_of_rows, target))
-
-
-def _denoised(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iterator[Way]:
-    """Yields what a diffusion model makes of noise as large as an image, by a sampler or its own forward that takes that."""
-    if context.shape is None or not takes_times(module):
-        return
-    for name in (*SAMPLE_NAMES, *(("forward",) if part is module else ())):
-        target = attribute(part, name)
-        if target is not None and accepts(target, 1) and _takes_noise(target):
-            text = f"{path}.{name} from normal noise (n, {', '.join(map(str, context.shape))})"
-            yield Way("sample", text, partial(_sampled, target, module, context.shape))
 
 
 def takes_classes(target: Callable[..., Any]) -> bool:
@@ -425,16 +430,3 @@ def accepts(target: Callable[..., Any], given: int) -> bool:
     except TypeError:
         return False
     return True
-
-
-def takes_times(module: nn.Module) -> bool:
-    """Returns whether names say that a part of a module takes times, or is of a diffusion model, before anything runs."""
-    held = [value for part in (module, *module.children()) for value in vars(part).values()]
-    if any(KINDS.search(type(value).__name__) for value in (*module.modules(), *held)):
-        return True
-    for part in module.modules():
-        signature = signature_of(part) if type(part).__module__.partition(".")[0] != "torch" else None
-        names = [] if signature is None else list(signature.parameters)
-        if len(names) > 1 and any(TIMES.fullmatch(name) for name in names):
-            return True
-    return False
