@@ -27,6 +27,10 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{planted_faults.parts_found:.0%} of dropped classes, dead or entangled latents and weights that are nan",
         "In {planted_faults.runs} healthy runs with {planted_faults.evaluations} evaluations there were "
         "{planted_faults.wrong_alarms:word} false alarms, in {planted_faults.runs_with_wrong_alarms:word} runs.",
+        "at {overhead.peak_memory_ratio:.2f} times the peak memory. There are {overhead.evaluations} evaluations of six "
+        "diagnostics: the first takes {overhead.first_evaluation_s:.2f} s with its setup, each later one "
+        "{overhead.later_evaluation_s:.2f} s.",
+        "it takes {overhead.fid_over_none:.2f} times as long and {overhead.fid_memory_ratio:.2f} times the memory",
         "models {defaults.models.all.found:.0%} of {defaults.models.all.faults} faults were found, "
         "{defaults.models.all.within_3:.0%} within three evaluations; the median delay was "
         "{defaults.models.all.seconds:.1f} s of training",
@@ -55,6 +59,10 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "| {planted_faults.baseline_found:.0%} | {planted_faults.baseline_false_alarms:.0%} |",
     ),
     "docs/costs.md": (
+        "| {overhead.peak_memory_ratio:.2f} | 1.7 MiB | {overhead.evaluations} of the most frequent diagnostic; the first one "
+        "takes {overhead.first_evaluation_s:.2f} s, setup included, and a later one {overhead.later_evaluation_s:.2f} s,",
+        "turns give {overhead.default_over_none:.3f},",
+        "An evaluation of {overhead.samples} samples takes {overhead.evaluation_over_fid:.0f} times as long as FID",
         *(
             f"{{defaults.models.{model}.within_3:.0%}} | {{defaults.models.{model}.named:.0%}} | "
             f"{{defaults.models.{model}.seconds:.1f}} | {{defaults.models.{model}.evaluations:.0f}}, "
