@@ -12,7 +12,6 @@ from lightning_gendiag.model.amounts import run_progress
 
 if TYPE_CHECKING:
     from lightning_gendiag.callbacks.monitor import Monitor
-    from lightning_gendiag.callbacks.schedule import Schedule
     from lightning_gendiag.callbacks.session import Session
     from lightning_gendiag.model.view import ModelView
 
@@ -129,7 +128,7 @@ def in_words(session: Session) -> str:
         share = min(seconds / schedule.budget.training / (1 + coming / schedule.dues), limit)
         text = f"Plan: about {counted(int(number), 'evaluation')}{of}, {share:.0%} of the training time"
     rarer = [
-        f"{m.name} never, {_why_never(schedule, m, main, limited)}"
+        f"{m.name} never, {_why_never(session, m, main, often)}"
         if periods[m.name] > coming
         else f"{m.name} {1 + int(coming // periods[m.name]):,} times"
         if coming < math.inf
@@ -152,11 +151,10 @@ def in_words(session: Session) -> str:
     return f"{text}. {advice}"
 
 
-def _why_never(
-    schedule: Schedule, monitor: Monitor[Any, Any], main: Monitor[Any, Any], limited: Sequence[Monitor[Any, Any]]
-) -> str:
+def _why_never(session: Session, monitor: Monitor[Any, Any], main: Monitor[Any, Any], often: float) -> str:
     """Why a monitor is not evaluated again: it is due too rarely beside the main one, or it is too expensive."""
-    rarely, often = schedule.relative_period(monitor, limited), schedule.periods(limited)[main.name]
+    schedule = session.schedule
+    rarely = schedule.relative_period(monitor, session.limited)
     if rarely * often > schedule.coming and schedule.cost(monitor) <= schedule.cost(main):
         return f"since it takes part in one of {rarely} evaluations"
     return f"since it may take {schedule.cost(monitor):.2g} s"

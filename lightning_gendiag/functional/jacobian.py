@@ -16,7 +16,7 @@ from lightning_gendiag.functional.arrays import tensor_of
 Decode = Callable[[Tensor], Any]
 
 Mode = Literal["auto", "forward", "reverse"]
-"""How derivatives are taken: forward or reverse mode, or forward mode where it works."""
+"""How derivatives are taken; ``"auto"`` is forward mode where it works, and reverse mode elsewhere."""
 
 WIDENING = 12
 """Assumed working memory of a decoder as a multiple of that of its output."""

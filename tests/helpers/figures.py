@@ -20,17 +20,18 @@ WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight",
 SENTENCES: dict[str, tuple[str, ...]] = {
     "README.md": (
         "Of {zoo.healthy_runs} healthy runs, {zoo.stopped_runs:word} were stopped (95 % bounds: {zoo.stopped_bounds.0:.0p} to "
-        "{zoo.stopped_bounds.1:.0%}), which had got worse by the classifier too; {zoo.runs_with_wrong_alarms:.1%} "
-        "({zoo.wrong_bounds.0:.0p} to {zoo.wrong_bounds.1:.0%}) raised an alarm that the classifier calls wrong. Of "
-        "{zoo.faults} faults, {zoo.found:.0%} were found.",
-        "or replaced by noise {planted_faults.regional_found:.1%} were found, within three evaluations if sudden, and "
-        "{planted_faults.parts_found:.0%} of dropped classes, dead or entangled latents and weights that are nan",
+        "{zoo.stopped_bounds.1:.0%}), which had become worse according to the classifier as well; "
+        "{zoo.runs_with_wrong_alarms:.1%} ({zoo.wrong_bounds.0:.0p} to {zoo.wrong_bounds.1:.0%}) raised an alarm that the "
+        "classifier calls wrong. Of {zoo.faults} faults, {zoo.found:.0%} were found.",
+        "It found {planted_faults.regional_found:.1%} of the regions that were frozen, darkened, blurred, shifted or replaced "
+        "by noise, within three evaluations if the fault was sudden, and {planted_faults.parts_found:.0%} of dropped classes, "
+        "dead or entangled latents and weights that are nan",
         "In {planted_faults.runs} healthy runs with {planted_faults.evaluations} evaluations there were "
         "{planted_faults.wrong_alarms:word} false alarms, in {planted_faults.runs_with_wrong_alarms:word} runs.",
-        "at {overhead.peak_memory_ratio:.2f} times the peak memory. There are {overhead.evaluations} evaluations of six "
+        "at {overhead.peak_memory_ratio:.2f} times the peak memory. There are {overhead.evaluations} evaluations of seven "
         "diagnostics: the first takes {overhead.first_evaluation_s:.2f} s with its setup, each later one "
         "{overhead.later_evaluation_s:.2f} s.",
-        "it takes {overhead.fid_over_none:.2f} times as long and {overhead.fid_memory_ratio:.2f} times the memory",
+        "every epoch takes {overhead.fid_over_none:.2f} times as long and {overhead.fid_memory_ratio:.2f} times the memory",
         "models {defaults.models.all.found:.0%} of {defaults.models.all.faults} faults were found, "
         "{defaults.models.all.within_3:.0%} within three evaluations; the median delay was "
         "{defaults.models.all.seconds:.1f} s of training",

@@ -45,7 +45,7 @@ MIN_STD, MIN_DELTA = 0.2, 3.2
 gives up while it improves often settles at an eighth of a nat, and still changes images half as much as before."""
 
 TOTAL_MIN_STD = 0.1
-"""Nats."""
+"""Nats: smaller fluctuations of the total are no news."""
 
 DIMENSION = Series("dimension", "component", "KL in nats", "nats", event="died", min_std=MIN_STD, min_delta=MIN_DELTA)
 TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished", min_std=TOTAL_MIN_STD, stop="alone")

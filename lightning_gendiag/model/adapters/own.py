@@ -82,7 +82,7 @@ def _is_frozen(part: nn.Module) -> bool:
 
 def decoded_samples(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields samplers of latents, as latent diffusion models have, followed by the decoder of the first stage."""
-    parts = {"self": module, **{f"self.{name}": child for name, child in module.named_children()}}
+    parts = _with_children(module)
     decoders = [
         (f"{path}.{name}", decoder)
         for path, part in parts.items()
@@ -99,16 +99,25 @@ def decoded_samples(module: nn.Module, context: Context) -> Iterator[Way]:
 
 def denoised(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields what a diffusion model makes of normal noise as large as an image: a sampler or its own forward that takes it."""
-    of_other_size = context.latent not in (None, context.shape)
-    if context.shape is None or of_other_size or not any(map(_takes_times, module.modules())):
+    if context.shape is None or context.latent not in (None, context.shape):
         return
-    parts = {"self": module, **{f"self.{name}": child for name, child in module.named_children()}}
-    for path, part in parts.items():
+    for path, part in _with_children(module).items():
         for name in (*SAMPLE_NAMES, "forward") if part is module else SAMPLE_NAMES:
             target = attribute(part, name)
-            if target is not None and accepts(target, 1) and _takes_noise(target) and not _takes_times(target):
-                text = f"{path}.{name} from normal noise (n, {', '.join(map(str, context.shape))})"
+            if target is None or not accepts(target, 1) or not _takes_noise(target) or _takes_times(target):
+                continue
+            if any(map(_takes_times, module.modules())):
+                text = f"{path}.{name} from {_noise_of(context.shape)}"
                 yield Way("sample", text, partial(_sampled, target, module, context.shape))
+
+
+def _with_children(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns a module and those that it holds, by what log lines call them."""
+    return {"self": module, **{f"self.{name}": child for name, child in module.named_children()}}
+
+
+def _noise_of(shape: tuple[int, ...]) -> str:
+    return f"normal noise (n, {', '.join(map(str, shape))})"
 
 
 def _takes_times(target: Callable[..., Any]) -> bool:
@@ -302,11 +311,10 @@ def decoder_ways(
         if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (is_map and not is_stated):
             # a map of latents has no prior that is worth sampling, unless the user states one
             continue
-        noise = f"normal noise (n, {', '.join(map(str, shape))})"
         yield Way(
-            "sample", f"{name} from {noise}{' and labels' if labels else ''}", partial(_sampled, target, module, shape),
-            takes_labels=labels, latent=shape, assumes_prior=not is_generator or name == "self.forward",
-            is_generator=is_generator,
+            "sample", f"{name} from {_noise_of(shape)}{' and labels' if labels else ''}",
+            partial(_sampled, target, module, shape), takes_labels=labels, latent=shape,
+            assumes_prior=not is_generator or name == "self.forward", is_generator=is_generator,
         )  # fmt: skip
 
 

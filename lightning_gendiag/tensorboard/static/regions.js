@@ -19,6 +19,7 @@ import {
   valueAt,
   withRole,
 } from './state.js';
+import {quantityOf} from './titles.js';
 
 export class Regions extends Panel {
   build() {
@@ -131,7 +132,7 @@ export class Regions extends Panel {
     if (pictures.samples_real) this.realSamples.show(pictureUrl(pictures.samples_real), 'Real images');
     const components = this.components;
     const series = components.length ? components : this.monitor.series;
-    const quantity = series[0]?.quantity || 'value';
+    const quantity = quantityOf(series[0]);
     this.curvesTitle.textContent = `${quantity[0].toUpperCase()}${quantity.slice(1)} of each region${state.other ? `; dashed: ${state.compare}` : ''}`;
     this.curves.show(
       this.curvesOf([...series, ...withRole(this.monitor, 'aggregate').filter((one) => !series.includes(one))]),
