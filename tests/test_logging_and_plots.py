@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gendiag.callbacks.logging import DiagnosticLogger, Layout
 from lightning_gendiag.plots import canvas, charts, pictures
-from tests.helpers.logs import events, written_layout
+from tests.helpers.logs import events, written_events, written_layout
 
 
 class ImageLogger(CSVLogger):
@@ -58,6 +58,32 @@ def test_each_logger_gets_everything_that_it_supports(tmp_path: Path) -> None:
     assert found.category[1].chart[0].margin.series[0].lower == "gendiag/y/worst"
     assert other.images == ["gendiag/x/p"]
     assert other.experiment.metrics[0]["gendiag/x/a"] == 0.5
+
+
+@pytest.mark.parametrize("prefix", ["", "run"])
+def test_all_numbers_of_an_evaluation_are_one_record_of_tensorboard(tmp_path: Path, prefix: str) -> None:
+    values = {f"region_{r}": r / 8 for r in range(30)} | {"worst": math.nan}
+    ours, lightnings = (TensorBoardLogger(tmp_path / name, prefix=prefix) for name in ("ours", "lightnings"))
+    DiagnosticLogger(SimpleNamespace(is_global_zero=True, loggers=[ours]), 3, "x").log_scalars(values)  # type: ignore[arg-type]
+    lightnings.log_metrics({f"gendiag/x/{name}": value for name, value in values.items()}, step=3)
+    found = []
+    for board in (ours, lightnings):
+        board.experiment.flush()
+        events_of = [event for event in written_events(board.log_dir) if event.HasField("summary")]
+        found.append([(v.tag, str(v.simple_value), event.step) for event in events_of for v in event.summary.value])
+        assert len(events_of) == (1 if board is ours else len(values))
+    assert found[0] == found[1]
+
+
+def test_a_logger_with_its_own_way_to_log_numbers_keeps_it(tmp_path: Path) -> None:
+    class Own(TensorBoardLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            logged.append((dict(metrics), step))
+
+    logged: list[Any] = []
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[Own(tmp_path)])
+    DiagnosticLogger(trainer, 3, "x").log_scalars({"a": 0.5})  # type: ignore[arg-type]
+    assert logged == [({"gendiag/x/a": 0.5}, 3)]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

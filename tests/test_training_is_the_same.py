@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import queue
+import random
 import threading
 import weakref
 from collections import deque
@@ -31,6 +32,7 @@ from lightning_gendiag import (
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
 )
+from lightning_gendiag.model.generators import own_generators
 from tests.helpers.everything import everything
 from tests.helpers.models import SmallVAE
 from tests.helpers.running import batches, trainer
@@ -128,6 +130,18 @@ class WithNumpyGenerator(SmallVAE):
 
     def noise(self, *shape: int) -> Tensor:
         return torch.from_numpy(self.helpers["generator"].standard_normal(shape)).float()
+
+
+class Compared(type):
+    """A metaclass whose classes compare by name, and therefore have no hash."""
+
+    def __eq__(cls, other: object) -> bool:
+        return isinstance(other, type) and cls.__name__ == other.__name__
+
+
+class Source(metaclass=Compared):
+    def __init__(self) -> None:
+        self.generator = random.Random(0)
 
 
 class Buffer:
@@ -595,6 +609,11 @@ def test_the_same_weights_give_the_same_samples_even_with_a_modules_own_generato
     trainer(Peek(num_regions=2, adapter=small(), on_error="raise"), max_epochs=2).fit(Still(), batches())
     assert len(samples) == 2
     assert torch.equal(*samples)
+
+
+def test_generators_are_found_in_objects_whose_class_has_no_hash() -> None:
+    source = Source()
+    assert own_generators([{"sources": [source, Source]}]) == [source.generator]
 
 
 def test_a_loader_that_is_the_reference_gives_training_the_same_batches() -> None:

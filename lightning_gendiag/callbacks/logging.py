@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_gendiag.model.compat import file_writer
+from lightning_gendiag.model.compat import file_writer, is_board, log_metrics
 from lightning_gendiag.tensorboard.records import Record, packed, summary
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DiagnosticLogger:
         """Logs numbers to every logger at once, and not only every ``log_every_n_steps``."""
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
-                logger.log_metrics({f"{self.prefix}/{name}": value for name, value in values.items()}, step=self.step)
+                log_metrics(logger, {f"{self.prefix}/{name}": value for name, value in values.items()}, self.step)
 
     def log_image(self, name: str, picture: Tensor) -> None:
         """Logs a picture (H, W, 3) uint8 to TensorBoard and to loggers with ``log_image(key, images, step)``."""
@@ -132,11 +132,9 @@ class DiagnosticLogger:
 
     def _writers(self) -> Iterator[Any]:
         if self.trainer.is_global_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
             for logger in self.trainer.loggers:
                 experiment = getattr(logger, "experiment", None)
-                if isinstance(experiment, SummaryWriter):
+                if is_board(experiment):
                     yield experiment
 
 

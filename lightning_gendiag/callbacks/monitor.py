@@ -527,7 +527,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
                     raise unseen
                 view.agree(*self.needs)
                 held = None if self.depends_on_model(view) else self._metric
-                self._metric = (held or self.build_metric(view)).to(view.device)
+                metric = held or self.build_metric(view)
+                # to move it to where it is takes a millisecond
+                self._metric = metric if metric is held and held.device == view.device else metric.to(view.device)
                 self._metric.reset()
                 self.update(view)
         except Exception as caught:

@@ -21,7 +21,12 @@ SHARDED = ("FSDPStrategy", "ModelParallelStrategy")
 
 def is_kind(value: object, *names: str) -> bool:
     """Returns whether an object is of a class with one of these names, of ``lightning`` or of ``pytorch_lightning``."""
-    return any(base.__name__ in names for base in type(value).__mro__)
+    return is_a(type(value), *names)
+
+
+def is_a(kind: type, *names: str) -> bool:
+    """Returns whether a class is one with one of these names, or is derived from it."""
+    return any(base.__name__ in names for base in kind.__mro__)
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:
@@ -69,9 +74,32 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
 # ---- logging ----
 
 
+def is_board(experiment: object) -> bool:
+    """Returns whether what a logger writes with is torch's writer for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return isinstance(experiment, SummaryWriter)
+
+
 def file_writer(writer: Any) -> Any:
     """Returns what a ``SummaryWriter`` writes summaries with, since its public methods take known kinds of data only."""
     return writer._get_file_writer()
+
+
+def log_metrics(logger: Any, values: Mapping[str, float], step: int) -> None:
+    """Logs numbers; to Lightning's ``TensorBoardLogger`` all in one record.
+
+    Its writer's queue holds ten records, for which training would wait if there were one for each number.
+    """
+    own = next((kind for kind in type(logger).__mro__ if "log_metrics" in vars(kind)), object)
+    if own.__name__ != "TensorBoardLogger" or not is_board(logger.experiment):
+        logger.log_metrics(values, step=step)
+        return
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+    numbers = [Summary.Value(tag=prefix + name, simple_value=value) for name, value in values.items()]
+    file_writer(logger.experiment).add_summary(Summary(value=numbers), step)
 
 
 def log_values(module: LightningModule, values: Mapping[str, float]) -> None:

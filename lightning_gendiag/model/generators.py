@@ -9,10 +9,10 @@ import random
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,19 +74,18 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
     visited: dict[int, int] = {}
 
     def visit(value: object, depth: int) -> None:
-        if type(value) in _LEAVES:
-            return
-        if isinstance(value, Generator):
-            found.setdefault(id(value), value)
-        elif visited.get(id(value), 0) < depth and not isinstance(value, _WITHOUT_GENERATORS):
+        role = _role(type(value))
+        if role == "generator":
+            found.setdefault(id(value), cast(Generator, value))
+        elif role != "leaf" and visited.get(id(value), 0) < depth:
             visited[id(value)] = depth
-            if isinstance(value, nn.Module):
-                parts = list(value.modules())
+            if role == "module":
+                parts = list(cast(nn.Module, value).modules())
                 visited.update((id(part), DEPTH) for part in parts)
                 for part in parts:
                     for attribute in _referents(part):
                         visit(attribute, DEPTH)
-            elif not compat.is_kind(value, "Trainer", "TrainerView", "Fabric"):
+            else:
                 for child in _referents(value):
                     visit(child, depth - 1)
 
@@ -95,10 +94,29 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
     return list(found.values())
 
 
-_WITHOUT_GENERATORS = (str, bytes, int, float, Tensor, np.ndarray, type, types.ModuleType, types.CodeType)
+_WITHOUT_GENERATORS: tuple[type, ...] = (
+    str, bytes, int, float, type(None), Tensor, np.ndarray, torch.dtype, torch.device, type, types.ModuleType, types.CodeType,
+    *weakref.ProxyTypes,
+)  # fmt: skip
 
-_LEAVES = {*weakref.ProxyTypes, *_WITHOUT_GENERATORS, bool, type(None), nn.Parameter, torch.dtype, torch.device}
-"""Exact types of most of what is visited, which are told faster than their subclasses."""
+
+def _role(kind: type) -> str:
+    """Returns ``"generator"``, ``"leaf"``, ``"module"`` or ``"other"``: what objects of a type are to the search."""
+    try:
+        return _known_role(cast(Hashable, kind))
+    except TypeError:
+        # a metaclass without a hash
+        return _known_role.__wrapped__(cast(Hashable, kind))
+
+
+@lru_cache(maxsize=4096)
+def _known_role(kind: Hashable) -> str:
+    assert isinstance(kind, type)
+    if issubclass(kind, Generator):
+        return "generator"
+    if issubclass(kind, _WITHOUT_GENERATORS) or compat.is_a(kind, "Trainer", "TrainerView", "Fabric"):
+        return "leaf"
+    return "module" if issubclass(kind, nn.Module) else "other"
 
 
 def _referents(value: Any) -> Iterable[object]:
