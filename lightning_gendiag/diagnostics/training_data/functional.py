@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -179,6 +179,11 @@ def expected_distinct(hashes: Tensor, size: int) -> float:
     return float((1 - missed).sum())
 
 
+def _once(compute: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Keeps what is computed of the newest results, since words, series and scalars use it in turn."""
+    return lru_cache(maxsize=2)(compute)
+
+
 @loggable
 class TrainingDataResult(NamedTuple):
     """What the training batches since the last evaluation hold, beside the first ones of the run.
@@ -276,6 +281,7 @@ class TrainingDataResult(NamedTuple):
         return (most - least) / self.rows[1]
 
     @property
+    @_once
     def range_moved(self) -> Tensor:
         """() how far an end of the range surely moved, as a fraction of the width of the first images' range."""
         shift, _ = self._sure_shift(self.edges, self.edge_squares, self.edge_batch_squares)
@@ -284,6 +290,7 @@ class TrainingDataResult(NamedTuple):
         return shift.amax() / width
 
     @property
+    @_once
     def cells_moved(self) -> Tensor:
         """(P,) how far each cell surely moved, in standard deviations of single images.
 
@@ -306,6 +313,7 @@ class TrainingDataResult(NamedTuple):
         return self.classes / self.classes.sum(1, keepdim=True)
 
     @property
+    @_once
     def class_interval(self) -> Tensor:
         """(2, K, 2) bounds of the shares of a source that gives batches like these, exact where they are shuffled."""
         n = self.classes.sum(1, keepdim=True)
@@ -319,6 +327,7 @@ class TrainingDataResult(NamedTuple):
         return torch.stack(bounds)
 
     @property
+    @_once
     def class_change(self) -> Tensor:
         """(K,) natural logarithm of the factor by which the share of each class surely changed, negative where it fell.
 
@@ -370,6 +379,7 @@ class TrainingDataResult(NamedTuple):
         return any(bool((part > 1).double().mean() > 0.25) for part in parts)
 
     @property
+    @_once
     def distinct(self) -> Tensor:
         """(2,) expected number of different images in equally many of both sides."""
         size = min(len(self.hashes), len(self.first_hashes))
