@@ -118,22 +118,37 @@ def test_the_plan_says_when_an_alarm_is_possible_and_when_none_is(caplog: pytest
     assert re.search(r"no alarm is possible, since it takes 1[2-4] evaluations\. .*max_overhead=None", impossible)
 
 
-def test_the_plan_says_why_a_monitor_is_never_evaluated_again(caplog: pytest.LogCaptureFixture) -> None:
-    class Rare(Priced):
-        period_multiplier = 5
+class Rare(Priced):
+    period_multiplier = 5
 
-    class Alone(Priced):
-        def shares(self) -> str:
-            return self.name
 
+class Alone(Priced):
+    def shares(self) -> str:
+        return self.name
+
+
+@pytest.mark.parametrize(
+    ("make", "seconds", "every", "epochs", "said"),
+    [
+        (Rare, 0.0, 5, 4, "other never, since it takes part in one of 5 evaluations"),
+        (Rare, 0.0, 5, 7, "other once, since it takes part in one of 5 evaluations"),
+        (Rare, 0.0, 5, 12, "other 2 times"),
+        (Alone, 50.0, 1, 4, "other once, since it may take 50 s"),
+    ],
+)
+def test_the_plan_says_how_often_others_are_evaluated_and_why_if_hardly_ever(
+    make: type[Priced], seconds: float, every: int, epochs: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
     common: dict[str, Any] = {"adapter": ModelAdapter(num_reference=64), "max_overhead": 0.05}
-    rare = Rare(0.0, 0.0, name="rare", every_n_epochs=5, **common)
-    dear = Alone(50.0, 0.0, name="dear", **common)
+    other = make(seconds, 0.0, name="other", every_n_epochs=every, **common)
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        run(Priced(0.01, 1e-5, name="often", **common), 4, rare, dear)
+        run(Priced(0.01, 1e-5, name="often", **common), epochs, other)
     (plan,) = (record.message for record in caplog.records if record.message.startswith("Plan: "))
-    assert "rare never, since it takes part in one of 5 evaluations" in plan
-    assert "dear never, since it may take 50 s" in plan
+    assert f"({said})" in plan
+    number = {"never": 0, "once": 1}.get(said.split(",")[0].split()[1]) or int(
+        re.sub(r"\D", "", said.split(",")[0]) or 0
+    )
+    assert other.evaluations == pytest.approx(number, abs=0.1 * number)
 
 
 def test_the_number_of_samples_is_the_users_where_one_is_given_or_a_monitor_has_no_limit() -> None:

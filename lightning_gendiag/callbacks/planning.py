@@ -127,15 +127,7 @@ def in_words(session: Session) -> str:
         seconds = schedule.budget.spent + sum(coming // periods[m.name] * schedule.cost(m) for m in limited)
         share = min(seconds / schedule.budget.training / (1 + coming / schedule.dues), limit)
         text = f"Plan: about {counted(int(number), 'evaluation')}{of}, {share:.0%} of the training time"
-    rarer = [
-        f"{m.name} never, {_why_never(session, m, main, often)}"
-        if periods[m.name] > coming
-        else f"{m.name} {1 + int(coming // periods[m.name]):,} times"
-        if coming < math.inf
-        else f"{m.name} at one of {periods[m.name] / often:.2g} evaluations"
-        for m in limited
-        if periods[m.name] > often
-    ]
+    rarer = [_how_often(session, m, periods[m.name], main, often) for m in limited if periods[m.name] > often]
     text += f" ({', '.join(rarer)})" * bool(rarer)
     needed = max((listener.needed(main.name) for listener in session.listeners), default=0)
     advice = "To evaluate whenever it is due, pass max_overhead=None."
@@ -151,10 +143,19 @@ def in_words(session: Session) -> str:
     return f"{text}. {advice}"
 
 
-def _why_never(session: Session, monitor: Monitor[Any, Any], main: Monitor[Any, Any], often: float) -> str:
-    """Why a monitor is not evaluated again: it is due too rarely beside the main one, or it is too expensive."""
-    schedule = session.schedule
+def _how_often(
+    session: Session, monitor: Monitor[Any, Any], period: float, main: Monitor[Any, Any], often: float
+) -> str:
+    """Says how often a monitor is evaluated that is so more rarely than the main one, and why if that is once or never."""
+    schedule, coming = session.schedule, session.schedule.coming
+    if coming == math.inf:
+        return f"{monitor.name} at one of {period / often:.2g} evaluations"
+    # one that did not take part in the first round waits for its period from the beginning
+    number = 1 + int(coming // period) if monitor.latest is not None else int((schedule.dues + coming) // period)
+    if number > 1:
+        return f"{monitor.name} {number:,} times"
     rarely = schedule.relative_period(monitor, session.limited)
-    if rarely * often > schedule.coming and schedule.cost(monitor) <= schedule.cost(main):
-        return f"since it takes part in one of {rarely} evaluations"
-    return f"since it may take {schedule.cost(monitor):.2g} s"
+    why = f"it may take {schedule.cost(monitor):.2g} s"
+    if rarely > 1 and schedule.cost(monitor) <= schedule.cost(main):
+        why = f"it takes part in one of {rarely} evaluations"
+    return f"{monitor.name} {'once' if number else 'never'}, since {why}"
