@@ -19,6 +19,7 @@ import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
+import tqdm.auto
 import zuko
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
@@ -611,6 +612,29 @@ def test_a_slow_sampler_is_evaluated_rarely(caplog: pytest.LogCaptureFixture) ->
     assert len(SlowDDPM.sampled) == 3
     assert [diagnostics.monitors[name].evaluations for name in SAMPLER] == [1, 1]
     assert "no alarm is possible" in caplog.text
+
+
+class DDPMWithBars(DDPM):
+    """Shows a progress bar while it samples, as most do."""
+
+    def sample(self, n: int) -> Tensor:
+        for _ in tqdm.tqdm(range(2), desc="sampling loop"):
+            pass
+        for _ in tqdm.auto.tqdm(range(2), "sampling loop", 2, False):
+            pass
+        return self.p_sample_loop((n, 1, 8, 8))
+
+
+def test_progress_bars_of_a_sampler_are_silent_in_evaluations_and_nowhere_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = DDPMWithBars()
+    diagnostics = GenerativeDiagnostics(adapter=small())
+    trainer(diagnostics, max_epochs=2).fit(module, batches())
+    assert diagnostics.monitors["cms"].evaluations
+    assert "sampling loop" not in capsys.readouterr().err
+    module.sample(2)
+    assert capsys.readouterr().err.count("sampling loop") >= 2
 
 
 class Average(WeightAveraging):

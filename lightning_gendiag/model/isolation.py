@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -23,6 +23,24 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     module.eval()
     with torch.no_grad(), compat.without_compiling():
         yield
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Lets progress bars of tqdm show nothing, such as those of samplers, which would break the line of the training's own."""
+    from tqdm import tqdm
+
+    make = tqdm.__init__
+
+    @wraps(make)
+    def make_silent(bar: Any, *args: Any, **kwargs: Any) -> None:
+        make(bar, *args, **kwargs | {"disable": True})
+
+    tqdm.__init__ = make_silent
+    try:
+        yield
+    finally:
+        tqdm.__init__ = make
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from lightning_gendiag.model.isolation import (
     isolated_in_place,
     normalizing_by_batch,
     not_called,
+    without_bars,
 )
 from lightning_gendiag.model.parts import ModelParts
 from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
@@ -348,6 +349,7 @@ class ModelView:
             if self._generators is None:
                 self._generators = own_generators((*self.subject.generators, self.adapter))
             stack.enter_context(random_state_kept(self.device, *self._generators))
+            stack.enter_context(without_bars())
             if self.subject.in_place:
                 averaging = compat.averaging_of(self.trainer) if self.averaged else None
                 if averaging is not None:
