@@ -590,12 +590,22 @@ def test_a_decoder_that_returns_a_distribution_is_evaluated_by_its_mean() -> Non
     assert sampled_by(diagnostics) == "self.decode from normal noise (n, 3)"
 
 
+class DDPMWithoutSampler(DDPM):
+    p_sample_loop = None
+
+
 def test_the_error_about_a_diffusion_model_asks_for_its_sampler() -> None:
-    message = error_of(DDPM())
+    message = error_of(DDPMWithoutSampler())
     assert "self.forward takes (x: 'Tensor', t: 'Tensor')" in message
     assert message.endswith("or pass ModelAdapter(sample=lambda module, n: ...).")
-    diagnostics = diagnosed(DDPM(), small(lambda module, n: module.p_sample_loop((n, 1, 8, 8))), kind="images")
+
+
+@pytest.mark.parametrize("sample", [None, lambda module, n: module.p_sample_loop((n, 1, 8, 8))])
+def test_the_loop_of_a_diffusion_model_samples(sample: Any) -> None:
+    DDPM.sampled.clear()
+    diagnostics = diagnosed(DDPM(), small(sample), kind="images")
     assert diagnostics.attached == ["cms", "timestep_loss", *DATA]
+    assert DDPM.sampled[-1][1:] == (1, 8, 8)
 
 
 def test_a_slow_sampler_is_evaluated_rarely(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from lightning_gendiag.model.adapters.base import Context, Way
 
-SAMPLE_NAMES = ("sample", "sample_images", "sample_image", "generate", "generate_images", "sampling", "synthesize")
+SAMPLE_NAMES = (
+    "sample", "sample_images", "sample_image", "generate", "generate_images", "generate_samples", "sampling", "synthesize",
+    "p_sample_loop", "ddim_sample", "sample_loop",
+)  # fmt: skip
 ENCODE_NAMES = ("encode", "encoder", "encode_first_stage")
 DECODE_NAMES = ("decode", "decoder", "decode_first_stage")
 GENERATOR_NAMES = ("generator", "gen", "netG", "G")
