@@ -74,9 +74,10 @@ class GenerativeDiagnostics(Member, Callback):
 
     Args:
         action: Of the :class:`CollapseStopping` that is added, unless there is one; None adds none.
-        every_n_epochs: Number of epochs from one evaluation to the next, by default 1; latent regions are evaluated a
-            fifth, regional primitives a tenth as often. By default, a run of fewer than 75 epochs, one of ``max_steps``
-            within one epoch, and one of endless epochs are evaluated by steps instead.
+        every_n_epochs: Number of epochs from one evaluation to the next, by default 1; losses by noise level are evaluated
+            half, the adversary and round trips a quarter, latent regions and memorization a fifth, and regional primitives
+            a tenth as often. By default, a run of fewer than 75 epochs, one of ``max_steps`` within one epoch, and one of
+            endless epochs are evaluated by steps instead.
         every_n_train_steps: The same in batches that stepped an optimizer.
         warmup_epochs: See :class:`Monitor`.
         num_samples: See :class:`ModelAdapter`; by default as many as fit ``max_overhead``, 64 to 1,024.

@@ -99,8 +99,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             switched off; ``"raise"`` for debugging.
         name: Of this monitor in tags and checkpoints, for two of one kind on a trainer.
         log_images: Whether panels are logged beside the scalars: at the first 20 evaluations, then each time their
-            number grows by 10 %, and once at the end; with ``max_overhead``, each time it doubles, or in a run of minutes
-            grows fourfold.
+            number grows by 10 %, and once at the end; with ``max_overhead``, at the first and each time their number
+            doubles, or in a run of less than five minutes at the 16th and each time it grows sixteenfold.
         max_overhead: Largest share of the training's time, in (0, 1], that all monitors with such a limit may take
             together. The first evaluation measures what they cost, and chooses by it how many samples they compare, 64 to
             1,024 unless the adapter says otherwise, and how often each evaluates. By default there is no limit.

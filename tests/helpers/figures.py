@@ -71,7 +71,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
             for model in ("gan", "vae", "flow", "diffusion")
         ),
         "| all | {defaults.models.all.found:.0%} of {defaults.models.all.faults} | {defaults.models.all.within_3:.0%} | "
-        "{defaults.models.all.named:.0%} | {defaults.models.all.seconds:.1f} | {defaults.models.all.evaluations:.0f} |",
+        "{defaults.models.all.named:.0%} | {defaults.models.all.seconds:.1f} | "
+        "{defaults.models.all.evaluations:.0f} evaluations on average |",
     ),
 }
 """By page; line breaks of a page count as spaces."""
