@@ -688,6 +688,9 @@ def test_of_residual_levels_the_one_that_collapses_is_named() -> None:
     observed = {o.series.name: o for o in monitor.observations(result)}
     assert observed["codes of codebook 1 in use"].severity == math.inf
     assert observed["codes of codebook 0 in use"].severity == observed["codes in use"].severity == 0
+    # only the collapse of all stops a run by itself
+    assert observed["codes of codebook 1 in use"].series.stop == "never"
+    assert observed["codes in use"].series.stop == "alone"
     assert (
         "1 of 64 codes have been in use, nine tenths of the time 0, for"
         in observed["codes of codebook 1 in use"].message

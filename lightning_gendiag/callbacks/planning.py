@@ -155,7 +155,7 @@ def _how_often(
     if number > 1:
         return f"{monitor.name} {number:,} times"
     rarely = schedule.relative_period(monitor, session.limited)
-    why = f"it may take {schedule.cost(monitor):.2g} s"
+    why = f"since it may take {schedule.cost(monitor):.2g} s"
     if rarely > 1 and schedule.cost(monitor) <= schedule.cost(main):
-        why = f"it takes part in one of {rarely} evaluations"
-    return f"{monitor.name} {'once' if number else 'never'}, since {why}"
+        why = f"since it takes part in one of {rarely} evaluations"
+    return f"{monitor.name} {'once' if number else 'never'}, {why}"

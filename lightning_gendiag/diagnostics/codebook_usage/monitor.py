@@ -229,9 +229,9 @@ class CodebookUsageMonitor(Monitor[CodebookUsage, CodebookUsageResult]):
             self._rule(result, codebooks, replace(UNUSED, label=whole.name, stop="alone"), mean),
         ]
         for q, value in enumerate(() if alone else perplexities):
-            series = UNUSED.numbered(q, f"codes of {names[q]} in use")
+            series = replace(UNUSED.numbered(q, f"codes of {names[q]} in use"), label=names[q], stop="never")
             observations.append(Observation(CODEBOOK.numbered(q), value, severity(value), names[q] + died[q]))
-            observations.append(self._rule(result, [q], replace(series, label=names[q]), value))
+            observations.append(self._rule(result, [q], series, value))
         return observations
 
     def _rule(
