@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, seed_everything
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from sklearn.metrics import roc_auc_score
@@ -36,6 +36,7 @@ from tests.helpers.cases import Case
 from tests.helpers.logs import events
 from tests.helpers.models import SmallVAE, TinyGAN
 from tests.helpers.running import attached, batches, loading, state_after_training, trainer
+from tests.helpers.versions import WeightAveraging
 
 
 def _update(seed: int) -> dict[str, Any]:

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 import tqdm.auto
 import zuko
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,6 +35,7 @@ from lightning_gendiag import (
     ModelAdapter,
 )
 from tests.helpers.running import loading, trainer
+from tests.helpers.versions import EMAWeightAveraging, WeightAveraging
 
 # untrained models generate images in another range of values
 pytestmark = pytest.mark.filterwarnings("ignore:generated images span")

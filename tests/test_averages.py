@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, seed_everything
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -26,6 +25,7 @@ from lightning_gendiag.model.view import ModelView
 from tests.helpers.everything import everything
 from tests.helpers.models import TinyGAN
 from tests.helpers.running import batches, state_after_training, trainer
+from tests.helpers.versions import EMAWeightAveraging
 
 AVERAGE, RAW = 0.5, 0.25
 """Values of all averaged and of all raw weights."""

@@ -55,7 +55,9 @@ def configured(name: str, arguments: dict[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Callback, "callback")
     config = parser.parse_object({"callback": {"class_path": f"lightning_gendiag.{name}", "init_args": arguments}})
-    return parser.instantiate(config).callback
+    # older versions of jsonargparse call it otherwise
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(config).callback
 
 
 @pytest.mark.parametrize("name", CALLBACKS)

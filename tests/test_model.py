@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import sys
 import weakref
 from contextlib import nullcontext
 from threading import Lock
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,6 +29,7 @@ from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.models import SmallVAE, TinyGAN
 from tests.helpers.running import attached, batches, trainer
+from tests.helpers.versions import WeightAveraging
 
 
 class Disturbed(TinyGAN):
@@ -110,6 +111,23 @@ def test_a_module_that_cannot_be_copied_is_restored_in_place() -> None:
     assert torch.equal(module[0].running, torch.zeros(2))
     assert module[0].ready is False
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("place", ["torch.distributed.tensor", "torch.distributed._tensor"])
+def test_sharded_parameters_are_known_where_old_and_new_versions_of_torch_define_them(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class DTensor(nn.Parameter):
+        pass
+
+    for name in ("torch.distributed.tensor", "torch.distributed._tensor"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    module, run = nn.Linear(2, 2), trainer()
+    assert compat.sharded_by(run, module) is None
+    monkeypatch.setitem(sys.modules, place, SimpleNamespace(DTensor=DTensor))
+    assert compat.sharded_by(run, module) is None
+    module.weight = DTensor(torch.zeros(2, 2))
+    assert compat.sharded_by(run, module) == "FSDP2 or tensor parallelism"
 
 
 class DeepSpeedStrategy(SimpleNamespace):

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from example_models.data import digits
 from lightning_gendiag import CosineMeanSimilarityMonitor, GenerativeDiagnostics, ModelAdapter
 from lightning_gendiag.model import compat
 from tests.helpers.models import TinyGAN
 from tests.helpers.running import batches, trainer
+from tests.helpers.versions import fully_shard
 
 IMAGES, LABELS = digits(8)
 ODD = (IMAGES[:37], LABELS[:37])

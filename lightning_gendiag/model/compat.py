@@ -41,9 +41,10 @@ def sharded_by(trainer: Trainer, module: nn.Module) -> str | None:
         is_kind(strategy, "DeepSpeedStrategy") and getattr(strategy, "zero_stage_3", True)
     ):
         return type(strategy).__name__
-    # a tensor of this kind can be made only where the module is loaded
-    kinds = sys.modules.get("torch.distributed.tensor")
-    if kinds is not None and any(isinstance(parameter, kinds.DTensor) for parameter in module.parameters()):
+    # a tensor of this kind can be made only where one of these is loaded, the second before torch 2.5
+    places = (sys.modules.get(name) for name in ("torch.distributed.tensor", "torch.distributed._tensor"))
+    kinds = tuple(kind for place in places if (kind := getattr(place, "DTensor", None)) is not None)
+    if kinds and any(isinstance(parameter, kinds) for parameter in module.parameters()):
         return "FSDP2 or tensor parallelism"
     return None
 
