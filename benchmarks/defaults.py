@@ -729,7 +729,7 @@ def main() -> None:
             for model in options.models
         ]
         train_all(units, folders[0], options.jobs)
-    runs = read(folders)
+    runs = [run for run in read(folders) if run["model"] in options.models]
     for line in lines(runs, options.verbose):
         print(line)
     if options.json:

@@ -265,9 +265,9 @@ def power(found: dict[str, dict[str, Any]]) -> Tensor:
     """Returns curves of the share of faults that are found, and of how long that takes, over the number of samples.
 
     Args:
-        found: Figures by number of samples, those of the plan first, as ``benchmarks.defaults`` gives them.
+        found: Figures by number of samples, as ``benchmarks.defaults`` gives them.
     """
-    cells = list(found.values())
+    cells = [cell for name, cell in found.items() if name != "planned"]
     ranges = [bounds(round(cell["found"] * cell["faults"]), cell["faults"]) for cell in cells]
     shares = [(100 * cell["found"], 100 * low, 100 * high) for cell, (low, high) in zip(cells, ranges, strict=True)]
     # where fewer than half, or nine tenths, are found, that takes longer than was measured
@@ -278,19 +278,17 @@ def power(found: dict[str, dict[str, Any]]) -> Tensor:
         canvas.Tile("% of the faults found", _over_samples(samples, shares, 100.0)),
         canvas.Tile("delay in s of training", _over_samples(samples, delays, 1.1 * longest)),
     ]
-    legend = [
-        canvas.Row(canvas.ALARM, "the plan's own choice", strong=True),
-        canvas.Row(canvas.region_colour(0), "a fixed number of samples at each evaluation"),
-    ]
+    faults = [cell["faults"] for cell in cells]
     note = (
-        f"{cells[0]['faults']} faults for each number. Left: within six evaluations, with 95 % intervals. Right: the median, "
-        "and a line up to the delay within which nine tenths are found, which ends at the top where fewer are found."
+        f"{min(faults)} to {max(faults)} faults for each number of samples. Left: within six evaluations, with 95 % intervals. "
+        "Right: the median, and a line up to the delay within which nine tenths are found, which ends at the top where fewer "
+        "are found."
     )
-    return canvas.panel("Power by the number of samples", tiles, legend, note)
+    return canvas.panel("Power by the number of samples", tiles, (), note)
 
 
 def _over_samples(samples: Sequence[float], values: Sequence[Sequence[float]], high: float) -> Tensor:
-    """Draws values with their ranges over numbers of samples on a logarithmic axis; the first one is the plan's."""
+    """Draws values with their ranges over numbers of samples on a logarithmic axis."""
     image, draw = canvas.blank_tile()
     left, right, top, base = 34, canvas.TILE - 16, 8, canvas.TILE - 20
     low, span = math.log(min(samples)), math.log(max(samples) / min(samples))
@@ -304,17 +302,14 @@ def _over_samples(samples: Sequence[float], values: Sequence[Sequence[float]], h
         y = base - (base - top) * share
         draw.line((left, y, canvas.TILE, y), fill=charts.GRID)
         draw.text((left - 4, y), f"{share * high:.3g}", fill=canvas.FAINT, font=canvas.font(12), anchor="rm")
-    for number in samples[1:]:
+    for number in samples:
         draw.text((at(number, 0)[0], base + 4), f"{number:.0f}", fill=canvas.FAINT, font=canvas.font(12), anchor="mt")
     points = [at(number, value[0]) for number, value in zip(samples, values, strict=True)]
-    draw.line(points[1:], fill=canvas.region_colour(0), width=2)
-    # the plan's last, so that no other covers it
-    for place in reversed(range(len(samples))):
-        (x, y), (value, least, most) = points[place], values[place]
-        colour, size = (canvas.region_colour(0), 3) if place else (canvas.ALARM, 5)
-        draw.line((at(samples[place], least), at(samples[place], most)), fill=colour, width=1)
+    draw.line(points, fill=canvas.region_colour(0), width=2)
+    for number, (x, y), (value, least, most) in zip(samples, points, values, strict=True):
+        draw.line((at(number, least), at(number, most)), fill=canvas.region_colour(0), width=1)
         if math.isfinite(value):
-            draw.ellipse((x - size, y - size, x + size, y + size), fill=colour)
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=canvas.region_colour(0))
     return canvas.picture_of(image)
 
 
