@@ -35,7 +35,7 @@ from lightning_gendiag import (
     ModelAdapter,
 )
 from tests.helpers.running import loading, trainer
-from tests.helpers.versions import EMAWeightAveraging, WeightAveraging
+from tests.helpers.versions import EMAWeightAveraging, WeightAveraging, needs_bfloat16
 
 # untrained models generate images in another range of values
 pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
@@ -731,6 +731,7 @@ def test_compiled_training_stays_the_same_and_is_not_compiled_again(whole: bool)
     assert graphs.sizes == alone.sizes
 
 
+@needs_bfloat16
 @pytest.mark.parametrize(
     ("make", "expected"), [(lambda: TutorialGAN(1, 8, 8), [*GENERATOR, *JUDGED]), (LitVanillaVAE, [*ENCODER, *DATA])]
 )

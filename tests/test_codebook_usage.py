@@ -29,6 +29,7 @@ from tests.helpers.cases import Case
 from tests.helpers.logs import events
 from tests.helpers.models import ScriptedGenerator, TinyGAN
 from tests.helpers.running import attached, batches, loading, state_after_training, trainer
+from tests.helpers.versions import needs_bfloat16
 
 
 def updates(count: int = 10, n: int = 20) -> list[dict[str, Any]]:
@@ -564,7 +565,7 @@ def test_training_is_bit_identical_with_and_without_the_monitor(quantizer: Any) 
     torch.testing.assert_close(run(CodebookUsageMonitor(on_error="raise")), run(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16-true", marks=needs_bfloat16), "bf16-mixed", "64-true"])
 def test_codes_are_read_in_every_precision(precision: str) -> None:
     monitor = CodebookUsageMonitor(on_error="raise")
     trainer(monitor, max_epochs=1, precision=precision).fit(Tokenizer(WithoutIndices()), batches(16))

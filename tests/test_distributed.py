@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 
 from tests.helpers.cases import all_cases
 from tests.helpers.metrics import close, filled
+from tests.helpers.versions import needs_fsdp2
 
 SPLITS = {
     "even": lambda index, rank: index % 2 == rank,
@@ -199,6 +200,7 @@ class TestWays:
         assert "cms" not in attached
         assert "self.sample(n) fails (RuntimeError: a file is missing)" in reason
 
+    @needs_fsdp2
     def test_a_sharded_module_is_left_out_with_one_reason_and_trains_as_without(self, ways: list[Any]) -> None:
         for report in ways[1:]:
             attached, left_out = report["sharded"]
@@ -208,10 +210,12 @@ class TestWays:
             assert set(left_out.values()) == {report["refused"]}
             assert all(map(torch.equal, report["with"], report["without"]))
 
+    @needs_fsdp2
     def test_one_monitor_refuses_a_sharded_module_before_training(self, ways: list[Any]) -> None:
         _, one, two = ways
         assert one["refused"] == two["refused"]
         assert "sharded by ModelParallelStrategy" in one["refused"]
 
+    @needs_fsdp2
     def test_sharded_parameters_are_known_under_any_strategy(self, ways: list[Any]) -> None:
         assert [report["sharded by"] for report in ways[1:]] == ["FSDP2 or tensor parallelism"] * 2

@@ -17,6 +17,7 @@ from example_models.data import scenes
 from lightning_gendiag import find_regions
 from lightning_gendiag.functional.distances import adjusted_rand_index
 from tests.helpers.running import batches, trainer
+from tests.helpers.versions import needs_weights_only
 
 
 @pytest.mark.parametrize("size", [8, 16, 32])
@@ -77,6 +78,7 @@ def test_a_threshold_arms_itself() -> None:
 
 # a flow of a few hundred steps
 @pytest.mark.filterwarnings("ignore:generated images span")
+@needs_weights_only
 def test_a_short_run_is_recorded_and_judged() -> None:
     run = json.loads(json.dumps(record("flow", "scenes", 1, evaluations=16, start=12, after=3)))
     assert len(run["healthy"]["loss"]) == len(run["healthy"]["cms"]) == 16

@@ -20,6 +20,7 @@ from lightning_gendiag import (
     RegionalPrimitivesMonitor,
 )
 from tests.helpers.running import batches, trainer
+from tests.helpers.versions import needs_bfloat16
 
 MONITORS = {
     "cms": lambda: CosineMeanSimilarityMonitor(num_regions=2, null_splits=4),
@@ -36,7 +37,7 @@ MONITORS = {
 
 
 @pytest.mark.filterwarnings("ignore:Of 9 regions, only the 2 that change most")
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16-true", marks=needs_bfloat16), "bf16-mixed", "64-true"])
 @pytest.mark.parametrize("make", MONITORS.values(), ids=MONITORS.keys())
 def test_every_monitor_runs_in_every_precision(make: type[Monitor[Any, Any]], precision: str) -> None:
     monitor = make()

@@ -31,6 +31,7 @@ from lightning_gendiag.diagnostics.regional_primitives.functional import importa
 from tests.helpers.cases import Case
 from tests.helpers.logs import events
 from tests.helpers.running import batches, loading, state_after_training, trainer
+from tests.helpers.versions import needs_second_derivatives
 
 
 def updates(count: int = 10, n: int = 3) -> list[dict[str, Any]]:
@@ -169,7 +170,11 @@ def test_a_linear_generator_has_a_closed_form() -> None:
         # without a second derivative
         (torch.nn.functional.hardsigmoid, lambda x: (x / 6 + 0.5).clamp(0, 1)),
         # without a derivative in forward mode; it turns the image upside down
-        (lambda x: torch.nn.functional.grid_sample(x, upside_down(x), align_corners=True), lambda x: x.flip(2)),
+        pytest.param(
+            lambda x: torch.nn.functional.grid_sample(x, upside_down(x), align_corners=True),
+            lambda x: x.flip(2),
+            marks=needs_second_derivatives,
+        ),
     ],
 )
 def test_operations_with_only_one_kind_of_derivative_can_be_used(layer: Any, same: Any) -> None:

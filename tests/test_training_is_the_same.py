@@ -162,7 +162,7 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("embed", torch.randn(8, 3))
+        self.register_buffer("embed", torch.randn(8, 3) / 8)
         self.register_buffer("counts", torch.zeros(8))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:

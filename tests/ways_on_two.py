@@ -152,6 +152,7 @@ def main(folder: Path, processes: int) -> None:
         named = GenerativeDiagnostics(sample="sample", max_overhead=None)
         trainer(named, devices=2, strategy="ddp_find_unused_parameters_true").fit(OnOne(), batches())
         report["named"] = named.attached, named.left_out["cms"]
+    if processes > 1 and fully_shard is not None:
         diagnostics = GenerativeDiagnostics(max_overhead=None)
         module = sharded(diagnostics)
         report["with"], report["without"] = held_by(module), held_by(sharded())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
-from lightning.pytorch import callbacks
+import torch
+from lightning.pytorch import Trainer, callbacks
 
 
 class Missing(callbacks.Callback):
@@ -18,11 +20,24 @@ class Missing(callbacks.Callback):
 WeightAveraging: Any = getattr(callbacks, "WeightAveraging", Missing)
 EMAWeightAveraging: Any = getattr(callbacks, "EMAWeightAveraging", Missing)
 
+fully_shard: Any = getattr(torch.distributed.fsdp, "fully_shard", None)
+"""torch's FSDP2; None where it does not run on CPUs."""
 
-def fully_shard(*args: Any, **kwargs: Any) -> Any:
-    """torch's FSDP2, which was in another place before torch 2.6."""
+
+def _trains_in_bfloat16() -> bool:
     try:
-        from torch.distributed.fsdp import fully_shard as shard
-    except ImportError:
-        from torch.distributed._composable.fsdp import fully_shard as shard  # type: ignore[no-redef]
-    return shard(*args, **kwargs)
+        torch.nn.functional.mse_loss(*torch.rand(2, 3, dtype=torch.bfloat16))
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_fsdp2 = pytest.mark.skipif(fully_shard is None, reason="this version of torch does not shard modules on CPUs")
+needs_bfloat16 = pytest.mark.skipif(not _trains_in_bfloat16(), reason="this version of torch has no such loss on CPUs")
+needs_weights_only = pytest.mark.skipif(
+    "weights_only" not in inspect.signature(Trainer.fit).parameters,
+    reason="this version of Lightning resumes with weights alone or not as torch chooses",
+)
+needs_second_derivatives = pytest.mark.skipif(
+    torch.__version__ < "2.5", reason="this version of torch has one derivative of grid_sample only"
+)
