@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer, callbacks
+from torch.distributed import fsdp
 
 
 class Missing(callbacks.Callback):
@@ -20,7 +21,7 @@ class Missing(callbacks.Callback):
 WeightAveraging: Any = getattr(callbacks, "WeightAveraging", Missing)
 EMAWeightAveraging: Any = getattr(callbacks, "EMAWeightAveraging", Missing)
 
-fully_shard: Any = getattr(torch.distributed.fsdp, "fully_shard", None)
+fully_shard: Any = getattr(fsdp, "fully_shard", None)
 """torch's FSDP2; None where it does not run on CPUs."""
 
 
