@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adversary, defaults, planted_runs, round_trip, timestep_loss
+from benchmarks import adversary, defaults, field, field_models, planted_runs, round_trip, timestep_loss
 from benchmarks.gpu import Recording, main
 from benchmarks.planted_runs import Outcome
 from lightning_gendiag import Alarm
+from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
 
 
 def test_products_are_counted_by_their_operands_and_repeated() -> None:
@@ -43,6 +44,21 @@ def test_consecutive_seeds_plant_all_faults() -> None:
         units = [defaults.Unit(model, seed, None, 2.0, 6, 280.0) for seed in range(5000, 5003)]
         assert {name for unit in units for name in unit.chosen()} == set(example.faults())
         assert all(len(set(unit.chosen())) == 6 for unit in units)
+
+
+def test_the_field_declares_to_which_models_each_diagnostic_belongs() -> None:
+    assert list(field_models.NEEDS) == [kind.name for kind in MONITORS]
+    needed = {part for needs in field_models.NEEDS.values() for some in needs for part in some}
+    assert needed == field_models.PARTS.keys()
+    expected = {entry.name: entry.expected for entry in field_models.MODELS}
+    assert set().union(*expected.values()) == field_models.NEEDS.keys()
+    assert expected["mixture_of_rows"] == ["cms", "memorization", "training_data"]
+    rows = {
+        "first": field.Row(attached=["cms", "k_star"], misses=["adversary"], extra=["k_star"]),
+        "second": field.Row(attached=["cms", "adversary"]),
+    }
+    assert field.of_diagnostic("adversary", rows) == {"models": 2, "attached": 1, "missed": ["first"], "extra": []}
+    assert field.of_diagnostic("k_star", rows) == {"models": 0, "attached": 0, "missed": [], "extra": ["first"]}
 
 
 def test_faults_that_are_not_found_delay_for_ever() -> None:
