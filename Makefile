@@ -45,6 +45,8 @@ bench: $(READY)  ## every measurement; each script prints a table; more than an 
 	$(BIN)/python -m benchmarks.classifier
 	$(BIN)/python -m benchmarks.regional_primitives
 	$(BIN)/python -m benchmarks.round_trip
+	$(BIN)/python -m benchmarks.adversary
+	$(BIN)/python -m benchmarks.timestep_loss
 	$(BIN)/python -m benchmarks.alarms
 	$(BIN)/python -m benchmarks.dysfunctions --samples 5000
 	$(BIN)/python -m benchmarks.planted_faults --small

@@ -1,7 +1,8 @@
 """How often the adversary's alarms find and name planted failures of GANs, and how often healthy GANs raise any.
 
-``python -m benchmarks.adversary`` trains small GANs in the manner of well-known tutorials, ten seeds of each failure and ten
-healthy ones, and prints a line for each run. It takes about 20 minutes of one core.
+``python -m benchmarks.adversary`` trains small GANs in the manner of well-known tutorials, ten seeds of each failure and of
+each healthy kind. What it prints is described in ``benchmarks.planted_runs``; a run with a failure ends with its first alarm,
+which must name the failure. It takes about 30 minutes of one core.
 """
 
 # modules as users write them, whose parts are of any type to a checker
@@ -9,9 +10,8 @@ healthy ones, and prints a line for each run. It takes about 20 minutes of one c
 
 from __future__ import annotations
 
-import argparse
+import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,10 +22,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.measuring import trained
+from benchmarks.planted_runs import Begun, Outcome, Unit, main_of, outcome
 from benchmarks.zoo.data import load
 from benchmarks.zoo.gans import GAN
 from benchmarks.zoo.models import KINDS
-from lightning_gendiag import AdversaryMonitor, Alarm, CollapseStopping
+from lightning_gendiag import AdversaryMonitor, CollapseStopping
 
 STEPS, START, EVERY = 600, 250, 10
 """Number of training steps, the step at which failures begin, and the number of steps between two evaluations."""
@@ -100,11 +102,9 @@ class Failure(NamedTuple):
 
     named: str
     """What the message contains."""
-    callback: Callable[[], Callback | None] = lambda: None
+    planted: tuple[Callable[[], Callback], ...] = ()
     images: int | None = None
     """Number of training images."""
-    rate: float = 1.0
-    """Factor of the discriminator's learning rate."""
     saturating: bool = False
     kinds: tuple[str, ...] = ("mlp_gan", "dcgan", "hinge_gan", "wgan_gp", "conditional_gan")
     start: int = START
@@ -112,27 +112,43 @@ class Failure(NamedTuple):
 
 
 FAILURES: dict[str, Failure] = {
-    "discriminator frozen": Failure("the discriminator is frozen", lambda: Rates(0, 0.0, START)),
+    "discriminator frozen": Failure("the discriminator is frozen", (lambda: Rates(0, 0.0, START),)),
     "discriminator frozen from the start": Failure(
-        "the discriminator is frozen: none of its weights has ever changed", lambda: Rates(0, 0.0, 0), start=0
+        "the discriminator is frozen: none of its weights has ever changed", (lambda: Rates(0, 0.0, 0),), start=0
     ),
-    "generator frozen": Failure("the generator is frozen", lambda: Rates(1, 0.0, START)),
+    "generator frozen": Failure("the generator is frozen", (lambda: Rates(1, 0.0, START),)),
     "too strong": Failure(
-        "the discriminator is too strong", rate=20.0, saturating=True, kinds=("mlp_gan", "dcgan"), start=0, steps=1200
+        "the discriminator is too strong",
+        (lambda: Rates(0, 20.0, 0),),
+        saturating=True,
+        kinds=("mlp_gan", "dcgan"),
+        start=0,
+        steps=1200,
     ),
     # those with a penalty or spectral normalization learn them by heart more slowly
     "overfits": Failure(
         "the discriminator overfits", images=50, start=0, steps=1200, kinds=("mlp_gan", "dcgan", "conditional_gan")
     ),
-    "discriminator explodes": Failure("gradients of the discriminator exploded", lambda: Scaled(0, 1e3, START)),
-    "generator explodes": Failure("gradients of the generator exploded", lambda: Scaled(1, 1e4, START)),
+    "discriminator explodes": Failure("gradients of the discriminator exploded", (lambda: Scaled(0, 1e3, START),)),
+    "generator explodes": Failure("gradients of the generator exploded", (lambda: Scaled(1, 1e4, START),)),
 }
 
-HEALTHY = ("mlp_gan", "dcgan", "wgan_gp", "hinge_gan", "r1_gan", "conditional_gan", "lsgan")
+HEALTHY = {
+    "MLP": "mlp_gan",
+    "DCGAN": "dcgan",
+    "WGAN-GP": "wgan_gp",
+    "hinge loss": "hinge_gan",
+    "R1": "r1_gan",
+    "conditional": "conditional_gan",
+    "LSGAN": "lsgan",
+}
+"""Healthy kinds, by the name of a kind of the zoo."""
 
 
-def trained(kind: str, seed: int, failure: Failure | None = None, steps: int = STEPS) -> list[Alarm]:
-    """Trains a GAN of a kind of the zoo with the monitor, and returns its alarms; with a failure, until the first one."""
+def outcome_of(unit: Unit) -> Outcome:
+    """Trains a GAN of a kind of the zoo with the monitor, and returns what happened."""
+    started, seed, failure = time.monotonic(), unit.seed, FAILURES.get(unit.name)
+    kind = HEALTHY[unit.name] if failure is None else failure.kinds[seed % len(failure.kinds)]
     made = KINDS[kind]
     seed_everything(seed, verbose=False)
     data = load(made.data[seed % len(made.data)])
@@ -144,58 +160,33 @@ def trained(kind: str, seed: int, failure: Failure | None = None, steps: int = S
     module = made.make(shape, data.num_classes, made.widths[seed % len(made.widths)], rate)
     if failure is not None and failure.saturating:
         module = Saturating(module.generator, module.discriminator, module.latent_dim, rate)
-    callbacks: list[Any] = [AdversaryMonitor(every_n_train_steps=EVERY, on_error="raise", log_images=False)]
+    monitor = AdversaryMonitor(every_n_train_steps=EVERY, on_error="raise", log_images=False)
     stopping = CollapseStopping("warn")
-    callbacks += [stopping, *([] if failure is None else [UntilAlarm(stopping)])]
-    planted = None if failure is None else failure.callback()
-    if planted is not None:
-        callbacks.insert(0, planted)
-    if failure is not None and failure.rate != 1:
-        callbacks.insert(0, Rates(0, failure.rate, 0))
-    batch = min(64, n)
-    train = DataLoader(TensorDataset(images[:n], labels[:n]), batch, shuffle=True, drop_last=True)
-    held_out = DataLoader(TensorDataset(images[-HELD_OUT:], labels[-HELD_OUT:]), 100)
+    start = 0 if failure is None else failure.start
+    begun = Begun(monitor, lambda trainer: trainer.fit_loop.total_batch_idx >= start)
+    callbacks: list[Callback] = [begun, monitor, stopping]
+    if failure is not None:
+        callbacks = [*(make() for make in failure.planted), *callbacks, UntilAlarm(stopping)]
     module.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign, misc]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Trainer(
-            # each optimizer counts its own steps
-            max_epochs=-(-steps // len(train)), limit_train_batches=min(len(train), steps), accelerator="cpu",
-            logger=False, callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, check_val_every_n_epoch=1000,
-        ).fit(module, train, held_out)  # fmt: skip
-    return stopping.alarms
+    train = DataLoader(TensorDataset(images[:n], labels[:n]), min(64, n), shuffle=True, drop_last=True)
+    held_out = DataLoader(TensorDataset(images[-HELD_OUT:], labels[-HELD_OUT:]), 100)
+    steps = STEPS if failure is None else failure.steps
+    # each optimizer counts its own steps
+    limits = {"limit_train_batches": min(len(train), steps), "check_val_every_n_epoch": 1000}
+    epochs = math.ceil(steps / len(train))
+    trained(module, train, epochs, *callbacks, limits=limits, val_dataloaders=held_out)
+    return outcome(
+        unit,
+        stopping.alarms,
+        begun,
+        lambda after: failure is not None and failure.named in str(after[0]),
+        time.monotonic() - started,
+    )
 
 
-def main() -> None:
-    """Prints a line for each run, and how many were judged rightly."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", default="")
-    options = parser.parse_args()
-    seeds = range(options.first, options.first + options.seeds)
-    for name, failure in FAILURES.items():
-        if options.only and options.only not in (name, "failures"):
-            continue
-        found = 0
-        for seed in seeds:
-            kind, started = failure.kinds[seed % len(failure.kinds)], time.monotonic()
-            alarms = trained(kind, seed, failure, failure.steps)
-            first = alarms[0] if alarms else None
-            right = first is not None and first.step >= failure.start and failure.named in str(first)
-            found += right
-            print(f"{name:36} {kind:16} {seed:4} {time.monotonic() - started:5.1f} s {right!s:6} {first}", flush=True)
-        print(f"{name}: {found} of {len(seeds)} found first and named", flush=True)
-    if options.only not in ("", "healthy"):
-        return
-    silent = 0
-    for seed in seeds:
-        kind, started = HEALTHY[seed % len(HEALTHY)], time.monotonic()
-        alarms = trained(kind, seed)
-        silent += not alarms
-        print(f"{'healthy':36} {kind:16} {seed:4} {time.monotonic() - started:5.1f} s {alarms[:1]}", flush=True)
-    print(f"healthy: {silent} of {len(seeds)} silent", flush=True)
+def main(arguments: list[str] | None = None) -> None:
+    """Prints a line for each run, and the tables."""
+    main_of(__doc__, FAILURES, HEALTHY, outcome_of, arguments)
 
 
 if __name__ == "__main__":

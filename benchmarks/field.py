@@ -1,7 +1,8 @@
 """Measures ``GenerativeDiagnostics()`` without arguments on other people's models: ``pip install 'lightning_gendiag[field]'``.
 
 Each model of ``benchmarks.field_models`` is trained for a few epochs of eight batches, with and without diagnostics. A row
-says what is attached, what samples or reconstructs by the log, and whether that is right: for the same seed it must give the
+says what is attached, which must be what the model needs by what ``field_models`` says that it has, what samples or
+reconstructs by the log, and whether that is right: for the same seed it must give the
 same images as the package's own sampler with all its steps, or images of the same distribution where a sampler with fewer
 steps is used. "found" and "true" are those of samples, then of reconstructions. Where the package's users evaluate averaged
 weights, the weights that the diagnostics evaluate must be those bit for bit.
@@ -47,7 +48,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor
 
-from benchmarks.field_models import MODELS, Case, Entry, version_of
+from benchmarks.field_models import MODELS, NEEDS, Case, Entry, version_of
 from benchmarks.measuring import trained
 from lightning_gendiag import GenerativeDiagnostics
 from lightning_gendiag.functional.arrays import as_data, as_images
@@ -65,6 +66,10 @@ class Row:
 
     attached: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    misses: list[str] = field(default_factory=list)
+    """Diagnostics that belong to the model and are not attached."""
+    extra: list[str] = field(default_factory=list)
+    """Those that are attached and do not belong to it."""
     source: str = "nothing"
     names: dict[str, str] = field(default_factory=dict)
     """Of the ways that were found, by need."""
@@ -177,11 +182,15 @@ class Clock(Callback):
 class Probe(Callback):
     """Evaluates once more at the end, and asks for the samples and reconstructions that the diagnostics see."""
 
-    def __init__(self, diagnostics: GenerativeDiagnostics, case: Case, row: Row, evaluates: bool = True) -> None:
-        self.diagnostics, self.case, self.row, self.evaluates = diagnostics, case, row, evaluates
+    def __init__(
+        self, diagnostics: GenerativeDiagnostics, case: Case, row: Row, expected: list[str], evaluates: bool = True
+    ) -> None:
+        self.diagnostics, self.case, self.row, self.expected = diagnostics, case, row, expected
+        self.evaluates = evaluates
         self.images: dict[str, Tensor] = {}
         self.given = torch.zeros(0)
         self.has_average = True
+        self.num_samples = 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Fills the row at the end of the last epoch."""
@@ -189,6 +198,8 @@ class Probe(Callback):
             return
         row, monitors = self.row, self.diagnostics.monitors
         row.attached, row.left_out = self.diagnostics.attached, dict(self.diagnostics.left_out)
+        row.misses = [name for name in self.expected if name not in row.attached]
+        row.extra = [name for name in row.attached if name not in self.expected]
         view = self.diagnostics.session.view_of(monitors["cms"])
         started = time.monotonic()
         # with no monitor attached, nothing else has noted that the module changed
@@ -201,6 +212,7 @@ class Probe(Callback):
                 monitors[name].evaluate(view, trainer.global_step, True)
                 row.seconds[name] = time.monotonic() - began
         row.later = time.monotonic() - started
+        self.num_samples = view.num_samples or 0
         with contextlib.suppress(ValueError):
             row.source = view.source()
         for need, get in {"sample": self.samples, "reconstruct": self.reconstructions}.items():
@@ -253,7 +265,7 @@ def run(entry: Entry, epochs: int, calibrate: bool = False) -> Row:
 
     def callbacks(case: Case) -> list[Callback]:
         diagnostics = GenerativeDiagnostics()
-        probes.append(Probe(diagnostics, case, row, evaluates=not calibrate))
+        probes.append(Probe(diagnostics, case, row, entry.expected, evaluates=not calibrate))
         clocks.append(Clock(diagnostics))
         return [clocks[0].before, diagnostics, clocks[0], probes[0]]
 
@@ -301,7 +313,7 @@ def judge(row: Row, probe: Probe, case: Case) -> None:
             found, true = probe.images["reconstruct"], case.reconstruct(probe.given)
             row.agrees["reconstruct"] = alike(found.flatten(1), true.float().flatten(1))
         for name, value in row.numbers.items():
-            true, error = case.numbers[name]()
+            true, error = case.numbers[name](probe.num_samples)
             row.numbers[name] = abs(value - true) <= error
     need = "sample" if case.sample is not None else "reconstruct"
     row.right = bool(row.agrees.get(need)) and (not case.has_images or row.source.startswith(need))
@@ -362,6 +374,8 @@ def shown(entry: Entry, row: Row) -> str:
         lines[0] += f" (energy distance above chance {row.distance:.4f})"
     lines.append("seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in row.seconds.items()))
     lines += [f"{name} {'is right' if value else 'is WRONG'}" for name, value in row.numbers.items()]
+    lines += [f"{name} belongs to the model and is LEFT OUT" for name in row.misses]
+    lines += [f"{name} does NOT belong to the model" for name in row.extra]
     lines += [f"left out {name}: {reason}" for name, reason in row.left_out.items()]
     lines += [f"alarm: {alarm}" for alarm in row.alarms] + [row.error] * bool(row.error)
     return "".join(cells) + "\n" + "\n".join(textwrap.indent(line, "      ") for line in lines)
@@ -372,6 +386,14 @@ def calibrated(entry: Entry, row: Row) -> str:
     distances = {"found": row.distance, **row.wrong}
     cells = [f"{name} {value:.4f}{'*' * (value > TOLERANCE)}" for name, value in distances.items() if value is not None]
     return f"{entry.name:30s}" + "; ".join(cells) + row.error
+
+
+def of_diagnostic(name: str, rows: dict[str, Row]) -> dict[str, Any]:
+    """Returns to how many models a diagnostic belongs, to how many of them it is attached, and the others."""
+    missed = [model for model, row in rows.items() if name in row.misses]
+    extra = [model for model, row in rows.items() if name in row.extra]
+    attached = sum(name in row.attached for row in rows.values()) - len(extra)
+    return {"models": attached + len(missed), "attached": attached, "missed": missed, "extra": extra}
 
 
 def main() -> None:
@@ -406,6 +428,8 @@ def main() -> None:
         "right_sampler": sum(row.right for row in rows.values()),
         "identical": sum(row.identical for row in rows.values()),
         "alarms": sum(len(row.alarms) for row in rows.values()),
+        "rightly_attached": sum(not row.misses and not row.extra for row in rows.values()),
+        "diagnostics": {name: of_diagnostic(name, rows) for name in NEEDS},
         "packages": packages,
     }
     print(json.dumps(figures) if options.json else figures)

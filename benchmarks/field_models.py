@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
@@ -47,8 +47,8 @@ class Case:
     reconstruct: Callable[[Tensor], Any] | None = None
     same: bool = True
     """Whether the same seed must give the same samples; else their distribution is compared."""
-    numbers: dict[str, Callable[[], tuple[float, float]]] = field(default_factory=dict)
-    """Scalars such as ``"posterior_kl/total"``: value and largest error."""
+    numbers: dict[str, Callable[[int], tuple[float, float]]] = field(default_factory=dict)
+    """Scalars such as ``"posterior_kl/total"``: value and largest error, from the number of samples of an evaluation."""
     has_images: bool = True
     longer: int = 1
     """Times as many epochs, for a network whose samplers agree with each other only once it is trained."""
@@ -64,6 +64,8 @@ class Entry:
 
     name: str
     packages: tuple[str, ...]
+    parts: frozenset[str]
+    """What the model has; keys of ``PARTS``."""
     make: Callable[[], Case]
 
     @property
@@ -71,8 +73,51 @@ class Entry:
         """Packages that are not installed."""
         return [package for package in self.packages if version_of(package) is None]
 
+    @property
+    def expected(self) -> list[str]:
+        """Names of the diagnostics that belong to the model."""
+        return [name for name, needs in NEEDS.items() if any(self.parts.issuperset(some) for some in needs)]
+
 
 MODELS: list[Entry] = []
+
+PARTS = {
+    "images": "data are images, and no rows",
+    "labels": "batches hold classes",
+    "samples": "it samples",
+    "reconstructs": "it reconstructs data",
+    "encoder": "it maps data to latents, not given their class, which would take the classes from the latents",
+    "decoder": "it maps latents to data, not given a class",
+    "posterior": "its encoder returns the mean and the variance of a normal posterior",
+    "layers of maps": "its decoder makes images out of smaller maps of features",
+    "codebook": "it quantizes latents",
+    "inverse": "it is a flow that encodes and decodes",
+    "noise levels": "it is trained to predict from data with noise",
+    "discriminator": "one is trained with it",
+}
+"""What models have, and what that means."""
+
+NEEDS: dict[str, tuple[set[str], ...]] = {
+    "cms": ({"samples"}, {"reconstructs"}),
+    "generation_balance": ({"images", "labels", "samples"}, {"images", "labels", "reconstructs"}),
+    "k_star": ({"labels", "encoder"},),
+    "manifold_entropy": ({"decoder"},),
+    "posterior_kl": ({"posterior"},),
+    "codebook": ({"codebook"},),
+    "latent_regions": ({"encoder", "decoder"},),
+    "round_trip": ({"inverse"}, {"reconstructs"}),
+    "regional_primitives": ({"images", "layers of maps"},),
+    "timestep_loss": ({"noise levels"},),
+    "memorization": ({"samples"},),
+    "adversary": ({"discriminator"},),
+    "training_data": (set(),),
+}
+"""What each diagnostic needs of a model by its guide, one of these sets; in the order of the callback."""
+
+DIFFUSION = ("images", "samples", "noise levels")
+AUTOENCODER = ("images", "encoder", "decoder", "reconstructs")
+FLOW = ("samples", "encoder", "decoder", "inverse")
+GENERATOR = ("images", "labels", "samples", "decoder")
 
 
 def version_of(package: str) -> str | None:
@@ -83,11 +128,12 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def of(*packages: str) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
-    """Adds a function that makes a case to the table."""
+def of(*packages: str, parts: tuple[str, ...]) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
+    """Adds a function that makes a case to the table, with what its model has."""
 
     def add(make: Callable[[], Case]) -> Callable[[], Case]:
-        MODELS.append(Entry(make.__name__, packages, make))
+        assert PARTS.keys() >= set(parts), f"{make.__name__} has parts that are not described"
+        MODELS.append(Entry(make.__name__, packages, frozenset(parts), make))
         return make
 
     return add
@@ -133,8 +179,8 @@ def moons() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows).float(), torch.from_numpy(labels)
 
 
-def similarity_to_moons(sample: Callable[[int], Tensor]) -> tuple[float, float]:
-    """Returns the cosine mean similarity of rows (n, 2) and the moons, and four standard deviations of that of 1,024 rows.
+def similarity_to_moons(sample: Callable[[int], Tensor], n: int) -> tuple[float, float]:
+    """Returns the cosine mean similarity of rows (n, 2) and the moons, and four standard deviations of it.
 
     The kernel is a product over both numbers, each with the median of its squared distances as its bandwidth.
     """
@@ -148,7 +194,7 @@ def similarity_to_moons(sample: Callable[[int], Tensor]) -> tuple[float, float]:
     def similarity(made: Tensor) -> Tensor:
         return mean(made, real) / (mean(made, made) * mean(real, real)).sqrt()
 
-    values = torch.stack([similarity(sample(1024).double()) for _ in range(DRAWS)])
+    values = torch.stack([similarity(sample(n).double()) for _ in range(DRAWS)])
     return float(values.mean()), 4 * float(values.std())
 
 
@@ -329,7 +375,7 @@ def noised_loss(network: Any, scheduler: Any, x: Tensor, *given: Any) -> Tensor:
     return F.mse_loss(getattr(predicted, "sample", predicted), noise)
 
 
-@of("diffusers")
+@of("diffusers", parts=(*DIFFUSION, "labels"))
 def unet_ddpm() -> Case:
     from diffusers import DDPMPipeline
 
@@ -360,7 +406,7 @@ def of_diffusers(network: Any) -> Network:
     return predict
 
 
-@of("diffusers")
+@of("diffusers", parts=(*DIFFUSION, "labels"))
 def unet_ddim_velocity_of_classes() -> Case:
     class Diffusion(Adam):
         def __init__(self) -> None:
@@ -389,7 +435,7 @@ def unet_ddim_velocity_of_classes() -> Case:
     return Case(module, batches(pair, *colour(8)), sample, same=False, longer=SHORT, wrong=wrong)
 
 
-@of("diffusers")
+@of("diffusers", parts=(*DIFFUSION, "labels"))
 def unet_with_ema_model() -> Case:
     from diffusers import DDPMPipeline
     from diffusers.training_utils import EMAModel
@@ -429,7 +475,7 @@ def kl_stage(channels: int = 3) -> Any:
     )  # fmt: skip
 
 
-@of("diffusers")
+@of("diffusers", parts=(*AUTOENCODER, "posterior", "layers of maps"))
 def autoencoder_kl() -> Case:
     class Stage(Adam):
         def __init__(self) -> None:
@@ -457,7 +503,7 @@ def learned_kl_stage() -> Any:
     return learned(kl_stage, colour(32)[0], both)
 
 
-@of("diffusers")
+@of("diffusers", parts=(*AUTOENCODER, "labels", "codebook", "layers of maps"))
 def vq_model() -> Case:
     from diffusers import VQModel
 
@@ -477,7 +523,7 @@ def vq_model() -> Case:
     return Case(module, batches(pair, *grey()), reconstruct=lambda x: module.vqvae(x).sample)
 
 
-@of("diffusers")
+@of("diffusers", parts=(*DIFFUSION, "labels", *AUTOENCODER, "posterior", "layers of maps"))
 def latent_diffusion() -> Case:
     class Latent(Adam):
         def __init__(self) -> None:
@@ -529,7 +575,7 @@ def _monai_collate(items: list[Any]) -> Any:
     return list_data_collate(items)
 
 
-@of("monai")
+@of("monai", parts=DIFFUSION)
 def monai_diffusion() -> Case:
     from monai.inferers import DiffusionInferer
     from monai.networks.schedulers import DDPMScheduler
@@ -573,7 +619,7 @@ def learned_monai_stage() -> Any:
     return learned(monai_stage, unit(grey(16)[0]), both)
 
 
-@of("monai")
+@of("monai", parts=(*AUTOENCODER, "posterior", "layers of maps"))
 def monai_autoencoder_kl() -> Case:
     class Stage(Adam):
         def __init__(self) -> None:
@@ -589,7 +635,7 @@ def monai_autoencoder_kl() -> Case:
     return Case(module, monai_images(), reconstruct=lambda x: module.autoencoderkl.reconstruct(x))
 
 
-@of("monai")
+@of("monai", parts=(*DIFFUSION, *AUTOENCODER, "posterior", "layers of maps"))
 def monai_latent_diffusion() -> Case:
     from monai.inferers import LatentDiffusionInferer
     from monai.networks.schedulers import DDPMScheduler
@@ -624,7 +670,7 @@ def monai_latent_diffusion() -> Case:
     return Case(module, monai_images(), sample, same=False, longer=LONG, wrong=wrong)
 
 
-@of("monai")
+@of("monai", parts=(*AUTOENCODER, "samples", "posterior", "layers of maps"))
 def monai_var_autoencoder() -> Case:
     from monai.networks.nets import VarAutoEncoder
 
@@ -646,7 +692,7 @@ def monai_var_autoencoder() -> Case:
     )  # fmt: skip
 
 
-@of("monai")
+@of("monai", parts=(*AUTOENCODER, "codebook", "layers of maps"))
 def monai_vqvae() -> Case:
     from monai.networks.nets import VQVAE
 
@@ -682,7 +728,7 @@ def wrong_gaussians(model: Any, network: Network, classes: bool = False) -> dict
     return wrong_diffusions(network, alphas, (1, 8, 8), kind, clip=True, decode=unit, classes=classes)
 
 
-@of("denoising-diffusion-pytorch")
+@of("denoising-diffusion-pytorch", parts=DIFFUSION)
 def gaussian() -> Case:
     class Diffusion(Adam):
         def __init__(self) -> None:
@@ -704,7 +750,7 @@ def _units(size: int = 16) -> tuple[Tensor, Tensor]:
     return unit(images), labels
 
 
-@of("denoising-diffusion-pytorch", "ema-pytorch")
+@of("denoising-diffusion-pytorch", "ema-pytorch", parts=(*DIFFUSION, "labels"))
 def gaussian_with_ema() -> Case:
     from ema_pytorch import EMA
 
@@ -731,7 +777,7 @@ def gaussian_with_ema() -> Case:
     )  # fmt: skip
 
 
-@of("denoising-diffusion-pytorch")
+@of("denoising-diffusion-pytorch", parts=(*DIFFUSION, "labels"))
 def guided_by_classes() -> Case:
     from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
 
@@ -757,7 +803,7 @@ def guided_by_classes() -> Case:
     )  # fmt: skip
 
 
-@of("ema-pytorch")
+@of("ema-pytorch", parts=(*GENERATOR, "discriminator"))
 def generator_with_ema() -> Case:
     from ema_pytorch import EMA
 
@@ -813,7 +859,7 @@ def flowed(network: Callable[[Tensor, Tensor], Tensor], *shape: int) -> Tensor:
     return x
 
 
-@of("torchcfm")
+@of("torchcfm", parts=(*DIFFUSION, "labels"))
 def flow_matching() -> Case:
     from torchcfm import ConditionalFlowMatcher
 
@@ -834,7 +880,7 @@ def flow_matching() -> Case:
     )  # fmt: skip
 
 
-@of("torchcfm")
+@of("torchcfm", parts=(*DIFFUSION, "labels"))
 def flow_matching_of_classes() -> Case:
     from torchcfm import TargetConditionalFlowMatcher
 
@@ -858,7 +904,7 @@ def flow_matching_of_classes() -> Case:
     return Case(module, batches(pair, *colour(8)), sample, same=False, longer=LONG, wrong=wrong)
 
 
-@of("torchcfm")
+@of("torchcfm", parts=("labels", "samples", "noise levels"))
 def flow_matching_of_rows() -> Case:
     from torchcfm import ExactOptimalTransportConditionalFlowMatcher
     from torchcfm.models.models import MLP
@@ -881,7 +927,7 @@ def flow_matching_of_rows() -> Case:
     return Case(
         module, batches(pair, *moons()), lambda n: flowed(network, n, 2), same=False, has_images=False,
         longer=LONG, wrong=wrong_flows(network, (2,)),
-        numbers={"cms/image": lambda: similarity_to_moons(lambda n: flowed(network, n, 2))},
+        numbers={"cms/image": partial(similarity_to_moons, lambda n: flowed(network, n, 2))},
     )  # fmt: skip
 
 
@@ -902,7 +948,7 @@ def of_pythae(config: Any, kind: Any, images: Tensor) -> tuple[LightningModule, 
     return Wrapper(), batches(lambda x: {"data": x}, images)
 
 
-@of("pythae")
+@of("pythae", parts=(*AUTOENCODER, "samples", "posterior"))
 def pythae_vae() -> Case:
     from pythae.models import VAE, VAEConfig
     from pythae.samplers import NormalSampler
@@ -912,7 +958,7 @@ def pythae_vae() -> Case:
     return Case(module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.reconstruct(x))
 
 
-@of("pythae")
+@of("pythae", parts=(*AUTOENCODER, "samples"))
 def pythae_wae() -> Case:
     from pythae.models import WAE_MMD, WAE_MMD_Config
     from pythae.samplers import NormalSampler
@@ -922,7 +968,7 @@ def pythae_wae() -> Case:
     return Case(module, loader, lambda n: NormalSampler(model).sample(n), lambda x: model.reconstruct(x))
 
 
-@of("pythae")
+@of("pythae", parts=(*AUTOENCODER, "codebook"))
 def pythae_vqvae() -> Case:
     from pythae.models import VQVAE, VQVAEConfig
 
@@ -931,7 +977,7 @@ def pythae_vqvae() -> Case:
     return Case(module, loader, reconstruct=lambda x: model.reconstruct(x))
 
 
-@of("pythae")
+@of("pythae", parts=AUTOENCODER)
 def pythae_autoencoder() -> Case:
     from pythae.models import AE, AEConfig
 
@@ -940,7 +986,7 @@ def pythae_autoencoder() -> Case:
     return Case(module, loader, reconstruct=lambda x: model.reconstruct(x))
 
 
-@of("pythae")
+@of("pythae", parts=(*AUTOENCODER, "samples", "posterior"))
 def pythae_vamp() -> Case:
     from pythae.models import VAMP, VAMPConfig
     from pythae.samplers import NormalSampler, VAMPSampler
@@ -956,7 +1002,7 @@ def pythae_vamp() -> Case:
 # ---- normalizing flows ----
 
 
-@of("normflows")
+@of("normflows", parts=(*FLOW, "images", "labels"))
 def glow() -> Case:
     import normflows as nf
 
@@ -979,7 +1025,7 @@ def glow() -> Case:
     return Case(module, batches(pair, *grey()), lambda n: module.model.sample(n)[0])
 
 
-@of("normflows")
+@of("normflows", parts=(*FLOW, "labels"))
 def real_nvp_of_rows() -> Case:
     import normflows as nf
 
@@ -996,7 +1042,7 @@ def real_nvp_of_rows() -> Case:
 
     module = RealNVP()
 
-    def entropy() -> tuple[float, float]:
+    def entropy(n: int) -> tuple[float, float]:
         return of_log_density(-module.flow.log_prob(module.flow.sample(8192)[0]))
 
     return Case(
@@ -1010,7 +1056,7 @@ def of_log_density(surprise: Tensor) -> tuple[float, float]:
     return float(surprise.mean()), 5 * float(surprise.std()) / 8
 
 
-@of("nflows")
+@of("nflows", parts=(*FLOW, "images", "labels"))
 def masked_autoregressive() -> Case:
     from nflows.distributions.normal import StandardNormal
     from nflows.flows import Flow
@@ -1032,7 +1078,7 @@ def masked_autoregressive() -> Case:
     return Case(module, batches(pair, *grey(8)), lambda n: module.flow.sample(n).view(n, 1, 8, 8))
 
 
-@of("zuko")
+@of("zuko", parts=(*FLOW, "images", "labels"))
 def spline_flow() -> Case:
     import zuko
 
@@ -1056,7 +1102,7 @@ def spline_flow() -> Case:
     return Case(module, batches(pair, whole, labels), lambda n: module.sample(n))
 
 
-@of("zuko")
+@of("zuko", parts=(*FLOW, "labels"))
 def spline_flow_of_rows() -> Case:
     import zuko
 
@@ -1070,7 +1116,7 @@ def spline_flow_of_rows() -> Case:
 
     module = Spline()
 
-    def entropy() -> tuple[float, float]:
+    def entropy(n: int) -> tuple[float, float]:
         return of_log_density(-module.flow().log_prob(module.flow().sample((8192,))))
 
     return Case(
@@ -1079,7 +1125,7 @@ def spline_flow_of_rows() -> Case:
     )  # fmt: skip
 
 
-@of("zuko")
+@of("zuko", parts=("images", "labels", "samples"))
 def flow_of_classes() -> Case:
     import zuko
 
@@ -1101,7 +1147,7 @@ def flow_of_classes() -> Case:
     return Case(module, batches(pair, *grey(8)), sample)
 
 
-@of("FrEIA")
+@of("FrEIA", parts=(*FLOW, "images", "labels"))
 def invertible_network() -> Case:
     import FrEIA.framework as Ff
     import FrEIA.modules as Fm
@@ -1134,7 +1180,7 @@ def chain(*widths: int, transposed: bool = False) -> list[nn.Module]:
     return [part for a, b in pairwise(widths) for part in (layer(a, b, 4, 2, 1), nn.GELU())][:-1]
 
 
-@of("vector-quantize-pytorch")
+@of("vector-quantize-pytorch", parts=(*AUTOENCODER, "labels", "codebook", "layers of maps"))
 def quantized_layers() -> Case:
     from vector_quantize_pytorch import VectorQuantize
 
@@ -1167,7 +1213,7 @@ def quantized_layers() -> Case:
     return Case(module, batches(pair, *grey()), reconstruct=lambda x: module.model(x)[0])
 
 
-@of("vector-quantize-pytorch")
+@of("vector-quantize-pytorch", parts=(*AUTOENCODER, "labels", "codebook", "layers of maps"))
 def finite_scalar_quantization() -> Case:
     from vector_quantize_pytorch import FSQ
 
@@ -1190,7 +1236,7 @@ def finite_scalar_quantization() -> Case:
 # ---- torch ----
 
 
-@of("torch")
+@of("torch", parts=("labels", "samples"))
 def mixture_of_rows() -> Case:
     class Mixture(Adam):
         def __init__(self) -> None:
@@ -1208,11 +1254,11 @@ def mixture_of_rows() -> Case:
     module = Mixture()
     return Case(
         module, batches(pair, *moons()), lambda n: module().sample((n,)), has_images=False, longer=LONG,
-        numbers={"cms/image": lambda: similarity_to_moons(lambda n: module().sample((n,)))},
+        numbers={"cms/image": partial(similarity_to_moons, lambda n: module().sample((n,)))},
     )  # fmt: skip
 
 
-@of("torch")
+@of("torch", parts=(*AUTOENCODER, "labels", "samples", "posterior"))
 def vae_of_distributions() -> Case:
     class VAE(Adam):
         def __init__(self) -> None:
@@ -1236,7 +1282,7 @@ def vae_of_distributions() -> Case:
 
     module, loader = VAE(), batches(pair, *_units())
 
-    def divergence() -> tuple[float, float]:
+    def divergence(n: int) -> tuple[float, float]:
         posterior = module.encode(_units()[0]).base_dist
         return float(0.5 * (posterior.mean**2 + posterior.variance - posterior.variance.log() - 1).sum(1).mean()), 1e-3
 
@@ -1246,7 +1292,7 @@ def vae_of_distributions() -> Case:
     )  # fmt: skip
 
 
-@of("torch")
+@of("torch", parts=GENERATOR)
 def averaged_generator() -> Case:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -1278,7 +1324,7 @@ def averaged_generator() -> Case:
     return Case(module, batches(pair, *grey()), lambda n: module.ema_generator(torch.randn(n, 8)))
 
 
-@of("torch")
+@of("torch", parts=(*GENERATOR, "discriminator"))
 def coupled_generators() -> Case:
     class Coupled(nn.Module):
         """Two domains that share their first layers, as in CoGAN (https://arxiv.org/abs/1606.07536)."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +27,30 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def trained(module: LightningModule, batches: Any, epochs: int, *callbacks: Any, **options: Any) -> Trainer:
-    """Trains on the CPU without output, and returns the trainer; ``options`` are those of ``Trainer.fit``."""
+def trained(
+    module: LightningModule,
+    batches: Any,
+    epochs: int,
+    *callbacks: Any,
+    limits: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Trainer:
+    """Trains on the CPU without output, and returns the trainer.
+
+    Args:
+        module: What is trained.
+        batches: Training batches.
+        epochs: Number of epochs, -1 for as many as it takes.
+        callbacks: Of the trainer.
+        limits: Further arguments of the trainer.
+        options: Of ``Trainer.fit``.
+    """
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     trainer = Trainer(
         max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        enable_progress_bar=False, enable_model_summary=False, **(limits or {}),
     )  # fmt: skip
     trainer.fit(module, batches, **options)
     return trainer

@@ -1,30 +1,25 @@
 """How often ``RoundTrip`` finds and names planted failures of flows and autoencoders, and how often healthy ones raise alarms.
 
 ``python -m benchmarks.round_trip`` trains small models on digits of scikit-learn, ten seeds of each failure, and healthy
-models of other kinds, widths, learning rates and data. It prints a line for each run, and then a table: in how many runs of N
-an alarm was raised once the failure had begun and none before, in how many one alarm named what failed, and the median number
-of evaluations until the first alarm. ``--only`` chooses failures and kinds by a part of their names. It takes more than
-15 minutes of one core.
+models of other kinds, widths, learning rates and data. What it prints is described in ``benchmarks.planted_runs``. It takes
+about 20 minutes of one core.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import zuko
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import LightningModule, seed_everything
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measuring import computed, trained
+from benchmarks.measuring import trained
+from benchmarks.planted_runs import Begun, Outcome, Unit, main_of, outcome
 from benchmarks.zoo.data import Batches, Data, load
 from benchmarks.zoo.flows import RealNVP
 from benchmarks.zoo.models import KINDS
@@ -40,9 +35,6 @@ from tests.helpers.inversions import (
     flow_run,
     is_named,
 )
-
-FIRST = 100
-"""The first seed; the tests use smaller ones."""
 
 STEPS, EVERY = 500, 20
 """Training steps of a healthy run, at least, and those from one evaluation to the next."""
@@ -160,130 +152,27 @@ HEALTHY: dict[str, Callable[[int], Run]] = {
 # ---- a run ----
 
 
-class Begun(Callback):
-    """Counts the evaluations before the beginning of an epoch.
-
-    Args:
-        monitor: What evaluates.
-        start: The epoch.
-    """
-
-    def __init__(self, monitor: RoundTripMonitor, start: int) -> None:
-        self.monitor, self.start, self.evaluations = monitor, start, 0
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes how many there were."""
-        if trainer.current_epoch == self.start:
-            self.evaluations = self.monitor.evaluations
-
-
-class Unit(NamedTuple):
-    """A run."""
-
-    name: str
-    seed: int
-
-
-class Outcome(NamedTuple):
-    """What happened in a run."""
-
-    name: str
-    seed: int
-    is_early: bool
-    """Whether an alarm came before the failure."""
-    delay: float
-    """Evaluations from the beginning of the failure to the first alarm after it; inf without one."""
-    is_named: bool
-    alarms: list[str]
-    evaluations: int
-    seconds: float
-
-    @property
-    def is_found(self) -> bool:
-        """Whether there is an alarm, and none before the failure."""
-        return math.isfinite(self.delay) and not self.is_early
-
-
 def outcome_of(unit: Unit) -> Outcome:
     """Trains one model, and returns what happened."""
     started = time.monotonic()
     failure = FAILURES.get(unit.name)
     run = HEALTHY[unit.name](unit.seed) if failure is None else failure.make(unit.seed)
     stopping = CollapseStopping("warn")
-    begun = Begun(run.monitor, 0 if failure is None else failure.start)
+    start = 0 if failure is None else failure.start
+    begun = Begun(run.monitor, lambda trainer: trainer.current_epoch >= start)
     trained(run.module, run.batches, run.epochs, begun, run.monitor, stopping)
-    after = [alarm for alarm in stopping.alarms if alarm.number > begun.evaluations]
-    return Outcome(
-        unit.name,
-        unit.seed,
-        len(after) < len(stopping.alarms),
-        min((alarm.number - begun.evaluations for alarm in after), default=math.inf),
-        failure is not None and is_named(after, failure.named),
-        [str(alarm) for alarm in stopping.alarms],
-        run.monitor.evaluations,
+    return outcome(
+        unit,
+        stopping.alarms,
+        begun,
+        lambda after: failure is not None and is_named(after, failure.named),
         time.monotonic() - started,
     )
 
 
-# ---- the table ----
-
-
-def summary(outcomes: Sequence[Outcome]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Returns the figures of failures and of healthy models, by name."""
-    figures: dict[str, dict[str, dict[str, Any]]] = {"failures": {}, "healthy": {}}
-    for name in dict.fromkeys(outcome.name for outcome in outcomes):
-        own = [outcome for outcome in outcomes if outcome.name == name]
-        if name in FAILURES:
-            delay = statistics.median(outcome.delay for outcome in own)
-            figures["failures"][name] = {
-                "runs": len(own),
-                "found": sum(outcome.is_found for outcome in own),
-                "named": sum(outcome.is_found and outcome.is_named for outcome in own),
-                # of runs that are not found, it is later than all evaluations
-                "delay": delay if math.isfinite(delay) else None,
-            }
-        else:
-            figures["healthy"][name] = {
-                "runs": len(own),
-                "alarms": sum(bool(outcome.alarms) for outcome in own),
-                "evaluations": sum(outcome.evaluations for outcome in own),
-            }
-    return figures
-
-
-def lines(figures: dict[str, dict[str, dict[str, Any]]]) -> Iterable[str]:
-    """Yields the tables."""
-    if figures["failures"]:
-        yield f"{'failure':60s}{'found':>12s}{'named':>12s}{'delay':>12s}"
-    for name, own in figures["failures"].items():
-        found, named = (f"{own[key]} of {own['runs']}" for key in ("found", "named"))
-        yield f"{name:60s}{found:>12s}{named:>12s}{'-' if own['delay'] is None else format(own['delay'], 'g'):>12s}"
-    if figures["healthy"]:
-        yield f"{'healthy':60s}{'alarms':>12s}{'evaluations':>12s}"
-    for name, own in figures["healthy"].items():
-        yield f"{name:60s}{own['alarms']:>4d} of {own['runs']:<4d}{own['evaluations']:>12d}"
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds")
-    parser.add_argument("--first", type=int, default=FIRST, help="the first seed")
-    parser.add_argument("--only", default="", help="part of the names of failures and healthy models")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes, each of one thread")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parser.parse_args(arguments)
-    seeds = range(options.first, options.first + options.seeds)
-    units = [Unit(name, seed) for name in (*FAILURES, *HEALTHY) if options.only in name for seed in seeds]
-    outcomes = []
-    for outcome in computed(outcome_of, units, options.jobs):
-        outcomes.append(outcome)
-        said = f"{outcome.seconds:.1f} s, {outcome.evaluations} evaluations: {' | '.join(outcome.alarms) or 'no alarm'}"
-        print(f"{outcome.name}, seed {outcome.seed}, {said}", flush=True)
-    figures = summary(outcomes)
-    for line in lines(figures):
-        print(line)
-    if options.json:
-        print(json.dumps(figures))
+    """Prints a line for each run, and the tables."""
+    main_of(__doc__, FAILURES, HEALTHY, outcome_of, arguments)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
 """Measures how often ``TimestepLoss`` finds and names planted faults, and raises alarms in healthy runs.
 
-``python -m benchmarks.timestep_loss --seeds 10`` trains small diffusion and flow matching models on 8x8 digits, each with one
-fault or none, and counts the runs in which an alarm names the fault and its noise levels. ``--only`` chooses kinds or faults
-by a part of their names.
+``python -m benchmarks.timestep_loss`` trains small diffusion and flow matching models on 8x8 digits, each with one fault or
+none, over ten seeds. What it prints is described in ``benchmarks.planted_runs``; an alarm names a fault if it says what is
+wrong and at which noise levels. It takes about XX minutes of one core.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.measuring import trained
+from benchmarks.planted_runs import Begun, Outcome, Unit, main_of, outcome
 from benchmarks.zoo.flows import Field
 from example_models.data import digits
 from lightning_gendiag import CollapseStopping, TimestepLossMonitor
@@ -187,6 +187,8 @@ class Case(NamedTuple):
     """What one alarm must say; empty for healthy models."""
     levels: tuple[float, float] = (0.0, 1.0)
     """Times of the fault: an alarm must name levels that overlap with these."""
+    begin: int = 0
+    """Step at which the fault begins."""
 
 
 WORSE = ("became worse", "fails")
@@ -204,9 +206,13 @@ HEALTHY = {
 FAULTS = {
     "no weight in a band": Case(lambda: Unweighted("velocity"), words=("does not weigh",), levels=(0.4, 0.6)),
     "short schedule": Case(lambda: ShortSchedule("noise"), words=("never reaches pure noise",), levels=(0.5, 0.6)),
-    "dead at high noise": Case(lambda: Denoising("velocity", fault=dead), words=WORSE, levels=(0.8, 1.0)),
-    "dead at high noise, flow": Case(lambda: Denoising("flow", fault=dead), words=WORSE, levels=(0.8, 1.0)),
-    "clipped at low noise": Case(lambda: Denoising("noise", fault=clipped), words=WORSE, levels=(0.0, 0.25)),
+    "dead at high noise": Case(lambda: Denoising("velocity", fault=dead), words=WORSE, levels=(0.8, 1.0), begin=BEGIN),
+    "dead at high noise, flow": Case(
+        lambda: Denoising("flow", fault=dead), words=WORSE, levels=(0.8, 1.0), begin=BEGIN
+    ),
+    "clipped at low noise": Case(
+        lambda: Denoising("noise", fault=clipped), words=WORSE, levels=(0.0, 0.25), begin=BEGIN
+    ),
     "wrong sign in a band": Case(
         lambda: Denoising("flow", fault=of_wrong_sign, begin=0), words=("fails", "does not weigh"), levels=(0.5, 0.65)
     ),
@@ -215,21 +221,6 @@ FAULTS = {
     "EMA far too slow": Case(lambda: WithEMA(0.9999, prediction="noise"), words=("averaged (EMA) weights are worse",)),
 }
 """Models with a fault."""
-
-
-def alarms_of(case: Case, seed: int) -> tuple[list[str], float]:
-    """Trains a model, and returns the alarms of its run and the seconds of one evaluation."""
-    seed_everything(seed, verbose=False)
-    images = digits(8)[0][torch.randperm(1797, generator=torch.Generator().manual_seed(seed))]
-    monitor, stopping = TimestepLossMonitor(every_n_train_steps=EVERY, log_images=False), CollapseStopping("warn")
-    train, held_out = TensorDataset(images[: case.images]), TensorDataset(images[1400:])
-    trainer = Trainer(
-        max_steps=STEPS, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor, stopping],
-        check_val_every_n_epoch=10_000,
-    )  # fmt: skip
-    trainer.fit(case.make(), DataLoader(train, 48, shuffle=True), DataLoader(held_out, 64))
-    return [str(alarm) for alarm in stopping.alarms], monitor.seconds / max(monitor.evaluations, 1)
 
 
 def names(case: Case, text: str) -> bool:
@@ -241,28 +232,29 @@ def names(case: Case, text: str) -> bool:
     return not ranges or any(float(first) < high and float(last) > low for first, last in ranges)
 
 
+def outcome_of(unit: Unit) -> Outcome:
+    """Trains a model, and returns what happened."""
+    started, case = time.monotonic(), FAULTS.get(unit.name) or HEALTHY[unit.name]
+    seed_everything(unit.seed, verbose=False)
+    images = digits(8)[0][torch.randperm(1797, generator=torch.Generator().manual_seed(unit.seed))]
+    monitor, stopping = TimestepLossMonitor(every_n_train_steps=EVERY, log_images=False), CollapseStopping("warn")
+    train = DataLoader(TensorDataset(images[: case.images]), 48, shuffle=True)
+    held_out = DataLoader(TensorDataset(images[1400:]), 64)
+    begun = Begun(monitor, lambda trainer: trainer.global_step >= case.begin)
+    limits = {"max_steps": STEPS, "check_val_every_n_epoch": 10_000}
+    trained(case.make(), train, -1, begun, monitor, stopping, limits=limits, val_dataloaders=held_out)
+    return outcome(
+        unit,
+        stopping.alarms,
+        begun,
+        lambda after: any(names(case, str(alarm)) for alarm in after),
+        time.monotonic() - started,
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Prints for each kind in how many runs its fault was found, and all alarms that were raised otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", default="")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name, case in (*HEALTHY.items(), *FAULTS.items()):
-        if options.only not in name:
-            continue
-        started, found, others = time.monotonic(), 0, []
-        for seed in range(options.first, options.first + options.seeds):
-            alarms, seconds = alarms_of(case, seed)
-            named = any(names(case, text) for text in alarms)
-            found += named
-            others += [f"  seed {seed}: {text}" for text in alarms if not named or not case.words]
-        took = (time.monotonic() - started) / options.seeds
-        what = f"found and named in {found}" if case.words else f"alarms in {len({o.split(':')[0] for o in others})}"
-        print(f"{name}: {what} of {options.seeds} runs ({took:.1f} s each, evaluation {1000 * seconds:.0f} ms)")
-        print("\n".join(others), flush=True)
+    """Prints a line for each run, and the tables."""
+    main_of(__doc__, FAULTS, HEALTHY, outcome_of, arguments)
 
 
 if __name__ == "__main__":

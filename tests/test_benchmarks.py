@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import defaults, round_trip
+from benchmarks import adversary, defaults, field, field_models, planted_runs, round_trip, timestep_loss
 from benchmarks.gpu import Recording, main
+from benchmarks.planted_runs import Outcome
+from lightning_gendiag import Alarm
+from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
 
 
 def test_products_are_counted_by_their_operands_and_repeated() -> None:
@@ -42,6 +46,21 @@ def test_consecutive_seeds_plant_all_faults() -> None:
         assert all(len(set(unit.chosen())) == 6 for unit in units)
 
 
+def test_the_field_declares_to_which_models_each_diagnostic_belongs() -> None:
+    assert list(field_models.NEEDS) == [kind.name for kind in MONITORS]
+    needed = {part for needs in field_models.NEEDS.values() for some in needs for part in some}
+    assert needed == field_models.PARTS.keys()
+    expected = {entry.name: entry.expected for entry in field_models.MODELS}
+    assert set().union(*expected.values()) == field_models.NEEDS.keys()
+    assert expected["mixture_of_rows"] == ["cms", "memorization", "training_data"]
+    rows = {
+        "first": field.Row(attached=["cms", "k_star"], misses=["adversary"], extra=["k_star"]),
+        "second": field.Row(attached=["cms", "adversary"]),
+    }
+    assert field.of_diagnostic("adversary", rows) == {"models": 2, "attached": 1, "missed": ["first"], "extra": []}
+    assert field.of_diagnostic("k_star", rows) == {"models": 0, "attached": 0, "missed": [], "extra": ["first"]}
+
+
 def test_faults_that_are_not_found_delay_for_ever() -> None:
     def fault(*evaluations: int) -> dict[str, Any]:
         alarms = [{"evaluation": number, "seconds": 2.0 * number} for number in evaluations]
@@ -67,32 +86,91 @@ def test_faults_that_are_not_found_delay_for_ever() -> None:
     assert defaults.figures([run])["power"]["planned"]["seconds_90"] is None
 
 
-def test_runs_of_round_trips_are_counted() -> None:
-    def ran(name: str, delay: float, is_named: bool = True, is_early: bool = False, alarms: int = 1) -> Any:
-        return round_trip.Outcome(name, 0, is_early, delay, is_named, ["an alarm"] * alarms, 11, 1.0)
+def ran(name: str, delay: float, is_named: bool = True, is_early: bool = False, alarms: int = 1) -> Outcome:
+    return Outcome(name, 0, is_early, delay, is_named, ["an alarm"] * alarms, 11, 1.0)
 
-    first, second, *_ = round_trip.FAILURES
-    healthy = next(iter(round_trip.HEALTHY))
+
+def test_runs_with_planted_failures_and_without_are_counted() -> None:
     outcomes = [
-        ran(first, 3), ran(first, 5, is_named=False), ran(first, 4, is_early=True), ran(second, math.inf, False),
-        ran(healthy, math.inf, False, alarms=0), ran(healthy, 2.0, False, alarms=3),
+        ran("first", 3), ran("first", 5, is_named=False), ran("first", 8), ran("second", 4),
+        ran("second", 4, is_early=True), ran("second", math.inf, False, alarms=0),
+        ran("healthy", math.inf, False, alarms=0), ran("healthy", 2.0, False, alarms=3),
     ]  # fmt: skip
-    figures = round_trip.summary(outcomes)
+    figures = planted_runs.summary(outcomes, ("first", "second"))
     assert figures["failures"] == {
-        first: {"runs": 3, "found": 2, "named": 1, "delay": 4},
-        second: {"runs": 1, "found": 0, "named": 0, "delay": None},
+        "first": {"runs": 3, "found": 3, "named": 2, "delay": {"min": 3, "median": 5, "max": 8}},
+        "second": {"runs": 3, "found": 1, "named": 1, "delay": {"min": 4, "median": None, "max": None}},
+        "all": {"runs": 6, "found": 4, "named": 3, "delay": {"min": 3, "median": 6.5, "max": None}},
     }
-    assert figures["healthy"] == {healthy: {"runs": 2, "alarms": 1, "evaluations": 22}}
-    assert sum("2 of 3" in line and "1 of 3" in line for line in round_trip.lines(figures)) == 1
+    of_healthy = figures["healthy"]["healthy"]
+    # 1 - (1 - 0.05) ** (1 / 2) bounds no alarm in two runs, and this one in two
+    assert of_healthy.pop("upper_bound") == pytest.approx(0.95**0.5)
+    assert of_healthy == {"runs": 2, "alarms": 1, "evaluations": 22}
+    assert sum("3 of 3" in line and "2 of 3" in line for line in planted_runs.lines(figures)) == 1
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_an_alarm_before_a_failure_is_early_and_its_delay_counts_from_the_failure() -> None:
+    def at(number: int) -> Any:
+        return Alarm(0, 0, "cms", "x", 0.0, 0.0, 0.0, 0, 0.0, number=number)
+
+    def counted(numbers: list[int], begun: int | None) -> tuple[bool, float, bool]:
+        unit = planted_runs.Unit("x", 0)
+        before = planted_runs.Begun(SimpleNamespace(evaluations=9), lambda trainer: True)  # type: ignore[arg-type]
+        before.evaluations = begun
+        made = planted_runs.outcome(
+            unit, [at(number) for number in numbers], before, lambda after: len(after) == 2, 1.0
+        )
+        return made.is_early, made.delay, made.is_named
+
+    assert counted([5, 7], 4) == (False, 1, True)
+    assert counted([4, 6, 7], 4) == (True, 2, True)
+    assert counted([4], 4) == (True, math.inf, False)
+    assert counted([], 0) == (False, math.inf, False)
+    # the run ended before the failure began
+    assert counted([3], None) == (True, math.inf, False)
+
+
+def found_by(main: Any, capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    main(["--seeds", "1", "--json", *arguments])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_the_benchmark_of_round_trips_measures_the_delay_of_a_failure(
     capsys: pytest.CaptureFixture[str], jobs: str
 ) -> None:
-    round_trip.main(["--seeds", "1", "--only", "of the whole", "--jobs", jobs, "--json"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = found_by(round_trip.main, capsys, "--only", "of the whole", "--jobs", jobs)
     # three evaluations confirm it
-    expected = {"runs": 1, "found": 1, "named": 1, "delay": 3}
-    assert found == {"failures": {"log-determinant with the wrong sign, of the whole": expected}, "healthy": {}}
+    expected = {"runs": 1, "found": 1, "named": 1, "delay": dict.fromkeys(("min", "median", "max"), 3)}
+    name = "log-determinant with the wrong sign, of the whole"
+    assert found == {"failures": {name: expected, "all": expected}, "healthy": {}}
+
+
+def test_the_benchmark_of_the_adversary_measures_the_delay_of_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failure = adversary.Failure(
+        "exploded", (lambda: adversary.Scaled(0, 1e3, 60),), kinds=("mlp_gan",), start=60, steps=120
+    )
+    monkeypatch.setattr(adversary, "FAILURES", {"explodes": failure})
+    monkeypatch.setattr(adversary, "STEPS", 30)
+    monkeypatch.setattr(adversary, "HEALTHY", {"MLP": "mlp_gan"})
+    found = found_by(adversary.main, capsys)
+    delay = found["failures"]["explodes"].pop("delay")
+    # two evaluations confirm it
+    assert 2 <= delay["min"] == delay["median"] == delay["max"] <= 4
+    assert found["failures"]["explodes"] == {"runs": 1, "found": 1, "named": 1}
+    healthy = found["healthy"]["MLP"]
+    assert (healthy["runs"], healthy["alarms"]) == (1, 0)
+    assert healthy["evaluations"] > 1
+
+
+def test_the_benchmark_of_timestep_losses_measures_the_delay_of_a_failure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timestep_loss, "STEPS", 96)
+    found = found_by(timestep_loss.main, capsys, "--only", "no weight in a band")
+    # two evaluations confirm it
+    expected = {"runs": 1, "found": 1, "named": 1, "delay": dict.fromkeys(("min", "median", "max"), 2)}
+    assert found["failures"]["all"] == expected

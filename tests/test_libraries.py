@@ -637,6 +637,68 @@ def test_flows_sample_and_encode_and_their_base_does_not(flow: nn.Module, sample
         assert torch.equal(decode.call(x), x + 5)
 
 
+def test_a_flow_of_nflows_decodes_latents_that_are_standard_normal() -> None:
+    flow = NFLOW()
+    flow._transform = SimpleNamespace(inverse=lambda z: (z + 5, torch.zeros(len(z))))
+    for base, needs in (("StandardNormal", ["decode"]), ("DiagonalNormal", [])):
+        flow._distribution = stand_in(base, "nflows.distributions.normal")()
+        assert [need for need, _ in named(Wrapped(flow=flow), (4,)) if need == "decode"] == needs
+    flow._distribution = stand_in("StandardNormal", "nflows.distributions.normal")()
+    x = torch.rand(2, 4)
+    module = Wrapped(flow=flow)
+    assert torch.equal(way(module, "decode", (4,)).call(x), x + 5)
+    torch.testing.assert_close(way(module, "decode", (4,)).call(way(module, "encode", (4,)).call(x)), x)
+
+
+class Scales(nn.Module):
+    """Splits off the second row of (n, 1, 2, 2) data as the latents of the second scale, and adds 5 to the first."""
+
+    class_cond = False
+
+    def __init__(self, base: str) -> None:
+        super().__init__()
+        kind = stand_in(base, "normflows.distributions.base")
+        self.q0 = nn.ModuleList(kind() for _ in range(2))
+        for number, part in enumerate(self.q0):
+            part.shape = (1, 2 - number, 2) if number else (2,)
+            part.loc = torch.full((1, *part.shape), float(number))
+            part.log_scale = torch.full((1, *part.shape), 0.5 * number)
+
+    def sample(self, n: int) -> Any:
+        z = [part.loc + part.log_scale.exp() * torch.randn(n, *part.shape) for part in self.q0]
+        return *self.forward_and_log_det(z)[:1], torch.zeros(n)
+
+    def inverse_and_log_det(self, x: Tensor) -> Any:
+        return [x[:, 0, 0] - 5, x[:, :, 1:]], torch.zeros(len(x))
+
+    def forward_and_log_det(self, z: list[Tensor]) -> Any:
+        return torch.cat([z[0][:, None, None] + 5, z[1]], 2), torch.zeros(len(z[0]))
+
+
+def test_a_flow_of_several_scales_has_latents_of_all_of_them() -> None:
+    module, x = (
+        Wrapped(flow=stand_in("MultiscaleFlow", "normflows.core", Scales)("DiagGaussian")),
+        torch.rand(3, 1, 2, 2),
+    )
+    encode, decode = way(module, "encode", (1, 2, 2)), way(module, "decode", (1, 2, 2))
+    assert decode.latent == (4,)
+    z = encode.call(x)
+    expected = torch.cat([x[:, 0, 0] - 5, (x[:, 0, 1] - 1) * math.exp(-0.5)], 1)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(decode.call(z), x)
+    # normal latents are decoded to what the flow samples
+    torch.manual_seed(0)
+    sampled = way(module, "sample", (1, 2, 2)).call(2)
+    torch.manual_seed(0)
+    latents = torch.cat([torch.randn(2, 2), torch.randn(2, 1, 1, 2).flatten(1)], 1)
+    torch.testing.assert_close(decode.call(latents), sampled)
+
+
+def test_a_flow_of_several_scales_with_other_priors_only_samples() -> None:
+    module = Wrapped(flow=stand_in("MultiscaleFlow", "normflows.core", Scales)("GlowBase"))
+    assert named(module, (1, 2, 2)) == [("sample", "self.flow.sample(n)")]
+
+
 def test_flows_of_classes_take_labels() -> None:
     flow = stand_in("MultiscaleFlow", "normflows.core", WithDensity)()
     flow.class_cond = True

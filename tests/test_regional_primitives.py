@@ -450,6 +450,30 @@ def test_invalid_configurations_raise_errors_before_training() -> None:
         trainer(make_monitor(None, adapter=adapter), max_epochs=1).fit(flat, batches(32))
 
 
+class Squeezed(Painter):
+    """A flow of images whose only layer couples one half of the folded image to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent_dim = 64
+        self.net = nn.Conv2d(8, 8, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        one, other = nn.functional.pixel_unshuffle(x, 4).chunk(2, 1)
+        return torch.cat([one, other - self.net(one)], 1).flatten(1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        one, other = z.view(-1, 16, 2, 2).chunk(2, 1)
+        return nn.functional.pixel_shuffle(torch.cat([one, other + self.net(one)], 1), 4)
+
+
+def test_a_network_inside_of_a_coupling_is_no_layer_to_split_a_flow_at() -> None:
+    with pytest.raises(ValueError, match="split must be given for a flow"):
+        trainer(make_monitor(None), max_epochs=1).fit(Squeezed(), batches())
+    # a layer that is given is split at
+    trainer(make_monitor("net", max_steps=3), max_epochs=1).fit(Squeezed(), batches())
+
+
 def test_a_tail_without_a_derivative_raises_an_error() -> None:
     @torch.no_grad()
     def frozen(u: Tensor) -> Tensor:

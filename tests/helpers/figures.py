@@ -2,7 +2,8 @@
 
 ``{overhead.evaluations}`` stands for a number of ``benchmarks/outputs/overhead.json``, the line of JSON with which
 ``python -m benchmarks.overhead --json`` ends. After a colon stands how the page shows it: ``.1%`` as a share in per cent with
-one decimal, ``.1p`` as that without the sign, ``word`` as a word, ``.2f`` as by ``format``.
+one decimal, ``.1p`` as that without the sign, ``word`` as a word, ``.2f`` as by ``format``. Parts of names that hold spaces
+are written as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,23 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 OUTPUTS = ROOT / "benchmarks" / "outputs"
 WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def row_of_failures(output: str, name: str, *before: str) -> str:
+    """Returns the row of a table: cells, in how many runs a failure was found and named, and its delays."""
+    at = f"{output}.failures.{name}"
+    cells = *before, f"{{{at}.found}} of {{{at}.runs}}", f"{{{at}.named}}", f"{{{at}.delay:delay}}"
+    return f"| {' | '.join(cells)} |"
+
+
+def end_of_healthy(output: str) -> str:
+    """Returns how a sentence about healthy runs ends."""
+    at = f"{output}.healthy.all"
+    return (
+        f"with {{{at}.evaluations}} evaluations, {{{at}.alarms:word}} raised an alarm, which bounds the share of such runs at "
+        f"{{{at}.upper_bound:.0%}} with 95 % confidence."
+    )
+
 
 SENTENCES: dict[str, tuple[str, ...]] = {
     "README.md": (
@@ -74,6 +92,37 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{defaults.models.all.named:.0%} | {defaults.models.all.seconds:.1f} | "
         "{defaults.models.all.evaluations:.0f} evaluations on average |",
     ),
+    "docs/round_trip.md": (
+        *(
+            row_of_failures("round_trip", name, title)
+            for name, title in (
+                ("scales near zero before a shift (coupling)", "a coupling scales to almost zero before it shifts"),
+                ("scales that explode away from the data (coupling)", "a coupling's scales explode away from the data"),
+                ("an inverse that leaves out the shift (coupling)", "the inverse of a coupling leaves out the shift"),
+                ("nan in the inverse (coupling)", "nan in the inverse of a coupling"),
+                ("a learnt scale near zero (Glow)", "a step of Glow scales a channel to almost zero"),
+                ("log-determinant with the wrong sign, of a layer", "wrong sign of a layer's log-determinant"),
+                ("log-determinant with the wrong sign, of the whole", "wrong sign of the flow's log-determinant"),
+                (
+                    "log-determinant without the number of positions (Glow)",
+                    "the log-determinant of a step of Glow leaves out the number of positions",
+                ),
+                (
+                    "log-determinant without a learnt factor of the data",
+                    "the log-determinant leaves out a learnt factor of the data",
+                ),
+                ("a region turns black (autoencoder)", "a region of an autoencoder turns black"),
+                ("a region turns black (VAE)", "a region of a VAE turns black"),
+                (
+                    "the decoder ignores a latent dimension (autoencoder)",
+                    "the decoder of an autoencoder ignores a latent dimension",
+                ),
+                ("the decoder ignores a latent dimension (VAE)", "the decoder of a VAE ignores a latent dimension"),
+            )
+        ),
+        "Of {round_trip.healthy.all.runs} healthy runs of flows, VAEs and autoencoders, of this package, of zuko and of "
+        "`benchmarks/zoo`, " + end_of_healthy("round_trip"),
+    ),
 }
 """By page; line breaks of a page count as spaces."""
 
@@ -90,6 +139,8 @@ def in_words(path: str, spec: str) -> str:
     value = output(name)
     for part in parts:
         value = value[int(part)] if isinstance(value, list) else value[part]
+    if spec == "delay":
+        return delay_in_words(value)
     if spec == "word":
         return WORDS[value]
     if spec.endswith("p"):
@@ -99,9 +150,19 @@ def in_words(path: str, spec: str) -> str:
     return f"{value:{spec or ',d'}}"
 
 
+def delay_in_words(delay: dict[str, float | None]) -> str:
+    """Returns a median and its range, without what runs in which nothing is found leave unknown."""
+    low, median, high = delay["min"], delay["median"], delay["max"]
+    if median is None:
+        return "-"
+    if high is None:
+        return f"{median:g} ({low:g} or more)"
+    return f"{median:g}" if low == high else f"{median:g} ({low:g} to {high:g})"
+
+
 def sentence(template: str) -> str:
     """Returns a sentence with its figures."""
-    return re.sub(r"\{([\w.]+)(?::([^}]*))?\}", lambda match: in_words(match[1], match[2] or ""), template)
+    return re.sub(r"\{([^{}:]+)(?::([^}]*))?\}", lambda match: in_words(match[1], match[2] or ""), template)
 
 
 def text_of(page: str) -> str:

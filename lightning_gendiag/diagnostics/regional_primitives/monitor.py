@@ -370,7 +370,14 @@ def _found_layer(view: ModelView, z: Tensor) -> str:
         for name, part in view.module.named_modules():
             if name and not list(part.children()):
                 hooks.enter_context(part.register_forward_hook(partial(_note_height, seen, name)))
-        height = view.decoded_images(z).shape[2]
+        images = view.decoded_images(z)
+    # its coupled layers pass most of the data around the networks inside them
+    if view.parts.has("encode") and images[0].numel() == z[0].numel():
+        raise ValueError(
+            "split must be given for a flow, whose latents have as many numbers as its images, since none of its layers has "
+            "smaller features of the whole image. To fix this, pass RegionalPrimitivesMonitor(split=...)."
+        )
+    height = images.shape[2]
     heights = [h for _, h in seen if height / DEPTH <= h < height]
     if not heights:
         middle = repr(seen[len(seen) // 2][0]) if seen else "..."

@@ -558,12 +558,38 @@ def of_normflows(name: str, flow: Any) -> Iterator[Way]:
     if is_kind(flow, FLOWS, "NormalizingFlow"):
         yield from both(f"{name}.inverse", flow.inverse)
         yield Way("decode", f"{name}.forward", flow.forward)
+    bases = getattr(flow, "q0", ()) if is_kind(flow, FLOWS, "MultiscaleFlow") else ()
+    if bases and all(is_kind(base, FLOWS, "DiagGaussian") for base in bases):
+        length = sum(math.prod(base.shape) for base in bases)
+        yield Way("encode", f"{name}.inverse_and_log_det", partial(scales_encoded, flow))
+        yield Way("decode", f"{name}.forward_and_log_det", partial(scales_decoded, flow), latent=(length,))
+
+
+def scales_encoded(flow: Any, x: Tensor) -> Tensor:
+    """Returns the latents (n, L) of data, those of all scales one after the other, with the prior N(0, 1)."""
+    scales = zip(flow.q0, flow.inverse_and_log_det(x)[0], strict=True)
+    return torch.cat([((z - base.loc) * (-base.log_scale).exp()).flatten(1) for base, z in scales], dim=1)
+
+
+def scales_decoded(flow: Any, z: Tensor) -> Tensor:
+    """Returns the data of latents (n, L), which are divided among the scales."""
+    scales = zip(flow.q0, divided(z, [tuple(base.shape) for base in flow.q0]), strict=True)
+    data: Tensor = flow.forward_and_log_det([base.loc + base.log_scale.exp() * part for base, part in scales])[0]
+    return data
+
+
+def divided(z: Tensor, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Returns latents (n, L) as parts of the given shapes, one after the other."""
+    pieces = torch.split(z, [math.prod(size) for size in sizes], dim=1)
+    return [piece.reshape(len(z), *size) for piece, size in zip(pieces, sizes, strict=True)]
 
 
 def of_nflows(name: str, flow: Any) -> Iterator[Way]:
-    """Yields the parts of a flow of nflows."""
+    """Yields the parts of a flow of nflows; it decodes latents whose prior is N(0, 1)."""
     yield Way("sample", f"{name}.sample(n)", flow.sample)
     yield from both(f"{name}.transform_to_noise", flow.transform_to_noise)
+    if is_kind(getattr(flow, "_distribution", None), FLOWS, "StandardNormal"):
+        yield Way("decode", f"{name}._transform.inverse", partial(first, flow._transform.inverse))
 
 
 def of_zuko(module: nn.Module, name: str, flow: Any) -> Iterator[Way]:
@@ -658,8 +684,7 @@ def freia_encoded(network: Any, shape: tuple[int, ...], x: Tensor) -> Tensor:
 
 def freia_decoded(network: Any, sizes: list[tuple[int, ...]], condition: dict[str, Any], z: Tensor) -> Any:
     """Returns the data of latents (n, L), which are divided among outputs of the stated shapes."""
-    pieces = torch.split(z, [math.prod(size) for size in sizes], dim=1)
-    parts = [piece.reshape(len(z), *size) for piece, size in zip(pieces, sizes, strict=True)]
+    parts = divided(z, sizes)
     return network(parts[0] if len(parts) == 1 else parts, rev=True, **condition)[0]
 
 
@@ -686,9 +711,9 @@ def inverted(flow: Any, z: Tensor) -> Any:
     return flow().transform.inv(z)
 
 
-def first(sample: Callable[..., Any], *given: Any) -> Any:
-    """Returns the samples that a sampler returns beside their log probabilities."""
-    return sample(*given)[0]
+def first(call: Callable[..., Any], *given: Any) -> Any:
+    """Returns the samples or data that a callable returns beside their log probabilities or log-determinants."""
+    return call(*given)[0]
 
 
 def distributions(module: nn.Module, context: Context) -> Iterator[Way]:
