@@ -50,6 +50,9 @@ ORDER = ("copy", "samples", "set up", "update", "compute", "panels", "rest")
 SHARED = ("copy", "samples")
 """Parts that diagnostics share."""
 
+DRAWN = 1e-3
+"""Seconds that drawing takes, at least."""
+
 ALL = "all"
 """Who owns what belongs to no diagnostic."""
 
@@ -136,7 +139,7 @@ class Clock:
 def milliseconds(rounds: list[Parts], name: str, part: str) -> float:
     """Returns the median over the rounds in which an owner took part; of panels, over those in which they were drawn."""
     found = [own[name, part] for own in rounds if any(owner == name for owner, _ in own)]
-    found = [value for value in found if value or part != "panels"]
+    found = [value for value in found if value > DRAWN or part != "panels"]
     return 1000 * statistics.median(found) if found else 0.0
 
 
@@ -180,7 +183,8 @@ def summary(names: list[str], rounds: list[Parts]) -> dict[str, dict[str, float]
     for name in names:
         own = [part for part in ORDER if part not in (*SHARED, "panels")]
         first, later = (sum(milliseconds(some, name, part) for part in own) for some in (rounds[:1], rounds[1:]))
-        panel = milliseconds(rounds[1:], name, "panels")
+        # a panel is not drawn where nothing has changed since the first
+        panel = milliseconds(rounds[1:], name, "panels") or milliseconds(rounds[:1], name, "panels")
         figures[name] = {"later": later, "setup": max(first - later, 0.0), "panel": panel}
     # whoever asks first pays for all
     taken = [1000 * sum(own[key] for key in own if key[1] in SHARED) for own in rounds]
@@ -194,7 +198,7 @@ def summary(names: list[str], rounds: list[Parts]) -> dict[str, dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--num-samples", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--no-panels", action="store_true")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
