@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import defaults, round_trip
+from benchmarks import codebook_usage, defaults, evaluation, memorization, round_trip
 from benchmarks.gpu import Recording, main
 
 
@@ -96,3 +96,44 @@ def test_the_benchmark_of_round_trips_measures_the_delay_of_a_failure(
     # three evaluations confirm it
     expected = {"runs": 1, "found": 1, "named": 1, "delay": 3}
     assert found == {"failures": {"log-determinant with the wrong sign, of the whole": expected}, "healthy": {}}
+
+
+def test_runs_that_copy_and_healthy_ones_are_counted_apart() -> None:
+    def ran(name: str, first: int | None, copied: float) -> Any:
+        return memorization.Outcome(name, 0, first, "", 8, copied, copied, 1.0)
+
+    copying, healthy = (
+        next(name for name, kind in memorization.KINDS.items() if kind.copies is c) for c in (True, False)
+    )
+    outcomes = [ran(copying, 4, 0.3), ran(copying, None, 0.1), ran(copying, 6, 0.2), ran(healthy, None, 0.0)]
+    figures = memorization.summary(outcomes)
+    assert figures["kinds"][copying] == {
+        "runs": 3, "alarms": 2, "first": [4, 5, 6], "copied": [0.1, 0.3], "most": 0.3, "evaluations": 24,
+    }  # fmt: skip
+    assert figures["healthy"] == {"runs": 1, "alarms": 0, "evaluations": 8}
+    assert sum("2 of 3" in line and "4 to 6" in line for line in memorization.lines(figures)) == 1
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gendiag.CollapseWarning")
+def test_the_benchmark_of_codebooks_finds_and_names_a_collapse(capsys: pytest.CaptureFixture[str]) -> None:
+    codebook_usage.main(["--seeds", "1", "--only", "one point", "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["runs"], found["found"], found["named"]) == (1, 1, 1)
+    assert 1 <= found["faults"]["point"]["latest"] <= 5
+    assert found["healthy"] == {"runs": 0, "alarms": 0, "evaluations": 0}
+
+
+def test_a_later_evaluation_is_the_median_and_setup_what_the_first_takes_beyond_it() -> None:
+    def own(update: float, samples: float, panels: float = 0.0) -> evaluation.Parts:
+        return {
+            ("cms", "update"): update,
+            ("cms", "samples"): samples,
+            ("cms", "panels"): panels,
+            ("all", "copy"): 1e-3,
+        }
+
+    rounds = [own(0.5, 0.01, 0.2), own(0.1, 0.02), own(0.2, 0.04, 0.03), own(0.3, 0.03)]
+    figures = evaluation.summary(["cms"], rounds)
+    # panels are drawn at some evaluations only
+    assert figures["cms"] == pytest.approx({"later": 200, "setup": 300, "panel": 30})
+    assert figures["shared"] == pytest.approx({"later": 31, "setup": 0})
