@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
 
 ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "records"
 
 NOT_MEASURED = "This part has a script, and was not measured yet."
 """What a page says in place of a table."""

@@ -89,8 +89,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     ),
     "docs/latent_regions.md": ("more dimensions help (for {dysfunctions.better} of 10 classes; for 9 in the study)",),
     "docs/memorization.md": (
-        "In the {memorization.healthy.runs} runs of models that copy nothing, with {memorization.healthy.evaluations} "
-        "evaluations, the alarms of copies were {memorization.healthy.alarms:word}.",
+        "Of the {memorization.healthy.runs} runs of models that need not copy, with {memorization.healthy.evaluations} "
+        "evaluations, {memorization.healthy.alarms:word} raised an alarm of copies.",
     ),
     "docs/regional_primitives.md": (
         "the VAE needs {regional_primitives.vae_5.grid.components} of {regional_primitives.vae_5.grid.all_components} "
@@ -114,7 +114,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 
 
 WAITING = (
-    "classifier", "cosine_mean_similarity", "dysfunctions", "k_star", "manifold_entropy", "memorization", "pixel_cka",
+    "classifier", "cosine_mean_similarity", "dysfunctions", "k_star", "manifold_entropy", "pixel_cka",
     "regional_primitives", "scale",
 )  # fmt: skip
 """Outputs of scripts that were not run since they end with a line of JSON; pages show what they printed before."""
