@@ -100,12 +100,12 @@ def peak_memory() -> float:
 
 
 def rounded(value: Any) -> Any:
-    """Returns what a line of JSON holds, with numbers of four digits."""
+    """Returns what a line of JSON holds, with numbers of six digits."""
     if isinstance(value, dict):
         return {key: rounded(own) for key, own in value.items()}
     if isinstance(value, (list, tuple)):
         return [rounded(own) for own in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def in_own_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
