@@ -109,7 +109,8 @@ def evaluation_table(found: Any) -> str:
 
     def largest(name: str, part: str) -> str:
         values = [size[name][part] for sizes in found.values() for size in sizes.values() if part in size.get(name, {})]
-        return two_digits(max(values)) if any(values) else ""
+        # less than a millisecond is no setup, and nothing was drawn
+        return two_digits(max(values)) if max(values, default=0) >= 1 else ""
 
     names = {"shared": "the copy of the module, its samples, latents and reconstructions, for all"}
     often = {kind.name: kind.period_multiplier for kind in MONITORS}

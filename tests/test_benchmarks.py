@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -125,12 +125,8 @@ def test_the_benchmark_of_codebooks_finds_and_names_a_collapse(capsys: pytest.Ca
 
 def test_a_later_evaluation_is_the_median_and_setup_what_the_first_takes_beyond_it() -> None:
     def own(update: float, samples: float, panels: float = 0.0) -> evaluation.Parts:
-        return {
-            ("cms", "update"): update,
-            ("cms", "samples"): samples,
-            ("cms", "panels"): panels,
-            ("all", "copy"): 1e-3,
-        }
+        seconds = {"update": update, "samples": samples, "panels": panels}
+        return defaultdict(float, {("cms", part): value for part, value in seconds.items()} | {("all", "copy"): 1e-3})
 
     rounds = [own(0.5, 0.01, 0.2), own(0.1, 0.02), own(0.2, 0.04, 0.03), own(0.3, 0.03)]
     figures = evaluation.summary(["cms"], rounds)
