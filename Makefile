@@ -37,13 +37,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## every measurement; each script prints a table; more than an hour
-	$(BIN)/python -m benchmarks.pixel_cka
-	$(BIN)/python -m benchmarks.cosine_mean_similarity
-	$(BIN)/python -m benchmarks.manifold_entropy --beta
-	$(BIN)/python -m benchmarks.k_star
+bench: $(READY)  ## every measurement; each script prints a table; some hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pixel_cka
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.cosine_mean_similarity
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.manifold_entropy --beta
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.k_star
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.regional_primitives
+	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.regions
 	$(BIN)/python -m benchmarks.classifier
-	$(BIN)/python -m benchmarks.regional_primitives
+	$(BIN)/python -m benchmarks.training_data
+	$(BIN)/python -m benchmarks.memorization
+	$(BIN)/python -m benchmarks.codebook_usage
 	$(BIN)/python -m benchmarks.round_trip
 	$(BIN)/python -m benchmarks.adversary
 	$(BIN)/python -m benchmarks.timestep_loss
@@ -56,7 +61,7 @@ bench: $(READY)  ## every measurement; each script prints a table; more than an 
 	$(BIN)/python -m benchmarks.module_copy
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overhead --models vae --arms all --epochs 24
-	$(BIN)/python -m benchmarks.scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.scale --exponents
 
 clean:

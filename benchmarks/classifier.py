@@ -11,10 +11,12 @@ Run: ``python -m benchmarks.classifier --mnist FOLDER``
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +24,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.measuring import rounded
 from example_models.data import digits, mnist
 from lightning_gendiag.diagnostics.generation_balance.functional import corrected_shares, error_rates
 from lightning_gendiag.diagnostics.generation_balance.monitor import FEATURE_WIDTH, PIXEL_WIDTH
 from lightning_gendiag.model.features import FeatureExtractor, KernelClassifier, NeighbourClassifier, averaged_pixels
 
 Classifier = Callable[[Tensor], Tensor]
+
+SETS, IMAGES_OF_SET = 100, 512
+"""Sets of images by which the correction of shares is judged, and the images of each."""
 
 TEXTURES = "brick grass gravel camera coins page moon text"
 PHOTOGRAPHS = "astronaut coffee chelsea retina ihc hubble_deep_field rocket"
@@ -95,8 +101,9 @@ def degraded(images: Tensor, real: Tensor) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def compare(name: str, images: Tensor, labels: Tensor) -> None:
-    """Prints accuracy and distance of the shares for each classifier and way of degrading."""
+def compare(name: str, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Prints and returns accuracy and distance of the shares for each classifier and way of degrading."""
+    figures: dict[str, Any] = {}
     k, n = int(labels.max()) + 1, min(1024, len(images) * 7 // 10)
     real, known, held, true = images[:n], labels[:n], images[n : n + 1500], labels[n : n + 1500]
     target = torch.bincount(true, minlength=k) / len(true)
@@ -107,16 +114,45 @@ def compare(name: str, images: Tensor, labels: Tensor) -> None:
         fitted = time.perf_counter()
         classifier(held[:512])
         seconds = time.perf_counter() - fitted, fitted - started
-        cells = []
+        cells, ways = [], {}
         for way, some in degraded(held, real).items():
             found = classifier(some)
             share = torch.bincount(found, minlength=k) / len(found)
-            cells.append(f"{way} {float((found == true).double().mean()):.3f} ({distance(share, target):.3f}")
+            accuracy = float((found == true).double().mean())
+            ways[way] = {"accuracy": accuracy, "distance": distance(share, target)}
+            cells.append(f"{way} {accuracy:.3f} ({distance(share, target):.3f}")
             if isinstance(classifier, KernelClassifier):
                 rates = error_rates(confusion_of(classifier, known, k))[0]
                 cells[-1] += f", corrected {distance(corrected_shares(share, rates), target):.3f}"
             cells[-1] += ")"
         print(f"{name:11s} {kind:10s} fit {seconds[1]:.2f} s, 512 images {seconds[0]:.3f} s: {', '.join(cells)}")
+        figures[kind] = ways
+    return figures
+
+
+def correction(name: str, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Prints and returns the mean distance of assigned and of corrected shares from the true ones, over sets of images.
+
+    The images of each set are drawn from those that the classifier has not seen, with random shares (any shares are equally
+    likely), and with equal ones.
+    """
+    k, n = int(labels.max()) + 1, min(1024, len(images) * 7 // 10)
+    classifier, held, true = kernel(images[:n], labels[:n]), images[n:], labels[n:]
+    rates, found = error_rates(confusion_of(classifier, labels[:n], k))[0], classifier(held)
+    generator = np.random.default_rng(0)
+    figures: dict[str, Any] = {"accuracy": float((found == true).double().mean())}
+    for kind, concentration in (("random", 1.0), ("equal", np.inf)):
+        distances = []
+        for _ in range(SETS):
+            shares = np.full(k, 1 / k) if np.isinf(concentration) else generator.dirichlet(np.full(k, concentration))
+            weights = shares[true] / np.bincount(true, minlength=k)[true]
+            rows = torch.from_numpy(generator.choice(len(held), IMAGES_OF_SET, p=weights / weights.sum()))
+            actual, assigned = (torch.bincount(some[rows], minlength=k) / IMAGES_OF_SET for some in (true, found))
+            distances.append((distance(assigned, actual), distance(corrected_shares(assigned, rates), actual)))
+        figures[kind] = torch.tensor(distances).mean(0).tolist()
+        without, corrected = figures[kind]
+        print(f"{name:11s} {SETS} sets of {kind} shares: distance {without:.3f}, corrected {corrected:.3f}")
+    return figures
 
 
 class Autoencoder(nn.Module):
@@ -144,8 +180,12 @@ def train(loss: Callable[[Tensor, Tensor], Tensor], module: nn.Module, images: T
         optimizer.step()
 
 
-def while_training(images: Tensor, labels: Tensor, epochs: int = 8) -> None:
-    """Prints how far shares of samples of a VAE lie from those by a convolutional network, while the VAE trains."""
+def while_training(images: Tensor, labels: Tensor, epochs: int = 8) -> dict[str, list[float]]:
+    """Prints how far shares of samples of a VAE lie from those by a convolutional network, while the VAE trains.
+
+    Returns:
+        These distances after each epoch, by the classifier.
+    """
     torch.manual_seed(0)
     real, known, rest, others = images[:1024], labels[:1024], images[1024:], labels[1024:]
     judge = nn.Sequential(
@@ -157,7 +197,7 @@ def while_training(images: Tensor, labels: Tensor, epochs: int = 8) -> None:
               judge, rest, others)  # fmt: skip
     classifiers: dict[str, Classifier] = {"kernel": kernel(real, known), "neighbours": NeighbourClassifier(real, known)}
     rates = error_rates(confusion_of(kernel(real, known), known, 10))[0]
-    model = Autoencoder()
+    model, distances = Autoencoder(), dict[str, list[float]]()
     for epoch in range(epochs):
         train(lambda x, _: model(x), model, rest, others)
         with torch.no_grad():
@@ -169,18 +209,27 @@ def while_training(images: Tensor, labels: Tensor, epochs: int = 8) -> None:
             f"{kind} {distance(some, by_network):.3f}, most {float(some.max()):.2f}" for kind, some in found.items()
         ]
         print(f"VAE, epoch {epoch + 1}: largest share by the network {float(by_network.max()):.2f}; {'; '.join(cells)}")
+        for kind, some in found.items():
+            distances.setdefault(kind, []).append(distance(some, by_network))
+    return distances
 
 
 def main() -> None:
     """Prints all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mnist", type=Path, help="folder of the files t10k-*-ubyte.gz")
-    folder = parser.parse_args().mnist
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
+    folder = options.mnist
     torch.set_num_threads(1)
+    figures: dict[str, Any] = {"held_out": {}, "correction": {}}
     for name, images, labels in data_sets(folder):
-        compare(name, images, labels)
+        figures["held_out"][name] = compare(name, images, labels)
+        figures["correction"][name] = correction(name, images, labels)
         if name == "MNIST":
-            while_training(images, labels)
+            figures["while_training"] = while_training(images, labels)
+    if options.json:
+        print(json.dumps(rounded(figures)))
 
 
 if __name__ == "__main__":

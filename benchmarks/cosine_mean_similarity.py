@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import peak_memory, timed, timed_anew
+from benchmarks.measuring import peak_memory, rounded, timed, timed_anew
 from lightning_gendiag import CosineMeanSimilarity, CosineMeanSimilarityResult, RegionMap, cosine_mean_similarity
 
 FEW = 192
@@ -29,6 +31,9 @@ def definition(generated: Tensor, real: Tensor, inside: Tensor, gamma: float) ->
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(64)[:, None].ge(32).long() * 2 + torch.arange(64).ge(32).long()
     regions = RegionMap(labels)
@@ -58,6 +63,8 @@ def main() -> None:
     error = max(abs(float(a) - b) for a, b in zip(result.regions, values, strict=True))
     print(f"{FEW} images: {ours * 1e3:.0f} ms against {slow * 1e3:.0f} ms by the definition", end="")
     print(f", {slow / ours:.0f} times faster; largest difference: {error:.1e} (float32)")
+    if options.json:
+        print(json.dumps(rounded({"seconds": whole, "first": first, "later": later, "ratio": slow / ours})))
 
 
 if __name__ == "__main__":

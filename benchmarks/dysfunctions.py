@@ -8,6 +8,7 @@ download), so the order is compared. The study takes some minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.measuring import trained
+from benchmarks.measuring import rounded, trained
 from example_models.data import digits, mnist
 from example_models.vae import VAE
 from lightning_gendiag import (
@@ -157,6 +158,22 @@ def findings(studies: dict[int, Study]) -> None:
     )
 
 
+def figures(studies: dict[int, Study]) -> dict[str, Any]:
+    """Returns what the page shows, by the number of dimensions, and in how many classes more dimensions help."""
+    found: dict[str, Any] = {}
+    for dims, s in studies.items():
+        most = torch.stack([r.grey_classes for r in s.regions]).mean(0).topk(4).indices.tolist()
+        theirs = {
+            "fid": THEIR_FID[dims], "imbalance": _imbalance(dims, s.balance),
+            "class_fid": sum(THEIR_CLASS_FID[dims]) / len(THEIR_CLASS_FID[dims]),
+        }  # fmt: skip
+        found[str(dims)] = {
+            "fid": dict(zip(KINDS, s.fid.tolist(), strict=True)), "imbalance": float(s.balance.imbalance),
+            "class_fid": float(s.balance.fid.nanmean()), "grey_classes": most, "theirs": theirs,
+        }  # fmt: skip
+    return found | {"better": int((studies[3].balance.fid < studies[2].balance.fid).sum())}
+
+
 def _imbalance(dims: int, b: GenerationBalanceResult) -> float:
     theirs = torch.tensor(THEIR_SHARE[dims], dtype=torch.float64) / 100
     return float((theirs / theirs.sum() - b.real_share).abs().sum() / 2)
@@ -168,6 +185,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="30 by default, 60 on digits")
     parser.add_argument("--samples", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     if options.mnist:
         part = "train" if list(options.mnist.glob("train-images*")) else "t10k"
@@ -184,6 +202,8 @@ def main() -> None:
         )
     tables(studies)
     findings(studies)
+    if options.json:
+        print(json.dumps(rounded(figures(studies))))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ of the second table, which takes some minutes.
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
-from benchmarks.measuring import in_own_process, peak_memory, timed, trained
+from benchmarks.measuring import in_own_process, peak_memory, rounded, timed, trained
 from example_models.data import digit_batches
 from example_models.vae import VAE
 from lightning_gendiag import ManifoldEntropy, decoder_gram, manifold_entropy
@@ -62,23 +64,26 @@ def measured(way: str) -> tuple[float, float, Tensor]:
     return seconds * SAMPLES / len(z), (peak_memory() - before) * 1024, found
 
 
-def speed() -> None:
-    """Prints the first table."""
+def speed() -> dict[str, dict[str, float]]:
+    """Prints and returns the first table."""
+    figures = {}
     stored = SAMPLES * LATENT * 3 * 64 * 64 * 4 / 2**20
     print(f"DCGAN for 3x64x64, L = {LATENT}, {SAMPLES} latents; J of the batch is {stored:.0f} MiB")
     ours, _, expected = first = in_own_process(measured, "decoder_gram")
     for way in ("decoder_gram", "jacfwd", "jacrev"):
         seconds, peak, gram = first if way == "decoder_gram" else in_own_process(measured, way)
         difference = float((gram - expected).abs().max() / expected.abs().max())
+        figures[way] = {"seconds": seconds, "ratio": seconds / ours, "mib": peak}
         note = " (timed on one latent)" if way == "jacrev" else ""
         print(
             f"  {way:13s} {seconds:8.1f} s ({seconds / ours:6.1f} x), {peak:6.0f} MiB more at the peak "
             f"({peak / stored:.2f} of J), differs by {difference:.0e}{note}"
         )
+    return figures
 
 
-def wide() -> None:
-    """Measures the mutual information of many dimensions."""
+def wide() -> float:
+    """Measures the mutual information of many dimensions, and returns how many times as long a loop takes."""
     j = torch.randn(8, 1000, 784, generator=torch.Generator().manual_seed(0))
     gram = (j.mT @ j).double()
     metric = ManifoldEntropy(784)
@@ -93,15 +98,17 @@ def wide() -> None:
     one = timed(lambda: [-0.5 * torch.log(1 - g[i, k] ** 2 / (g[i, i] * g[k, k])) for i, k in pairs])[0] / len(pairs)
     loop = one * 784 * 783 / 2
     print(f"L = 784: {ours * 1e3:.0f} ms a latent, all entropies; a loop over pairs {loop:.1f} s ({loop / ours:.0f} x)")
+    return loop / ours
 
 
-def betas(latent_dims: tuple[int, ...] = (10, 32), epochs: int = 30) -> None:
-    """Prints the second table: the number of effective dimensions falls as beta grows."""
+def betas(latent_dims: tuple[int, ...] = (10, 32), epochs: int = 30) -> list[dict[str, Any]]:
+    """Prints and returns the second table: the number of effective dimensions falls as beta grows."""
     values = (0.1, 1.0, 10.0, 30.0, 60.0, 100.0)
     print("beta-VAE on digits: effective dimensions / dead dimensions, and total correlation in nats")
     print("     L " + "".join(f"   beta {beta:<9g}" for beta in values))
+    rows = []
     for latent_dim in latent_dims:
-        cells = []
+        cells, row = [], dict[str, list[float]]()
         for beta in values:
             seed_everything(0, verbose=False)
             model = VAE(latent_dim, beta)
@@ -110,9 +117,12 @@ def betas(latent_dims: tuple[int, ...] = (10, 32), epochs: int = 30) -> None:
             z = torch.randn(128, latent_dim, generator=torch.Generator().manual_seed(0))
             metric.update(decoder_gram(model.eval().decode, z))
             r = metric.compute()
+            row[f"{beta:g}"] = [float(r.effective_dimensions), float(r.total_correlation)]
             dimensions = f"{float(r.effective_dimensions):5.1f}/{int(r.dead.sum()):<2d}"
             cells.append(f"{dimensions} {float(r.total_correlation):5.1f}  ")
         print(f"{latent_dim:6d} " + "  ".join(cells), flush=True)
+        rows.append({"latent_dim": latent_dim, "betas": row})
+    return rows
 
 
 def difference(z: Tensor) -> float:
@@ -126,12 +136,14 @@ def difference(z: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--beta", action="store_true", help="train VAEs of growing beta")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
-    speed()
-    wide()
+    figures: dict[str, Any] = {**speed(), "mutual_information_ratio": wide()}
     print(f"entropies differ from those of stored Jacobians by {difference(torch.randn(4, LATENT)):.0e} nats")
     if options.beta:
-        betas()
+        figures["beta"] = betas()
+    if options.json:
+        print(json.dumps(rounded(figures)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +26,9 @@ from torch.utils.benchmark import Timer
 A = TypeVar("A")
 T = TypeVar("T")
 P = ParamSpec("P")
+
+LONG = 10.0
+"""Seconds of a call for which one to warm up changes nothing."""
 
 
 def trained(
@@ -57,21 +61,30 @@ def trained(
 
 
 def timed(call: Callable[[], T]) -> tuple[float, T]:
-    """Returns the median seconds of a call after one to warm up, and what it returned."""
+    """Returns the median seconds of a call after one to warm up, and what it returned.
+
+    In one thread these are seconds of the CPU, which other processes do not lengthen.
+    """
     return timed_anew(lambda: call)
 
 
 def timed_anew(prepare: Callable[[], Callable[[], T]]) -> tuple[float, T]:
-    """Does the same for a call that is prepared anew for each measurement, which is not timed."""
+    """Does the same for a call that is prepared anew for each measurement, which is not timed.
+
+    A call that takes longer than ``LONG`` is measured once.
+    """
     returned: list[T] = []
+    threads = torch.get_num_threads()
     timer = Timer(
         "returned.clear(); returned.append(call())",
         # metrics hold themselves, and would count towards the peak memory of the next measurement
         setup="returned.clear(); gc.collect(); call = prepare()",
         globals={"prepare": prepare, "returned": returned, "gc": gc},
-        num_threads=torch.get_num_threads(),
+        num_threads=threads,
+        timer=time.process_time if threads == 1 else time.perf_counter,
     )
-    return float(timer.blocked_autorange().median), returned[0]
+    first = float(timer.timeit(1).median)
+    return first if first > LONG else float(timer.blocked_autorange().median), returned[0]
 
 
 def repeated(run: Callable[[], float], seconds: float, most: int) -> float:
@@ -89,6 +102,15 @@ def peak_memory() -> float:
         # a new process inherits its parent's ru_maxrss
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def rounded(value: Any) -> Any:
+    """Returns what a line of JSON holds, with numbers of six digits."""
+    if isinstance(value, dict):
+        return {key: rounded(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(own) for own in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def in_own_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

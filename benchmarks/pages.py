@@ -1,18 +1,22 @@
 """Tables of pages, made from what scripts have recorded.
 
-``python -m benchmarks.pages`` writes those of ``docs/costs.md`` and computes nothing.
+``python -m benchmarks.pages`` writes those of all pages in :data:`TABLES` and computes nothing. A table follows a comment with
+its name, and is made from files of ``benchmarks/outputs``, the last lines of scripts that were called with ``--json``, or of
+``benchmarks/records``.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "records"
-COSTS = ROOT / "docs" / "costs.md"
 
 NOT_MEASURED = "This part has a script, and was not measured yet."
 """What a page says in place of a table."""
@@ -71,9 +75,127 @@ def filled(text: str, made: dict[str, str]) -> str:
     return re.sub(rf"<!-- (\w+) -->\n(?:\n(?:{row})+)?", table, text)
 
 
-def scaling_table() -> str:
-    """Returns how the time of each part grows, from ``benchmarks/records/scaling.json``."""
-    found = json.loads((RECORDS / "scaling.json").read_text())
+def two_digits(value: float) -> str:
+    """Returns a measured time or ratio, of which no more digits come back in another run.
+
+    Example:
+        >>> two_digits(1234.5), two_digits(0.0456), two_digits(30.2)
+        ('1,200', '0.046', '30')
+    """
+    short = float(f"{value:.2g}")
+    return f"{short:,.0f}" if short >= 10 else f"{short:.2g}"
+
+
+def share(value: float) -> str:
+    """Returns a share in per cent."""
+    return f"{100 * value:.0f} %"
+
+
+# ---- docs/costs.md ----
+
+MODELS = {"gan": "GAN", "vae": "VAE", "flow": "flow", "diffusion": "diffusion", "vq": "VQ-VAE"}
+"""Example models in the columns of the table of evaluations."""
+
+
+def evaluation_table(found: Any) -> str:
+    """Returns milliseconds of an evaluation by diagnostic and model."""
+
+    def cell(name: str, model: str) -> str:
+        if model == "vq" and name not in ("shared", "codebook"):
+            # as with other models
+            return ""
+        own = [sizes[name]["later"] for sizes in found[model].values() if name in sizes]
+        return ", ".join(map(two_digits, own))
+
+    def largest(name: str, part: str) -> str:
+        values = [size[name][part] for sizes in found.values() for size in sizes.values() if part in size.get(name, {})]
+        # less than a millisecond is no setup, and nothing was drawn
+        return two_digits(max(values)) if max(values, default=0) >= 1 else ""
+
+    names = {"shared": "the copy of the module, its samples, latents and reconstructions, for all"}
+    often = {kind.name: kind.period_multiplier for kind in MONITORS}
+    names |= {kind.name: f"`{kind.metric_class.__name__}`" for kind in MONITORS}
+    rows = [
+        [
+            label,
+            *(cell(name, model) for model in MODELS),
+            largest(name, "setup"),
+            largest(name, "panel"),
+            often.get(name, ""),
+        ]
+        for name, label in names.items()
+    ]
+    return markdown(["", *MODELS.values(), "setup, once, at most", "panel, at most", "evaluated at one of"], rows)
+
+
+LARGE = {
+    ("find_regions, 400 of 1x32x32", "find_regions, 400 of 1x64x64"): (
+        "`find_regions`, 400 grey images of 32x32; 64x64",
+        "P pixels: P² for each batch of 100, and for the clustering",
+    ),
+    tuple(f"find_regions, 400 of 1x{size}x{size}" for size in (128, 256, 512)): (
+        "of 128x128; 256x256; 512x512",
+        "above 4,096 pixels, at most 4,096 square cells are clustered; what grows is their length",
+    ),
+    ("find_regions, 400 of 3x256x256",): ("of 3x256x256", "the channels"),
+    ("CosineMeanSimilarity, 1,024 of 3x64x64",): (
+        "`CosineMeanSimilarity`, first evaluation with its null: 1,024 against 1,024 of 3x64x64",
+        "(M N + M² + 2 N²) D for images of D numbers; later evaluations (M N + M²) D",
+    ),
+    ("CosineMeanSimilarity, 8,192 of 3x64x64", "CosineMeanSimilarity, 1,024 of 3x256x256"): (
+        "8,192 against 8,192 of 3x64x64; 1,024 of 3x256x256",
+        "memory: both sides once in float32, and one block of pairs",
+    ),
+    ("k_star, 10,000 of 128", "k_star, 50,000 of 128"): ("`k_star`, N = 10,000; 50,000, D = 128", "N² D"),
+}
+"""Label of each row of the table of large images, and what its cost grows with, by the measurements that it shows."""
+
+
+def large_table(scale: Any, entropy: Any, primitives: Any) -> str:
+    """Returns seconds and memory of large images and many of them."""
+    rows = []
+    for names, (label, growth) in LARGE.items():
+        own = [scale["sizes"][name] for name in names]
+        seconds = "; ".join(two_digits(each["seconds"]) for each in own) + " s"
+        rows.append([label, seconds, "; ".join(f"{each['gib']:.1f}" for each in own) + " GiB", growth])
+    gram, minimal = entropy["decoder_gram"], primitives["minimal_features"]
+    rows.append(
+        [
+            "`decoder_gram`, decoder of a DCGAN, 3x64x64, L = 100, 64 latents",
+            f"{two_digits(gram['seconds'])} s",
+            f"{two_digits(gram['mib'])} MiB more",
+            "L passes of tangents for each latent",
+        ]
+    )
+    rows.append(
+        [
+            "`minimal_features` of all 512 sets of 9 regions, GAN at 8x8",
+            f"{two_digits(minimal['seconds'])} s",
+            f"{two_digits(minimal['mib']['512'])} MiB more; {two_digits(minimal['mib']['64'])} MiB with `batch_size=64`",
+            "2^n for n regions",
+        ]
+    )
+    return markdown(["", "time", "peak", "grows with"], rows)
+
+
+def compared_table(cka: Any, cosine: Any, entropy: Any, primitives: Any, k_star: Any) -> str:
+    """Returns how many times as fast functions are as the obvious way."""
+    forward, reverse = entropy["jacfwd"], entropy["jacrev"]
+    ratios = [
+        ("`pixel_cka` of 64x64 pixels", "a loop over pairs", cka["ratio"]),
+        ("`cosine_mean_similarity`", "its definition", cosine["ratio"]),
+        ("`decoder_gram`", f"`jacfwd`, which takes {forward['mib'] / 1024:.1f} GiB", forward["ratio"]),
+        ("`decoder_gram`", "`jacrev`", reverse["ratio"]),
+        ("`minimal_features`", "one optimisation after another with Adam", primitives["minimal_features"]["ratio"]),
+        ("mutual information of L = 784 dimensions", "a loop", entropy["mutual_information_ratio"]),
+        ("`k_star`", "the matrix of distances and a sort", k_star["ratio"]),
+    ]
+    rows = [[function, other, two_digits(ratio)] for function, other, ratio in ratios]
+    return markdown(["function", "compared with", "times as fast"], rows)
+
+
+def scaling_table(found: Any) -> str:
+    """Returns how the time of each part grows."""
     amounts = {entry["axis"]: entry["amounts"] for entry in found}
     rows = []
     for part, label in LABELS.items():
@@ -85,10 +207,9 @@ def scaling_table() -> str:
     return markdown(["", "milliseconds of a base case", *ranges], rows)
 
 
-def gpu_table() -> str:
-    """Returns milliseconds on a GPU, and those of the products alone, from ``benchmarks/records/gpu.json``."""
-    found = json.loads((RECORDS / "gpu.json").read_text())["rows"]
-    by_setting = {(row["part"], row["size"], row["samples"]): row for row in found}
+def gpu_table(found: Any) -> str:
+    """Returns milliseconds on a GPU, and those of the products alone."""
+    by_setting = {(row["part"], row["size"], row["samples"]): row for row in found["rows"]}
     rows = [
         [label, *(f"{row['ms']:.0f} ({row['products_ms']:.0f})" for row in own)]
         for part, label in LABELS.items()
@@ -97,10 +218,235 @@ def gpu_table() -> str:
     return markdown(["", *(f"{count:,} of 3x{size}x{size}" for size, count in SETTINGS)], rows)
 
 
-def costs(text: str) -> str:
-    """Returns the text of the page about costs with the tables that were recorded."""
-    return filled(text, {"scaling": scaling_table(), "gpu": gpu_table()})
+# ---- guides ----
+
+KINDS = {
+    "MNIST": "MNIST", "digits": "digits", "faces": "faces", **{f"scenes of {r}": f"scenes of {r} regions" for r in (4, 5, 6)},
+}  # fmt: skip
+"""What the page about regions calls its images, in order."""
+
+
+def regions_table(found: Any) -> str:
+    """Returns how good maps of both methods are."""
+    rows = []
+    for kind, label in KINDS.items():
+        own = [row for row in found if row["images"] == kind]
+        cells = []
+        for row in own:
+            background = " (background)" if row["largest_is_background"] else ""
+            cells.append(
+                [
+                    f"{share(row['largest'])}{background}, {share(row['smallest'])}",
+                    f"{row['stability']:.2f}",
+                    f"{row['within']:.3f}, {row['between']:.3f}",
+                    f"{row['iou']:.2f} ({row['ways']['frozen']['iou']:.2f})",
+                    ", ".join(share(row["ways"][way]["placed"]) for way in ("blurred", "frozen", "noisy")),
+                ]
+            )
+        if all(cell == cells[0] for cell in cells):
+            rows.append([f"{label}, both", *cells[0]])
+        else:
+            rows += [[f"{label}, {row['method']}", *cell] for row, cell in zip(own, cells, strict=True)]
+    titles = ("largest, smallest region", "agree", "CKA within, between", "IoU", "placed: blurred, frozen, noisy")
+    return markdown(["images, method", *titles], rows)
+
+
+SETS = {
+    "digits": "digits", "MNIST": "MNIST", "faces": "faces or not", "textures": "8 textures",
+    "photographs": "patches of 7 photographs",
+}  # fmt: skip
+"""What the page about the balance of classes calls its images, in order."""
+
+
+def classifier_table(found: Any) -> str:
+    """Returns accuracy of the classifier and distance of its shares from the true ones, beside neighbours."""
+    ways = {"clean": "held-out images", "blurred": "blurred images", "noisy": "noisy images"}
+    rows = [
+        [label]
+        + [
+            f"{found['held_out'][name][kind][way]['accuracy']:.3f} ({found['held_out'][name][kind][way]['distance']:.3f})"
+            for way in ways
+            for kind in ("kernel", "neighbours")
+        ]
+        for name, label in SETS.items()
+    ]
+    return markdown(["", *(title for way in ways.values() for title in (way, "neighbours"))], rows)
+
+
+def k_star_table(found: Any) -> str:
+    """Returns k* of several features of digits."""
+    rows = [
+        [
+            row["features"], f"{row['mean']:.3f}", f"{row['true_skewness']:.2f}", f"{row['approximate_skewness']:.2f}",
+            ", ".join(map(str, row["patterns"])),
+        ]
+        for row in sorted(found["digits"], key=lambda row: row["mean"])
+    ]  # fmt: skip
+    titles = ("mean k*", "true skewness", "approximate skewness", "fractured, overlapped, clustered")
+    return markdown(["features of 1,797 digits", *titles], rows)
+
+
+def beta_table(found: Any) -> str:
+    """Returns effective dimensions and total correlation of VAEs by beta."""
+    betas = found["beta"][0]["betas"]
+    rows = [
+        [f"L = {row['latent_dim']}", *(", ".join(f"{value:.1f}" for value in row["betas"][beta]) for beta in betas)]
+        for row in found["beta"]
+    ]
+    return markdown(["beta", *betas], rows)
+
+
+def primitives_table(found: Any) -> str:
+    """Returns what generators draw together."""
+    rows = []
+    for name, label in {"gan_7": "GAN, 8x8", "gan_10": "GAN, 16x16", "vae_5": "VAE, 8x8"}.items():
+        own = found[name]["found"]
+        curve = ", ".join(f"{own['curve'][count]:.2f}" for count in ("1", "4", "8", "16"))
+        rows.append(
+            [
+                label, str(own["components"]), curve,
+                f"{two_digits(own['relevant'] / own['irrelevant'])} times "
+                f"({own['relevant']:.2f} and {own['irrelevant']:.3f} of its whole change)",
+                f"{100 * own['leakage']:.1f} %",
+            ]
+        )  # fmt: skip
+    titles = (
+        "components with 9/10 of the squared norm",
+        "error with the 1, 4, 8, 16 largest",
+        "change of a region by its own components, over that by all others",
+        "outside",
+    )
+    return markdown(["generator, split at", *titles], rows)
+
+
+DATA_FAULTS = {
+    "class": "a class removed", "range": "another normalisation", "region": "a region inverted",
+    "repeat": "16 images repeat for ever", "nan": "nan in one image",
+}  # fmt: skip
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+
+
+def training_data_table(found: Any) -> str:
+    """Returns when faults of the data are found."""
+    healthy = found["healthy"]
+    alarms = f"an alarm in {healthy['with_alarm']}" if healthy["with_alarm"] else "no alarm"
+    rows: list[list[Any]] = [["healthy", healthy["runs"], f"{alarms} in {healthy['evaluations']:,} evaluations"]]
+    for fault, label in DATA_FAULTS.items():
+        at = found["faults"][fault]["at"]
+        said = [
+            f"none in {count}" if number == "none" else f"at the {ORDINALS[int(number) - 1]} in {count}"
+            for number, count in at.items()
+        ]
+        said[0] = said[0].replace(" in ", " evaluation after it in ")
+        rows.append([label, found["faults"][fault]["runs"], ", ".join(said)])
+    return markdown(["", "runs", "result"], rows)
+
+
+def dysfunctions_table(found: Any) -> str:
+    """Returns the study of VAEs on MNIST, with the figures of the authors in brackets."""
+    labels = {
+        "prior": "FID of images from the prior", "cluster": "from clusters", "margin": "from margins",
+        "grey": "from the grey area",
+    }  # fmt: skip
+    own = [found[dims] for dims in ("2", "3")]
+
+    def fid(one: Any, kind: str) -> str:
+        theirs = one["theirs"]["fid"].get(kind)
+        return f"{one['fid'][kind]:.1f}" + (f" ({theirs:.1f})" if theirs else "")
+
+    rows = [[label, *(fid(one, kind) for one in own)] for kind, label in labels.items()]
+    rows.append(
+        [
+            "images that would have to change class",
+            *(f"{share(one['imbalance'])} ({share(one['theirs']['imbalance'])})" for one in own),
+        ]
+    )
+    rows.append(
+        ["mean FID within a class", *(f"{one['class_fid']:.1f} ({one['theirs']['class_fid']:.1f})" for one in own)]
+    )
+    return markdown(["", "2-D", "3-D"], rows)
+
+
+RUNS = {
+    "generator, 50 images": "the generator of the guide, 50 training images, 800 steps",
+    "VAE, 50 images": "a VAE with 2 latent dimensions, 50 training images of 8x8, 1,600 steps",
+    "generator, 1,400 images": "that generator, 1,400 images",
+    "VAE, 1,400 images": "that VAE, 1,400 images",
+    "example GAN": "the example GAN, 1,797 images, 12 epochs",
+    "example VAE": "the example VAE",
+    "example flow": "the example flow",
+    "example diffusion model": "the example diffusion model",
+    "example GAN, 50 images": "the example GAN, 50 training images, 1,200 steps",
+}
+"""What the page about memorization calls its runs."""
+
+
+def span(least: float, most: float) -> str:
+    """Returns a range of numbers."""
+    return f"{least:.0f}" if f"{least:.0f}" == f"{most:.0f}" else f"{least:.0f} to {most:.0f}"
+
+
+def memorization_table(found: Any) -> str:
+    """Returns how often models that copy are found, and others raise an alarm."""
+    rows = []
+    for kind, label in RUNS.items():
+        own = found["kinds"][kind]
+        first = span(own["first"][0], own["first"][-1]) if own["first"] else ""
+        rows.append(
+            [label, f"{own['alarms']} of {own['runs']}", first, f"{span(*(100 * value for value in own['copied']))} %"]
+        )
+    return markdown(["runs", "alarm of copies", "at evaluation", "samples that are copies at the end"], rows)
+
+
+# ---- all pages ----
+
+
+class Table(NamedTuple):
+    """How a table is made."""
+
+    make: Callable[..., str]
+    """From what its sources hold."""
+    sources: tuple[str, ...]
+    """Files in ``benchmarks``."""
+
+
+def _from_outputs(make: Callable[..., str], *names: str) -> Table:
+    return Table(make, tuple(f"outputs/{name}.json" for name in names))
+
+
+TABLES: dict[str, dict[str, Table]] = {
+    "docs/costs.md": {
+        "evaluation": _from_outputs(evaluation_table, "evaluation"),
+        "large": _from_outputs(large_table, "scale", "manifold_entropy", "regional_primitives"),
+        "scaling": Table(scaling_table, ("records/scaling.json",)),
+        "gpu": Table(gpu_table, ("records/gpu.json",)),
+        "compared": _from_outputs(
+            compared_table, "pixel_cka", "cosine_mean_similarity", "manifold_entropy", "regional_primitives", "k_star"
+        ),
+    },
+    "docs/generation_balance.md": {"classifier": _from_outputs(classifier_table, "classifier")},
+    "docs/k_star.md": {"digits": _from_outputs(k_star_table, "k_star")},
+    "docs/latent_regions.md": {"study": _from_outputs(dysfunctions_table, "dysfunctions")},
+    "docs/manifold_entropy.md": {"beta": _from_outputs(beta_table, "manifold_entropy")},
+    "docs/memorization.md": {"found": _from_outputs(memorization_table, "memorization")},
+    "docs/regional_primitives.md": {"together": _from_outputs(primitives_table, "regional_primitives")},
+    "docs/regions.md": {"regions": _from_outputs(regions_table, "regions")},
+    "docs/training_data.md": {"found": _from_outputs(training_data_table, "training_data")},
+}
+"""By page, and the name in the comment before it."""
+
+
+def page(path: str) -> str:
+    """Returns the text of a page with the tables that were recorded; one without its files stays as it is."""
+    text = (ROOT / path).read_text()
+    made = {name: body.rstrip() for name, body in re.findall(r"<!-- (\w+) -->\n\n((?:\|.*\n)+)", text)}
+    for name, table in TABLES[path].items():
+        files = [ROOT / "benchmarks" / source for source in table.sources]
+        if all(file.exists() for file in files):
+            made[name] = table.make(*(json.loads(file.read_text()) for file in files))
+    return filled(text, made)
 
 
 if __name__ == "__main__":
-    COSTS.write_text(costs(COSTS.read_text()))
+    for path in TABLES:
+        (ROOT / path).write_text(page(path))

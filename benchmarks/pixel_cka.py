@@ -6,12 +6,14 @@ and extrapolated to all of them, since it would take days.
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import peak_memory, timed
+from benchmarks.measuring import peak_memory, rounded, timed
 from lightning_gendiag import find_regions, pixel_cka
 
 BATCH, PAIRS = 100, 300
@@ -39,6 +41,9 @@ def smooth_images(n: int, size: int) -> Tensor:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
     x = smooth_images(400, 64)
     single = x.float()
     positions = 64 * 64
@@ -56,6 +61,10 @@ def main() -> None:
     seconds, regions = timed(lambda: find_regions(single, 5, progress=False))
     print(f"find_regions, the same images: {seconds:.1f} s, peak memory of the process {peak_memory():.2f} GiB")
     print(regions)
+    if options.json:
+        print(
+            json.dumps(rounded({"seconds": fast, "hours_of_the_loop": one * every / 3600, "ratio": one * every / fast}))
+        )
 
 
 if __name__ == "__main__":

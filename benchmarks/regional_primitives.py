@@ -7,15 +7,17 @@ trained for 30 epochs on digits, which takes a minute each on two cores.
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.measuring import in_own_process, peak_memory, timed, trained
+from benchmarks.measuring import in_own_process, peak_memory, rounded, timed, trained
 from example_models.data import digit_batches, digits
 from example_models.gan import GAN
 from example_models.vae import VAE
@@ -46,12 +48,17 @@ def generator_of(kind: str) -> tuple[nn.Sequential, int]:
 
 def decomposed(
     kind: str, generator: nn.Sequential, cut: int, length: int, regions: RegionMap, folder: Path | None
-) -> tuple[nn.Module, Tensor, Tensor]:
-    """Prints the components of a few images; returns the layers after the cut, a feature and the baseline."""
+) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any]]:
+    """Prints the components of a few images.
+
+    Returns:
+        The layers after the cut, a feature, the baseline, and what was measured for each map of regions.
+    """
+    figures: dict[str, Any] = {}
     front, tail = generator[:cut], generator[cut:]
     features = front(torch.randn(LATENTS, length, generator=torch.Generator().manual_seed(0)))
     baseline = features.mean(0)
-    for name, labels in (("found regions", regions.labels), ("3 x 3 grid", grid(32, 32))):
+    for name, labels in (("found", regions.labels), ("grid", grid(32, 32))):
         metric = RegionalPrimitives(int(labels.max()) + 1)
 
         def components(feature: Tensor, labels: Tensor = labels) -> tuple[MinimalFeatures, Decomposition]:
@@ -64,6 +71,11 @@ def decomposed(
             metric.update(*decomposition)
         r = metric.compute()
         curve = ", ".join(f"{float(r.curve[k]):.3f}" for k in (1, 2, 4, 8, 16, len(r.curve) - 1))
+        figures[name] = {
+            "regions": metric.num_regions, "components": int(r.components), "all_components": len(r.norms) - 1,
+            "curve": {str(k): float(r.curve[k]) for k in (1, 2, 4, 8, 16)}, "leakage": float(r.leakage.mean()),
+            "relevant": float(1 - r.relevant.mean()), "irrelevant": float(r.irrelevant.mean()),
+        }  # fmt: skip
         relevant, irrelevant = float(1 - r.relevant.mean()), float(r.irrelevant.mean())
         print(
             f"{kind} at {features.shape[2]}x{features.shape[3]}, {name} ({metric.num_regions}), {seconds:.1f} s an image, "
@@ -80,7 +92,7 @@ def decomposed(
             strip = tail(torch.stack([*grown, feature]))
             row = torch.cat([enlarged(as_rgb(image, -1, 1), 96) for image in strip], 1)
             Image.fromarray(row.numpy()).save(folder / f"{kind}_{cut}_{metric.num_regions}.png")
-    return tail, features[0], baseline
+    return tail, features[0], baseline, figures
 
 
 def one_by_one(tail: nn.Module, feature: Tensor, baseline: Tensor, steps: int = 200) -> tuple[float, float]:
@@ -116,13 +128,15 @@ def memory(tail: nn.Module, feature: Tensor, baseline: Tensor, batch_size: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=Path, help="folder for strips of an image that grows by its components")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     regions = find_regions(digits(32)[0][:1000], 5)
-    cuts = {}
+    cuts, figures = {}, dict[str, Any]()
     for kind, places in (("gan", (7, 10)), ("vae", (5,))):
         generator, length = generator_of(kind)
         for cut in places:
-            cuts[kind, cut] = decomposed(kind, generator, cut, length, regions, options.pictures)
+            *cuts[kind, cut], found = decomposed(kind, generator, cut, length, regions, options.pictures)
+            figures[f"{kind}_{cut}"] = found
     tail, feature, baseline = cuts["gan", 7]
     ours, minimal = timed(lambda: minimal_features(tail, feature, baseline, grid(32, 32)))
     seconds, reached = one_by_one(tail, feature, baseline)
@@ -130,9 +144,13 @@ def main() -> None:
         f"n = 9, 512 sets, GAN at 8x8: one batch {ours:.1f} s, objective {float(minimal.objective[1::32].mean()):.5f}; "
         f"one by one {seconds:.0f} s ({seconds / ours:.0f} x), objective {reached:.5f} after 200 steps of Adam"
     )
+    figures["minimal_features"] = {"seconds": ours, "one_by_one": seconds, "ratio": seconds / ours, "mib": {}}
     for batch_size in (512, 64):
         peak = in_own_process(memory, tail, feature, baseline, batch_size)
         print(f"  batch_size={batch_size}: {peak:.0f} MiB more at the peak")
+        figures["minimal_features"]["mib"][str(batch_size)] = peak
+    if options.json:
+        print(json.dumps(rounded(figures)))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ to 25 % of the picture in otherwise real images::
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from benchmarks.measuring import timed
+from benchmarks.measuring import rounded, timed
 from example_models.data import digits, mnist, scenes
 from lightning_gendiag import RegionMap, cosine_mean_similarity, find_regions, pixel_cka
 
@@ -88,7 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", type=Path, help="folder with MNIST's test images")
     parser.add_argument("--faces", type=Path, help="scikit-image's lfw_subset.npy")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
     print(
         f"{'':24s} {'largest':>8s} {'smallest':>8s} {'parts':>6s} {'agree':>6s} {'within':>7s} "
         f"{'between':>8s} {'best IoU':>9s} "
@@ -107,18 +111,31 @@ def main() -> None:
             judged = [r for r in range(REGIONS) if r != regions.background]
             parts = max(int(ndimage.label(regions.mask(r).numpy())[1]) for r in judged)
             within, between = dependence(cka, regions)
-            faults = {way: placed(regions, real, generated, way) for way in WAYS}
-            columns = []
-            for rows in faults.values():
-                best, overlap, falls = zip(*rows, strict=True)
-                right = statistics.mean(b == o for b, o in zip(best, overlap, strict=True))
-                columns.append(f"{right:15.0%} {statistics.mean(overlap):5.2f} {statistics.median(falls):6.3f}")
+            ways: dict[str, dict[str, float]] = {}
+            for way in WAYS:
+                best, overlap, falls = zip(*placed(regions, real, generated, way), strict=True)
+                ways[way] = {
+                    "placed": statistics.mean(b == o for b, o in zip(best, overlap, strict=True)),
+                    "iou": statistics.mean(overlap),
+                    "fall": statistics.median(falls),
+                }
+            row = {
+                "images": name, "method": method, "largest": max(shares), "smallest": min(shares[r] for r in judged),
+                "largest_is_background": shares.index(max(shares)) == regions.background, "parts": parts,
+                "stability": regions.stability, "within": within, "between": between,
+                # the best overlap of a fault does not depend on what happens in it
+                "iou": statistics.mean(best), "ways": ways,
+            }  # fmt: skip
+            rows.append(row)
+            columns = (f"{own['placed']:15.0%} {own['iou']:5.2f} {own['fall']:6.3f}" for own in ways.values())
             print(
-                f"{name + ', ' + method:24s} {max(shares):8.0%} {min(shares[r] for r in judged):8.0%} {parts:6d} "
-                f"{regions.stability:6.2f} {within:7.3f} {between:8.3f} {statistics.mean(best):9.2f} "
+                f"{name + ', ' + method:24s} {row['largest']:8.0%} {row['smallest']:8.0%} {parts:6d} "
+                f"{regions.stability:6.2f} {within:7.3f} {between:8.3f} {row['iou']:9.2f} "
                 f"{' '.join(columns)} {seconds:8.2f}",
                 flush=True,
             )
+    if options.json:
+        print(json.dumps(rounded(rows)))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import parts
-from benchmarks.measuring import in_own_process, package_at, peak_memory, repeated, timed_anew, trained
+from benchmarks.measuring import in_own_process, package_at, peak_memory, repeated, rounded, timed_anew, trained
 from benchmarks.parts import Setting
 from benchmarks.pixel_cka import smooth_images
 from example_models.data import digit_batches, digits, mnist, scenes
@@ -234,14 +234,15 @@ def against(commit: str, names: list[str]) -> None:
         print(f"{name:44s} {min(seconds[0]):10.2f} {min(seconds[1]):8.2f} {ratio:6.2f} {most:34.1e}", flush=True)
 
 
-def agreement(folder: Path | None) -> None:
-    """Prints how well maps of cells agree with the exact one, at 64x64."""
+def agreement(folder: Path | None) -> dict[str, dict[str, float]]:
+    """Prints and returns how well maps of cells agree with the exact one, at 64x64."""
     n, size = 1600, 64
     kinds = {"scenes of 5 regions": scenes(n, 5, 32)[0], "digits, from 8x8": digits(size)[0][:n]}
     if folder is not None:
         kinds["MNIST"] = mnist(folder)[0][:n]
     titles = "".join(f"{f'{count} cells':>12s}" for count in COARSE)
     print(f"\n{'adjusted Rand index, 1 = the same map, 64x64':46s} {'two halves':>10s}{titles}")
+    figures = {}
     for name, held in kinds.items():
         x = F.interpolate(held, size=(size, size), mode="bilinear", align_corners=False)
         halves = [find_regions(half, 5, progress=False).labels.flatten() for half in (x[0::2], x[1::2])]
@@ -249,6 +250,10 @@ def agreement(folder: Path | None) -> None:
         cells = [find_regions(x, 5, max_pixels=count, progress=False).labels.flatten() for count in COARSE]
         values = [adjusted_rand_index(*halves), *(adjusted_rand_index(exact, found) for found in cells)]
         print(f"  {name:44s} {values[0]:10.2f}" + "".join(f"{value:12.2f}" for value in values[1:]), flush=True)
+        figures[name.partition(" ")[0].strip(",").lower()] = dict(
+            zip(("halves", *map(str, COARSE)), values, strict=True)
+        )
+    return figures
 
 
 @torch.no_grad()
@@ -294,7 +299,7 @@ def main() -> None:
     parser.add_argument("--against", metavar="COMMIT", help="measure the package of a commit as well, and no memory")
     parser.add_argument("--mnist", type=Path, help="folder with MNIST's test images")
     parser.add_argument("--exponents", action="store_true", help="measure how the time of each part grows")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON, with --exponents")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     if options.exponents:
         rows = exponents(options.only)
@@ -305,12 +310,16 @@ def main() -> None:
         against(options.against, [name for name in SIZES if options.only in name])
         return
     print(f"{'':44s} {'seconds':>8s} {'GiB at the peak':>16s} {'GiB before':>11s}")
+    figures: dict[str, Any] = {"sizes": {}, "agreement": {}}
     for name in SIZES:
         if options.only in name:
             seconds, peak, before, _ = in_own_process(measured, name)
             print(f"{name:44s} {seconds:8.1f} {peak:16.2f} {before:11.2f}", flush=True)
+            figures["sizes"][name] = {"seconds": seconds, "gib": peak}
     if not options.only:
-        agreement(options.mnist)
+        figures["agreement"] = agreement(options.mnist)
+    if options.json:
+        print(json.dumps(rounded(figures)))
 
 
 if __name__ == "__main__":

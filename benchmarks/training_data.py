@@ -8,6 +8,7 @@ draws the images. With a fault, each run goes on with other data from one evalua
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import rounded
 from example_models.data import digits
 from lightning_gendiag import Evaluation, TrainingData, TrainingDataMonitor
 from lightning_gendiag.detection.history import History
@@ -104,8 +106,9 @@ def evaluated(
     return [(number, alarm.message) for alarm in judge.update(monitor.name, evaluation, history)]
 
 
-def costs() -> None:
-    """Prints the processor's time of one batch."""
+def costs() -> dict[str, float]:
+    """Prints and returns the processor's milliseconds of one batch, by the shape of an image."""
+    found = {}
     for shape in ((1, 28, 28), (3, 64, 64)):
         images, labels, monitor = torch.rand(64, *shape), torch.randint(10, (64,)), TrainingDataMonitor()
         times = []
@@ -114,7 +117,9 @@ def costs() -> None:
             for _ in range(128):
                 monitor.see(None, Images(images, labels))  # type: ignore[arg-type]  # no model is looked at
             times.append((time.process_time() - started) / 128)
+        found["x".join(map(str, shape))] = 1e3 * min(times)
         print(f"64 images of {shape}: {min(times) * 1e6:.0f} µs a batch")
+    return found
 
 
 def main() -> None:
@@ -123,20 +128,28 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200, help="number of healthy runs")
     parser.add_argument("--faulty", type=int, default=20, help="number of runs with each fault")
     parser.add_argument("--evaluations", type=int, default=20)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    costs()
+    figures: dict[str, Any] = {"batch_ms": costs()}
     wrong = {seed: alarms for seed in range(options.runs) if (alarms := run(seed, options.evaluations))}
     print(f"{options.runs} healthy runs, {options.runs * options.evaluations} evaluations: {len(wrong)} with an alarm")
     for seed, alarms in wrong.items():
         print(f"  seed {seed}: {alarms[0]}")
+    figures["healthy"] = {
+        "runs": options.runs, "evaluations": options.runs * options.evaluations, "with_alarm": len(wrong),
+    }  # fmt: skip
+    figures["faults"] = {}
     for fault in FAULTS:
         at: Counter[str] = Counter()
         for seed in range(1000, 1000 + options.faulty):
             alarms = run(seed, options.evaluations, fault)
             after = [number - options.evaluations // 2 for number, _ in alarms]
             at[str(after[0]) if after else "none"] += 1
-        print(f"{fault}: evaluation of the first alarm after the fault {dict(sorted(at.items()))}")
+        print(f"{fault}: evaluation of the first alarm after the fault {dict(sorted(at.items()))}", flush=True)
+        figures["faults"][fault] = {"runs": options.faulty, "at": dict(sorted(at.items()))}
+    if options.json:
+        print(json.dumps(rounded(figures)))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import adversary, defaults, field, field_models, planted_runs, round_trip, timestep_loss
+from benchmarks import (
+    adversary,
+    codebook_usage,
+    defaults,
+    evaluation,
+    field,
+    field_models,
+    memorization,
+    planted_runs,
+    round_trip,
+    timestep_loss,
+)
 from benchmarks.gpu import Recording, main
 from benchmarks.planted_runs import Outcome
 from lightning_gendiag import Alarm
@@ -174,3 +185,40 @@ def test_the_benchmark_of_timestep_losses_measures_the_delay_of_a_failure(
     # two evaluations confirm it
     expected = {"runs": 1, "found": 1, "named": 1, "delay": dict.fromkeys(("min", "median", "max"), 2)}
     assert found["failures"]["all"] == expected
+
+
+def test_runs_that_copy_and_healthy_ones_are_counted_apart() -> None:
+    def ran(name: str, first: int | None, copied: float) -> Any:
+        return memorization.Outcome(name, 0, first, "", 8, copied, copied, 1.0)
+
+    copying, healthy = (
+        next(name for name, kind in memorization.KINDS.items() if kind.copies is c) for c in (True, False)
+    )
+    outcomes = [ran(copying, 4, 0.3), ran(copying, None, 0.1), ran(copying, 6, 0.2), ran(healthy, None, 0.0)]
+    figures = memorization.summary(outcomes)
+    assert figures["kinds"][copying] == {
+        "runs": 3, "alarms": 2, "first": [4, 5, 6], "copied": [0.1, 0.3], "most": 0.3, "evaluations": 24,
+    }  # fmt: skip
+    assert figures["healthy"] == {"runs": 1, "alarms": 0, "evaluations": 8}
+    assert sum("2 of 3" in line and "4 to 6" in line for line in memorization.lines(figures)) == 1
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gendiag.CollapseWarning")
+def test_the_benchmark_of_codebooks_finds_and_names_a_collapse(capsys: pytest.CaptureFixture[str]) -> None:
+    codebook_usage.main(["--seeds", "1", "--only", "one point", "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["runs"], found["found"], found["named"]) == (1, 1, 1)
+    assert 1 <= found["faults"]["point"]["latest"] <= 5
+    assert found["healthy"] == {"runs": 0, "alarms": 0, "evaluations": 0}
+
+
+def test_a_later_evaluation_is_the_median_and_setup_what_the_first_takes_beyond_it() -> None:
+    def own(update: float, samples: float, panels: float = 0.0) -> evaluation.Parts:
+        seconds = {"update": update, "samples": samples, "panels": panels}
+        return defaultdict(float, {("cms", part): value for part, value in seconds.items()} | {("all", "copy"): 1e-3})
+
+    rounds = [own(0.5, 0.01, 0.2), own(0.1, 0.02), own(0.2, 0.04, 0.03), own(0.3, 0.03)]
+    figures = evaluation.summary(["cms"], rounds)
+    # panels are drawn at some evaluations only
+    assert figures["cms"] == pytest.approx({"later": 200, "setup": 300, "panel": 30})
+    assert figures["shared"] == pytest.approx({"later": 31, "setup": 0})

@@ -26,6 +26,7 @@ from lightning_gendiag.diagnostics.codebook_usage import plots
 from lightning_gendiag.model.quantizers import quantizers_in
 from lightning_gendiag.tensorboard import records
 from tests.helpers.cases import Case
+from tests.helpers.codebooks import MovingAverage, Planted, Straight, Tokenizer, named_codes
 from tests.helpers.logs import events
 from tests.helpers.models import ScriptedGenerator, TinyGAN
 from tests.helpers.running import attached, batches, loading, state_after_training, trainer
@@ -220,25 +221,6 @@ def test_invalid_arguments_raise_errors(make: Any, match: str) -> None:
 # ---- quantizers as people write them ----
 
 
-class Straight(nn.Module):
-    """As in taming-transformers: a learned embedding, gradients past it, and flat indices in a tuple."""
-
-    def __init__(self, codes: int = 24, length: int = 6) -> None:
-        super().__init__()
-        self.n_e, self.embedding = codes, nn.Embedding(codes, length)
-        nn.init.uniform_(self.embedding.weight, -1, 1)
-
-    def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        rows = z.permute(0, 2, 3, 1)
-        indices = torch.cdist(rows.flatten(0, 2), self.embedding.weight).argmin(1)
-        return self.embedding(indices).view(rows.shape).permute(0, 3, 1, 2), indices
-
-    def forward(self, z: Tensor) -> Any:
-        quantized, indices = self.nearest(z)
-        loss = F.mse_loss(quantized.detach(), z) + F.mse_loss(quantized, z.detach())
-        return z + (quantized - z).detach(), loss, (None, None, indices)
-
-
 class WithoutIndices(Straight):
     """As in PyTorch-VAE: one-hot rows times the weights, and no indices in the output."""
 
@@ -247,30 +229,6 @@ class WithoutIndices(Straight):
         quantized = (F.one_hot(indices, self.n_e).to(z) @ self.embedding.weight).view(len(z), *z.shape[2:], -1)
         quantized = quantized.permute(0, 3, 1, 2)
         return z + (quantized - z).detach(), F.mse_loss(quantized, z.detach())
-
-
-class MovingAverage(nn.Module):
-    """As in the VQ-VAE-2 of rosinality: a buffer (D, K) that is an average, and the indices come last."""
-
-    def __init__(self, codes: int = 24, length: int = 6) -> None:
-        super().__init__()
-        self.n_embed = codes
-        embed = torch.rand(length, codes) * 2 - 1
-        self.register_buffer("embed", embed)
-        self.register_buffer("cluster_size", torch.ones(codes))
-        self.register_buffer("embed_avg", embed.clone())
-
-    def forward(self, z: Tensor) -> Any:
-        rows = z.permute(0, 2, 3, 1)
-        flat = rows.flatten(0, 2)
-        indices = torch.cdist(flat, self.embed.T).argmin(1)
-        if self.training:
-            hot = F.one_hot(indices, self.n_embed).float()
-            self.cluster_size.mul_(0.9).add_(0.1 * hot.sum(0))
-            self.embed_avg.mul_(0.9).add_(0.1 * (flat.T @ hot).detach())
-            self.embed.copy_(self.embed_avg / self.cluster_size.clamp(min=1e-3))
-        quantized = F.embedding(indices, self.embed.T).view(rows.shape).permute(0, 3, 1, 2)
-        return z + (quantized - z).detach(), F.mse_loss(quantized.detach(), z), indices.view(rows.shape[:3])
 
 
 class OnlyVectors(MovingAverage):
@@ -305,34 +263,6 @@ class Nested(nn.Module):
     def forward(self, z: Tensor) -> Any:
         quantized, loss, _ = self.quantizer(z)
         return quantized, loss
-
-
-class Tokenizer(LightningModule):
-    """An autoencoder of digits around a quantizer."""
-
-    def __init__(self, quantizer: nn.Module | None = None, width: int = 8, lr: float = 2e-3) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 6, 4, 2, 1), nn.BatchNorm2d(6)
-        )
-        self.quantizer = Straight() if quantizer is None else quantizer
-        self.decoder = nn.Sequential(
-            nn.ConvTranspose2d(6, width, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(width, 1, 4, 2, 1), nn.Tanh()
-        )
-        self.lr = lr
-
-    def latents(self, x: Tensor) -> Tensor:
-        return self.encoder(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.quantizer(self.latents(x))[0])
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        quantized, loss, *_ = self.quantizer(self.latents(batch[0]))
-        return F.mse_loss(self.decoder(quantized), batch[0]) + loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
 class Encoding(Tokenizer):
@@ -615,28 +545,6 @@ def test_a_codebook_of_65536_codes_has_few_series_and_panels_of_the_usual_size(t
 # ---- planted faults in real training ----
 
 
-class Planted(Tokenizer):
-    """From an epoch on, all latents are at one point, or all but the codes with the lowest numbers lie far away."""
-
-    def __init__(self, fault: str = "", start: int = 12, quantizer: Any = Straight) -> None:
-        super().__init__(quantizer(), lr=1e-3)
-        self.fault, self.start = fault, start
-        if fault == "far":
-            with torch.no_grad():
-                self.quantizer.embedding.weight[2:] += 100
-
-    def latents(self, x: Tensor) -> Tensor:
-        z = super().latents(x)
-        if self.fault == "point" and self.current_epoch >= self.start:
-            return 1e-3 * z + 0.1
-        return z
-
-    def on_train_epoch_start(self) -> None:
-        if self.fault == "killed" and self.current_epoch == self.start:
-            with torch.no_grad():
-                self.quantizer.embedding.weight[2:] += 100
-
-
 def fitted(fault: str, seed: int, epochs: int, **options: Any) -> tuple[CodebookUsageMonitor, CollapseStopping]:
     seed_everything(seed, verbose=False)
     monitor, stopping = CodebookUsageMonitor(on_error="raise"), CollapseStopping("warn")
@@ -657,7 +565,7 @@ def test_a_codebook_that_collapses_is_found_within_five_evaluations_and_its_code
     assert alarm.message.startswith("the codebook, of which codes ")
     assert "died, collapsed: perplexity " in alarm.message
     assert monitor.result is not None
-    named = [int(code) for code in alarm.label.split("codes ")[1].split(" and ")[0].split(" died")[0].split(", ")]
+    named = named_codes(alarm)
     assert named
     assert set(named) <= set(monitor.result.dead[0].nonzero()[:, 0].tolist())
     if fault == "killed":

@@ -123,8 +123,56 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "Of {round_trip.healthy.all.runs} healthy runs of flows, VAEs and autoencoders, of this package, of zuko and of "
         "`benchmarks/zoo`, " + end_of_healthy("round_trip"),
     ),
+    "docs/generation_balance.md": (
+        "{planted_faults.parts_found:.0%} of dropped classes and dead latent dimensions were found",
+        "Over 100 sets of 512 held-out images of MNIST with random shares, the distance from the true shares is "
+        "{classifier.correction.MNIST.random.0:.3f} without correction and {classifier.correction.MNIST.random.1:.3f} with it; "
+        "for textures (accuracy {classifier.correction.textures.accuracy:.0%}) "
+        "{classifier.correction.textures.random.0:.3f} and {classifier.correction.textures.random.1:.3f}.",
+        "({classifier.correction.MNIST.equal.0:.3f} and {classifier.correction.MNIST.equal.1:.3f} on MNIST)",
+        "its shares lie {classifier.while_training.kernel.0:.2f} after the first and {classifier.while_training.kernel.7:.2f} "
+        "after the eighth epoch from those by a trained convolutional network; those by neighbours "
+        "{classifier.while_training.neighbours.0:.2f} and {classifier.while_training.neighbours.7:.2f}.",
+    ),
+    "docs/k_star.md": (
+        "on digits its mean k* is {k_star.digits.2.mean:.3f}, and that of pixels is {k_star.digits.0.mean:.3f}",
+    ),
+    "docs/latent_regions.md": ("more dimensions help (for {dysfunctions.better} of 10 classes; for 9 in the study)",),
+    "docs/memorization.md": (
+        "Of the {memorization.healthy.runs} runs of models that need not copy, with {memorization.healthy.evaluations} "
+        "evaluations, {memorization.healthy.alarms:word} raised an alarm of copies.",
+    ),
+    "docs/regional_primitives.md": (
+        "the VAE needs {regional_primitives.vae_5.grid.components} of {regional_primitives.vae_5.grid.all_components} "
+        "components, and the GAN at 8x8 still {regional_primitives.gan_7.grid.components}",
+    ),
+    "docs/regions.md": (
+        "a blurred part of MNIST lowers the logarithm of its region's similarity by {regions.9.ways.blurred.fall:.2f} in the "
+        "median, and a frozen part by {regions.9.ways.frozen.fall:.2f}",
+        "an adjusted Rand index of {scale.agreement.scenes.1024:.2f} on scenes of known regions, "
+        "{scale.agreement.digits.1024:.2f} on digits and {scale.agreement.mnist.1024:.2f} on MNIST. Exact maps of two halves "
+        "of the images agree with each other at {scale.agreement.scenes.halves:.2f}, {scale.agreement.digits.halves:.2f} and "
+        "{scale.agreement.mnist.halves:.2f}.",
+    ),
+    "docs/training_data.md": (
+        "in {training_data.faults.nan.at.none:word} runs the weighted sampler never drew it",
+        "A batch of 64 images takes {training_data.batch_ms.1x28x28:.2f} ms of one processor at (1, 28, 28) and "
+        "{training_data.batch_ms.3x64x64:.2f} ms at (3, 64, 64)",
+    ),
 }
 """By page; line breaks of a page count as spaces."""
+
+
+WAITING = (
+    "cosine_mean_similarity", "dysfunctions", "k_star", "manifold_entropy", "pixel_cka",
+    "regional_primitives", "scale",
+)  # fmt: skip
+"""Outputs of scripts that were not run since they end with a line of JSON; pages show what they printed before."""
+
+
+def sources_of(template: str) -> set[str]:
+    """Returns the outputs that a template names."""
+    return set(re.findall(r"\{(\w+)\.", template))
 
 
 @cache
