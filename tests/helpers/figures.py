@@ -164,8 +164,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 
 
 WAITING = (
-    "cosine_mean_similarity", "dysfunctions", "k_star", "manifold_entropy", "pixel_cka",
-    "regional_primitives", "scale",
+    "cosine_mean_similarity", "dysfunctions", "manifold_entropy", "pixel_cka", "regional_primitives", "scale",
 )  # fmt: skip
 """Outputs of scripts that were not run since they end with a line of JSON; pages show what they printed before."""
 
