@@ -72,6 +72,11 @@ def gradient_scale(trainer: Trainer, optimizer: torch.optim.Optimizer) -> float:
     return float(scaler.get_scale()) if scaler is not None and handled else 1.0
 
 
+def parts_of_nflows(flow: Any) -> tuple[Any, Any]:
+    """Returns the transform and the distribution of a flow of nflows, which have no public names; None where it has none."""
+    return getattr(flow, "_transform", None), getattr(flow, "_distribution", None)
+
+
 # ---- logging ----
 
 

@@ -588,8 +588,9 @@ def of_nflows(name: str, flow: Any) -> Iterator[Way]:
     """Yields the parts of a flow of nflows; it decodes latents whose prior is N(0, 1)."""
     yield Way("sample", f"{name}.sample(n)", flow.sample)
     yield from both(f"{name}.transform_to_noise", flow.transform_to_noise)
-    if is_kind(getattr(flow, "_distribution", None), FLOWS, "StandardNormal"):
-        yield Way("decode", f"{name}._transform.inverse", partial(first, flow._transform.inverse))
+    transform, distribution = compat.parts_of_nflows(flow)
+    if transform is not None and is_kind(distribution, FLOWS, "StandardNormal"):
+        yield Way("decode", f"{name}._transform.inverse", partial(first, transform.inverse))
 
 
 def of_zuko(module: nn.Module, name: str, flow: Any) -> Iterator[Way]:
