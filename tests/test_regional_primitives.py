@@ -474,6 +474,16 @@ def test_a_network_inside_of_a_coupling_is_no_layer_to_split_a_flow_at() -> None
     trainer(make_monitor("net", max_steps=3), max_epochs=1).fit(Squeezed(), batches())
 
 
+def test_an_autoencoder_with_latents_of_the_size_of_its_images_is_split() -> None:
+    class Halved(Squeezed):
+        def encode(self, x: Tensor) -> Tensor:
+            return super().encode(x) / 2
+
+    monitor = make_monitor(None, max_steps=3)
+    trainer(monitor, max_epochs=1).fit(Halved(), batches())
+    assert monitor.layer == "net"
+
+
 def test_a_tail_without_a_derivative_raises_an_error() -> None:
     @torch.no_grad()
     def frozen(u: Tensor) -> Tensor:

@@ -92,6 +92,71 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{defaults.models.all.named:.0%} | {defaults.models.all.seconds:.1f} | "
         "{defaults.models.all.evaluations:.0f} evaluations on average |",
     ),
+    "docs/any_model.md": (
+        "trains {field.models} models of these libraries as their users write them, with the diagnostics and without. Weights, "
+        "optimizers and random generators were the same bit for bit afterwards in {field.identical} of them, what samples or "
+        "reconstructs was right in {field.right_sampler}, and {field.alarms:word} raised an alarm.",
+        "All that belong to a model, and no others, were attached in {field.rightly_attached}.",
+        *(
+            f"| {title} | {{field.diagnostics.{name}.models}} | {{field.diagnostics.{name}.attached}} |"
+            for name, title in (
+                ("cms", "cosine mean similarity"),
+                ("generation_balance", "generation balance"),
+                ("k_star", "k*"),
+                ("manifold_entropy", "manifold entropy"),
+                ("posterior_kl", "posterior KL"),
+                ("codebook", "codebook usage"),
+                ("latent_regions", "latent regions"),
+                ("round_trip", "round trip"),
+                ("regional_primitives", "regional primitives"),
+                ("timestep_loss", "timestep loss"),
+                ("memorization", "memorization"),
+                ("adversary", "adversary"),
+                ("training_data", "training data"),
+            )
+        ),
+    ),
+    "docs/adversary.md": (
+        *(
+            row_of_failures("adversary", name, title)
+            for name, title in (
+                ("discriminator frozen", "the discriminator stops changing"),
+                ("discriminator frozen from the start", "the discriminator has never changed"),
+                ("generator frozen", "the generator stops changing"),
+                (
+                    "too strong",
+                    "a saturating loss, and 20 times the discriminator's learning rate (MLP and DCGAN)",
+                ),
+                ("overfits", "50 training images (MLP, DCGAN, conditional)"),
+                ("discriminator explodes", "the discriminator's gradient times 1,000"),
+                ("generator explodes", "the generator's gradient times 10,000"),
+            )
+        ),
+        "Of {adversary.healthy.all.runs} healthy runs of seven kinds (these, LSGAN and R1) "
+        + end_of_healthy("adversary"),
+    ),
+    "docs/timestep_loss.md": (
+        *(
+            row_of_failures("timestep_loss", name, title, rule)
+            for name, title, rule in (
+                ("no weight in a band", "no weight from time 0.4 to 0.6", "no weight"),
+                ("short schedule", "times above 0.6 are never drawn", "pure noise is never reached"),
+                ("dead at high noise", "predictions above time 0.8 become zero, of velocities", "the bands' own past"),
+                ("dead at high noise, flow", "the same, of flow matching", "the bands' own past"),
+                ("clipped at low noise", "predictions below time 0.25 become clipped", "the bands' own past"),
+                (
+                    "wrong sign in a band",
+                    "predictions from time 0.5 to 0.65 have the wrong sign from the beginning",
+                    "the network fails",
+                ),
+                ("few images", "24 training images", "overfitting"),
+                ("EMA never updated", "averaged weights that are never updated", "averaged weights are worse"),
+                ("EMA far too slow", "averaged weights with a decay of 0.9999", "averaged weights are worse"),
+            )
+        ),
+        "Of {timestep_loss.healthy.all.runs} healthy runs, ten of each of six kinds, "
+        + end_of_healthy("timestep_loss"),
+    ),
     "docs/round_trip.md": (
         *(
             row_of_failures("round_trip", name, title)

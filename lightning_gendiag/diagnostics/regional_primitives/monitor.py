@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 DEPTH = 4
 """By default the generator is split where its features have at least one ``DEPTH``-th of the image's height."""
+
+INVERTED = 0.01
+"""Error of latents that are decoded and encoded, relative to their norm, below which they come back, as those of a flow do."""
 
 NUMBERS = 1 << 19
 """Largest count of numbers in the images that are optimised together by default."""
@@ -372,7 +375,7 @@ def _found_layer(view: ModelView, z: Tensor) -> str:
                 hooks.enter_context(part.register_forward_hook(partial(_note_height, seen, name)))
         images = view.decoded_images(z)
     # its coupled layers pass most of the data around the networks inside them
-    if view.parts.has("encode") and images[0].numel() == z[0].numel():
+    if _is_inverted(view, z, images):
         raise ValueError(
             "split must be given for a flow, whose latents have as many numbers as its images, since none of its layers has "
             "smaller features of the whole image. To fix this, pass RegionalPrimitivesMonitor(split=...)."
@@ -386,6 +389,15 @@ def _found_layer(view: ModelView, z: Tensor) -> str:
             f"To fix this, pass RegionalPrimitivesMonitor(split={middle}), or the path of another layer."
         )
     return [name for name, h in seen if h == min(heights)][-1]
+
+
+def _is_inverted(view: ModelView, z: Tensor, images: Tensor) -> bool:
+    """Whether what latents (1, L) are decoded to has the same latents, as in a flow; inside ``view.isolated``."""
+    if not view.parts.has("encode") or images.numel() != z.numel():
+        return False
+    with suppress(Exception):
+        return float((view.latents_of(images) - z).norm()) < INVERTED * float(z.norm())
+    return False
 
 
 def _note_height(seen: list[tuple[str, int]], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
