@@ -277,6 +277,9 @@ def main() -> None:
                 "first_evaluation_s": found["default"]["first"],
                 "evaluation_over_fid": found["default"]["over_fid"],
                 "peak_memory_ratio": found["default"]["peak_mib"] / none["peak_mib"],
+                "measured_over_none": 1 + found["default"]["evaluating"] / none["seconds"],
+                "none_again_over_none": found.get("none, again", none)["seconds"] / none["seconds"],
+                **{f"{name}_events_mib": found[name]["events_mib"] for name in ("none", "fid", "default")},
             }
     if options.json:
         print(json.dumps({name: round(value, 4) for name, value in figures.items()}))

@@ -46,6 +46,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "dead or entangled latents and weights that are nan",
         "In {planted_faults.runs} healthy runs with {planted_faults.evaluations} evaluations there were "
         "{planted_faults.wrong_alarms:word} false alarms, in {planted_faults.runs_with_wrong_alarms:word} runs.",
+        "take {overhead.measured_over_none:.2f} times as long with",
         "at {overhead.peak_memory_ratio:.2f} times the peak memory. There are {overhead.evaluations} evaluations of seven "
         "diagnostics: the first takes {overhead.first_evaluation_s:.2f} s with its setup, each later one "
         "{overhead.later_evaluation_s:.2f} s.",
@@ -78,8 +79,12 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "| {planted_faults.baseline_found:.0%} | {planted_faults.baseline_false_alarms:.0%} |",
     ),
     "docs/costs.md": (
-        "| {overhead.peak_memory_ratio:.2f} | 1.7 MiB | {overhead.evaluations} of the most frequent diagnostic; the first one "
+        "| 1; {overhead.none_again_over_none:.3f} | 1;",
+        "| {overhead.measured_over_none:.3f} | {overhead.peak_memory_ratio:.2f} | {overhead.default_events_mib:.1f} MiB | "
+        "{overhead.evaluations} of the most frequent diagnostic; the first one "
         "takes {overhead.first_evaluation_s:.2f} s, setup included, and a later one {overhead.later_evaluation_s:.2f} s,",
+        "every epoch | {overhead.fid_over_none:.2f} | {overhead.fid_memory_ratio:.2f} | {overhead.fid_events_mib:.2f} MiB | "
+        "{overhead.fid_evaluations}; {overhead.fid_evaluation_s:.2f} s each |",
         "turns give {overhead.default_over_none:.3f},",
         "An evaluation of {overhead.samples} samples takes {overhead.evaluation_over_fid:.0f} times as long as FID",
         *(
