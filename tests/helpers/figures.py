@@ -193,6 +193,13 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "Of {round_trip.healthy.all.runs} healthy runs of flows, VAEs and autoencoders, of this package, of zuko and of "
         "`benchmarks/zoo`, " + end_of_healthy("round_trip"),
     ),
+    "docs/codebook_usage.md": (
+        "In {codebook_usage.runs} small trainings with a planted collapse (`python -m benchmarks.codebook_usage --json`), "
+        "{codebook_usage.found} were found: within {codebook_usage.faults.killed.latest} evaluations where it began at the "
+        "13th one, and at the {codebook_usage.faults.far.earliest}th to {codebook_usage.faults.far.latest}th where",
+        "Of {codebook_usage.healthy.runs} healthy trainings with {codebook_usage.healthy.evaluations} evaluations, "
+        "{codebook_usage.healthy.alarms:word} raised an alarm.",
+    ),
     "docs/generation_balance.md": (
         "{planted_faults.parts_found:.0%} of dropped classes and dead latent dimensions were found",
         "Over 100 sets of 512 held-out images of MNIST with random shares, the distance from the true shares is "
