@@ -16,12 +16,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +29,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from benchmarks import overhead
-from benchmarks.measuring import in_own_process, rounded
+from benchmarks.measuring import be_silent, in_own_process, rounded
 from benchmarks.zoo.autoencoders import VQVAE
 from example_models.data import digit_batches
 from lightning_gendiag import GenerativeDiagnostics
@@ -158,9 +156,7 @@ def table(title: str, rounds: list[Parts], names: list[str]) -> None:
 def measured(model: str, num_samples: int, epochs: int, panels: bool) -> tuple[list[str], list[Parts]]:
     """Trains a model, and returns the names of the diagnostics that evaluate it, and the parts of each evaluation."""
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    be_silent()
     seed_everything(0, verbose=False)
     module, batches = MODELS[model]()
     # a limit that is never reached, under which evaluations are as by default

@@ -31,6 +31,13 @@ LONG = 10.0
 """Seconds of a call for which one to warm up changes nothing."""
 
 
+def be_silent() -> None:
+    """Shows neither warnings nor what Lightning says."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def trained(
     module: LightningModule,
     batches: Any,
@@ -49,9 +56,7 @@ def trained(
         limits: Further arguments of the trainer.
         options: Of ``Trainer.fit``.
     """
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    be_silent()
     trainer = Trainer(
         max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **(limits or {}),

@@ -8,7 +8,6 @@ with an alarm of copies, the number of the evaluation with the first one, and th
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -27,14 +26,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.measuring import computed, rounded, trained
 from benchmarks.overhead import MODELS
 from benchmarks.pictures import Transport
+from benchmarks.planted_runs import Unit, options_of
 from benchmarks.zoo.autoencoders import VAE
 from benchmarks.zoo.gans import mlp
 from example_models.data import digits
 from example_models.gan import GAN
 from lightning_gendiag import CollapseStopping, MemorizationMonitor, ModelAdapter
-
-FIRST = 100
-"""The first seed; the tests use smaller ones."""
 
 SAMPLES, EVERY = 256, 100
 """Samples of an evaluation, and training steps from one to the next where epochs are short."""
@@ -135,13 +132,6 @@ class Most(Callback):
             self.share = max(self.share, float(self.monitor.result.copied[0]))
 
 
-class Unit(NamedTuple):
-    """A run to be trained."""
-
-    name: str
-    seed: int
-
-
 class Outcome(NamedTuple):
     """What happened in a run."""
 
@@ -225,13 +215,7 @@ def lines(figures: dict[str, Any]) -> Iterable[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds of models that copy")
-    parser.add_argument("--first", type=int, default=FIRST, help="the first seed")
-    parser.add_argument("--only", default="", help="part of the names of kinds")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes, each of one thread")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parser.parse_args(arguments)
+    options = options_of(__doc__, arguments)
     units = [
         Unit(name, options.first + i)
         for name, kind in KINDS.items()

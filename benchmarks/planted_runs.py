@@ -155,6 +155,42 @@ def lines(figures: Figures) -> Iterable[str]:
         yield f"{name:60s}{own['alarms']:>4d} of {own['runs']:<4d}{own['evaluations']:>12d}"
 
 
+def options_of(description: str | None, arguments: list[str] | None) -> argparse.Namespace:
+    """Returns the options of a script that trains over seeds.
+
+    Args:
+        description: Of the script.
+        arguments: Of the command line.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds")
+    parser.add_argument("--first", type=int, default=FIRST, help="the first seed")
+    parser.add_argument("--only", default="", help="part of the names of failures and healthy models")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes, each of one thread")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser.parse_args(arguments)
+
+
+def outcomes_of(
+    names: Iterable[str], outcome_of: Callable[[Unit], Outcome], options: argparse.Namespace
+) -> list[Outcome]:
+    """Trains what was asked for, prints a line for each run, and returns what happened.
+
+    Args:
+        names: Of the failures and healthy models.
+        outcome_of: Trains one of them, a function of a module.
+        options: From :func:`options_of`.
+    """
+    seeds = range(options.first, options.first + options.seeds)
+    units = [Unit(name, seed) for name in names if options.only in name for seed in seeds]
+    outcomes = []
+    for one in computed(outcome_of, units, options.jobs):
+        outcomes.append(one)
+        said = f"{one.seconds:.1f} s, {one.evaluations} evaluations: {' | '.join(one.alarms) or 'no alarm'}"
+        print(f"{one.name}, seed {one.seed}, {said}", flush=True)
+    return outcomes
+
+
 def main_of(
     description: str | None,
     failures: Collection[str],
@@ -171,20 +207,8 @@ def main_of(
         outcome_of: Trains one of them, a function of a module.
         arguments: Of the command line.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds")
-    parser.add_argument("--first", type=int, default=FIRST, help="the first seed")
-    parser.add_argument("--only", default="", help="part of the names of failures and healthy models")
-    parser.add_argument("--jobs", type=int, default=1, help="number of processes, each of one thread")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    options = parser.parse_args(arguments)
-    seeds = range(options.first, options.first + options.seeds)
-    units = [Unit(name, seed) for name in (*failures, *healthy) if options.only in name for seed in seeds]
-    outcomes = []
-    for one in computed(outcome_of, units, options.jobs):
-        outcomes.append(one)
-        said = f"{one.seconds:.1f} s, {one.evaluations} evaluations: {' | '.join(one.alarms) or 'no alarm'}"
-        print(f"{one.name}, seed {one.seed}, {said}", flush=True)
+    options = options_of(description, arguments)
+    outcomes = outcomes_of((*failures, *healthy), outcome_of, options)
     figures = summary(outcomes, failures)
     for line in lines(figures):
         print(line)

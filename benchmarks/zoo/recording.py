@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import lzma
 import math
 import os
 import random
 import traceback
-import warnings
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+from benchmarks.measuring import be_silent
 from benchmarks.zoo.data import Batches, load
 from benchmarks.zoo.faults import FAULTS, FROM_THE_START, Fault, Planting, harmed_dimensions
 from benchmarks.zoo.models import KINDS, at_rest, drawn, influences, probe
@@ -273,9 +272,7 @@ def truth_of(planting: Planting, name: str, fault: Fault) -> dict[str, Any]:
 
 def record(unit: Unit) -> Record:
     """Trains one model and the faults that fork from it, and returns all series."""
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    be_silent()
     torch.set_num_threads(1)
     before = cpu_seconds()
     kind, setting = KINDS[unit.kind], setting_of(unit)

@@ -100,18 +100,17 @@ _WITHOUT_GENERATORS: tuple[type, ...] = (
 )  # fmt: skip
 
 
-def _role(kind: type) -> str:
+def _role(kind: type[Any]) -> str:
     """Returns ``"generator"``, ``"leaf"``, ``"module"`` or ``"other"``: what objects of a type are to the search."""
     try:
         return _known_role(cast(Hashable, kind))
     except TypeError:
         # a metaclass without a hash
-        return _known_role.__wrapped__(cast(Hashable, kind))
+        return _known_role.__wrapped__(kind)
 
 
 @lru_cache(maxsize=4096)
-def _known_role(kind: Hashable) -> str:
-    assert isinstance(kind, type)
+def _known_role(kind: type[Any]) -> str:
     if issubclass(kind, Generator):
         return "generator"
     if issubclass(kind, _WITHOUT_GENERATORS) or compat.is_a(kind, "Trainer", "TrainerView", "Fabric"):

@@ -99,9 +99,9 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     ),
     "docs/any_model.md": (
         "trains {field.models} models of these libraries as their users write them, with the diagnostics and without. Weights, "
-        "optimizers and random generators were the same bit for bit afterwards in {field.identical} of them, what samples or "
-        "reconstructs was right in {field.right_sampler}, and {field.alarms:word} raised an alarm.",
-        "All that belong to a model, and no others, were attached in {field.rightly_attached}.",
+        "optimizers and random generators were the same bit for bit afterwards in {field.identical} of them, the right "
+        "way to sample or to reconstruct was found in {field.right_sampler}, and {field.alarms:word} raised an alarm.",
+        "Exactly these were attached in {field.rightly_attached}.",
         *(
             f"| {title} | {{field.diagnostics.{name}.models}} | {{field.diagnostics.{name}.attached}} |"
             for name, title in (
@@ -194,7 +194,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "`benchmarks/zoo`, " + end_of_healthy("round_trip"),
     ),
     "docs/codebook_usage.md": (
-        "In {codebook_usage.runs} small trainings with a planted collapse (`python -m benchmarks.codebook_usage --json`), "
+        "Of {codebook_usage.runs} collapses that were planted in small trainings (`python -m benchmarks.codebook_usage`), "
         "{codebook_usage.found} were found: within {codebook_usage.faults.killed.latest} evaluations where it began at the "
         "13th one, and at the {codebook_usage.faults.far.earliest}th to {codebook_usage.faults.far.latest}th where",
         "Of {codebook_usage.healthy.runs} healthy trainings with {codebook_usage.healthy.evaluations} evaluations, "
