@@ -45,6 +45,8 @@ def test_each_logger_gets_everything_that_it_supports(tmp_path: Path) -> None:
     logger.log_histogram("empty", torch.tensor([math.nan]))
     logger.log_chart("all", "Multiline", ["region_1", "region_10"])
     DiagnosticLogger(trainer, 7, "y", layout).log_chart("margin", "Margin", ["median", "worst", "best"])
+    assert logger.has_new_charts
+    logger.write_layout()
     logger.flush()
     accumulator = events(tensorboard.log_dir)
     assert accumulator.Scalars("gendiag/x/a")[0].step == 7
@@ -93,6 +95,7 @@ def test_a_layout_of_the_user_is_preserved(tmp_path: Path, when: str) -> None:
     own = {"mine": {"losses": ["Multiline", ["loss_g", "loss_d"]], "band": ["Margin", ["a", "b", "c"]]}}
     if when == "after":
         logger.log_chart("all", "Multiline", ["region_1"])
+        logger.write_layout()
     tensorboard.experiment.add_custom_scalars(own)
     if when == "before":
         logger.log_chart("all", "Multiline", ["region_1"])
@@ -115,7 +118,9 @@ def test_charts_of_the_user_are_found_where_a_run_was_cut_off_while_it_wrote(tmp
     # TensorBoard reads files in the order of their names
     path = path.rename(path.with_name("events.out.tfevents.0000000000.before"))
     path.write_bytes(path.read_bytes()[:-7])
-    DiagnosticLogger(trainer, 0, "x", {}).log_chart("all", "Multiline", ["region_1"])
+    logger = DiagnosticLogger(trainer, 0, "x", {})
+    logger.log_chart("all", "Multiline", ["region_1"])
+    logger.write_layout()
     tensorboard.experiment.flush()
     found = written_layout(events(tensorboard.log_dir))
     assert [category.title for category in found.category] == ["mine", "gendiag/x"]

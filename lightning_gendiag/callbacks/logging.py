@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_gendiag.model.compat import file_writer, is_board, log_metrics
-from lightning_gendiag.tensorboard.records import Record, packed, summary
+from lightning_gendiag.tensorboard.records import Record, image_summary, packed, summary
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -45,6 +45,7 @@ class DiagnosticLogger:
     def __init__(self, trainer: Trainer, step: int, name: str = "", layout: Layout | None = None) -> None:
         self.trainer, self.step, self.layout = trainer, step, {} if layout is None else layout
         self.prefix = f"{PREFIX}/{name}" if name else PREFIX
+        self.has_new_charts = False
 
     def log_scalars(self, values: dict[str, float]) -> None:
         """Logs numbers to every logger at once, and not only every ``log_every_n_steps``."""
@@ -55,7 +56,7 @@ class DiagnosticLogger:
     def log_image(self, name: str, picture: Tensor) -> None:
         """Logs a picture (H, W, 3) uint8 to TensorBoard and to loggers with ``log_image(key, images, step)``."""
         for writer in self._writers():
-            writer.add_image(f"{self.prefix}/{name}", picture, self.step, dataformats="HWC")
+            file_writer(writer).add_summary(image_summary(f"{self.prefix}/{name}", picture.cpu().numpy()), self.step)
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
                 log_image = getattr(logger, "log_image", None)
@@ -85,7 +86,7 @@ class DiagnosticLogger:
                 writer.add_histogram(f"{self.prefix}/{name}", values, self.step)
 
     def log_chart(self, title: str, kind: Literal["Multiline", "Margin"], names: Sequence[str]) -> None:
-        """Adds a chart with several curves to TensorBoard's Custom Scalars page.
+        """Adds a chart with several curves to TensorBoard's Custom Scalars page, which :meth:`write_layout` writes.
 
         Args:
             title: Of the chart.
@@ -99,7 +100,7 @@ class DiagnosticLogger:
         category = self.layout.setdefault(self.prefix, {})
         if category.get(title) != [kind, tags]:
             category[title] = [kind, tags]
-            self.write_layout()
+            self.has_new_charts = True
 
     def write_layout(self, only_merged: bool = False) -> None:
         """Writes all charts together with those of the user, unless TensorBoard shows them already.

@@ -632,6 +632,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._logged, started = evaluation.observations, time.monotonic()
         try:
             self.log_plots(self.result, PlotContext(evaluation, self.session.history.curves(self.name), logger))
+            if logger.has_new_charts:
+                logger.write_layout()
             self.drawing_seconds = time.monotonic() - started
         except Exception as error:
             self.log_images = False

