@@ -56,8 +56,7 @@ bench: $(READY)  ## every measurement; each script prints a table; some hours
 	$(BIN)/python -m benchmarks.dysfunctions --samples 5000
 	$(BIN)/python -m benchmarks.planted_faults --small
 	$(BIN)/python -m benchmarks.zoo
-	for name in cms entropy dysfunctions k_star primitives; do $(BIN)/python -m benchmarks.papers $$name || exit 1; done
-	$(BIN)/python -m benchmarks.papers --pages
+	$(BIN)/python -m benchmarks.papers
 	$(BIN)/python -m benchmarks.module_copy
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overhead --models vae --arms all --epochs 24

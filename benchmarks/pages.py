@@ -1,8 +1,8 @@
 """Tables of pages, made from what scripts have recorded.
 
-``python -m benchmarks.pages`` writes those of all pages in :data:`TABLES` and computes nothing. A table follows a comment with
-its name, and is made from files of ``benchmarks/outputs``, the last lines of scripts that were called with ``--json``, or of
-``benchmarks/records``.
+``python -m benchmarks.pages`` writes those of all pages in :data:`TABLES` and of the papers, and computes nothing. A table
+follows a comment with its name, and is made from files of ``benchmarks/outputs``, the last lines of scripts that were called
+with ``--json``, or of ``benchmarks/records``.
 """
 
 from __future__ import annotations
@@ -448,5 +448,8 @@ def page(path: str) -> str:
 
 
 if __name__ == "__main__":
+    from benchmarks.papers.study import write_pages
+
     for path in TABLES:
         (ROOT / path).write_text(page(path))
+    write_pages()

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from benchmarks.pages import NOT_MEASURED, filled, markdown
-from benchmarks.papers.__main__ import STUDIES
 from benchmarks.papers.entropy import GIN, DetailStep, Preserving, WaveletFlow
 from benchmarks.papers.study import (
     PAGES,
     SHOWN,
+    STUDIES,
     Part,
     holds,
     overview,
@@ -33,12 +33,12 @@ def markers(name: str) -> list[str]:
 @every_study
 def test_the_tables_of_a_page_are_those_of_the_record(name: str) -> None:
     text = (PAGES / f"{name}.md").read_text()
-    assert filled(text, tables(name)) == text, "run python -m benchmarks.papers --pages"
+    assert filled(text, tables(name)) == text, "run python -m benchmarks.pages"
 
 
 def test_the_overview_counts_the_findings_of_the_records() -> None:
     text = (PAGES / "index.md").read_text()
-    assert filled(text, {"overview": overview(STUDIES)}) == text, "run python -m benchmarks.papers --pages"
+    assert filled(text, {"overview": overview()}) == text, "run python -m benchmarks.pages"
 
 
 @every_study

@@ -11,6 +11,9 @@ from benchmarks.pages import ROOT, filled, markdown
 RECORDS = pages.RECORDS / "papers"
 PAGES = ROOT / "docs" / "papers"
 
+STUDIES = ("cms", "entropy", "dysfunctions", "k_star", "primitives")
+"""Papers, by the names of their modules and pages."""
+
 Shown = Literal["yes", "in part", "no", "answered"]
 """Whether a result shows again, or an open question is answered."""
 
@@ -74,20 +77,20 @@ def counted(name: str) -> list[int]:
     return [shown.count(kind) for kind in SHOWN]
 
 
-def overview(names: tuple[str, ...]) -> str:
+def overview() -> str:
     """Returns the table of the index: how many findings of each study show again."""
     rows = []
-    for name in names:
+    for name in STUDIES:
         seconds = sum(entry["seconds"] for entry in record_of(name).values())
         title = (PAGES / f"{name}.md").read_text().splitlines()[0].removeprefix("# ")
         rows.append([f"[{title}]({name}.md)", *counted(name), seconds, f"`python -m benchmarks.papers {name}`"])
     return markdown(["page", *SHOWN, "seconds of one core", "command"], rows)
 
 
-def write_pages(names: tuple[str, ...]) -> None:
-    """Writes the tables of all pages from the records."""
-    for name in names:
+def write_pages() -> None:
+    """Writes the tables of all pages about papers from the records."""
+    for name in STUDIES:
         path = PAGES / f"{name}.md"
         path.write_text(filled(path.read_text(), tables(name)))
     index = PAGES / "index.md"
-    index.write_text(filled(index.read_text(), {"overview": overview(names)}))
+    index.write_text(filled(index.read_text(), {"overview": overview()}))
