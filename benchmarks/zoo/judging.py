@@ -95,6 +95,11 @@ def replay(run: Record, fault: Record | None = None) -> Replayed:
     if fault is not None:
         first = fault["first"]
         rows, steps = rows[:first] + evaluations_of(run, fault), steps[:first] + fault["steps"]
+    return judged(rows, steps)
+
+
+def judged(rows: Sequence[dict[str, Evaluation]], steps: Sequence[int]) -> Replayed:
+    """Judges evaluations of all monitors, at increasing steps, with the rules of today."""
     stopper, history = CollapseStopping("warn"), History()
     raised: list[Raised] = []
     stopped: int | None = None

@@ -13,8 +13,9 @@ INDEPENDENT_SPLITS = 3.0
 """The maximum over all splits of a series exceeds a threshold as often as that of this many independent values, by
 simulation on normal noise."""
 
-LARGEST_DEVIATION = 4.5
-"""Where a series has not fluctuated, or less than ``min_std``, a value counts for at most this many standard deviations."""
+LARGEST_DEVIATION, LONE_DEVIATION, BOTH = 6.0, 4.5, 3.0
+"""Where a series has not fluctuated, or less than ``min_std``, a value counts for at most the first number of standard
+deviations if both of the newest two lie the third above the level, and else for at most the second."""
 
 PRIOR_CORRELATION, PRIOR_VALUES = 0.5, 5.0
 """The correlation of successive values that is assumed beforehand, and the number of values that it is worth. Series of
@@ -47,6 +48,12 @@ newer ones: at the start of a run a series may have been far from where it has s
 
 IMPROVING = 2.5
 """A fall of a series by so many standard errors is a trend."""
+
+MOST_FREEDOM = 31
+"""Largest number of degrees of freedom, with which a Student t value is nearly a normal one."""
+
+REACHED = 5
+"""Newest values of a series that improves, whose median is its level; older ones lie where it no longer is."""
 
 HELD, STAYS = 3, 0.8
 """A small rise is an alarm once it was found so many times without a break, each time at a value of at least this part of the
@@ -95,15 +102,18 @@ class Detector:
        standard deviation of the values before, exceeds a threshold that was calibrated by simulation. The correlation is
        corrected for its bias, drawn towards what real runs have, and varied within its error; the worse result counts.
     2. The lower half of the values is high. A larger variance lifts some values, and a rise lifts all.
-    3. There are enough values, and the rise is large compared with ``min_std``. For this, a value counts for at most 4.5
-       standard deviations. Where the series fluctuates by no more than ``min_std``, condition 1 is less strict.
-    4. The last two values both lie a standard deviation above what was expected, so that a single one is no alarm. A rise up
-       to ``small`` must last for two more, unless the series hardly fluctuated before.
+    3. There are enough values, and the rise is large compared with ``min_std``. For this, a value counts for at most 6
+       standard deviations, and for at most 4.5 unless the last two are both high. Where the series fluctuates by no more
+       than ``min_std``, condition 1 is less strict.
+    4. The last two values both lie a standard deviation above what was expected, and above the median of the last 16 before
+       the rise, so that a single one is no alarm. A rise up to ``small`` must last for two more, unless the series hardly
+       fluctuated before.
 
     The most significant split is the change point. It is an alarm if the rise also exceeds ``min_delta``. A sudden rise
     shows in the shortest splits, a slow one in the longer ones. A rising trend that has lasted is expected to go on, and
-    the level of a series that improves is the end of a parabola. An alarm ends when two values in a row lie within a
-    standard deviation, or half of ``min_delta``, of the level from before it.
+    the level of a series that improves is the end of a parabola, or the median of its newest values if that is higher. An
+    alarm ends when two values in a row lie within a standard deviation, or half of ``min_delta``, of the level from before
+    it.
 
     Sources: Hawkins, Qiu and Kang, *The changepoint model for statistical process control*, 2003, for the comparison of
     all splits; Kendall, *Note on bias in the estimation of autocorrelation*, 1954; Lu and Reynolds, *Control charts for
@@ -224,7 +234,7 @@ class Detector:
                 break
             past = self._past(end)
             # decides most series at most times, at little cost
-            if min(self.values[-2:]) - past.expected(0) < past.unit:
+            if min(self.values[-2:]) < past.least:
                 continue
             rise = self._compared(past, self.values[end:])
             if rise is not None and rise[:2] > best[:2]:
@@ -246,8 +256,9 @@ class Detector:
         limited = [min(rise, limit) for rise in rises]
         error = past.error_of(length)
         smallest = max(self.min_std, 1e-12)
-        freedom = min(past.total + length - 2, 31)
-        floor = _normal_deviation(fmean(min(h / smallest, LARGEST_DEVIATION) for h in heights) / error, freedom)
+        freedom = past.freedom_with(length)
+        most = LARGEST_DEVIATION if min(heights[-2:]) > BOTH * past.unit else LONE_DEVIATION
+        floor = _normal_deviation(fmean(min(h / smallest, most) for h in heights) / error, freedom)
         statistic, score = math.inf, _normal_deviation(fmean(heights) / smallest / error, freedom)
         for correlation in past.correlations:
             calibration = CALIBRATION[0] + CALIBRATION[1] * correlation + CALIBRATION[2] / past.count
@@ -339,30 +350,46 @@ class _Past:
         self.total = len(values)
         recent = values[-self.RECENT :]
         values = _alike(values)
-        self.count = n = len(values)
+        self.count = len(values)
         self.newest = values[-1]
         base = values[-baseline:]
         self.size, self.recent_size = len(base), len(recent)
-        self.level = median(recent)
+        self.level, self.is_known = median(recent), False
         # the mean of the middle half hardly depends on outliers, and its variance is 1.2 times that of a mean
         quarter = len(base) // 4
         self.mean = fmean(sorted(base)[quarter : len(base) - quarter])
         self.variance_factor = 1.2
         residuals, trend = _detrended(values)
-        self._set_fluctuation(residuals, 2)
-        error = self.std * math.sqrt(12 / n**3 * (1 + self.correlations[0]) / (1 - self.correlations[0]))
-        if trend < -IMPROVING * error and n > 5:
-            # an old mean is no level of a series that improves, and a line may bend: the end of a parabola is
-            parabola = _bent(residuals)
-            self._set_fluctuation([r - p for r, p in zip(residuals, parabola, strict=True)], 3)
-            self.mean, self.size = values[-1] - residuals[-1] + parabola[-1], n
-            # of the variance of a mean
-            self.variance_factor = 9.0
+        if not self._improves(values, residuals, trend, min_std):
+            self._set_fluctuation(residuals, 2)
         self.unit = max(self.std, min_std)
         self.strictness = min(1.0, max(KNOWN, self.std / (UNKNOWN * max(min_std, 1e-12))))
         # a series that has been rising all along, and still is, is expected to go on
         slope, newest = min(_slope(recent), _slope(values)), _slope(recent[-max(4, len(recent) // 2) :])
         self.slope = slope if slope > 0 and newest > slope / 10 else 0.0
+        self.least = max(self.expected(0), median(recent)) + self.unit
+        """What both of the newest two values exceed in a rise: what is no worse than some values ago is none."""
+
+    def _improves(self, values: list[float], residuals: list[float], trend: float, min_std: float) -> bool:
+        """Returns whether the series falls, and then sets level and fluctuation by a parabola, since a line may bend."""
+        n = self.count
+        if trend >= 0 or n <= 5:
+            return False
+        parabola = _bent(residuals)
+        # those of a line hide the trend of a series that bends
+        self._set_fluctuation([r - p for r, p in zip(residuals, parabola, strict=True)], 3)
+        error = self.std * math.sqrt(12 / n**3 * (1 + self.correlations[0]) / (1 - self.correlations[0]))
+        if trend >= -IMPROVING * error:
+            return False
+        # an old mean is no level of a series that improves, and a median of many values lies where it was
+        self.mean, self.size = values[-1] - residuals[-1] + parabola[-1], n
+        # of the variance of a mean
+        self.variance_factor = 9.0
+        reached = max(self.mean, median(values[-REACHED:]))
+        if reached < self.level:
+            self.level, self.recent_size = reached, REACHED
+            self.is_known = self.std <= min_std
+        return True
 
     def _set_fluctuation(self, residuals: list[float], parameters: int) -> None:
         """Sets standard deviation and correlations by the residuals of a polynomial with so many parameters."""
@@ -388,6 +415,13 @@ class _Past:
         """Returns the standard error of the mean height of so many values, in standard deviations."""
         # the variance of a median is pi / 2 times that of a mean
         return math.sqrt(1 / length + math.pi / 2 / self.recent_size)
+
+    def freedom_with(self, length: int) -> int:
+        """Returns the degrees of freedom of a comparison with so many values in units of ``min_std``.
+
+        Of a series that improves, few values are left as its level, and ``min_std`` was measured on many runs.
+        """
+        return MOST_FREEDOM if self.is_known else min(self.total + length - 2, MOST_FREEDOM)
 
     def mean_expected(self, ahead: int) -> float:
         """Returns the same from the mean of a longer past."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lightning_gendiag.detection.alarm import Alarm, listed
 from lightning_gendiag.detection.contributions import explaining
-from lightning_gendiag.detection.detector import LARGEST_DEVIATION, Detection, Detector, evaluations_needed
+from lightning_gendiag.detection.detector import Detection, Detector, evaluations_needed
 from lightning_gendiag.detection.history import Entry, Evaluation, History, Observation, Series
 
 BEFORE, SINCE = 8, 3
@@ -31,6 +31,9 @@ DATA = "training_data"
 
 EXPLAINED = 0.9
 """Of components that fall together, the fewest are named that account for this share of the drop."""
+
+FAR = 4.5
+"""Standard deviations over its level from which on a series is said to have changed as well."""
 
 MERGED = 3
 """More components than these that fall at the same evaluation are reported as one alarm."""
@@ -192,7 +195,7 @@ class Judge:
             (deviation, f"{monitor}: {name}")
             for monitor, series in self._deviations.items()
             for name, deviation in series.items()
-            if deviation > LARGEST_DEVIATION and not (monitor == alarm.diagnostic and name in alarm.names)
+            if deviation > FAR and not (monitor == alarm.diagnostic and name in alarm.names)
         ]
         return [text for _, text in sorted(far, reverse=True)[:most]]
 
@@ -314,7 +317,7 @@ class _Grouping:
         fallen = [
             name
             for name in components
-            if detections[name].active or detections[name].pending or detections[name].deviation > LARGEST_DEVIATION
+            if detections[name].active or detections[name].pending or detections[name].deviation > FAR
         ]
         if aggregate is not None and opened and len(components) > 1 and len(fallen) >= 0.75 * len(components):
             by = aggregate if detections[aggregate].active else max(opened, key=lambda name: detections[name].score)

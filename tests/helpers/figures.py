@@ -37,7 +37,7 @@ def end_of_healthy(output: str) -> str:
 
 SENTENCES: dict[str, tuple[str, ...]] = {
     "README.md": (
-        "Of {zoo.healthy_runs} healthy runs, {zoo.stopped_runs:word} were stopped (95 % bounds: {zoo.stopped_bounds.0:.0p} to "
+        "Of {zoo.healthy_runs} healthy runs, {zoo.stopped_runs:word} was stopped (95 % bounds: {zoo.stopped_bounds.0:.0p} to "
         "{zoo.stopped_bounds.1:.0%}), which had become worse according to the classifier as well; "
         "{zoo.runs_with_wrong_alarms:.1%} ({zoo.wrong_bounds.0:.0p} to {zoo.wrong_bounds.1:.0%}) raised an alarm that the "
         "classifier calls wrong. Of {zoo.faults} faults, {zoo.found:.0%} were found.",
@@ -74,6 +74,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "on the referee's FID: healthy runs stopped; faults found | {zoo.baselines.1.0:.0%}; {zoo.baselines.1.1:.0%} |",
         "on any series: healthy runs stopped; faults found | {zoo.baselines.2.0:.0%}; {zoo.baselines.2.1:.0%} |",
         "**{planted_faults.regional_found:.1%}** | median overlap with the planted region {planted_faults.regional_iou:.2f} ",
+        "within eight evaluations in {zoo_falls.12.found} of {zoo_falls.12.runs} runs if it comes after 12 evaluations, in "
+        "{zoo_falls.16.found} of {zoo_falls.16.runs} after 16, and in {zoo_falls.24.found} of {zoo_falls.24.runs} after 24.",
         "| `CollapseStopping` | {planted_faults.regional_found:.1%} | {planted_faults.runs_with_wrong_alarms} of "
         "{planted_faults.runs} with an alarm |",
         "| {planted_faults.baseline_found:.0%} | {planted_faults.baseline_false_alarms:.0%} |",
