@@ -276,13 +276,13 @@ def power(found: dict[str, dict[str, Any]]) -> Tensor:
     samples = [cell["samples"] for cell in cells]
     tiles = [
         canvas.Tile("% of the faults found", _over_samples(samples, shares, 100.0)),
-        canvas.Tile("delay in s of training", _over_samples(samples, delays, 1.1 * longest)),
+        canvas.Tile("delay in s of training", _over_samples(samples, delays, 2.0 * math.ceil(0.55 * longest))),
     ]
-    faults = [cell["faults"] for cell in cells]
+    faults = sorted({cell["faults"] for cell in cells})
     note = (
-        f"{min(faults)} to {max(faults)} faults for each number of samples. Left: within six evaluations, with 95 % intervals. "
-        "Right: the median, and a line up to the delay within which nine tenths are found, which ends at the top where fewer "
-        "are found."
+        f"{' or '.join(map(str, faults))} faults for each number of samples. Left: within six evaluations, with 95 % "
+        "intervals. Right: the median, and a line up to the delay within which nine tenths are found, which ends at the top "
+        "where fewer are found."
     )
     return canvas.panel("Power by the number of samples", tiles, (), note)
 

@@ -35,6 +35,11 @@ def end_of_healthy(output: str) -> str:
     )
 
 
+def by_samples(what: str, numbers: tuple[int, ...] = (64, 128, 256, 512, 1024)) -> str:
+    """Returns cells of a row, one for each number of samples."""
+    return "".join(f"| {{power.power.{number}.{what}}} " for number in numbers) + "|"
+
+
 SENTENCES: dict[str, tuple[str, ...]] = {
     "README.md": (
         "Of {zoo.healthy_runs} healthy runs, {zoo.stopped_runs:word} was stopped (95 % bounds: {zoo.stopped_bounds.0:.0p} to "
@@ -95,6 +100,10 @@ SENTENCES: dict[str, tuple[str, ...]] = {
             f"{{defaults.models.{model}.samples:.0f}} |"
             for model in ("gan", "vae", "flow", "diffusion")
         ),
+        "| faults found, of {power.power.64.faults} " + by_samples("found:.0%"),
+        "half of them within s of training " + by_samples("seconds:.1f"),
+        "nine tenths of them within " + by_samples("seconds_90:.1f", (64, 128, 256)) + " | |",
+        "evaluations of a healthy run " + by_samples("evaluations:.0f"),
         "| all | {defaults.models.all.found:.0%} of {defaults.models.all.faults} | {defaults.models.all.within_3:.0%} | "
         "{defaults.models.all.named:.0%} | {defaults.models.all.seconds:.1f} | "
         "{defaults.models.all.evaluations:.0f} evaluations on average |",
