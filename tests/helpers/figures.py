@@ -252,7 +252,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 
 
 WAITING = (
-    "cosine_mean_similarity", "dysfunctions", "manifold_entropy", "pixel_cka", "regional_primitives", "scale",
+    "dysfunctions", "manifold_entropy", "scale",
 )  # fmt: skip
 """Outputs of scripts that were not run since they end with a line of JSON; pages show what they printed before."""
 
