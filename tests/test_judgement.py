@@ -21,7 +21,7 @@ from lightning_gendiag import (
     Observation,
     Series,
 )
-from lightning_gendiag.detection.history import History, divided
+from lightning_gendiag.detection.history import SHARE_OF_NAN, History, divided
 from lightning_gendiag.detection.report import report
 from lightning_gendiag.detection.rules import Judge
 from tests.helpers.alarms import alarm
@@ -50,6 +50,27 @@ def judged(
             judge.update(monitor, evaluation, history)
         stops += [i] * bool(judge.stopping(history))
     return stops, judge
+
+
+# ---- nan ----
+
+
+@pytest.mark.parametrize(("stop", "raised"), [("alone", ["cms"]), ("never", ["cms", "generation_balance"])])
+def test_what_is_nan_since_samples_are_raises_no_alarm_of_its_own(stop: Any, raised: list[str]) -> None:
+    samples = Series("samples", "rule", SHARE_OF_NAN, stop=stop)
+    judge, history = Judge(3e-4, 6), History()
+    for i, value in enumerate([*calm(10), math.nan, math.nan]):
+        broken = math.isnan(value)
+        for monitor, observation in (
+            ("cms", Observation(samples, float(broken), math.inf if broken else 0.0)),
+            ("generation_balance", Observation(CLASS, value, value)),
+        ):
+            evaluation = Evaluation(i + 1, i, i, [observation])
+            history.append(monitor, evaluation)
+            judge.update(monitor, evaluation, history)
+    assert [one.diagnostic for one in judge.alarms] == raised
+    assert all(one.step == 10 for one in judge.alarms)
+    assert judge.also_changed(judge.alarms[0]) == ["generation_balance: class 3"]
 
 
 # ---- what may stop a run ----

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 T = TypeVar("T")
 
@@ -14,6 +14,12 @@ Role = Literal["component", "aggregate", "standalone", "rule", "record"]
 
 Stop = Literal["alone", "whole", "never"]
 """When an alarm of a series may stop a run: by itself, only where all that is generated became worse too, or never."""
+
+STOPS: tuple[Stop, ...] = get_args(Stop)
+"""The one that stops most first."""
+
+SHARE_OF_NAN = "share with nan or inf"
+"""Quantity of the series that say of how many samples, or training images, no number can be trusted."""
 
 KEPT_WHOLE = 64
 """The newest values of a series are all kept; of older ones every second is dropped when there are too many."""

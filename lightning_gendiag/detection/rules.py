@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lightning_gendiag.detection.alarm import Alarm, listed
 from lightning_gendiag.detection.contributions import explaining
 from lightning_gendiag.detection.detector import Detection, Detector, evaluations_needed
-from lightning_gendiag.detection.history import Entry, Evaluation, History, Observation, Series
+from lightning_gendiag.detection.history import SHARE_OF_NAN, STOPS, Entry, Evaluation, History, Observation, Series
 
 BEFORE, SINCE = 8, 3
 """Largest numbers of evaluations before and since a change whose medians say whether the whole became worse."""
@@ -111,8 +111,13 @@ class Judge:
         detectors = self._detectors.get(monitor, {})
         raised = _Grouping(monitor, evaluation, history, contributions, judged, detections, known, detectors).alarms()
         raised.sort(key=lambda alarm: -alarm.contributions.get(alarm.names[0], 1.0))
-        self.alarms += raised
-        return raised
+        causes = self.open_alarms()
+        new: list[Alarm] = []
+        for alarm in raised:
+            if not any(_follows(alarm, cause) for cause in [*causes, *new]):
+                new.append(alarm)
+        self.alarms += new
+        return new
 
     def snapshot(self, monitor: str) -> Snapshot:
         """Returns what the next evaluation of a monitor may change."""
@@ -262,6 +267,13 @@ class Judge:
         self.evaluations = dict(state["evaluations"])
         self._detectors = {}
         self._states = {monitor: dict(held) for monitor, held in state["detectors"].items()}
+
+
+def _follows(alarm: Alarm, cause: Alarm) -> bool:
+    """Whether an alarm says no more than that its numbers are nan or inf, and another says so that may stop a run as well."""
+    says_so = cause.quantity == SHARE_OF_NAN or not math.isfinite(cause.after)
+    stops = STOPS.index(cause.stop) <= STOPS.index(alarm.stop)
+    return not math.isfinite(alarm.after) and not alarm.rule and says_so and stops
 
 
 def _moves(entries: list[Entry], progress: float) -> bool:

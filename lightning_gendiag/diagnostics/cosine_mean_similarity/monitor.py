@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
-from lightning_gendiag.detection.history import Observation, Series, divided
+from lightning_gendiag.detection.history import SHARE_OF_NAN, Observation, Series, divided
 from lightning_gendiag.diagnostics.cosine_mean_similarity import plots
 from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
     Bandwidth,
@@ -42,7 +42,7 @@ SMALL_REGION, SMALL_IMAGE = 1.25, 1.0
 
 REGION = Series("region", "component", QUANTITY, min_std=MIN_STD, small=SMALL_REGION)
 IMAGE = Series("image", "aggregate", QUANTITY, min_std=MIN_STD, small=SMALL_IMAGE, is_quality=True)
-SAMPLES = Series("samples", "rule", "share with nan or inf", min_std=MIN_STD, stop="alone")
+SAMPLES = Series("samples", "rule", SHARE_OF_NAN, min_std=MIN_STD, stop="alone")
 ALIKE = Series(
     "spread of samples",
     "rule",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
-from lightning_gendiag.detection.history import Observation, Series
+from lightning_gendiag.detection.history import SHARE_OF_NAN, Observation, Series
 from lightning_gendiag.diagnostics.training_data import plots
 from lightning_gendiag.diagnostics.training_data.functional import (
     MORE_ROWS,
@@ -55,7 +55,7 @@ CLASS = Series("class", "component", "share of training images", event="moved", 
 RANGE = Series("range", "rule", "shift of the range", event="moved", stop="never")
 REGIONS = Series("regions", "rule", "shift in standard deviations", event="moved", stop="never")
 DUPLICATES = Series("duplicates", "rule", "different images", event="repeats", stop="never")
-INVALID = Series("invalid", "rule", "share with nan or inf", event="broke", stop="never")
+INVALID = Series("invalid", "rule", SHARE_OF_NAN, event="broke", stop="never")
 """What goes wrong in the data stops a run where what is generated becomes worse by it, which other monitors see."""
 
 
