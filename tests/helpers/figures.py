@@ -256,7 +256,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 """By page; line breaks of a page count as spaces."""
 
 
-WAITING = ("manifold_entropy", "scale")
+WAITING = ("scale",)
 """Outputs of scripts that were not run since they end with a line of JSON; pages show what they printed before."""
 
 
