@@ -635,10 +635,12 @@ def test_a_spectrum_that_collapses_is_named() -> None:
     monitor, stopping = AdversaryMonitor(), CollapseStopping("warn")
     result = adversary(torch.randn(9), torch.randn(9))
     observed = [
-        monitor.observations(result._replace(stable_ranks=torch.tensor([rank, rank])))[-1] for rank in (8.0, 2.0)
+        monitor.observations(result._replace(stable_ranks=torch.tensor([rank, rank])))[-1] for rank in (40.0, 3.0, 1.2)
     ]
-    assert [o.value for o in observed] == pytest.approx([8, 2])
-    assert observed[1].severity - observed[0].severity == pytest.approx(math.log(4))
+    assert [o.value for o in observed] == pytest.approx([40, 3, 1.2])
+    # a healthy one falls as well, but not so far
+    assert observed[1].severity == observed[0].severity
+    assert observed[2].severity - observed[1].severity == pytest.approx(math.log(2 / 1.2))
     assert observed[0].series.role == "standalone"
     assert stopping.alarms == []
 

@@ -61,7 +61,7 @@ take up to five steps for each of the generator's."""
 SEPARATED = 0.99
 """Probability of ranking a real image above a generated one from which on a discriminator is too strong if gradients vanish."""
 
-VANISHED, LOST, EXPLODED = 1 / 30, 1e-3, 1e2
+VANISHED, LOST, EXPLODED = 1 / 30, 1e-3, 30.0
 """Factors of its highest level: a norm falls below the first where the discriminator is sure, and below the second where it is
 not, and rises above the third. In ten healthy runs, norms lay between 0.09 and 3.5 of it, and above 0.29 where it was."""
 
@@ -81,6 +81,9 @@ LEVELS = 64
 
 MIN_STD, MIN_DELTA = 0.05, math.log(1.5)
 """Of the logarithm of the stable rank: a twentieth is never news, a fall by a third is."""
+
+COLLAPSED = 2.0
+"""Stable ranks above this are all alike. While a healthy discriminator learns, its rank falls from 40 to as low as 3."""
 
 FROZEN = Series("updates", "rule", "change of the weights", label="the networks", event="are frozen", stop="never")
 GRADIENTS = Series("gradients", "rule", "norm of the gradient", label="gradients", event="failed", stop="never")
@@ -407,7 +410,7 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
             observations.append(Observation(HELD_OUT, float(result.held_out_auc), 0.0))
         if len(result.stable_ranks) and bool(result.stable_ranks.isfinite().all()):
             rank = float(result.stable_ranks.log().mean().exp())
-            observations.append(Observation(SPECTRUM, rank, -math.log(rank)))
+            observations.append(Observation(SPECTRUM, rank, -math.log(min(rank, COLLAPSED))))
         return observations
 
     def _frozen(self, result: AdversaryResult) -> Observation:
