@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pages import TABLES, page
-from tests.helpers.figures import OUTPUTS, ROOT, SENTENCES, WAITING, sentence, sources_of, text_of
+from tests.helpers.figures import OUTPUTS, ROOT, SENTENCES, sentence, sources_of, text_of
 
 MEASURED = re.compile(r"\d[\d.,]* (?:m?s|seconds|[KMG]i?B)\b|\b[\d,]+ of [\d,]+ (?:runs|trainings)|found in [\d,]+ of")
 """Times, memory and counts of runs, which are measured where they are no limits."""
@@ -24,8 +24,6 @@ DECLARED = ("95 % bounds",)
 
 @pytest.mark.parametrize(("page", "template"), [(page, one) for page, some in SENTENCES.items() for one in some])
 def test_a_page_shows_what_was_measured(page: str, template: str) -> None:
-    if sources_of(template) & set(WAITING):
-        pytest.skip("its script was not run yet")
     assert sentence(template) in text_of(page)
 
 
@@ -52,8 +50,7 @@ def test_times_memory_and_counts_in_a_guide_were_measured(path: str) -> None:
     text = re.sub(r"^```[\s\S]*?^```|^>.*$|<!-- \w+ -->\n\n(?:\|.*\n)+", "", text, flags=re.M)
     text = " ".join(text.split())
     for known in SENTENCES.get(path, ()):
-        if not sources_of(known) & set(WAITING):
-            text = text.replace(sentence(known), "")
+        text = text.replace(sentence(known), "")
     limits = r"at most [\d.,]+ \w+|fit [\d.,]+ s\b"
     assert not re.findall(rf".{{0,40}}(?:{MEASURED.pattern})", re.sub(limits, "", text))
 
@@ -62,5 +59,5 @@ def test_each_output_is_shown_somewhere() -> None:
     shown = {name for some in SENTENCES.values() for one in some for name in sources_of(one)}
     sources = {source for tables in TABLES.values() for table in tables.values() for source in table.sources}
     shown |= {Path(source).stem for source in sources if source.startswith("outputs/")}
-    assert {path.stem for path in OUTPUTS.glob("*.json")} == shown - set(WAITING)
+    assert {path.stem for path in OUTPUTS.glob("*.json")} == shown
     assert all((ROOT / page).exists() for page in SENTENCES)

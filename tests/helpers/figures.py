@@ -256,10 +256,6 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 """By page; line breaks of a page count as spaces."""
 
 
-WAITING = ("scale",)
-"""Outputs of scripts that were not run since they end with a line of JSON; pages show what they printed before."""
-
-
 def sources_of(template: str) -> set[str]:
     """Returns the outputs that a template names."""
     return set(re.findall(r"\{(\w+)\.", template))
