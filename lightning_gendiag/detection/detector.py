@@ -468,7 +468,7 @@ def evaluations_needed(false_alarm_rate: float, warmup: int) -> int:
 
     Example:
         >>> evaluations_needed(3e-4, 6)
-        11
+        9
     """
     total = warmup + 2
     while not any(_alarms(false_alarm_rate, warmup, healthy, total) for healthy in range(warmup, total - 1)):
