@@ -23,11 +23,13 @@ from lightning_gendiag import (
     Adversary,
     AdversaryMonitor,
     CollapseStopping,
+    Evaluation,
     GenerativeDiagnostics,
     ModelAdapter,
     adversary,
     stable_rank,
 )
+from lightning_gendiag.detection.history import History
 from lightning_gendiag.diagnostics.adversary.functional import auc_error, best_threshold, greater_share
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.discriminators import find_discriminator, scores_in, scores_of, takes_logits, weights_of
@@ -643,6 +645,15 @@ def test_a_spectrum_that_collapses_is_named() -> None:
     assert observed[2].severity - observed[1].severity == pytest.approx(math.log(2 / 1.2))
     assert observed[0].series.role == "standalone"
     assert stopping.alarms == []
+    history = History()
+    for number in range(1, 21):
+        rows = [observed[0] if number < 10 else observed[1] if number < 18 else observed[2]]
+        evaluation = Evaluation(number, number, number, rows)
+        history.append(monitor.name, evaluation)
+        stopping.judge.update(monitor.name, evaluation, history)
+    (alarm,) = stopping.judge.alarms
+    assert alarm.step == 19
+    assert str(alarm).startswith("the spectrum of the discriminator collapsed: stable rank fell from")
 
 
 @pytest.mark.parametrize("make", [OfTwo, lambda: OfTwo((5e-4, 1e-3))])

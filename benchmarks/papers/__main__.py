@@ -29,12 +29,14 @@ def show(part: Part) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*STUDIES, []], help="papers; all by default")
+    parser.add_argument("names", nargs="*", help=f"papers out of {', '.join(STUDIES)}; all by default")
     parser.add_argument("--only", help="one part of the study")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="end with a line of JSON")
     options = parser.parse_args(arguments)
     names = options.names or STUDIES
+    if unknown := sorted({*names} - {*STUDIES}):
+        parser.error(f"names must be out of {', '.join(STUDIES)}, got {', '.join(unknown)}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in names:

@@ -46,6 +46,7 @@ class DiagnosticLogger:
         self.trainer, self.step, self.layout = trainer, step, {} if layout is None else layout
         self.prefix = f"{PREFIX}/{name}" if name else PREFIX
         self.has_new_charts = False
+        """Whether charts were added that :meth:`write_layout` has not written."""
 
     def log_scalars(self, values: dict[str, float]) -> None:
         """Logs numbers to every logger at once, and not only every ``log_every_n_steps``."""
@@ -108,6 +109,7 @@ class DiagnosticLogger:
         Args:
             only_merged: Whether to leave the charts as they are where those of the user cannot be read.
         """
+        self.has_new_charts = False
         if not self.layout:
             return
         for writer in self._writers():

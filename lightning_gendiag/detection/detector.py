@@ -13,9 +13,12 @@ INDEPENDENT_SPLITS = 3.0
 """The maximum over all splits of a series exceeds a threshold as often as that of this many independent values, by
 simulation on normal noise."""
 
-LARGEST_DEVIATION, LONE_DEVIATION, BOTH = 6.0, 4.5, 3.0
-"""Where a series has not fluctuated, or less than ``min_std``, a value counts for at most the first number of standard
-deviations if both of the newest two lie the third above the level, and else for at most the second."""
+LARGEST_DEVIATION, LONE_DEVIATION = 6.0, 4.5
+"""Where a series has not fluctuated, or less than ``min_std``, a value counts for at most so many standard deviations: for
+the first number if both of the newest two values are high, and else for the second."""
+
+HIGH = 3.0
+"""A value is high from so many standard deviations above the level on."""
 
 PRIOR_CORRELATION, PRIOR_VALUES = 0.5, 5.0
 """The correlation of successive values that is assumed beforehand, and the number of values that it is worth. Series of
@@ -257,7 +260,7 @@ class Detector:
         error = past.error_of(length)
         smallest = max(self.min_std, 1e-12)
         freedom = past.freedom_with(length)
-        most = LARGEST_DEVIATION if min(heights[-2:]) > BOTH * past.unit else LONE_DEVIATION
+        most = LARGEST_DEVIATION if min(heights[-2:]) > HIGH * past.unit else LONE_DEVIATION
         floor = _normal_deviation(fmean(min(h / smallest, most) for h in heights) / error, freedom)
         statistic, score = math.inf, _normal_deviation(fmean(heights) / smallest / error, freedom)
         for correlation in past.correlations:
@@ -360,7 +363,15 @@ class _Past:
         self.mean = fmean(sorted(base)[quarter : len(base) - quarter])
         self.variance_factor = 1.2
         residuals, trend = _detrended(values)
-        if not self._improves(values, residuals, trend, min_std):
+        improves, bent = False, residuals
+        if trend < 0 and self.count > 5:
+            # the residuals of a line hide the trend of a series that bends
+            bent = [r - p for r, p in zip(residuals, _bent(residuals), strict=True)]
+            self._set_fluctuation(bent, 3)
+            improves = trend < -IMPROVING * self._error_of_slope()
+        if improves:
+            self._set_reached(values, values[-1] - bent[-1], min_std)
+        else:
             self._set_fluctuation(residuals, 2)
         self.unit = max(self.std, min_std)
         self.strictness = min(1.0, max(KNOWN, self.std / (UNKNOWN * max(min_std, 1e-12))))
@@ -370,26 +381,19 @@ class _Past:
         self.least = max(self.expected(0), median(recent)) + self.unit
         """What both of the newest two values exceed in a rise: what is no worse than some values ago is none."""
 
-    def _improves(self, values: list[float], residuals: list[float], trend: float, min_std: float) -> bool:
-        """Returns whether the series falls, and then sets level and fluctuation by a parabola, since a line may bend."""
-        n = self.count
-        if trend >= 0 or n <= 5:
-            return False
-        parabola = _bent(residuals)
-        # those of a line hide the trend of a series that bends
-        self._set_fluctuation([r - p for r, p in zip(residuals, parabola, strict=True)], 3)
-        error = self.std * math.sqrt(12 / n**3 * (1 + self.correlations[0]) / (1 - self.correlations[0]))
-        if trend >= -IMPROVING * error:
-            return False
-        # an old mean is no level of a series that improves, and a median of many values lies where it was
-        self.mean, self.size = values[-1] - residuals[-1] + parabola[-1], n
+    def _error_of_slope(self) -> float:
+        correlation = self.correlations[0]
+        return self.std * math.sqrt(12 / self.count**3 * (1 + correlation) / (1 - correlation))
+
+    def _set_reached(self, values: list[float], end: float, min_std: float) -> None:
+        """Sets the level of a series that improves, whose parabola ends at ``end``: an old mean or median is none."""
+        self.mean, self.size = end, self.count
         # of the variance of a mean
         self.variance_factor = 9.0
-        reached = max(self.mean, median(values[-REACHED:]))
+        reached = max(end, median(values[-REACHED:]))
         if reached < self.level:
             self.level, self.recent_size = reached, REACHED
             self.is_known = self.std <= min_std
-        return True
 
     def _set_fluctuation(self, residuals: list[float], parameters: int) -> None:
         """Sets standard deviation and correlations by the residuals of a polynomial with so many parameters."""

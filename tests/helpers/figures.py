@@ -101,8 +101,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
             for model in ("gan", "vae", "flow", "diffusion")
         ),
         "| faults found, of {power.power.64.faults} " + by_samples("found:.0%"),
-        "half of them within s of training " + by_samples("seconds:.1f"),
-        "nine tenths of them within " + by_samples("seconds_90:.1f", (64, 128, 256)) + " | |",
+        "seconds of training until half of them are found " + by_samples("seconds:.1f"),
+        "until nine tenths of them are found " + by_samples("seconds_90:.1f", (64, 128, 256)) + " | |",
         "evaluations of a healthy run " + by_samples("evaluations:.0f"),
         "| all | {defaults.models.all.found:.0%} of {defaults.models.all.faults} | {defaults.models.all.within_3:.0%} | "
         "{defaults.models.all.named:.0%} | {defaults.models.all.seconds:.1f} | "
