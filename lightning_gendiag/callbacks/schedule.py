@@ -121,6 +121,8 @@ class Schedule:
             epoch_over: Whether a training epoch has ended, or a batch.
         """
         due = [monitor for monitor in monitors if self._is_due(monitor, step, epoch_over)]
+        if not due:
+            return due
         limited = [monitor for monitor in monitors if monitor.max_overhead is not None]
         if not any(monitor in due for monitor in limited):
             return due
@@ -170,10 +172,12 @@ class Schedule:
         return granted
 
     def _is_due(self, monitor: Monitor[Any, Any], step: int, epoch_over: bool) -> bool:
+        if _by_steps(monitor) == epoch_over:
+            return False
+        if monitor.every_n_train_steps is not None:
+            return (step + 1) % monitor.every_n_train_steps == 0 and self.trainer.current_epoch >= monitor.warmup_epochs
         epoch = self.trainer.current_epoch
-        if monitor.every_n_train_steps is None:
-            return epoch_over and (epoch + 1) % monitor.every_n_epochs == 0 and epoch + 1 > monitor.warmup_epochs
-        return not epoch_over and (step + 1) % monitor.every_n_train_steps == 0 and epoch >= monitor.warmup_epochs
+        return (epoch + 1) % monitor.every_n_epochs == 0 and epoch + 1 > monitor.warmup_epochs
 
     # ---- what evaluations cost ----
 

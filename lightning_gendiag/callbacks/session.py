@@ -71,7 +71,8 @@ class Session:
         self._views: dict[ModelAdapter, ModelView] = {}
         self._chosen: dict[Monitor[Any, Any], ModelView] = {}
         self._unreadable: dict[ModelAdapter, Exception] = {}
-        self._batches = 0
+        self.batches = 0
+        """Number of training batches that began."""
         self._evaluated_at: dict[str, int] = {}
         self._followers: list[compat.Follower] = []
         self._planned = False
@@ -185,30 +186,34 @@ class Session:
     def on_train_batch_start(self, batch: Any) -> None:
         """Collects and shows real images before the training step can change them; what was drawn is outdated now."""
         started = time.monotonic()
-        self._batches += 1
+        self.batches += 1
         self.subject.expire()
+        watched = any(monitor.enabled and monitor.sees_batches for monitor in self.monitors)
         for view in self._views.values():
             view.expire()
-            users = self._users(view)
-            if not users:
-                # which may show that latents have no prior, so that real data are needed
-                view.real.see(batch)
-                users = self._users(view)
-            if not users:
-                continue
-            try:
-                found = view.real.collect(batch)
-                watching = [monitor for monitor in users if monitor.sees_batches]
-                data = found or (view.real.read_batch(batch) if watching else None)
-                if data is not None:
-                    for monitor in watching:
-                        monitor.watch(view, data)
-            except Exception as error:
-                if any(monitor.on_error == "raise" for monitor in users):
-                    raise
-                # raised at the next evaluation, where all processes can agree on it
-                self._unreadable[view.adapter] = error
+            if watched or view.real.is_collecting:
+                self._read(view, batch)
         self.schedule.budget.note(time.monotonic() - started)
+
+    def _read(self, view: ModelView, batch: Any) -> None:
+        """Collects the real data of a batch, and shows them to the monitors that see batches."""
+        users = self._users(view)
+        if not users:
+            # which may show that latents have no prior, so that real data are needed
+            view.real.see(batch)
+            users = self._users(view)
+        try:
+            found = view.real.collect(batch) if users else None
+            watching = [monitor for monitor in users if monitor.sees_batches]
+            data = found or (view.real.read_batch(batch) if watching else None)
+            if data is not None:
+                for monitor in watching:
+                    monitor.watch(view, data)
+        except Exception as error:
+            if any(monitor.on_error == "raise" for monitor in users):
+                raise
+            # raised at the next evaluation, where all processes can agree on it
+            self._unreadable[view.adapter] = error
 
     def _users(self, view: ModelView) -> list[Monitor[Any, Any]]:
         """The monitors that need the real data of a view."""
@@ -331,11 +336,11 @@ class Session:
 
     def note_evaluation(self, keys: Iterable[str]) -> None:
         """Notes which keys were evaluated for the weights that the module has now."""
-        self._evaluated_at.update(dict.fromkeys(keys, self._batches))
+        self._evaluated_at.update(dict.fromkeys(keys, self.batches))
 
     def is_fresh(self, key: str) -> bool:
         """Returns whether a key of ours was evaluated for the weights that the module has now."""
-        return self._evaluated_at.get(key) == self._batches
+        return self._evaluated_at.get(key) == self.batches
 
     def _define_keys(self) -> None:
         """Puts the keys that are known into ``trainer.callback_metrics`` as nan, so that callbacks find them at any time."""

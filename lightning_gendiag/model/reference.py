@@ -101,6 +101,11 @@ class Reference:
 
     # ---- from training batches ----
 
+    @property
+    def is_collecting(self) -> bool:
+        """Whether training batches are looked at until there are images."""
+        return self.images is None or self._unconfirmed
+
     def see(self, batch: Any) -> None:
         """Keeps an example of the data of a batch where nothing needs more; a batch without data is no failure."""
         if not self._looked:
@@ -117,10 +122,7 @@ class Reference:
         Raises:
             ValueError: If no images are found in the batch.
         """
-        if self.images is not None and not self._unconfirmed:
-            return None
-        room = self.share - self._held
-        if room <= 0:
+        if not self.is_collecting or (room := self.share - self._held) <= 0:
             return None
         found, conditions = self._found_with_conditions(batch)
         part = _finite_part(found, room)

@@ -97,7 +97,9 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
     def _forget_batches(self) -> None:
         self._watched: TrainingData | None = None
         self._held: list[Glance] = []
-        self._numbers = self._batches = self._since_evaluation = self._skipped = 0
+        self._numbers = self._batches = self._since_evaluation = 0
+        # batches of the session before the newest evaluation
+        self._before = 0 if self._session is None else self._session.batches
         # seconds of this fit, as those of the time that passed
         self._looking = 0.0
 
@@ -118,16 +120,15 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
 
     # ---- between two evaluations ----
 
-    def see(self, view: ModelView, data: Images) -> None:
-        """Keeps some images of a batch and all labels; they are measured together with those of other batches.
+    @property
+    def sees_batches(self) -> bool:
+        """Whether the next batch is looked at: of those after the first ones fewer where that takes too much time."""
+        return self._since_evaluation < MORE_ROWS or self._has_time()
 
-        Where that takes more than a part of the limit of the time, it is done for fewer batches.
-        """
+    def see(self, view: ModelView, data: Images) -> None:
+        """Keeps some images of a batch and all labels; they are measured together with those of other batches."""
         images, labels = data
         if not len(images):
-            return
-        if self._since_evaluation >= MORE_ROWS and not self._has_time():
-            self._skipped += 1
             return
         started = time.monotonic()
         self._look(view, images, labels)
@@ -173,12 +174,12 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
     def update(self, view: ModelView) -> None:
         """Adds what this process has seen since the last evaluation, and the first batches of all processes."""
         self._measure()
-        self._since_evaluation = 0
+        skipped = self.session.batches - self._before - self._since_evaluation
+        self._before, self._since_evaluation = self.session.batches, 0
         if self._watched is not None and self._watched.update_called:
             self.metric.merge_state(self._watched.to(view.device))
             self._watched.reset()
-        self.metric.accumulate(skipped=self._skipped)
-        self._skipped = 0
+        self.metric.accumulate(skipped=max(skipped, 0))
         if self.first is not None and view.is_global_zero:
             self.metric.add_first(self.first)
 
