@@ -24,6 +24,10 @@ SHORT = 15.0
 SLOW = 0.2
 """Samples that took so many seconds are not drawn once more to measure their time without what takes place once."""
 
+REVISED, OTHER = 6, 4 / 3
+"""At the evaluation with this number the plan is said once more, if their number will be smaller or larger by this factor.
+Evaluations among training steps take longer than those that were measured one after another."""
+
 
 def is_short(session: Session, monitors: Sequence[Monitor[Any, Any]]) -> bool:
     """Returns whether a run is so short that setup and evaluations must be small.
@@ -111,30 +115,56 @@ def _is_planned(session: Session, view: ModelView) -> bool:
     )
 
 
-def in_words(session: Session) -> str:
-    """Returns the plan in a line: how many evaluations of how many samples, their cost, and when an alarm is possible."""
+def main_of(session: Session) -> Monitor[Any, Any]:
+    """Returns the monitor whose evaluations the plan counts: of those with a limit, one that compares samples."""
+    periods = session.schedule.periods(session.limited)
+    comparing = next((m for m in session.limited if m.shares() == "samples"), None)
+    return comparing or min(session.limited, key=lambda m: periods[m.name])
+
+
+def planned(session: Session) -> float:
+    """Returns the number of evaluations of the main monitor by the end of the run; inf where its length is not known."""
+    main, schedule = main_of(session), session.schedule
+    return max(main.evaluations, 1) + schedule.coming // schedule.periods(session.limited)[main.name]
+
+
+def is_other(session: Session, said: float) -> bool:
+    """Returns whether there will be far fewer or more evaluations than were said, as far as these have a number."""
+    number = planned(session)
+    return math.isfinite(number) and not said / OTHER <= number <= said * OTHER
+
+
+def in_words(session: Session, anew: bool = False) -> str:
+    """Returns the plan in a line: how many evaluations of how many samples, their cost, and when an alarm is possible.
+
+    Args:
+        session: After its first evaluations.
+        anew: Whether another plan was said before.
+    """
     schedule, trainer = session.schedule, session.trainer
     limited, limit = session.limited, limit_of(session.limited)
     periods, coming = schedule.periods(limited), schedule.coming
-    main = next((m for m in limited if m.shares() == "samples"), None) or min(limited, key=lambda m: periods[m.name])
-    often = periods[main.name]
+    main = main_of(session)
+    often, done = periods[main.name], max(main.evaluations, 1)
     samples = session.view_of(main).num_samples if main.shares() == "samples" else None
     of = f" of {samples:,} samples" if samples else ""
-    number = 1 + coming // often
+    number = planned(session)
     if coming == math.inf:
         text = f"Plan: evaluations{of}, at most {limit:.0%} of the training time"
     else:
         seconds = schedule.budget.spent + sum(coming // periods[m.name] * schedule.cost(m) for m in limited)
         share = min(seconds / schedule.budget.training / (1 + coming / schedule.dues), limit)
         text = f"Plan: about {counted(int(number), 'evaluation')}{of}, {share:.0%} of the training time"
+    if anew:
+        text = f"Plan, by what evaluations have taken so far{text.removeprefix('Plan')}"
     rarer = [_how_often(session, m, periods[m.name], main, often) for m in limited if periods[m.name] > often]
     text += f" ({', '.join(rarer)})" * bool(rarer)
     needed = max((listener.needed(main.name) for listener in session.listeners), default=0)
     advice = "To evaluate whenever it is due, pass max_overhead=None."
     if needed > number:
         return f"{text}; no alarm is possible, since it takes {needed} evaluations. {advice}"
-    if needed:
-        later = (needed - 1) * often
+    if needed > done:
+        later = (needed - done) * often
         by_steps = main.every_n_train_steps
         unit, count = ("epoch", trainer.current_epoch + 1 + later * main.every_n_epochs)
         if by_steps:
@@ -151,7 +181,9 @@ def _how_often(
     if coming == math.inf:
         return f"{monitor.name} at one of {period / often:.2g} evaluations"
     # one that did not take part in the first round waits for its period from the beginning
-    number = 1 + int(coming // period) if monitor.latest is not None else int((schedule.dues + coming) // period)
+    number = max(monitor.evaluations, 1) + int(coming // period)
+    if monitor.latest is None:
+        number = int((schedule.dues + coming) // period)
     if number > 1:
         return f"{monitor.name} {number:,} times"
     rarely = schedule.relative_period(monitor, session.limited)

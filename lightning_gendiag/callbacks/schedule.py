@@ -48,6 +48,8 @@ class TimeBudget:
         self.started = time.monotonic()
         self.spent = 0.0
         self.first = 0.0
+        self.noted = 0.0
+        """Of the time that was spent, the seconds in which nothing was evaluated, from the first round on."""
         self.rounds = 0
         self.ready = False
 
@@ -88,6 +90,7 @@ class TimeBudget:
     def note(self, seconds: float) -> None:
         """Adds the time of a hook that evaluated nothing."""
         self.spent += seconds
+        self.noted += seconds * (self.rounds > 0)
 
     def charge_setup(self, seconds: float) -> None:
         """Adds the time of checks that ended when the clock began, so that its time contains theirs."""
@@ -215,7 +218,8 @@ class Schedule:
             return each
         # panels are drawn each time the number of evaluations has doubled at least
         panels = sum(self._drawing.values()) * math.log2(1 + self.coming) / 2
-        left = each * (max(self.dues, 1) + self.coming) - budget.spent - panels
+        hooks = budget.noted / max(self.dues - 1, 1) * self.coming
+        left = each * (max(self.dues, 1) + self.coming) - budget.spent - panels - hooks
         return max(left / (self.coming + 1), LEAST_ALLOWANCE * each)
 
     def periods(self, monitors: Sequence[Monitor[Any, Any]]) -> dict[str, float]:

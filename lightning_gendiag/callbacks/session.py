@@ -10,7 +10,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning, Layout
-from lightning_gendiag.callbacks.planning import in_words, is_short, rehearse
+from lightning_gendiag.callbacks.planning import REVISED, in_words, is_other, is_short, main_of, planned, rehearse
 from lightning_gendiag.callbacks.schedule import Schedule
 from lightning_gendiag.detection.history import History
 from lightning_gendiag.model import compat
@@ -76,6 +76,8 @@ class Session:
         self._evaluated_at: dict[str, int] = {}
         self._followers: list[compat.Follower] = []
         self._planned = False
+        self._said: float | None = None
+        """Number of evaluations that the plan said, as long as it may be another."""
         self._defined = False
         self._ended = False
 
@@ -177,7 +179,7 @@ class Session:
 
     def on_train_start(self) -> None:
         """Begins to count the time, and prepares Lightning for our keys."""
-        self.schedule, self._planned, self._defined = Schedule(self.trainer), False, False
+        self.schedule, self._planned, self._said, self._defined = Schedule(self.trainer), False, None, False
         found = (
             compat.following(callback, f"{PREFIX}/", self.is_fresh) for callback in compat.callbacks_of(self.trainer)
         )
@@ -281,6 +283,10 @@ class Session:
         if plans:
             self._planned = True
             self._say_plan(step)
+        elif self._said is not None and limited and main_of(self).evaluations >= REVISED:
+            if is_other(self, self._said):
+                self._say_plan(step, anew=True)
+            self._said = None
         evaluated = tuple(f"{PREFIX}/{monitor.name}/" for monitor in chosen)
         for follower in self._followers:
             if follower.act is not None and follower.key.startswith(evaluated) and self.is_fresh(follower.key):
@@ -365,8 +371,8 @@ class Session:
                 self.restart(monitor)
         rank_zero_info("The training data are others than before: the diagnostics begin anew with these.")
 
-    def _say_plan(self, step: int) -> None:
-        text = in_words(self)
+    def _say_plan(self, step: int, anew: bool = False) -> None:
+        text, self._said = in_words(self, anew), planned(self)
         rank_zero_info(text)
         self.logger(step).log_text("plan", text)
 
