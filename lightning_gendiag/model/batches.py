@@ -123,6 +123,17 @@ def count_of_images(batch: Any) -> int:
     return len(alike) if first is images else 0
 
 
+def holds_others(batch: Any, images: Tensor) -> bool:
+    """Returns whether a batch holds other images (N, C, H, W) beside these, such as those of another domain.
+
+    Targets that are the images once more are none.
+    """
+    if images.ndim != 4:
+        return False
+    alike = (_as_images(found.tensor) for found in _walk(batch) if found.tensor.ndim == 4)
+    return any(other.shape == images.shape and not other.equal(images.to(other)) for other in alike)
+
+
 def judge_labels(found: Any, rows: int | None = None) -> Labels:
     """Returns class labels as int64, or the reason why what was found is none.
 

@@ -16,21 +16,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model import compat
-from lightning_gendiag.model.adapters.own import AVERAGED
+from lightning_gendiag.model.adapters.own import AVERAGED, DISCRIMINATOR_KINDS, DISCRIMINATORS
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.isolation import normalizing_by_batch
 from lightning_gendiag.model.outputs import MAX_DEPTH, fields_of
 
 if TYPE_CHECKING:
     from lightning_gendiag.model.view import ModelView, Source
-
-PARTS = re.compile(
-    r"(\w+_)?(disc(rim(inators?)?)?|discriminators?|critics?|adversary)(_\w{1,12}|\d)?|net_?D(_\w{1,3})?|D(_\w{1,3}|_?net|\d)?|dis"
-)
-"""Names under which modules hold a discriminator."""
-
-KINDS = re.compile(r"discriminator|critic", re.IGNORECASE)
-"""Names of classes that are one, or hold one."""
 
 DEEPEST = 3
 """Number of modules inside each other that are searched, such as ``self.model.loss.discriminator``."""
@@ -268,8 +260,8 @@ def find_discriminator(view: ModelView, path: str = "") -> Discriminator | None:
 
 
 def _scores(output: Any, images: Tensor) -> bool:
-    """Whether an output holds scores, and is no image of one channel."""
-    if isinstance(output, Tensor) and output.shape == images.shape and images.ndim > 2:
+    """Whether an output holds scores, and is no image of one channel: a map of patches is smaller than the image."""
+    if isinstance(output, Tensor) and output.ndim == images.ndim > 2 and output[0, 0].numel() >= images[0, 0].numel():
         return False
     return scores_in(output, len(images)) is not None
 
@@ -284,12 +276,17 @@ def _example_labels(view: ModelView, n: int) -> Tensor | None:
 def _candidates(view: ModelView) -> list[tuple[str, ...]]:
     """Paths of what may be a discriminator: by name, the outermost first, then by an optimizer of its own."""
     named: list[tuple[str, ...]] = []
-    parts = [(path, part) for path, part in view.module.named_modules() if path and path.count(".") < DEEPEST]
+    generating = set(_called_paths(view, "samples")) if view.parts.has("sample") else set()
+    parts = [
+        (path, part)
+        for path, part in view.module.named_modules()
+        if path and path.count(".") < DEEPEST and path not in generating
+    ]
     for path, part in sorted(parts, key=lambda one: one[0].count(".")):
         name = path.rpartition(".")[2]
         if AVERAGED.search(name) or not list(part.parameters()):
             continue
-        if PARTS.fullmatch(name) or KINDS.search(type(part).__name__):
+        if DISCRIMINATORS.fullmatch(name) or DISCRIMINATOR_KINDS.search(type(part).__name__):
             is_list = isinstance(part, nn.ModuleList)
             named.append(tuple(f"{path}.{child}" for child, _ in part.named_children()) if is_list else (path,))
     alone = [(path,) for path, part in parts if (path,) not in named and _has_optimizer(view, path)]

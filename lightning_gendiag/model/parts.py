@@ -21,17 +21,21 @@ from lightning_gendiag.model.adapters.own import (
     DECODE_NAMES,
     ENCODE_NAMES,
     GENERATOR_NAMES,
+    GENERATORS,
     RECONSTRUCT_NAMES,
     SAMPLE_NAMES,
     accepts,
     attribute,
     decoder_ways,
+    generators_of,
     held,
+    is_adversarial,
     latent_length,
     normal,
     sampler_ways,
     signature_of,
     takes_classes,
+    takes_images,
 )
 from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, known
@@ -124,7 +128,7 @@ class ModelParts:
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot,
             None if self.real.conditions is None else self.real.conditions[0],
-            self.real.count,
+            self.real.count, self.real.is_paired,
         )  # fmt: skip
 
     # ---- choosing ----
@@ -251,7 +255,9 @@ class ModelParts:
             for way in recogniser(self.module, self.context):
                 if way.need == need:
                     yield from _forms(way, self.context)
-        if need == "reconstruct" and self.has("encode") and self.has("decode") and not self.way("encode").takes_labels:
+        if need != "reconstruct" or (self.context.is_paired and is_adversarial(self.module)):
+            return
+        if self.has("encode") and self.has("decode") and not self.way("encode").takes_labels:
             name = f"{self.way('decode').name} of {self.way('encode').name}"
             yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
 
@@ -297,7 +303,8 @@ class ModelParts:
             return list(_forms(Way(need, f"{name}(images, labels)", target, takes_labels=True), self.context))
         if need in ("encode", "reconstruct"):
             return [Way(need, f"{name}(images)", target)]
-        takes_noise = isinstance(target, nn.Module) or path.split(".")[-1] in (*DECODE_NAMES, *GENERATOR_NAMES)
+        last = path.split(".")[-1]
+        takes_noise = isinstance(target, nn.Module) or last in DECODE_NAMES or GENERATORS.fullmatch(last) is not None
         if takes_noise:
             ways = [way for way in decoder_ways(target, name, *parts, self.context, given=True) if way.need == need]
             return ways or ([Way(need, name, target)] if need == "decode" else [])
@@ -365,6 +372,9 @@ class ModelParts:
         if example is None:
             return
         images = self.reconstructed(way.call(example), example)
+        # of two images, another axis of two may seem to be that of the images
+        three = torch.cat([example, example[:1]])
+        self.reconstructed(way.call(three), three)
         if torch.equal(images.to(example), example):
             raise ValueError("it returns the images themselves")
         if torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1]):
@@ -430,6 +440,12 @@ class ModelParts:
             reason = failures[0] if failures else "the length of the latents that it takes is not known"
             fix = self._fix(need) if failures else "pass ModelAdapter(latent_dim=...)"
             return f"{need} must be what {DOES[need]}, but {without_full_stop(reason)}. To fix this, {fix}."
+        unknown = self._of_unknown_length(need)
+        if unknown and not failures:
+            return (
+                f"{need} must be known, but the length of the noise that {unknown} takes is not. "
+                f"To fix this, pass ModelAdapter(latent_dim=...), or define {own}.{need}({ARGUMENTS[need]})."
+            )
         failures += self._unsuitable(need) if len(failures) < MOST_REASONS else []
         tried = "; ".join(failures[:MOST_REASONS]) or f"{own} has none of {', '.join(NAMES[need])}"
         return (
@@ -437,8 +453,21 @@ class ModelParts:
             f"To fix this, define {own}.{need}({ARGUMENTS[need]}), or pass {FIXES[need]}."
         )
 
+    def _of_unknown_length(self, need: Need) -> str:
+        """Name of a generator or decoder of which nothing states the length of the noise; empty where there is none."""
+        if need not in ("sample", "decode") or self.stated_length is not None:
+            return ""
+        for path, part in {"self": self.module, **dict(self.module.named_children())}.items():
+            for name, target in generators_of(part):
+                takes_noise = takes_classes(target) or (accepts(target, 1) and not takes_images(target, self.context))
+                if takes_noise and not (need == "sample" and name in DECODE_NAMES):
+                    return f"{path if path == 'self' else f'self.{path}'}.{name}"
+        return ""
+
     def _unsuitable(self, need: Need) -> list[str]:
         """Names of methods that are not called, since it is not known with what."""
+        if need in ("sample", "reconstruct") and self.context.is_paired:
+            return ["a batch holds two batches of images, of which forward may make one of the other"]
         found = ((name, attribute(self.module, name)) for name in NAMES[need])
         return [f"self.{name} takes {signature_of(target)}" for name, target in found if target is not None]
 

@@ -20,7 +20,7 @@ from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.amounts import NUM_REFERENCE, SHORT_REFERENCE, reference_size, run_progress
 from lightning_gendiag.model.batch_reader import BatchReader
-from lightning_gendiag.model.batches import Images, Labels, Rows, count_of_images, known, shape_of
+from lightning_gendiag.model.batches import Images, Labels, Rows, count_of_images, holds_others, known, shape_of
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 
 COMPARED = 512
@@ -63,6 +63,8 @@ class Reference:
         none. Before the images are complete, they are those of the first batch."""
         self.count = 0
         """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
+        self.is_paired = False
+        """Whether a training batch holds other images of the same shape."""
         self._rows = Rows()
         self._reader = BatchReader(self._found, adapter.images is not None or adapter.labels is not None)
         self._looked = self._epoch_seen = False
@@ -160,6 +162,7 @@ class Reference:
         if self.conditions is None and labels.conditions is not None:
             self.conditions = labels.conditions.detach()[:SEEN].cpu().clone()
         self.count = count_of_images(batch) if self.adapter.images is None else 0
+        self.is_paired = isinstance(images, Tensor) and holds_others(batch, images)
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
         return images, labels
@@ -366,6 +369,7 @@ class Reference:
     def state_dict(self) -> dict[str, Any]:
         """Returns the images that were collected; those that were given are read again instead."""
         state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot, "count": self.count}
+        state["is_paired"] = self.is_paired
         if self.adapter.reference is None and self.images is not None:
             state |= {"images": self.images.images, "labels": self.images.labels, "conditions": self.conditions}
         elif self._held and self.trainer.world_size == 1:
@@ -380,6 +384,7 @@ class Reference:
         if self.adapter.reference is not None:
             return
         self._epoch_seen, self.one_hot, self.count = state["epoch_seen"], state["one_hot"], state["count"]
+        self.is_paired = state.get("is_paired", False)
         if "images" in state:
             self.images, self.conditions = Images(state["images"], state["labels"]), state["conditions"]
             self.doubt()

@@ -58,6 +58,8 @@ class Context:
     """(K,) row that stands for the label of a real image and is no class, such as its attributes; None for classes."""
     count: int = 0
     """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
+    is_paired: bool = False
+    """Whether a training batch holds other images of the same shape, such as those of another domain."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]

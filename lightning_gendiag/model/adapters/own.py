@@ -23,11 +23,23 @@ SAMPLE_NAMES = (
 ENCODE_NAMES = ("encode", "encoder", "encode_first_stage")
 DECODE_NAMES = ("decode", "decoder", "decode_first_stage")
 GENERATOR_NAMES = ("generator", "gen", "netG", "G")
+GENERATORS = re.compile(r"(\w+_)?gen(erator)?s?(_\w{1,12}|\d)?|net_?G(_\w{1,3})?|[gG](_\w{1,3}|_?net|\d)?")
+"""Names under which modules hold a generator; the usual ones come first."""
+
+DISCRIMINATORS = re.compile(
+    r"(\w+_)?(disc(rim(inators?)?)?|discriminators?|critics?|adversary)(_\w{1,12}|\d)?|net_?D(_\w{1,3})?|D(_\w{1,3}|_?net|\d)?|dis"
+    r"|d(_[A-Z]{1,2}|_?net)"
+)
+"""Names under which modules hold a discriminator."""
+
+DISCRIMINATOR_KINDS = re.compile(r"discriminator|critic", re.IGNORECASE)
+"""Names of classes that are one, or hold one."""
+
 RECONSTRUCT_NAMES = ("reconstruct", "autoencode", "forward")
 
 LATENT_NAMES = (
-    "latent_dim", "latent_size", "latent_dims", "z_dim", "z_size", "zdim", "dim_z", "noise_dim", "noise_size", "nz",
-    "n_latent", "code_dim", "code_size",
+    "latent_dim", "latent_size", "latent_dims", "latent", "n_latents", "latent_features", "z_dim", "z_size", "zdim", "dim_z",
+    "d_z", "n_z", "noise_dim", "noise_size", "noise", "nz", "n_latent", "nlatent", "code_dim", "code_size",
 )  # fmt: skip
 """Attributes of a module, of its ``hparams`` or ``config``, or of its decoder that hold the length of the noise."""
 
@@ -35,6 +47,9 @@ CODE_SIZES = ("code_dim", "code_size", "n_codes", "num_codes")
 NOISE_SIZES = tuple(name for name in LATENT_NAMES if name not in CODE_SIZES)
 CLASS_SIZES = ("n_classes", "num_classes", "n_class", "num_class")
 """The same for the three latents of a generator that takes noise, a class and a code."""
+
+MOST_CHANNELS = 4
+"""A decoder whose first layer is a convolution of so few channels takes images, and no noise."""
 
 CONFIGS = ("hparams", "config", "model_config", "cfg", "args", "opt")
 
@@ -72,9 +87,24 @@ def own(module: nn.Module, context: Context) -> Iterator[Way]:
 def children(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields what the modules do that a module holds, such as ``self.model`` of a wrapper."""
     for name, child in sorted(module.named_children(), key=lambda named: AVERAGED.search(named[0]) is not None):
+        if is_discriminator(name, child):
+            # some have an encoder, which is none of the model's
+            continue
         frozen = _is_frozen(child) and not _is_frozen(module)
         for way in _of(child, f"self.{name}", module, context):
             yield replace(way, frozen=frozen)
+
+
+def is_discriminator(name: str, part: nn.Module) -> bool:
+    """Returns whether the name of a part, or of its class, says that it is a discriminator and no generative model."""
+    holds_generator = any(GENERATORS.fullmatch(child) for child, _ in part.named_children())
+    by_class = DISCRIMINATOR_KINDS.search(type(part).__name__) and not holds_generator
+    return bool(DISCRIMINATORS.fullmatch(name) or by_class) and next(part.parameters(), None) is not None
+
+
+def is_adversarial(module: nn.Module) -> bool:
+    """Returns whether a module, or one that it holds, holds a discriminator."""
+    return any(is_discriminator(*named) for part in (module, *module.children()) for named in part.named_children())
 
 
 def _is_frozen(part: nn.Module) -> bool:
@@ -140,16 +170,37 @@ def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iter
             yield from sampler_ways(target, f"{path}.{name}", module, part, context)
     yield from _encoders(part, path)
     # forward of a submodule may be of a discriminator or of a loss
-    generators = ("forward", *GENERATOR_NAMES) if part is module else GENERATOR_NAMES
+    generators = (*(("forward",) if part is module else ()), *GENERATOR_NAMES, *_other_generators(part))
     for name in (*DECODE_NAMES, *generators):
         if (target := attribute(part, name)) is not None:
             yield from decoder_ways(target, f"{path}.{name}", module, part, context)
     for name in RECONSTRUCT_NAMES:
-        if name == "forward" and part is not module and context.shape is None:
-            # it may do anything, which the first images show
+        if name == "forward" and not _may_reconstruct(part, module, context):
             continue
         if (target := attribute(part, name)) is not None and accepts(target, 1) and not _takes_noise(target):
             yield Way("reconstruct", f"{path}.{name}(images)", target)
+
+
+def _other_generators(part: nn.Module) -> list[str]:
+    """Names of the parts that are called a generator in other words, such as ``G_net``; averaged copies come last."""
+    named = (name for name, _ in part.named_children() if GENERATORS.fullmatch(name) and name not in GENERATOR_NAMES)
+    return sorted(named, key=lambda name: AVERAGED.search(name) is not None)
+
+
+def generators_of(part: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    """Returns the decoders and generators that a module holds, by name."""
+    names = (*DECODE_NAMES, *GENERATOR_NAMES, *_other_generators(part))
+    return [(name, target) for name in names if (target := attribute(part, name)) is not None]
+
+
+def _may_reconstruct(part: nn.Module, module: nn.Module, context: Context) -> bool:
+    """Whether ``forward`` of a part may reconstruct images, and not make those of another domain of them."""
+    if part is not module and context.shape is None:
+        # it may do anything, which the first images show
+        return False
+    encodes = any(attribute(one, name) is not None for one in (module, part) for name in ENCODE_NAMES)
+    adversarial = is_adversarial(module)
+    return not (adversarial or context.is_paired) or (encodes and not (adversarial and context.is_paired))
 
 
 def attribute(part: nn.Module, name: str) -> Callable[..., Any] | None:
@@ -301,7 +352,8 @@ def decoder_ways(
         shapes.append(context.latent)
     if length is not None:
         shapes += [shape for shape in ((length,), (length, 1, 1)) if shape not in shapes]
-    is_generator = given or name.rpartition(".")[2] in (*GENERATOR_NAMES, "forward")
+    last = name.rpartition(".")[2]
+    is_generator = given or last == "forward" or (GENERATORS.fullmatch(last) is not None and last not in DECODE_NAMES)
     for shape in shapes:
         # without an image to compare with, any convolution takes latents of one pixel
         if shape[1:] == (1, 1) and context.shape is None and not is_generator:
@@ -381,12 +433,29 @@ def latent_length(part: nn.Module, target: Any, context: Context) -> int | None:
         return context.latent_dim
     length = stated_size(part, target, LATENT_NAMES)
     if length is None and isinstance(target, nn.Module) and target is not part:
-        first = next(
-            (layer for layer in target.modules() if "weight" in dict(layer.named_parameters(recurse=False))), None
-        )
-        width = getattr(first, "in_features", getattr(first, "in_channels", None))
-        return width if isinstance(width, int) else None
+        return _first_width(target, context)
     return length
+
+
+def _first_width(target: nn.Module, context: Context) -> int | None:
+    """Returns the number of features that the first layer of a decoder takes; None where these are rather images."""
+    width, _ = _first_layer(target)
+    return None if takes_images(target, context) else width
+
+
+def _first_layer(target: Callable[..., Any]) -> tuple[int | None, bool]:
+    """Returns the number of features or channels that the first layer with such a number takes, and whether it convolves."""
+    for layer in target.modules() if isinstance(target, nn.Module) else ():
+        width = getattr(layer, "in_features", getattr(layer, "in_channels", None))
+        if isinstance(width, int) and "weight" in dict(layer.named_parameters(recurse=False)):
+            return width, not getattr(layer, "transposed", True)
+    return None, False
+
+
+def takes_images(target: Callable[..., Any], context: Context) -> bool:
+    """Returns whether something begins with a convolution of images, as what translates them does, and no generator."""
+    width, convolves = _first_layer(target)
+    return convolves and width is not None and (width <= MOST_CHANNELS or width == (context.shape or (0,))[0])
 
 
 def stated_size(part: nn.Module, target: Any, names: tuple[str, ...]) -> int | None:
@@ -394,7 +463,7 @@ def stated_size(part: nn.Module, target: Any, names: tuple[str, ...]) -> int | N
     configs = [held(part, name) for name in CONFIGS]
     # configurations of models are often nested once
     nested = [held(config, name) for config in configs for name in ("model", "params", "init_args")]
-    parts = [held(part, name) for name in (*DECODE_NAMES, *GENERATOR_NAMES)]
+    parts = [held(part, name) for name in (*DECODE_NAMES, *GENERATOR_NAMES, *_other_generators(part))]
     for holder in (part, *configs, *nested, target, *parts):
         for name in names if holder is not None else ():
             size = _integer(held(holder, name))

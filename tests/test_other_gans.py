@@ -1,0 +1,320 @@
+"""GANs under other names, and models that make images of images, which are no autoencoders and take no noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from example_models.data import digits
+from lightning_gendiag import DiagnosticWarning, GenerativeDiagnostics
+from tests.helpers.running import trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
+
+IMAGES, LABELS = digits(16)
+IMAGES, LABELS = IMAGES[:256], LABELS[:256]
+NOISE = 24
+SAMPLED = {"cms", "manifold_entropy", "memorization", "adversary", "training_data"}
+
+
+def generator(noise: int = NOISE) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (noise, 1, 1)), *upwards(noise))
+
+
+def upwards(noise: int) -> list[nn.Module]:
+    return [
+        nn.ConvTranspose2d(noise, 16, 4), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.ConvTranspose2d(16, 8, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 1, 4, 2, 1), nn.Tanh(),
+    ]  # fmt: skip
+
+
+def critic(channels: int = 1) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 8, 4, 2, 1), nn.Flatten(), nn.Linear(128, 1)
+    )
+
+
+def translator() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1), nn.Tanh())
+
+
+class Trained(LightningModule):
+    """Two networks with an optimizer each; what they do with a batch does not matter here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def networks(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, network in zip(self.optimizers(), self.networks(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(sum(p.square().sum() for p in network.parameters()))
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam(network.parameters(), 1e-4) for network in self.networks()]
+
+
+class Named(Trained):
+    """A GAN whose networks have any names."""
+
+    def __init__(self, of_generator: str, of_critic: str) -> None:
+        super().__init__()
+        self.names = of_generator, of_critic
+        setattr(self, of_generator, generator())
+        setattr(self, of_critic, critic())
+
+    def networks(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in self.names]
+
+
+class Wrapped(Trained):
+    """A plain module with both networks, under one attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"g": generator(), "d": critic()})
+
+    def networks(self) -> list[nn.Module]:
+        return [self.net["g"], self.net["d"]]
+
+
+class OfPixels(Trained):
+    """A fully convolutional generator, which also takes images of enough channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.G_net, self.F_net = nn.Sequential(*upwards(NOISE)), critic()
+
+    def networks(self) -> list[nn.Module]:
+        return [self.G_net, self.F_net]
+
+
+def fitted(module: LightningModule, data: Dataset[Any], **options: Any) -> GenerativeDiagnostics:
+    diagnostics = GenerativeDiagnostics("warn", max_overhead=None, num_samples=32, log_images=False, **options)
+    trainer(diagnostics, max_epochs=1).fit(module, DataLoader(data, 64))
+    return diagnostics
+
+
+def places(diagnostics: GenerativeDiagnostics) -> tuple[str, str]:
+    """The way of sampling, and the discriminator."""
+    adversary: Any = diagnostics.monitors["adversary"]
+    return adversary.view.parts.way("sample").name, adversary._found.name
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "of_critic"),
+    [
+        (lambda: Named("G_net", "F_net"), "G_net", "F_net"),
+        (lambda: Named("generator_net", "critic"), "generator_net", "critic"),
+        (lambda: Named("img_gen", "disc_A"), "img_gen", "disc_A"),
+        (lambda: Named("g", "second"), "g", "second"),
+        (Wrapped, "net.g", "net.d"),
+        (OfPixels, "G_net", "F_net"),
+    ],
+)
+def test_a_gan_is_found_by_other_names(make: Callable[[], LightningModule], path: str, of_critic: str) -> None:
+    diagnostics = fitted(make(), TensorDataset(IMAGES, LABELS))
+    assert set(diagnostics.attached) >= SAMPLED
+    sampled, scored = places(diagnostics)
+    # any of the usual names for the length of the noise is missing, so that it is read from the first layer
+    assert sampled.startswith(f"self.{path} from normal noise (n, {NOISE}")
+    assert scored == f"self.{of_critic}(images)"
+
+
+class Conditional(Trained):
+    """A generator of noise and classes, of which nothing states the length of the noise, or ``hparams`` in other words."""
+
+    def __init__(self, **lengths: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.gen, self.dis = OfClasses(), critic()
+
+    def networks(self) -> list[nn.Module]:
+        return [self.gen, self.dis]
+
+
+class OfClasses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(10, 6), generator(NOISE + 6)
+
+    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+        return self.layers(torch.cat([noise, self.embed(labels)], 1))
+
+
+def test_the_length_of_the_noise_is_asked_for_where_nothing_states_it() -> None:
+    def reason(diagnostics: GenerativeDiagnostics) -> str:
+        return diagnostics.left_out.get("cms", "")
+
+    with pytest.warns(DiagnosticWarning, match="found nothing to evaluate"):
+        unknown = fitted(Conditional(), TensorDataset(IMAGES, LABELS))
+    # the first layer takes noise and classes together
+    assert "sample must be known, but" in reason(unknown)
+    stated = fitted(Conditional(latent=NOISE), TensorDataset(IMAGES, LABELS))
+    assert not reason(stated)
+    assert places(stated)[0] == f"self.gen from normal noise (n, {NOISE}) and labels"
+
+
+class Pairs(Dataset[Any]):
+    """Images of two domains, or of two sizes."""
+
+    def __init__(self, first: Tensor, second: Tensor, names: tuple[str, str] | None) -> None:
+        self.first, self.second, self.names = first, second, names
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, index: int) -> Any:
+        pair = self.first[index], self.second[index]
+        return pair if self.names is None else dict(zip(self.names, pair, strict=True))
+
+
+class Translation(Trained):
+    """A generator that makes images of images, as pix2pix and CycleGAN have one."""
+
+    def __init__(self, name: str, translates: nn.Module, encodes: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        setattr(self, name, translates)
+        self.d_A = critic(1)
+        if encodes:
+            translates.encoder, translates.decoder = translates[:2], translates[2:]  # type: ignore[index]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return getattr(self, self.name)(images)
+
+    def networks(self) -> list[nn.Module]:
+        return [getattr(self, self.name), self.d_A]
+
+
+class Larger(nn.Module):
+    """A generator of images of twice the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(4, 1, 3, padding=1))
+
+    def forward(self, small: Tensor) -> Tensor:
+        return self.layers(small)
+
+
+TRANSLATIONS: list[tuple[Callable[[], LightningModule], Dataset[Any]]] = [
+    (lambda: Translation("gen", translator()), Pairs(-IMAGES, IMAGES, ("A", "B"))),
+    (lambda: Translation("g_AB", translator()), Pairs(-IMAGES, IMAGES, None)),
+    (lambda: Translation("netG", translator(), encodes=True), Pairs(-IMAGES, IMAGES, None)),
+    (lambda: Translation("generator", Larger()), Pairs(F.avg_pool2d(IMAGES, 2), IMAGES, ("lr", "hr"))),
+]
+
+
+@pytest.mark.parametrize(("make", "data"), TRANSLATIONS)
+def test_what_makes_images_of_images_is_no_autoencoder_and_gets_no_noise(
+    make: Callable[[], LightningModule], data: Dataset[Any]
+) -> None:
+    module = make()
+    encodes = any(name.endswith("encoder") for name, _ in module.named_modules())
+    with nullcontext() if encodes else pytest.warns(DiagnosticWarning, match="found nothing to evaluate"):
+        diagnostics = fitted(module, data)
+    assert not {"cms", "round_trip", "memorization"} & set(diagnostics.attached)
+    assert "sample must be known" in diagnostics.left_out["cms"]
+    assert "reconstruct must be known" in diagnostics.left_out["round_trip"]
+
+
+def test_the_images_that_a_translator_makes_of_given_ones_are_compared_with_those_that_are_wanted() -> None:
+    module, inputs = Translation("gen", translator()), -IMAGES[:64]
+    diagnostics = fitted(
+        module, Pairs(-IMAGES, IMAGES, ("A", "B")), images=lambda batch: batch["B"],
+        sample=lambda own, n: own.gen(inputs[torch.arange(n) % len(inputs)]),
+    )  # fmt: skip
+    cms: Any = diagnostics.monitors["cms"]
+    assert {"cms", "memorization"} <= set(diagnostics.attached)
+    assert torch.equal(cms.view.reference.images, IMAGES)
+
+
+class Reconstructing(LightningModule):
+    """An autoencoder without a part that is called an encoder, as it is often written first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 256), nn.Unflatten(1, (1, 16, 16))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, target = batch
+        return F.mse_loss(self(x), target)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_an_autoencoder_reconstructs_also_where_a_batch_holds_its_images_twice() -> None:
+    twice = fitted(Reconstructing(), TensorDataset(IMAGES, IMAGES.clone()))
+    assert {"cms", "round_trip"} <= set(twice.attached)
+    with pytest.warns(DiagnosticWarning, match="found nothing to evaluate"):
+        cleaning = fitted(Reconstructing(), TensorDataset(IMAGES + 0.5 * torch.randn_like(IMAGES), IMAGES))
+    assert "a batch holds two batches of images, of which forward may make one of the other" in cleaning.left_out["cms"]
+
+
+class Autoencoding(nn.Module):
+    """The discriminator of BEGAN (https://arxiv.org/abs/1703.10717), which is an autoencoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), nn.Flatten(), nn.Linear(512, NOISE))
+        self.decoder = nn.Sequential(nn.Linear(NOISE, 256), nn.Unflatten(1, (1, 16, 16)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decoder(self.encoder(images))
+
+
+class BEGAN(Trained):
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent_dim = NOISE
+        self.generator, self.discriminator = generator(), Autoencoding()
+
+    def networks(self) -> list[nn.Module]:
+        return [self.generator, self.discriminator]
+
+
+def test_the_encoder_of_a_discriminator_is_none_of_the_models() -> None:
+    diagnostics = fitted(BEGAN(), TensorDataset(IMAGES, LABELS))
+    assert {"cms", "manifold_entropy"} <= set(diagnostics.attached)
+    assert not {"k_star", "latent_regions", "round_trip"} & set(diagnostics.attached)
+    entropy: Any = diagnostics.monitors["manifold_entropy"]
+    assert entropy.view.has_prior
+
+
+class OfSeries(LightningModule):
+    """What reads series in both directions; its states (2, N, L) have as many rows as two series."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d_rnn = nn.LSTM(2, 16, batch_first=True, bidirectional=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.d_rnn(batch[0])[0].square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_what_fits_two_inputs_alone_does_not_reconstruct() -> None:
+    with pytest.warns(DiagnosticWarning, match="found nothing to evaluate"):
+        diagnostics = fitted(OfSeries(), TensorDataset(torch.randn(64, 16, 2)))
+    assert "round_trip" not in diagnostics.attached
