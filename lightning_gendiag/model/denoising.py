@@ -255,7 +255,7 @@ class TrainingStep:
             ValueError: If the loss does not depend on the prediction.
         """
         given = prediction.clone().requires_grad_()
-        old = _tensor_like(template, given[:1], rows=None)
+        old = tensor_like(template, given[:1], rows=None)
         if old is None:
             raise ValueError(f"self.{path} must predict {tuple(given.shape)}, as it did before.")
         # a learned variance
@@ -296,13 +296,13 @@ def prediction_in(output: Any, inputs: Tensor) -> Tensor:
     Raises:
         ValueError: If there is none.
     """
-    found = _tensor_like(output, inputs, len(inputs))
+    found = tensor_like(output, inputs, len(inputs))
     if found is None:
         raise ValueError(f"a network must predict {tuple(inputs.shape)}, got {type(output).__name__}.")
     return found[:, : inputs.shape[1]]
 
 
-def _tensor_like(output: Any, inputs: Tensor, rows: int | None) -> Tensor | None:
+def tensor_like(output: Any, inputs: Tensor, rows: int | None) -> Tensor | None:
     """The first tensor of an output that has the shape of the noisy data, or twice their channels, and a number of rows."""
     if isinstance(output, Tensor):
         c = inputs.shape[1]
@@ -311,7 +311,7 @@ def _tensor_like(output: Any, inputs: Tensor, rows: int | None) -> Tensor | None
     inner = output if isinstance(output, (tuple, list)) else ()
     if not inner:
         inner = list(output.values()) if isinstance(output, Mapping) else list(getattr(output, "__dict__", {}).values())
-    return next((found for part in inner if (found := _tensor_like(part, inputs, rows)) is not None), None)
+    return next((found for part in inner if (found := tensor_like(part, inputs, rows)) is not None), None)
 
 
 def _with(output: Any, old: Tensor, new: Tensor) -> Any:
@@ -340,7 +340,7 @@ def _places(call: Call, draw: Tensor) -> Iterator[tuple[int | str, Tensor]]:
     for place, value in places:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim == draw.ndim:
             fits = len(value) == len(draw) and value.shape[2:] == draw.shape[2:] and value.shape[1] >= draw.shape[1]
-            if fits and _tensor_like(call.output, draw, len(draw)) is not None:
+            if fits and tensor_like(call.output, draw, len(draw)) is not None:
                 yield place, value[:, : draw.shape[1]]
 
 

@@ -13,13 +13,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from lightning_gendiag.model.adapters.own import accepts, has_forward
+from lightning_gendiag.model.adapters.own import INVERSE_NAMES, accepts, has_forward
 
 Through = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From data (n, ...) to latents (n, ...) and the log-determinant (n,), or None where none is reported."""
-
-INVERSE_NAMES = ("inverse", "reverse", "inv", "invert", "backward_transform")
-"""Methods of a layer that invert its ``forward``, best first."""
 
 DIRECTIONS = re.compile(r"rev|reverse|inverse|invert|inv|backward|sample|sampling|direction|mode")
 """Parameters of ``forward`` that choose its direction."""

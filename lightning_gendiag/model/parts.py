@@ -37,8 +37,10 @@ from lightning_gendiag.model.adapters.own import (
     takes_classes,
     takes_images,
 )
+from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.amounts import timed
-from lightning_gendiag.model.batches import Images, known
+from lightning_gendiag.model.batches import Images, first_rows, known
+from lightning_gendiag.model.denoising import TrainingStep
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, number_alike, scaled_like
 from lightning_gendiag.model.posterior import all_positive, posterior_in
@@ -114,6 +116,7 @@ class ModelParts:
         self._of: nn.Module | None = None
         self._latent: tuple[int, ...] | None = None
         self._has_posterior = self._sampler_fails = False
+        self._reconstructs: bool | None = None
 
     @property
     def module(self) -> LightningModule:
@@ -355,7 +358,8 @@ class ModelParts:
             raise ValueError("the labels of the batches are no classes")
         output = self._encoded(way, example)
         latents = self._latents(output, len(example), way)
-        if self.adapter.encode is None and latents.shape[1:] == example.shape[1:] and latents.ndim > 3:
+        is_image = latents.shape[1:] == example.shape[1:] and latents.ndim > 3
+        if self.adapter.encode is None and is_image and not way.is_inverted:
             raise ValueError("it returns images")
         self._latent = tuple(latents.shape[1:])
         self._has_posterior = _is_posterior(output, latents)
@@ -377,8 +381,24 @@ class ModelParts:
         self.reconstructed(way.call(three), three)
         if torch.equal(images.to(example), example):
             raise ValueError("it returns the images themselves")
+        if way.is_guess and self._is_trained_otherwise():
+            raise ValueError("training does not compare what it returns with the images")
         if torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1]):
             raise ValueError("it returns the same for all images")
+
+    def _is_trained_otherwise(self) -> bool:
+        """Whether a training step shows that nothing is trained to return images, looked for once; inside ``isolated``."""
+        if self._reconstructs is None and self.real.batch is not None:
+            data = self.adapter.find_data(self.real.batch)
+            if data is not None and len(data) > 1:
+                device = self.context.device
+                batch = first_rows(self.real.batch, len(data), len(data), device)
+                step = TrainingStep(self.module, batch, len(data), partial(self._seed, device))
+                self._reconstructs = reconstructs(step, self.as_input(as_data(data)), self.adapter.seed) is not False
+        return self._reconstructs is False
+
+    def _seed(self, device: torch.device, seed: int) -> None:
+        seed_all(seed, device, self.module, self.adapter)
 
     @property
     def stated_length(self) -> int | None:

@@ -20,7 +20,16 @@ from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.amounts import NUM_REFERENCE, SHORT_REFERENCE, reference_size, run_progress
 from lightning_gendiag.model.batch_reader import BatchReader
-from lightning_gendiag.model.batches import Images, Labels, Rows, count_of_images, holds_others, known, shape_of
+from lightning_gendiag.model.batches import (
+    Images,
+    Labels,
+    Rows,
+    count_of_images,
+    first_rows,
+    holds_others,
+    known,
+    shape_of,
+)
 from lightning_gendiag.model.generators import random_state_kept, seed_all
 
 COMPARED = 512
@@ -28,6 +37,9 @@ COMPARED = 512
 
 SEEN = 16
 """Number of images that are kept of the first batch, to see what fits them."""
+
+STEP_ROWS = 8
+"""Number of rows of the first batch that are kept, with which a training step shows what the module is trained for."""
 
 OTHER_DATA = 6.0
 """Standard errors by which a mean of new images must differ from the reference's to count as other data."""
@@ -65,6 +77,8 @@ class Reference:
         """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
         self.is_paired = False
         """Whether a training batch holds other images of the same shape."""
+        self.batch: Any = None
+        """The first rows of the first batch, as the trainer passes it, on the CPU; None before it."""
         self._rows = Rows()
         self._reader = BatchReader(self._found, adapter.images is not None or adapter.labels is not None)
         self._looked = self._epoch_seen = False
@@ -165,6 +179,7 @@ class Reference:
         self.is_paired = isinstance(images, Tensor) and holds_others(batch, images)
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
+            self.batch = first_rows(batch, len(images), STEP_ROWS)
         return images, labels
 
     def _part(self, batch: Any, held: int = 0) -> tuple[Images, Tensor | None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lightning_gendiag.model.adapters.base import Recogniser
+from lightning_gendiag.model.adapters.flows import flows
 from lightning_gendiag.model.adapters.libraries import LIBRARIES
 from lightning_gendiag.model.adapters.own import children, decoded_samples, denoised, own
 
-RECOGNISERS: tuple[Recogniser, ...] = (own, *LIBRARIES, children, decoded_samples, denoised)
+RECOGNISERS: tuple[Recogniser, ...] = (own, *LIBRARIES, children, decoded_samples, flows, denoised)

@@ -37,6 +37,10 @@ class Way:
     """Whether the name of a decoder, or of what a sampler decodes with, says that it takes noise, as a GAN's generator."""
     is_sampler: bool = False
     """Whether its parameters show that it samples. Where it fails, it is not known which prior it draws from."""
+    is_inverted: bool = False
+    """Whether what decodes inverts this encoder, so that latents may have the shape of images."""
+    is_guess: bool = False
+    """Whether only the shape of what it returns says that it reconstructs."""
 
 
 @dataclass(frozen=True)

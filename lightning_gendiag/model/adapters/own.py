@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ SAMPLE_NAMES = (
     "sample", "sample_images", "sample_image", "generate", "generate_images", "generate_samples", "sampling", "synthesize",
     "p_sample_loop", "ddim_sample", "sample_loop",
 )  # fmt: skip
+SAMPLERS = re.compile(r"(sample|generate|draw|synthesi[sz]e)_\w+|langevin\w*|\w+_(sample|sampling)")
+"""Names of other methods that sample if their first parameter is a number of samples."""
+
 ENCODE_NAMES = ("encode", "encoder", "encode_first_stage")
 DECODE_NAMES = ("decode", "decoder", "decode_first_stage")
 GENERATOR_NAMES = ("generator", "gen", "netG", "G")
@@ -74,6 +78,17 @@ LABEL_KEYWORDS = ("labels", "y")
 
 AVERAGED = re.compile(r"(^|_)(ema|average|averaged|shadow)(_|$)")
 """Names of averaged copies, which come last: their weights are those of the copy, unless raw ones are asked for."""
+
+INVERSE_NAMES = ("inverse", "reverse", "inv", "invert", "backward_transform")
+"""Methods that invert ``forward``, best first."""
+
+INVERTED = re.compile(r"rev|reverse|inverse|invert|inv")
+"""Parameters of ``forward`` that invert it where they are true."""
+
+NO_AUTOENCODERS = re.compile(
+    r"score|diffus|denois|ddpm|energy|flow|nvp|glow|pixel_?cnn|autoregress|^(made|maf|iaf)$", re.IGNORECASE
+)
+"""Names of classes whose ``forward`` returns scores, noise, latents or logits of the shape of the images it is given."""
 
 MEAN_LAYER, VARIANCE_LAYER = re.compile(r"(^|_|2)(mu|mean)(_|$)"), re.compile(r"var(_|$)|sigma|std")
 """Names of layers that turn an encoder's features into the mean and the variance of a posterior."""
@@ -165,12 +180,13 @@ def _decoded(decoder: Callable[..., Any], sampler: Callable[..., Any], n: int, *
 
 
 def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iterator[Way]:
-    for name in SAMPLE_NAMES:
+    for name in (*SAMPLE_NAMES, *_other_samplers(part)):
         if (target := attribute(part, name)) is not None:
             yield from sampler_ways(target, f"{path}.{name}", module, part, context)
     yield from _encoders(part, path)
-    # forward of a submodule may be of a discriminator or of a loss
-    generators = (*(("forward",) if part is module else ()), *GENERATOR_NAMES, *_other_generators(part))
+    # forward of a submodule may be of a discriminator or of a loss, and that of a flow goes in either direction
+    inverts = part is not module or any(inverse_of(one) is not None for one in (module, *module.children()))
+    generators = (*(() if inverts else ("forward",)), *GENERATOR_NAMES, *_other_generators(part))
     for name in (*DECODE_NAMES, *generators):
         if (target := attribute(part, name)) is not None:
             yield from decoder_ways(target, f"{path}.{name}", module, part, context)
@@ -178,7 +194,43 @@ def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iter
         if name == "forward" and not _may_reconstruct(part, module, context):
             continue
         if (target := attribute(part, name)) is not None and accepts(target, 1) and not _takes_noise(target):
-            yield Way("reconstruct", f"{path}.{name}(images)", target)
+            is_guess = name == "forward" and not _encodes(part, module)
+            yield Way("reconstruct", f"{path}.{name}(images)", target, is_guess=is_guess)
+
+
+class Inverse(NamedTuple):
+    """What inverts a module's ``forward``."""
+
+    name: str
+    """Such as ``"inverse"``, or ``"forward(reverse=True)"``."""
+    call: Callable[..., Any]
+
+
+def inverse_of(part: nn.Module) -> Inverse | None:
+    """Returns what inverts ``forward`` of a module by its name; None where nothing does, or it has no ``forward``."""
+    if not has_forward(part):
+        return None
+    for name in INVERSE_NAMES:
+        if callable(getattr(type(part), name, None)):
+            return Inverse(name, getattr(part, name))
+    with suppress(TypeError, ValueError):
+        for parameter in list(inspect.signature(part.forward).parameters.values())[1:]:
+            if INVERTED.fullmatch(parameter.name.lower()) and parameter.default is False:
+                return Inverse(f"forward({parameter.name}=True)", partial(part, **{parameter.name: True}))
+    return None
+
+
+def _other_samplers(part: nn.Module) -> list[str]:
+    """Names of methods of a user's class that take a number of samples first."""
+    found = []
+    for kind in type(part).__mro__:
+        if kind.__module__.partition(".")[0] in ("torch", "lightning", "pytorch_lightning", "builtins"):
+            continue
+        for name, value in vars(kind).items():
+            if isinstance(value, types.FunctionType) and SAMPLERS.fullmatch(name) and name not in SAMPLE_NAMES:
+                first = list(inspect.signature(value).parameters)[1:2]
+                found += [name] if first and COUNTS.fullmatch(first[0].lower()) else []
+    return list(dict.fromkeys(found))
 
 
 def _other_generators(part: nn.Module) -> list[str]:
@@ -194,13 +246,26 @@ def generators_of(part: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
 
 
 def _may_reconstruct(part: nn.Module, module: nn.Module, context: Context) -> bool:
-    """Whether ``forward`` of a part may reconstruct images, and not make those of another domain of them."""
+    """Whether ``forward`` of a part may reconstruct images: what has their shape may also be latents, scores or others.
+
+    It does not where something inverts it, or a batch holds images of two domains and a discriminator judges one of them.
+    Without an encoder, it does not where the module has a discriminator, a batch has two kinds of images, or names say that
+    it is a model of another kind.
+    """
     if part is not module and context.shape is None:
         # it may do anything, which the first images show
         return False
-    encodes = any(attribute(one, name) is not None for one in (module, part) for name in ENCODE_NAMES)
+    if any(inverse_of(one) is not None for one in (part, module, *part.children())):
+        return False
     adversarial = is_adversarial(module)
-    return not (adversarial or context.is_paired) or (encodes and not (adversarial and context.is_paired))
+    if _encodes(part, module):
+        return not (adversarial and context.is_paired)
+    told = any(NO_AUTOENCODERS.search(type(one).__name__) for one in (module, part, *part.children()))
+    return not (adversarial or context.is_paired or told)
+
+
+def _encodes(part: nn.Module, module: nn.Module) -> bool:
+    return any(attribute(one, name) is not None for one in (module, part) for name in ENCODE_NAMES)
 
 
 def attribute(part: nn.Module, name: str) -> Callable[..., Any] | None:
@@ -234,6 +299,9 @@ def sampler_ways(
     states_number = False
     for parameter in named:
         role = _role(parameter, context)
+        if role == "n" and parameter.name.lower() == "size" and "n" in given.values() and context.shape is not None:
+            # of one image, beside their number
+            role = "size"
         # a batch may be one of data
         states_number |= role in ("n", "shape") and parameter.name.lower() not in ("b", "batch")
         if role is None and parameter.default is parameter.empty:
@@ -252,7 +320,7 @@ def sampler_ways(
     by_position = {p.name for p in named if p.kind is p.POSITIONAL_ONLY}
 
     def call(shape: tuple[int, ...], n: int, *labels: Tensor, keyword: str = "") -> Any:
-        values = {"n": n, "shape": (n, *shape), "device": context.device, "none": None}
+        values = {"n": n, "shape": (n, *shape), "size": shape, "device": context.device, "none": None}
         values |= {"labels": labels[0] if labels else None}
         values |= {"noise": normal(module, n, (length or 0,))} if "noise" in given.values() else {}
         first = [values[role] for parameter, role in given.items() if parameter in by_position]

@@ -1,0 +1,267 @@
+"""Whether what returns data of the shape of images is trained to return them, and flows without names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from example_models.data import digits
+from lightning_gendiag import GenerativeDiagnostics
+from lightning_gendiag.model.aims import reconstructs
+from lightning_gendiag.model.denoising import TrainingStep
+from tests.helpers.running import trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:generated images span"),
+    pytest.mark.filterwarnings("ignore:GenerativeDiagnostics found nothing to evaluate"),
+]
+
+IMAGES, LABELS = digits(8)
+IMAGES, LABELS = IMAGES[:256], LABELS[:256]
+"""In -1 to 1."""
+
+Loss = Callable[["Same", Tensor], Tensor]
+
+
+class Same(LightningModule):
+    """Returns data of the shape of images, and is trained in a given way."""
+
+    def __init__(self, loss: Loss, squash: bool = False) -> None:
+        super().__init__()
+        self.loss = loss
+        self.net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+        self.squash = squash
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.net(x)) if self.squash else self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self, batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def noised(x: Tensor) -> Tensor:
+    return x + 0.3 * torch.randn_like(x)
+
+
+def score(m: Same, x: Tensor) -> Tensor:
+    noise = torch.randn_like(x)
+    return (m(x + 0.3 * noise) + noise / 0.3).square().mean()
+
+
+def normal_nll(m: Same, x: Tensor) -> Tensor:
+    return -torch.distributions.Normal(m(x), 0.5).log_prob(x).mean()
+
+
+RECONSTRUCT: dict[str, tuple[Loss, bool]] = {
+    "squared": (lambda m, x: F.mse_loss(m(x), x), False),
+    "absolute": (lambda m, x: (m(x) - x).abs().mean(), False),
+    "smooth": (lambda m, x: F.smooth_l1_loss(m(x), x, beta=0.1), False),
+    "likelihood": (normal_nll, False),
+    "cross entropy": (lambda m, x: F.binary_cross_entropy(m(x), (x + 1) / 2), True),
+    "of noised images": (lambda m, x: F.mse_loss(m(noised(x)), x), False),
+    "masked": (lambda m, x: ((m(x) - x) * (torch.rand_like(x) < 0.5)).square().mean(), False),
+    "normalized in the step": (lambda m, x: F.mse_loss(m(3 * x + 1), 3 * x + 1), False),
+    "by a part": (lambda m, x: F.mse_loss(m.net(x), x), False),
+    "with a penalty": (lambda m, x: F.mse_loss(m(x), x) + 1e-3 * m(x).abs().mean(), False),
+}
+OTHERS: dict[str, tuple[Loss, bool]] = {
+    "score": (score, False),
+    "noise": (lambda m, x: F.mse_loss(m(x), torch.randn_like(x)), False),
+    "latents": (lambda m, x: 0.5 * m(x).square().mean(), False),
+    "logits": (lambda m, x: F.binary_cross_entropy_with_logits(m(x), (x > 0).float()), False),
+    "another domain": (lambda m, x: F.mse_loss(m(x), -x), False),
+}
+
+
+def answer(loss: Loss, squash: bool) -> bool | None:
+    torch.manual_seed(0)
+    module, images = Same(loss, squash), (IMAGES[:8] + 1) / 2 if squash else IMAGES[:8]
+    if squash:
+        module.loss = lambda m, x: F.binary_cross_entropy(m(x), x)
+    step = TrainingStep(module, [images], len(images), lambda seed: torch.manual_seed(seed) and None)
+    return reconstructs(step, images, 0)
+
+
+@pytest.mark.parametrize("name", RECONSTRUCT)
+def test_a_loss_that_compares_with_the_images_is_one_of_reconstructions(name: str) -> None:
+    assert answer(*RECONSTRUCT[name]) is True
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_loss_that_is_least_elsewhere_is_none(name: str) -> None:
+    assert answer(*OTHERS[name]) is False
+
+
+def test_nothing_is_known_where_the_step_cannot_run_or_no_part_returns_images() -> None:
+    def failing(m: Same, x: Tensor) -> Tensor:
+        raise RuntimeError("no")
+
+    assert answer(failing, False) is None
+    assert answer(lambda m, x: m.net[0](x).square().mean(), False) is None
+    # the gradient does not depend on what is returned
+    assert answer(lambda m, x: m(x).mean() - m(noised(x)).mean(), False) is None
+
+
+def fitted(module: LightningModule, *data: Tensor) -> GenerativeDiagnostics:
+    diagnostics = GenerativeDiagnostics("warn", max_overhead=None, num_samples=32, log_images=False)
+    trainer(diagnostics, max_epochs=1).fit(module, DataLoader(TensorDataset(*data), 64))
+    return diagnostics
+
+
+@pytest.mark.parametrize(
+    ("name", "is_attached"), [("squared", True), ("score", False), ("latents", False), ("logits", False)]
+)
+def test_forward_reconstructs_only_where_training_says_so(name: str, is_attached: bool) -> None:
+    loss, squash = {**RECONSTRUCT, **OTHERS}[name]
+    diagnostics = fitted(Same(loss, squash), IMAGES, LABELS)
+    assert ({"cms", "round_trip"} <= set(diagnostics.attached)) is is_attached
+    if not is_attached:
+        assert "training does not compare what it returns with the images" in diagnostics.left_out["round_trip"]
+
+
+class Coupling(nn.Module):
+    def __init__(self, size: int, parity: int) -> None:
+        super().__init__()
+        self.register_buffer("mask", (torch.arange(size) % 2 == parity).float())
+        self.net = nn.Sequential(nn.Linear(size, 32), nn.ReLU(), nn.Linear(32, 2 * size))
+
+    def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.net(x * self.mask).chunk(2, 1)
+        return torch.tanh(scale) * (1 - self.mask), shift * (1 - self.mask)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.parameters_of(x)
+        return x * scale.exp() + shift, scale.sum(1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        scale, shift = self.parameters_of(z)
+        return (z - shift) * (-scale).exp()
+
+
+class Chain(nn.Module):
+    """Maps data to noise by ``forward``."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Coupling(size, number % 2) for number in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total: Any = 0.0
+        for layer in self.layers:
+            x, volume = layer(x)
+            total = total + volume
+        return x, total
+
+    def inverse(self, z: Tensor) -> Tensor:
+        for layer in reversed(self.layers):
+            z = layer.inverse(z)  # type: ignore[operator]
+        return z
+
+
+class Likelihood(LightningModule):
+    """A flow that is trained by maximum likelihood; a subclass says how it is called."""
+
+    def __init__(self, size: int = 64) -> None:
+        super().__init__()
+        self.chain = Chain(size)
+
+    def latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.chain(x.flatten(1))
+        return found
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z, volume = self.latents(batch[0])
+        return (0.5 * z.flatten(1).square().sum(1) - volume).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+class OfPart(Likelihood):
+    """Only the part has both directions."""
+
+
+class Both(Likelihood):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, volume = self.latents(x)
+        return z.view_as(x), volume
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.chain.inverse(z.flatten(1)).view_as(z)
+
+
+class Reversed(Likelihood):
+    """Its ``forward`` makes data of noise."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.chain.inverse(z)
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.latents(x)
+
+
+class ByArgument(Likelihood):
+    def forward(self, x: Tensor, reverse: bool = False) -> Any:
+        return self.chain.inverse(x) if reverse else self.latents(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "encoder", "decoder"),
+    [
+        (OfPart, "self.chain.forward(images.flatten(1))", "self.chain.inverse"),
+        (Both, "self.forward(images)", "self.inverse"),
+        (Reversed, "self.inverse(images)", "self.forward"),
+        (ByArgument, "self.forward(images)", "self.forward(reverse=True)"),
+    ],
+)
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_flow_is_found_by_what_inverts_it(make: type[Likelihood], encoder: str, decoder: str, rows: bool) -> None:
+    torch.manual_seed(1)
+    data = (torch.randn(256, 6),) if rows else (IMAGES, LABELS)
+    module = make(6 if rows else 64)
+    diagnostics = fitted(module, *data)
+    assert {"cms", "manifold_entropy", "round_trip", "memorization", "latent_regions"} <= set(diagnostics.attached)
+    parts = diagnostics.monitors["cms"].view.parts
+    expected = encoder.replace("(images.flatten(1))", "(images)") if rows else encoder
+    assert (parts.way("encode").name, parts.way("decode").name) == (expected, decoder)
+    assert parts.way("sample").name.startswith(f"{decoder} from normal noise (n, ")
+    # what is sampled is the inverse of noise: the same noise comes back
+    with torch.no_grad():
+        assert parts.has_prior
+        z = torch.randn(4, *(parts._latent or ()))
+        again, _ = module.latents(parts.decode(z.flatten(1)))
+    assert torch.allclose(again.flatten(1), z.flatten(1), atol=1e-4)
+
+
+class Drawing(Same):
+    """Samples under another name; ``sample_latents`` takes data."""
+
+    def draw_images(self, n: int) -> Tensor:
+        return torch.rand(n, 1, 8, 8)
+
+    def sample_latents(self, x: Tensor) -> Tensor:
+        raise AssertionError("it is no sampler")
+
+
+class OfSize(Same):
+    """Takes the size of one image beside the number of samples, as https://github.com/cloneofsimo/minDiffusion does."""
+
+    def sample(self, n_sample: int, size: tuple[int, ...], device: Any) -> Tensor:
+        return torch.rand(n_sample, *size, device=device)
+
+
+@pytest.mark.parametrize(("make", "name"), [(Drawing, "self.draw_images(n)"), (OfSize, "self.sample(n, size, device)")])
+def test_samplers_are_found_by_what_they_take(make: type[Same], name: str) -> None:
+    diagnostics = fitted(make(score), IMAGES, LABELS)
+    assert diagnostics.monitors["cms"].view.parts.way("sample").name == name
+    assert {"cms", "memorization"} <= set(diagnostics.attached)
