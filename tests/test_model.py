@@ -365,7 +365,11 @@ def test_all_ranks_together_have_the_samples_of_one_process(world: int) -> None:
     for rank in range(world):
         view = attached(module, ModelAdapter(num_samples=300))
         view.trainer = SimpleNamespace(
-            global_rank=rank, world_size=world, callbacks=[], precision_plugin=view.trainer.precision_plugin
+            global_step=0,
+            global_rank=rank,
+            world_size=world,
+            callbacks=[],
+            precision_plugin=view.trainer.precision_plugin,
         )
         parts += list(view.samples().images)
     assert len(parts) == 300
@@ -630,21 +634,46 @@ def test_a_warning_about_different_ranges_of_values_is_given_once(
         return torch.linspace(low, high, 64 * 10).view(10, 1, 8, 8)
 
     view = attached(TinyGAN(), ModelAdapter(reference=spread(*real)))
-    view._check_range(spread(*generated))
-    view._check_range(spread(*generated))
+    for step in (1, 1, 1, 2):
+        view._check_range(spread(*generated), step)
+    # of three evaluations, and not of three looks at one
+    assert not recwarn.list
+    for step in (3, 4):
+        view._check_range(spread(*generated), step)
     assert [str(w.message).startswith("generated images span") for w in recwarn] == [True] * warns
+
+
+@pytest.mark.parametrize(
+    ("scales", "warns"), [((3.0, 3.0, 3.0), True), ((9.0, 5.0, 3.0), False), ((9.0, 3.0, 1.0), False)]
+)
+def test_what_a_model_has_not_learned_yet_is_no_other_range(
+    scales: tuple[float, ...], warns: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    view = attached(TinyGAN(), ModelAdapter(reference=torch.linspace(-1, 1, 640).view(10, 1, 8, 8)))
+    for step, scale in enumerate(scales):
+        view._check_range(torch.linspace(-scale, scale, 640).view(10, 1, 8, 8), step)
+    assert bool(recwarn.list) is warns
+
+
+def test_outliers_are_no_other_range(recwarn: pytest.WarningsRecorder) -> None:
+    view = attached(TinyGAN(), ModelAdapter(reference=torch.linspace(-1, 1, 640).view(10, 1, 8, 8)))
+    generated = torch.linspace(-1, 1, 640)
+    generated[::200] = 8.0
+    for step in range(5):
+        view._check_range(generated.view(10, 1, 8, 8), step)
+    assert not recwarn.list
 
 
 def test_warnings_about_ranges_say_what_may_be_wrong(recwarn: pytest.WarningsRecorder) -> None:
     generated = torch.linspace(-0.9, 0.9, 640).view(10, 1, 8, 8)
     view = attached(TinyGAN(), ModelAdapter(reference=3.2 * torch.rand(20, 1, 8, 8) - 0.4))
-    for _ in range(2):
-        view._check_range(generated)
+    for step in range(2):
+        view._check_range(generated, step)
     assert not recwarn.list
-    view._check_range(generated)
+    view._check_range(generated, 2)
     assert "ends in tanh or sigmoid" in str(recwarn.pop(UserWarning).message)
     view = attached(TinyGAN(), ModelAdapter(reference=255 * torch.rand(20, 1, 8, 8)))
-    view._check_range(generated.abs())
+    view._check_range(generated.abs(), 1)
     assert "divide the real images by 255" in str(recwarn.pop(UserWarning).message)
 
 

@@ -182,6 +182,25 @@ def test_the_plan_says_how_often_others_are_evaluated_and_why_if_hardly_ever(
     assert other.evaluations == pytest.approx(number, abs=0.1 * number)
 
 
+def test_the_plan_counts_evaluations_of_the_module_and_not_those_of_the_data(caplog: pytest.LogCaptureFixture) -> None:
+    # reconstructions share no samples
+    own = Alone(1.0, 0.0, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    data = PricedData(0.001, max_overhead=0.05)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        run(own, 100, data)
+    (plan,) = (record.message for record in caplog.records if record.message.startswith("Plan: "))
+    said = int(re.search(r"about (\d+) evaluations", plan)[1])  # type: ignore[index]
+    assert said == pytest.approx(own.evaluations, rel=0.15)
+    assert data.evaluations > 3 * own.evaluations
+
+
+def test_a_setup_that_uses_the_budget_up_leaves_a_part_of_it() -> None:
+    # 20 seconds for evaluations, of which the setup takes 19.5 twice
+    monitor = Priced(0.05, 0.0, once=39.0, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    run(monitor)
+    assert monitor.evaluations > 10
+
+
 def test_the_number_of_samples_is_the_users_where_one_is_given_or_a_monitor_has_no_limit() -> None:
     given = Priced(0.01, 1e-3, adapter=ModelAdapter(num_samples=48, num_reference=64), max_overhead=0.05)
     run(given, 12)

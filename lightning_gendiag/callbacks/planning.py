@@ -116,10 +116,14 @@ def _is_planned(session: Session, view: ModelView) -> bool:
 
 
 def main_of(session: Session) -> Monitor[Any, Any]:
-    """Returns the monitor whose evaluations the plan counts: of those with a limit, one that compares samples."""
+    """Returns the monitor whose evaluations the plan counts: of those with a limit, one that compares samples.
+
+    Without samples it is the most frequent one that evaluates the module, and that of the data only if there is no other.
+    """
     periods = session.schedule.periods(session.limited)
     comparing = next((m for m in session.limited if m.shares() == "samples"), None)
-    return comparing or min(session.limited, key=lambda m: periods[m.name])
+    others = [m for m in session.limited if not m.watches_batches] or session.limited
+    return comparing or min(others, key=lambda m: periods[m.name])
 
 
 def planned(session: Session) -> float:

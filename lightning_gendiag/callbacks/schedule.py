@@ -73,7 +73,8 @@ class TimeBudget:
             # the first round took much longer than others will
             cost = later / (self.rounds - 1) if self.rounds > 1 else self.first / 4
         limit = (1 - HELD_BACK) * max_overhead * self.training
-        return self.rounds == 0 or self.first * progress + later + cost <= limit
+        # as in the plan, the setup leaves a part
+        return self.rounds == 0 or later + cost <= max(limit - self.first * progress, LEAST_ALLOWANCE * limit)
 
     def charge(self, seconds: float, ready: bool = True) -> None:
         """Adds the time of an evaluation.

@@ -276,12 +276,7 @@ def _example_labels(view: ModelView, n: int) -> Tensor | None:
 def _candidates(view: ModelView) -> list[tuple[str, ...]]:
     """Paths of what may be a discriminator: by name, the outermost first, then by an optimizer of its own."""
     named: list[tuple[str, ...]] = []
-    generating = set(_called_paths(view, "samples")) if view.parts.has("sample") else set()
-    parts = [
-        (path, part)
-        for path, part in view.module.named_modules()
-        if path and path.count(".") < DEEPEST and path not in generating
-    ]
+    parts = [(path, part) for path, part in view.module.named_modules() if path and path.count(".") < DEEPEST]
     for path, part in sorted(parts, key=lambda one: one[0].count(".")):
         name = path.rpartition(".")[2]
         if AVERAGED.search(name) or not list(part.parameters()):
@@ -290,7 +285,10 @@ def _candidates(view: ModelView) -> list[tuple[str, ...]]:
             is_list = isinstance(part, nn.ModuleList)
             named.append(tuple(f"{path}.{child}" for child, _ in part.named_children()) if is_list else (path,))
     alone = [(path,) for path, part in parts if (path,) not in named and _has_optimizer(view, path)]
-    return [*named, *alone]
+    found = [*named, *alone]
+    # what makes the samples does not judge them; a fully convolutional generator takes images as well
+    generating = set(_called_paths(view, "samples")) if found and view.parts.has("sample") else set()
+    return [paths for paths in found if not generating & set(paths)]
 
 
 def _has_optimizer(view: ModelView, path: str) -> bool:

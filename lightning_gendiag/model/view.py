@@ -73,7 +73,13 @@ EIGHT_BITS = 13.0
 """Real images with values above this are in 0 to 255."""
 
 WITHIN = 3
-"""Number of evaluations in which generated images stay within -1 to 1, and real ones do not, before a warning."""
+"""Number of evaluations in which the ranges of generated and real images must differ before a warning."""
+
+BULK = 0.98
+"""Share of the generated values that must lie in another range than real ones: a flow or a diffusion model has outliers."""
+
+SHRINKS = 0.7
+"""What lies outside of the real range and becomes narrower by this factor meanwhile is what a model has not learned yet."""
 
 LONGEST_ROW = 1024
 """Largest number of features of rows that are compared feature by feature; of more, neighbours have nothing in common."""
@@ -157,6 +163,8 @@ class ModelView:
         self._extractor: FeatureExtractor | None = None
         self._reference_features: dict[nn.Module, Tensor] = {}
         self._warned_range, self._within = False, 0
+        self._outside: list[float] = []
+        self._checked_at: int | None = None
 
     # ---- what there is ----
 
@@ -505,7 +513,7 @@ class ModelView:
                     drawn.append(Images(*(None if x is None else x[: max(n, 0)] for x in chunk)))  # type: ignore[arg-type]
             self._samples[self.is_closer] = _joined(drawn)
             self.sampling_seconds = time.monotonic() - started
-            self._check_range(self._samples[self.is_closer].images)
+            self._check_range(self._samples[self.is_closer].images, self.trainer.global_step)
         return self._samples[self.is_closer]
 
     def training_samples(self, most: int, size: int) -> Images:
@@ -645,25 +653,29 @@ class ModelView:
             self._copied_generators = own_generators((self.module, self.adapter))
         seed_all(self.adapter.seed if seed is None else seed, self.device, *self._copied_generators)
 
-    def _check_range(self, generated: Tensor) -> None:
+    def _check_range(self, generated: Tensor, step: int) -> None:
         """Warns once where generated and real images seem to have different ranges of values."""
         real = self.real.range
         if self._warned_range or real is None or not self.has_reference or not self.has_images:
             return
-        finite = generated.isfinite()
-        if not finite.any():
+        finite = generated[generated.isfinite()]
+        if step == self._checked_at or not finite.numel():
             return
-        least = float(torch.where(finite, generated, math.inf).min())
-        most = float(torch.where(finite, generated, -math.inf).max())
+        self._checked_at = step
+        least, most = float(finite.min()), float(finite.max())
         low, high = real
         slack, bounded = (high - low) / 4, least >= -1 and most <= 1
+        # torch's quantile takes 16 million numbers at most
+        some = finite[:: 1 + finite.numel() // (1 << 20)].float()
+        edges = some.quantile(torch.tensor([(1 - BULK) / 2, (1 + BULK) / 2], device=some.device)).tolist()
+        outside = max(low - edges[0], edges[1] - high)
+        is_other = high > low and (outside > slack or (low < -slack and least >= 0 and most > slack))
+        self._outside = [*self._outside, max(outside, 0.0)] if is_other else []
         reason = ""
-        if high > low and (
-            least < low - slack or most > high + slack or (low < -slack and least >= 0 and most > slack)
-        ):
-            reason = "To fix this, bring both to one range"
-        elif bounded and low >= 0 and high > EIGHT_BITS:
+        if bounded and low >= 0 and high > EIGHT_BITS:
             reason = "To fix this, divide the real images by 255"
+        elif len(self._outside) >= WITHIN and self._outside[-1] >= SHRINKS * self._outside[0]:
+            reason = "To fix this, bring both to one range"
         # a generator that ends in tanh or sigmoid
         self._within += bounded and max(high - 1, -1 - low) > slack / 2
         if not reason and self._within >= WITHIN:
