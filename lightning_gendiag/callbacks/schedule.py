@@ -298,7 +298,7 @@ def shared(
     """Returns in which number of rounds each part takes place once, so that together they take at most an allowance a round.
 
     Periods go with the square roots of the costs, which makes the mean period least, but no part takes more than an equal
-    share. What does not fit even once leaves its share to the others.
+    share, unless others leave some of theirs. What does not fit even once leaves its share to the others.
 
     Args:
         costs: Seconds of each part.
@@ -310,18 +310,18 @@ def shared(
     Example:
         >>> costs = {"regions": 0.01, "entropies": 0.04, "primitives": 2.0}
         >>> once = dict.fromkeys(costs, 1)
-        >>> shared(costs, once, once, 0.1, 100)
-        {'regions': 1, 'entropies': 1.2, 'primitives': 60.0}
+        >>> {name: round(period, 1) for name, period in shared(costs, once, once, 0.1, 100).items()}
+        {'regions': 1, 'entropies': 1, 'primitives': 40.0}
     """
     left, rest, periods = allowance, dict(costs), dict.fromkeys(costs, 0.0)
     parts = sum(weights[name] for name in costs)
     while rest:
         scale = sum(math.sqrt(cost * weights[name]) for name, cost in rest.items()) / max(left, 1e-9)
-        free = {name: scale * math.sqrt(cost / weights[name]) for name, cost in rest.items()}
+        ideal = {name: scale * math.sqrt(cost / weights[name]) for name, cost in rest.items()}
         for name, cost in rest.items():
-            periods[name] = max(free[name], cost * parts / weights[name] / allowance, least[name])
+            periods[name] = max(ideal[name], cost * parts / weights[name] / allowance, least[name])
         # those whose period is another than that of the square root have a share of their own
-        settled = [name for name in rest if periods[name] > free[name]]
+        settled = [name for name in rest if periods[name] > ideal[name]]
         left -= sum(rest.pop(name) / periods[name] for name in settled)
         if not settled:
             break
@@ -329,6 +329,14 @@ def shared(
     if len(costs) > 1 and periods[dearest] > max(rounds, least[dearest]):
         others = {name: cost for name, cost in costs.items() if name != dearest}
         return shared(others, weights, least, allowance, rounds) | {dearest: periods[dearest]}
+    while free := [name for name in costs if periods[name] > least[name] and costs[name] > 0]:
+        taken = sum(costs[name] / periods[name] for name in costs)
+        theirs = sum(costs[name] / periods[name] for name in free)
+        if taken > (1 - 1e-9) * allowance:
+            break
+        # what is left goes to all that could take part more often
+        factor = theirs / (theirs + allowance - taken)
+        periods |= {name: max(factor * periods[name], least[name]) for name in free}
     return periods
 
 
