@@ -265,3 +265,42 @@ def test_samplers_are_found_by_what_they_take(make: type[Same], name: str) -> No
     diagnostics = fitted(make(score), IMAGES, LABELS)
     assert diagnostics.monitors["cms"].view.parts.way("sample").name == name
     assert {"cms", "memorization"} <= set(diagnostics.attached)
+
+
+class Packed(LightningModule):
+    """A VAE whose encoder returns mean and log variance in one tensor, and that states no length anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 12))
+        self.decoder = nn.Sequential(
+            nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 64), nn.Tanh(), nn.Unflatten(1, (1, 8, 8))
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        mean, log_variance = self.encoder(x).chunk(2, 1)
+        z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        return {"reconstruction": self.decoder(z), "mean": mean, "log_variance": log_variance}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        out = self(batch[0])
+        mean, log_variance = out["mean"], out["log_variance"]
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        return F.mse_loss(out["reconstruction"], batch[0]) + kl / 64
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_a_mean_and_a_variance_in_one_tensor_are_told_by_what_the_decoder_takes() -> None:
+    module = Packed()
+    diagnostics = fitted(module, IMAGES, LABELS)
+    assert {"cms", "posterior_kl", "manifold_entropy", "memorization", "round_trip"} <= set(diagnostics.attached)
+    parts = diagnostics.monitors["cms"].view.parts
+    assert parts.way("sample").name == "self.decoder from normal noise (n, 6)"
+    with torch.no_grad():
+        assert torch.equal(parts.latents_of(IMAGES[:4]), module.encoder(IMAGES[:4])[:, :6])
+        mean, log_variance = module.encoder(IMAGES).chunk(2, 1)
+    expected = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+    result: Any = diagnostics.monitors["posterior_kl"].result
+    assert float(result.total) == pytest.approx(float(expected), rel=0.05)

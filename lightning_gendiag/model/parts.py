@@ -32,6 +32,7 @@ from lightning_gendiag.model.adapters.own import (
     is_adversarial,
     latent_length,
     normal,
+    packed_length,
     sampler_ways,
     signature_of,
     takes_classes,
@@ -402,8 +403,8 @@ class ModelParts:
 
     @property
     def stated_length(self) -> int | None:
-        """Length of the latents that the user or an attribute of the module states."""
-        return latent_length(self.module, None, self.context)
+        """Length of the latents that the user, an attribute of the module, or its encoder beside its decoder states."""
+        return latent_length(self.module, None, self.context) or packed_length(self.module)
 
     @property
     def prior(self) -> torch.distributions.Distribution | None:

@@ -526,6 +526,23 @@ def takes_images(target: Callable[..., Any], context: Context) -> bool:
     return convolves and width is not None and (width <= MOST_CHANNELS or width == (context.shape or (0,))[0])
 
 
+def packed_length(module: nn.Module) -> int | None:
+    """Returns the length of the latents whose mean and spread an encoder returns one after the other, or None.
+
+    That is where a decoder beside it takes half as many features as the encoder's last layer returns.
+    """
+    for part in (module, *module.children()):
+        encoder, decoder = (getattr(part, name, None) for name in ("encoder", "decoder"))
+        if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module):
+            continue
+        width, _ = _first_layer(decoder)
+        outputs = [getattr(layer, "out_features", getattr(layer, "out_channels", None)) for layer in encoder.modules()]
+        outputs = [output for output in outputs if isinstance(output, int)]
+        if width is not None and outputs and outputs[-1] == 2 * width:
+            return width
+    return None
+
+
 def stated_size(part: nn.Module, target: Any, names: tuple[str, ...]) -> int | None:
     """Returns the integer that a module, its configuration or its decoder holds under one of some names, or None."""
     configs = [held(part, name) for name in CONFIGS]
