@@ -283,8 +283,12 @@ class TestKeys:
 
     @pytest.mark.parametrize(
         ("options", "steps"),
-        [({}, [6, 9, 12, 15, 18, 21, 24]), ({"every_n_epochs": 2}, [6, 15, 21, 24]), ({"every_n_train_steps": 6}, [6, 12, 18, 24])],
-    )  # fmt: skip
+        [
+            ({}, [6, 9, 12, 15, 18, 21, 24]),
+            ({"every_n_epochs": 2}, [6, 15, 21, 24]),
+            ({"every_n_train_steps": 6}, [6, 12, 18, 24]),
+        ],
+    )
     def test_a_checkpoint_is_saved_right_after_evaluations_within_epochs(
         self, options: dict[str, Any], steps: list[int], tmp_path: Path
     ) -> None:
@@ -318,7 +322,7 @@ class TestKeys:
         [
             ("wurst", {}, 3, "the metric was not evaluated. To fix this, monitor another one, such as gendiag/cms/"),
             ("worst", {}, 99, "the metric was not evaluated. To fix this, evaluate earlier, with every_n_train_steps"),
-            ("worst", {"every_n_train_steps": 5}, 3, "none of its evaluations came when it saves. To fix this, let it"),
+            ("worst", {"every_n_train_steps": 5}, 3, "none of its evaluations came when it saves. To fix this, pass it neither"),
         ],
     )
     def test_a_checkpoint_that_was_never_saved_is_named(

@@ -254,12 +254,17 @@ class Session:
 
     def _say_unsaved(self, key: str) -> None:
         """Warns that a metric was monitored for checkpoints and none was saved."""
-        reason, advice = "none of its evaluations came when it saves", "let it save right after evaluations: pass neither "
-        advice += "every_n_train_steps nor train_time_interval, and no every_n_epochs above 1"
-        if key not in self._evaluated_at:
+        known = listed(sorted(self._evaluated_at))
+        if key in self._evaluated_at:
+            reason = "none of its evaluations came when it saves"
+            advice = (
+                "pass it neither every_n_train_steps, train_time_interval nor every_n_epochs, so that it follows them"
+            )
+        else:
             reason = "the metric was not evaluated"
-            known = listed(sorted(self._evaluated_at))
-            advice = f"monitor another one, such as {known}" if known else "evaluate earlier, with every_n_train_steps=..."
+            advice = (
+                f"monitor another one, such as {known}" if known else "evaluate earlier, with every_n_train_steps=..."
+            )
         rank_zero_warn(
             f"ModelCheckpoint(monitor={key!r}) saved no checkpoint, since {reason}. To fix this, {advice}.",
             category=DiagnosticWarning,

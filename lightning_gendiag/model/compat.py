@@ -274,7 +274,11 @@ def following(callback: Any, prefix: str, is_fresh: Callable[[str], bool]) -> Fo
         return Follower(key, act, lambda: False, lambda: vars(callback).pop("_run_early_stopping_check", None))
     if not is_kind(callback, "ModelCheckpoint"):
         return None
-    save, when, end_batch = callback._save_topk_checkpoint, callback._save_on_train_epoch_end, callback.on_train_batch_end
+    save, when, end_batch = (
+        callback._save_topk_checkpoint,
+        callback._save_on_train_epoch_end,
+        callback.on_train_batch_end,
+    )
 
     def save_if_fresh(*args: Any) -> None:
         if is_fresh(key):
