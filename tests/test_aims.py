@@ -20,7 +20,7 @@ from tests.helpers.running import trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:generated images span"),
-    pytest.mark.filterwarnings("ignore:GenerativeDiagnostics found nothing to evaluate"),
+    pytest.mark.filterwarnings("ignore:GenerativeDiagnostics watches the training data only"),
 ]
 
 IMAGES, LABELS = digits(8)

@@ -27,7 +27,7 @@ from tests.helpers.faults import QUADRANTS, planted, run_with_fault
 from tests.helpers.logs import events
 from tests.helpers.models import ScriptedGenerator
 from tests.helpers.recorded_runs import RecordedCosines
-from tests.helpers.running import batches, trainer
+from tests.helpers.running import batches, loading, trainer
 
 
 @pytest.mark.parametrize("where", ["top left", "bottom right"])
@@ -81,6 +81,68 @@ def test_samples_with_nan_raise_an_alarm_at_once() -> None:
         own, stopping = run_with_fault(planted("nan", "top left", 10))
     assert [alarm.label for alarm in stopping.alarms] == ["samples"]
     assert own.current_epoch == 11
+
+
+class Weighted(ScriptedGenerator):
+    """Samples what a script returns, with a weight that is nan from an epoch on."""
+
+    def __init__(self, script: Any, nan_from: float) -> None:
+        super().__init__(script)
+        self.nan_from = nan_from
+        # which is meant, as that of attention
+        self.register_buffer("mask", torch.full((2,), -math.inf))
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch >= self.nan_from:
+            self.weight.data.fill_(math.nan)
+
+
+NEVER_VALID = "so it is how they are sampled that is broken"
+
+
+@pytest.mark.parametrize(
+    ("broken_in", "nan_from", "found", "epochs"),
+    [
+        # the sampler never worked, and no collapse is seen in it
+        (range(99), math.inf, [NEVER_VALID], 12),
+        # weights that are nan from the beginning on, and later
+        (range(99), 0, ["samples collapsed"], 1),
+        (range(99), 4, [NEVER_VALID, "samples collapsed"], 5),
+        # samples that were finite before
+        (range(3, 99), math.inf, ["samples collapsed"], 4),
+        ([0, 1, 2, *range(8, 99)], math.inf, [NEVER_VALID, "samples collapsed"], 9),
+    ],
+)
+def test_samples_that_were_never_finite_stop_a_run_only_where_weights_are_nan(
+    broken_in: Any, nan_from: float, found: list[str], epochs: int
+) -> None:
+    broken = planted("nan", "top left", 0)
+    monitor = CosineMeanSimilarityMonitor(QUADRANTS, adapter=ModelAdapter(reference=digits(16)[0], num_samples=100))
+    stopping = CollapseStopping()
+    own = trainer(monitor, stopping, max_epochs=12)
+    model = Weighted(lambda images, epoch: broken(images, epoch) if epoch in broken_in else images, nan_from)
+    with pytest.warns(CollapseWarning):
+        own.fit(model, batches(16, 32))
+    assert own.current_epoch == epochs
+    assert len(stopping.alarms) == len(found)
+    assert all(words in alarm.message for words, alarm in zip(found, stopping.alarms, strict=True))
+    assert [alarm.is_critical for alarm in stopping.alarms] == [words != NEVER_VALID for words in found]
+
+
+def test_a_sampler_that_never_worked_is_not_a_collapse_after_resuming(tmp_path: Path) -> None:
+    def fit(epochs: int, **options: Any) -> CollapseStopping:
+        monitor = CosineMeanSimilarityMonitor(QUADRANTS, adapter=ModelAdapter(reference=digits(16)[0], num_samples=100))
+        stopping = CollapseStopping()
+        own = trainer(monitor, stopping, max_epochs=epochs)
+        own.fit(ScriptedGenerator(planted("nan", "top left", 0)), batches(16, 32), **options)
+        own.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return stopping
+
+    with pytest.warns(CollapseWarning, match=NEVER_VALID):
+        fit(2)
+    # it is known already, and warnings are errors
+    stopping = fit(5, ckpt_path=tmp_path / "2.ckpt", **loading())
+    assert [alarm.is_critical for alarm in stopping.alarms] == [False]
 
 
 def test_a_healthy_run_raises_no_alarm() -> None:

@@ -261,15 +261,24 @@ class Mute(LightningModule):
 
 
 def test_where_nothing_applies_the_reasons_are_in_the_warning_alone(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="Left out: cms.*sample must be known"):
-        trainer(GenerativeDiagnostics(), max_epochs=1).fit(Mute(), batches())
+    match = "(?s)watches the training data only, since no diagnostic of Mute.*Left out: cms.*sample must be known"
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match=match):
+        trainer(GenerativeDiagnostics(max_overhead=None), max_epochs=1).fit(Mute(), batches())
     assert "Left out" not in caplog.text
+    # which the report does not take for a judgement of the model
+    assert "Not judged: there was no evaluation of the model, only of its training data." in caplog.text
+
+
+def test_where_not_even_the_data_are_watched_nothing_is_planned_or_evaluated(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="found nothing to evaluate in Mute"):
+        trainer(GenerativeDiagnostics(skip=("training_data",)), max_epochs=1).fit(Mute(), batches())
+    assert "Plan" not in caplog.text
 
 
 def test_a_stopper_beside_it_is_no_error_where_nothing_applies() -> None:
     for callbacks in ([CollapseStopping(), GenerativeDiagnostics()], [GenerativeDiagnostics(), CollapseStopping()]):
         own = trainer(*callbacks, max_epochs=2)
-        with pytest.warns(UserWarning, match="found nothing to evaluate in Mute"):
+        with pytest.warns(UserWarning, match="watches the training data only, since no diagnostic of Mute"):
             own.fit(Mute(), batches())
         assert own.current_epoch == 2
 

@@ -158,7 +158,7 @@ def test_the_length_of_the_noise_is_asked_for_where_nothing_states_it() -> None:
     def reason(diagnostics: GenerativeDiagnostics) -> str:
         return diagnostics.left_out.get("cms", "")
 
-    with pytest.warns(DiagnosticWarning, match="found nothing to evaluate"):
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
         unknown = fitted(Conditional(), TensorDataset(IMAGES, LABELS))
     # the first layer takes noise and classes together
     assert "sample must be known, but" in reason(unknown)
@@ -224,7 +224,7 @@ def test_what_makes_images_of_images_is_no_autoencoder_and_gets_no_noise(
 ) -> None:
     module = make()
     encodes = any(name.endswith("encoder") for name, _ in module.named_modules())
-    with nullcontext() if encodes else pytest.warns(DiagnosticWarning, match="found nothing to evaluate"):
+    with nullcontext() if encodes else pytest.warns(DiagnosticWarning, match="watches the training data only"):
         diagnostics = fitted(module, data)
     assert not {"cms", "round_trip", "memorization"} & set(diagnostics.attached)
     assert "sample must be known" in diagnostics.left_out["cms"]
@@ -265,7 +265,7 @@ class Reconstructing(LightningModule):
 def test_an_autoencoder_reconstructs_also_where_a_batch_holds_its_images_twice() -> None:
     twice = fitted(Reconstructing(), TensorDataset(IMAGES, IMAGES.clone()))
     assert {"cms", "round_trip"} <= set(twice.attached)
-    with pytest.warns(DiagnosticWarning, match="found nothing to evaluate"):
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
         cleaning = fitted(Reconstructing(), TensorDataset(IMAGES + 0.5 * torch.randn_like(IMAGES), IMAGES))
     assert "a batch holds two batches of images, of which forward may make one of the other" in cleaning.left_out["cms"]
 
@@ -315,6 +315,6 @@ class OfSeries(LightningModule):
 
 
 def test_what_fits_two_inputs_alone_does_not_reconstruct() -> None:
-    with pytest.warns(DiagnosticWarning, match="found nothing to evaluate"):
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
         diagnostics = fitted(OfSeries(), TensorDataset(torch.randn(64, 16, 2)))
     assert "round_trip" not in diagnostics.attached

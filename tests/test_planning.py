@@ -230,7 +230,7 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     run(monitor, 1)
     assert len(monitor.sizes) > 2
     assert monitor.evaluations == 1
-    assert [len(curve.steps) for curve in monitor.session.history.curves("cms").values()] == [1] * 8
+    assert {len(curve.steps) for curve in monitor.session.history.curves("cms").values()} == {1}
 
 
 def test_a_resumed_run_keeps_the_number_of_samples(tmp_path: Any) -> None:

@@ -8,12 +8,20 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lightning_gendiag import CollapseWarning
+from lightning_gendiag import (
+    CollapseStopping,
+    CollapseWarning,
+    CosineMeanSimilarityMonitor,
+    ModelAdapter,
+    TrainingDataMonitor,
+)
 from lightning_gendiag.callbacks.checkpoints import checkpoints, last_good_checkpoint
 from lightning_gendiag.detection.report import FILE, report
 from tests.helpers.alarms import alarm
 from tests.helpers.faults import planted, run_with_fault
 from tests.helpers.logs import events
+from tests.helpers.models import SmallVAE
+from tests.helpers.running import batches, trainer
 
 
 def test_a_collapse_ends_in_a_summary_json_and_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -72,6 +80,44 @@ def test_a_single_evaluation_is_reported_in_the_singular() -> None:
     assert report([], {"cms": 1}, {"cms": 1})["summary"].endswith(
         "left its level in 1 evaluation, and none is bad in itself."
     )
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "summary"),
+    [
+        ({"cms": 9, "training_data": 10}, "Not judged: there were 9 evaluations, and an alarm needs 10."),
+        (
+            {"cms": 0, "training_data": 10},
+            "Not judged: there was no evaluation of the model, only of its training data.",
+        ),
+        ({"training_data": 10}, "Not judged: there was no evaluation of the model, only of its training data."),
+        ({"cms": 0, "training_data": 0}, "Not judged: there was no evaluation."),
+        (
+            {"cms": 9, "k_star": 12, "memorization": 1, "training_data": 14},
+            "Healthy: no series of k_star, training_data left its level in 14 evaluations, and none is bad in itself. "
+            "Not judged yet: cms (9 evaluations, it takes 10), memorization (1 evaluation, it takes 10).",
+        ),
+    ],
+)
+def test_a_model_is_healthy_only_if_a_diagnostic_of_its_own_was_judged(
+    evaluations: dict[str, int], summary: str
+) -> None:
+    found = report([], evaluations, dict.fromkeys(evaluations, 10))
+    assert found["summary"].startswith(summary)
+    # what was alarmed by a rule and is over is no judgement either
+    recovered = report([alarm(recovered=9)], evaluations, dict.fromkeys(evaluations, 10))
+    assert recovered["state"] == found["state"] == summary.partition(":")[0].lower()
+    assert alarm().message in recovered["summary"]
+
+
+def test_monitors_of_the_training_data_are_known_by_what_they_watch() -> None:
+    stopping = CollapseStopping()
+    data = TrainingDataMonitor(name="data")
+    late = CosineMeanSimilarityMonitor(warmup_epochs=99, adapter=ModelAdapter(num_samples=16))
+    trainer(data, late, stopping, max_epochs=12).fit(SmallVAE(), batches())
+    state = stopping.report()
+    assert state["evaluations"] == {"data": 12, "cms": 0}
+    assert state["state"] == "not judged"
 
 
 def test_without_a_logger_no_file_is_written_and_an_unreadable_checkpoint_is_skipped(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from lightning_gendiag import (
     PosteriorKLMonitor,
     cosine_mean_similarity,
 )
+from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from tests.helpers.models import ScriptedGenerator, SmallVAE, TinyGAN
 from tests.helpers.running import batches, loading, trainer
 
@@ -221,6 +222,21 @@ class Keys(Callback):
     on_train_epoch_end = on_validation_end
 
 
+class Batches(Callback):
+    """Counts the batches that ended."""
+
+    state_key = "Batches"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+
 def attributes(callback: Callback) -> set[str]:
     """Returns the names of a callback's attributes, without the logging functions that Lightning adds."""
     return set(vars(callback)) - {"log", "log_dict"}
@@ -264,6 +280,65 @@ class TestKeys:
         )
         self.fit(cms(), checkpoint, max_epochs=4, **options)
         assert len(list(tmp_path.glob("*.ckpt"))) == 4
+
+    @pytest.mark.parametrize(
+        ("options", "steps"),
+        [
+            ({}, [6, 9, 12, 15, 18, 21, 24]),
+            ({"every_n_epochs": 2}, [6, 15, 21, 24]),
+            ({"every_n_train_steps": 6}, [6, 12, 18, 24]),
+        ],
+    )
+    def test_a_checkpoint_is_saved_right_after_evaluations_within_epochs(
+        self, options: dict[str, Any], steps: list[int], tmp_path: Path
+    ) -> None:
+        """Else none would be saved where no evaluation comes at the end of an epoch."""
+        checkpoint = ModelCheckpoint(
+            tmp_path, monitor="gendiag/cms/worst", mode="max", save_top_k=-1, auto_insert_metric_name=False,
+            filename="{step}", **options,
+        )  # fmt: skip
+        monitor, batches_seen = cms(every_n_train_steps=3), Batches()
+        self.fit(monitor, checkpoint, batches_seen, max_epochs=6)
+        assert sorted(int(path.stem) for path in tmp_path.glob("*.ckpt")) == steps
+        entries = {entry.step + 1: entry.value for entry in monitor.session.history.entries("cms", "image")}
+        assert set(steps) <= set(entries)
+        for step in steps:
+            held = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)
+            # the callbacks behind the monitors have ended the batch as well
+            assert held["callbacks"]["Batches"]["count"] == step
+
+    def test_a_checkpoint_of_the_last_batch_has_the_numbers_of_validation_in_its_name(self, tmp_path: Path) -> None:
+        checkpoint = ModelCheckpoint(
+            tmp_path, monitor="gendiag/cms/worst", mode="max", save_top_k=-1, auto_insert_metric_name=False,
+            filename="{step}={val_mean:.4f}",
+        )  # fmt: skip
+        own = self.fit(cms(every_n_train_steps=4), checkpoint, max_epochs=2)
+        mean = f"{float(own.callback_metrics['val_mean']):.4f}"
+        assert mean != "0.0000"
+        assert sorted(path.stem for path in tmp_path.glob("*.ckpt")) == [f"4={mean}", f"8={mean}"]
+
+    @pytest.mark.parametrize(
+        ("key", "options", "every", "words"),
+        [
+            ("wurst", {}, 3, "the metric was not evaluated. To fix this, monitor another one, such as gendiag/cms/"),
+            ("worst", {}, 99, "the metric was not evaluated. To fix this, evaluate earlier, with every_n_train_steps"),
+            ("worst", {"every_n_train_steps": 5}, 3, "none of its evaluations came when it saves. To fix this, pass it"),
+        ],
+    )
+    def test_a_checkpoint_that_was_never_saved_is_named(
+        self, key: str, options: dict[str, int], every: int, words: str, tmp_path: Path
+    ) -> None:
+        checkpoint = ModelCheckpoint(tmp_path, monitor=f"gendiag/cms/{key}", mode="max", **options)
+        with pytest.warns(DiagnosticWarning) as caught:
+            self.fit(cms(every_n_train_steps=every), checkpoint, max_epochs=3)
+        [text] = [str(one.message) for one in caught if "saved no checkpoint" in str(one.message)]
+        assert text.startswith(f"ModelCheckpoint(monitor='gendiag/cms/{key}') saved no checkpoint, since {words}")
+        assert not checkpoint.best_model_path
+
+    def test_a_checkpoint_that_is_to_save_nothing_is_not_named(self, tmp_path: Path) -> None:
+        checkpoint = ModelCheckpoint(tmp_path, monitor="gendiag/cms/worst", mode="max", save_top_k=0)
+        # warnings are errors
+        self.fit(cms(every_n_train_steps=3), checkpoint, max_epochs=2)
 
     @pytest.mark.parametrize("first", [True, False])
     @pytest.mark.parametrize("validation", [True, False])

@@ -427,7 +427,7 @@ class Nothing(LightningModule):
 
 def test_it_is_on_by_default_and_needs_no_model() -> None:
     diagnostics = GenerativeDiagnostics(max_overhead=None)
-    with pytest.warns(UserWarning, match="found nothing to evaluate in Nothing"):
+    with pytest.warns(UserWarning, match="watches the training data only, since no diagnostic of Nothing"):
         trainer(diagnostics, max_epochs=2).fit(Nothing(), loader(IMAGES, LABELS))
     assert diagnostics.attached == ["training_data"]
     assert diagnostics.monitors["training_data"].evaluations == 2

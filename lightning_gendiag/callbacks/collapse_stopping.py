@@ -17,7 +17,7 @@ from lightning_gendiag.callbacks.session import Member
 from lightning_gendiag.detection.alarm import Alarm, counted
 from lightning_gendiag.detection.history import Evaluation
 from lightning_gendiag.detection.report import FILE, report
-from lightning_gendiag.detection.rules import Judge
+from lightning_gendiag.detection.rules import DATA, Judge
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.tensorboard.records import REPORT, Record
 
@@ -200,9 +200,11 @@ class CollapseStopping(Member, EarlyStopping):
         checkpoint = None
         if trainer is not None and open_alarms:
             checkpoint = last_good_checkpoint(trainer, min(alarm.since for alarm in open_alarms))
-        evaluations = self.judge.evaluations
+        monitors = [] if self._session is None else self._session.monitors
+        evaluations = {monitor.name: 0 for monitor in monitors if monitor.enabled} | self.judge.evaluations
         needed = {name: self.judge.needed(name) for name in evaluations}
-        return report(self.alarms, evaluations, needed, checkpoint, self.judge.bad_now())
+        of_data = {DATA, *(monitor.name for monitor in monitors if monitor.watches_batches)}
+        return report(self.alarms, evaluations, needed, checkpoint, self.judge.bad_now(), of_data)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the report of the whole run."""

@@ -326,7 +326,11 @@ class GenerativeDiagnostics(Member, Callback):
         else:
             module = type(session.subject.trained).__name__
             rank_zero_warn(
-                f"GenerativeDiagnostics found nothing to evaluate in {module}, and training goes on without it. "
+                (
+                    f"GenerativeDiagnostics watches the training data only, since no diagnostic of {module} itself applies. "
+                    if session.monitors
+                    else f"GenerativeDiagnostics found nothing to evaluate in {module}, and training goes on without it. "
+                )
                 + "\n".join(lines[1:]),
                 category=DiagnosticWarning,
             )

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning, Layout
 from lightning_gendiag.callbacks.planning import REVISED, in_words, is_other, is_short, main_of, planned, rehearse
 from lightning_gendiag.callbacks.schedule import Schedule
+from lightning_gendiag.detection.alarm import listed
 from lightning_gendiag.detection.history import History
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
@@ -237,13 +238,37 @@ class Session:
             view.real.end_epoch()
 
     def on_train_end(self) -> None:
-        """Logs the panels of the last evaluation, and the charts where the user wrote others meanwhile."""
+        """Logs the panels of the last evaluation, and the charts where the user wrote others meanwhile.
+
+        A ``ModelCheckpoint`` that was to follow evaluations and has saved nothing is named in a warning.
+        """
         for monitor in self.monitors:
             monitor.log_last()
+        for follower in self._followers:
+            if follower.lacks_checkpoint() and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._say_unsaved(follower.key)
         try:
             self.logger(0).write_layout(only_merged=True)
         except Exception as error:
             rank_zero_warn(f"the charts could not be written: {error}", category=DiagnosticWarning)
+
+    def _say_unsaved(self, key: str) -> None:
+        """Warns that a metric was monitored for checkpoints and none was saved."""
+        known = listed(sorted(self._evaluated_at))
+        if key in self._evaluated_at:
+            reason = "none of its evaluations came when it saves"
+            advice = (
+                "pass it neither every_n_train_steps, train_time_interval nor every_n_epochs, so that it follows them"
+            )
+        else:
+            reason = "the metric was not evaluated"
+            advice = (
+                f"monitor another one, such as {known}" if known else "evaluate earlier, with every_n_train_steps=..."
+            )
+        rank_zero_warn(
+            f"ModelCheckpoint(monitor={key!r}) saved no checkpoint, since {reason}. To fix this, {advice}.",
+            category=DiagnosticWarning,
+        )
 
     # ---- evaluating ----
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from lightning_gendiag.detection.alarm import Alarm, counted, listed
+from lightning_gendiag.detection.rules import DATA
 
 FILE = "gendiag_report.json"
 """Name of the file in the logger's folder."""
@@ -21,6 +22,7 @@ def report(
     needed: Mapping[str, int],
     checkpoint: str | None = None,
     bad: Sequence[str] = (),
+    of_data: Collection[str] = (DATA,),
 ) -> dict[str, Any]:
     """Returns the state of a run as plain Python that JSON takes.
 
@@ -29,7 +31,7 @@ def report(
     - ``"unhealthy"``: something is bad in itself, or an alarm is open that a rule raised or that matters enough to stop
       a run.
     - ``"getting worse"``: another alarm is open.
-    - ``"not judged"``: there were too few evaluations for any alarm.
+    - ``"not judged"``: there were too few evaluations for any alarm about the model itself.
     - ``"healthy"``.
 
     Args:
@@ -38,6 +40,7 @@ def report(
         needed: Number of evaluations of each monitor with which an alarm is possible.
         checkpoint: Path of the newest checkpoint from before the first alarm that has not recovered.
         bad: What is bad in itself at the newest evaluation, in clauses.
+        of_data: Names of the monitors that watch the training data and not the model.
 
     Returns:
         ``state``, ``summary`` (one paragraph), ``alarms`` (a list of dictionaries with the fields of :class:`Alarm` and its
@@ -45,30 +48,43 @@ def report(
         None).
     """
     open_alarms = [alarm for alarm in alarms if alarm.recovered is None]
+    of_model = {name: count for name, count in evaluations.items() if name not in of_data}
     judged = [name for name, count in evaluations.items() if count >= needed[name]]
-    most = max(evaluations.values(), default=0)
-    is_bad = bool(bad) and most >= LEAST_EVALUATIONS
+    most = max(of_model.values(), default=0)
+    is_bad = bool(bad) and max(evaluations.values(), default=0) >= LEAST_EVALUATIONS
+    messages = " ".join(alarm.message for alarm in alarms)
     now = f" Bad at the newest evaluation: {listed(list(bad))}." if bad else ""
     if open_alarms or is_bad:
         matters = is_bad or any(alarm.is_critical or alarm.rule for alarm in open_alarms)
         state = "unhealthy" if matters else "getting worse"
         summary = _details(open_alarms, checkpoint) + now
-    elif not judged and not alarms:
+    elif not any(name in judged for name in of_model):
         state = "not judged"
-        least = min(needed.values(), default=0)
-        summary = (
-            f"there {'was' if most == 1 else 'were'} {counted(most, 'evaluation')}, and an alarm needs {least}. "
-            f"To evaluate more often, pass max_overhead=None or every_n_train_steps.{now}"
-            if evaluations
-            else "there was no evaluation."
-        )
+        least = min((needed[name] for name in of_model), default=0)
+        if most:
+            summary = (
+                f"there {'was' if most == 1 else 'were'} {counted(most, 'evaluation')}, and an alarm needs {least}. "
+                f"To evaluate more often, pass max_overhead=None or every_n_train_steps.{now}"
+            )
+        elif any(evaluations.values()):
+            summary = "there was no evaluation of the model, only of its training data."
+        else:
+            summary = "there was no evaluation."
+        summary += f" All alarms have recovered: {messages}" if alarms else ""
     else:
         state = "healthy"
+        counts = counted(max(evaluations[name] for name in judged), "evaluation")
         summary = (
-            f"every series that changed is back at its level. {' '.join(alarm.message for alarm in alarms)}"
+            f"every series that changed is back at its level. {messages}"
             if alarms
-            else f"no series of {listed(judged)} left its level in {counted(most, 'evaluation')}, and none is bad in itself."
+            else f"no series of {listed(judged)} left its level in {counts}, and none is bad in itself."
         )
+        unjudged = [
+            f"{name} ({counted(count, 'evaluation')}, it takes {needed[name]})"
+            for name, count in evaluations.items()
+            if name not in judged
+        ]
+        summary += f" Not judged yet: {listed(unjudged)}." if unjudged else ""
     return {
         "state": state,
         "summary": f"{state.capitalize()}: {summary.strip()}",

@@ -244,6 +244,8 @@ class Follower(NamedTuple):
     key: str
     act: Callable[[Trainer], None] | None
     """What it does after an evaluation, where it is not called after all monitors by itself."""
+    lacks_checkpoint: Callable[[], bool]
+    """Whether it is to save checkpoints and has saved none."""
     undo: Callable[[], None]
     """Lets it go on as it was."""
 
@@ -252,8 +254,8 @@ def following(callback: Any, prefix: str, is_fresh: Callable[[str], bool]) -> Fo
     """Lets a ``ModelCheckpoint`` or an ``EarlyStopping`` that monitors our keys act on fresh evaluations only.
 
     Lightning keeps the last value of a key for ever and has no way to say that an epoch had none, so a rare key would be
-    chosen, saved and counted again and again. A checkpoint is saved when the training epoch ends, since evaluations take
-    place then; a stopper, which Lightning may call before the monitors, is called after them.
+    chosen, saved and counted again and again. A checkpoint that is saved once an epoch is saved right after evaluations, which
+    may take place within epochs only; a stopper, which Lightning may call before the monitors, is called after them.
 
     Args:
         callback: Any callback of the trainer.
@@ -269,19 +271,31 @@ def following(callback: Any, prefix: str, is_fresh: Callable[[str], bool]) -> Fo
     if is_kind(callback, "EarlyStopping"):
         act = callback._run_early_stopping_check
         vars(callback)["_run_early_stopping_check"] = _silent
-        return Follower(key, act, lambda: vars(callback).pop("_run_early_stopping_check", None))
+        return Follower(key, act, lambda: False, lambda: vars(callback).pop("_run_early_stopping_check", None))
     if not is_kind(callback, "ModelCheckpoint"):
         return None
-    save, when = callback._save_topk_checkpoint, callback._save_on_train_epoch_end
+    save, when, end_batch = (
+        callback._save_topk_checkpoint,
+        callback._save_on_train_epoch_end,
+        callback.on_train_batch_end,
+    )
 
     def save_if_fresh(*args: Any) -> None:
         if is_fresh(key):
             save(*args)
 
+    def end_batch_and_save(trainer: Trainer, module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        end_batch(trainer, module, *args, **kwargs)
+        # in its own turn, so that the other callbacks have ended the batch as well; the epoch's last batch waits for
+        # validation, whose numbers may be in the name of the file
+        if is_fresh(key) and not trainer.is_last_batch:
+            callback.on_train_epoch_end(trainer, module)
+
     def undo() -> None:
         vars(callback).pop("_save_topk_checkpoint", None)
+        vars(callback).pop("on_train_batch_end", None)
         callback._save_on_train_epoch_end = when
 
-    vars(callback)["_save_topk_checkpoint"] = save_if_fresh
+    vars(callback).update(_save_topk_checkpoint=save_if_fresh, on_train_batch_end=end_batch_and_save)
     callback._save_on_train_epoch_end = True
-    return Follower(key, None, undo)
+    return Follower(key, None, lambda: callback.save_top_k != 0 and not callback.best_model_path, undo)

@@ -983,6 +983,11 @@ class ModelView:
         sums = [p.detach().sum(dtype=torch.float64) for p in self.subject.trained.parameters() if p.requires_grad]
         return float(torch.stack(sums).sum()) if sums else 0.0
 
+    def has_finite_weights(self) -> bool:
+        """Returns whether no weight that is evaluated is nan or inf, and no buffer nan, where inf may be meant as in masks."""
+        weights, buffers = self.module.parameters(), self.module.buffers()
+        return all(bool(p.isfinite().all()) for p in weights) and not any(bool(b.isnan().any()) for b in buffers)
+
     def agreed(self, holds: bool) -> bool:
         """Returns whether something holds on all processes; every process must call it at the same time."""
         return bool(self.trainer.strategy.reduce_boolean_decision(holds, all=True))

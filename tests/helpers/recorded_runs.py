@@ -130,7 +130,7 @@ class RecordedCosines(RecordedRun):
         values, mean, std = (torch.tensor(part) for part in (row, self.data["null_mean"], self.data["null_std"]))
         classes = torch.empty(0, len(row))
         none, as_real = torch.tensor(0.0), torch.tensor(1.0)
-        return CosineMeanSimilarityResult(values[-1], values[:-1], mean, std, classes, none, as_real, none, none)
+        return CosineMeanSimilarityResult(values[-1], values[:-1], mean, std, classes, none, as_real, none, none, none)
 
     def is_right(self, fault: str, alarm: Alarm) -> bool:
         """Returns whether an alarm names the region, or the image."""

@@ -59,6 +59,9 @@ class CosineMeanSimilarityResult(NamedTuple):
     """() fraction of the real values that lie outside the range of the generated ones by more than 5 % of their own."""
     unchanged: Tensor
     """() whether the generated images are those of the evaluation before, 0 or 1; nan where that is not known."""
+    never_valid: Tensor
+    """() whether generated images have had nan or inf at all evaluations though the weights are finite, 0 or 1; nan where that
+    is not known."""
 
     @property
     def product(self) -> Tensor:
@@ -324,6 +327,7 @@ def compare(generated: Tensor, labels: Tensor | None, real: RealSide, invalid: T
         spread=(total_variance(generated) / real.variance).to(values),
         unreached=unreached_by(real.values, generated).to(values),
         unchanged=torch.full_like(invalid, math.nan),
+        never_valid=torch.full_like(invalid, math.nan),
     )
 
 

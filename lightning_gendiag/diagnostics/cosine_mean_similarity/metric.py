@@ -258,7 +258,7 @@ class CosineMeanSimilarity(Diagnostic):
         nan = torch.full((self.num_regions + 1,), math.nan, device=self.device)
         invalid = (self.invalid[0] / self.invalid[1].clamp(min=1)).float()
         classes = nan.expand(self.num_classes, -1)
-        return CosineMeanSimilarityResult(nan[0], nan[:-1], nan, nan, classes, invalid, nan[0], nan[0], nan[0])
+        return CosineMeanSimilarityResult(nan[0], nan[:-1], nan, nan, classes, invalid, *nan[:1].expand(4))
 
     def reset(self) -> None:
         """Drops the generated images, and the real ones and what was found in them unless ``reset_real_features=False``."""

@@ -43,6 +43,8 @@ SMALL_REGION, SMALL_IMAGE = 1.25, 1.0
 REGION = Series("region", "component", QUANTITY, min_std=MIN_STD, small=SMALL_REGION)
 IMAGE = Series("image", "aggregate", QUANTITY, min_std=MIN_STD, small=SMALL_IMAGE, is_quality=True)
 SAMPLES = Series("samples", "rule", SHARE_OF_NAN, min_std=MIN_STD, stop="alone")
+SAMPLING = replace(SAMPLES, name="sampling", event="cannot be sampled", stop="never")
+"""Of samples that have been nan from the beginning on although the weights are finite, so that nothing collapsed."""
 ALIKE = Series(
     "spread of samples",
     "rule",
@@ -240,14 +242,22 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         return self.region_map
 
     def postprocess(self, view: ModelView, result: CosineMeanSimilarityResult) -> CosineMeanSimilarityResult:
-        """Adds whether the generated images are those of the evaluation before, on all processes."""
-        return result._replace(unchanged=torch.full_like(result.invalid, float(view.agreed(self._is_unchanged))))
+        """Adds what is known of the evaluations before, on all processes."""
+        # equal on all processes, as the history is
+        never = bool(result.invalid > 0) and all(
+            e.value > 0 for e in self.session.history.entries(self.name, SAMPLES.name)
+        )
+        return result._replace(
+            unchanged=torch.full_like(result.invalid, float(view.agreed(self._is_unchanged))),
+            never_valid=torch.full_like(result.invalid, float(never and view.agreed(view.has_finite_weights()))),
+        )
 
     def observations(self, result: CosineMeanSimilarityResult) -> list[Observation]:
         """The similarity of each region and of the image, and what is wrong in itself."""
         *stds, image_std = result.null_std.tolist()
         image, invalid, spread = float(result.image), float(result.invalid), float(result.spread)
         unchanged, unreached = float(result.unchanged), float(result.unreached)
+        never_valid = float(result.never_valid) == 1
         regions = zip(self._regions.names, result.regions.tolist(), stds, strict=True)
         background = self._regions.background
         region = replace(REGION, quantity=self._quantity)
@@ -264,8 +274,13 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             ),
             Observation(whole, image, _distance(image, image_std)),
             Observation(
-                SAMPLES, invalid, math.inf if invalid else 0.0,
+                SAMPLES, invalid, math.inf if invalid and not never_valid else 0.0,
                 message=f"samples collapsed: share with nan or inf is {invalid:.1%}", is_bad=invalid > 0,
+            ),
+            _rule(
+                SAMPLING, invalid, never_valid,
+                f"samples have been nan or inf since the first evaluation, now {invalid:.1%} of them, although the weights are "
+                "finite, so it is how they are sampled that is broken, such as by a division by zero or a low precision",
             ),
             _rule(
                 ALIKE, spread, spread < LEAST_SPREAD,
