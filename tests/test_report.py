@@ -110,6 +110,11 @@ def test_a_model_is_healthy_only_if_a_diagnostic_of_its_own_was_judged(
     assert alarm().message in recovered["summary"]
 
 
+def test_what_an_alarm_needs_is_said_of_diagnostics_that_were_evaluated() -> None:
+    found = report([], {"cms": 3, "memorization": 0}, {"cms": 10, "memorization": 9})
+    assert found["summary"].startswith("Not judged: there were 3 evaluations, and an alarm needs 10.")
+
+
 def test_monitors_of_the_training_data_are_known_by_what_they_watch() -> None:
     stopping = CollapseStopping()
     data = TrainingDataMonitor(name="data")

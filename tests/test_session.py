@@ -322,7 +322,12 @@ class TestKeys:
         [
             ("wurst", {}, 3, "the metric was not evaluated. To fix this, monitor another one, such as gendiag/cms/"),
             ("worst", {}, 99, "the metric was not evaluated. To fix this, evaluate earlier, with every_n_train_steps"),
-            ("worst", {"every_n_train_steps": 5}, 3, "none of its evaluations came when it saves. To fix this, pass it"),
+            (
+                "worst",
+                {"every_n_train_steps": 5},
+                3,
+                "none of its evaluations came when it saves. To fix this, pass it",
+            ),
         ],
     )
     def test_a_checkpoint_that_was_never_saved_is_named(

@@ -407,7 +407,7 @@ def test_scalars_charts_and_panels_are_logged(tmp_path: Any) -> None:
     assert picture.height < 1000
 
 
-@pytest.mark.filterwarnings("ignore:GenerativeDiagnostics found nothing")
+@pytest.mark.filterwarnings("ignore:GenerativeDiagnostics watches the training data only")
 def test_it_is_attached_to_diffusion_models_and_left_out_elsewhere() -> None:
     def left_out(module: LightningModule, size: int = 8) -> str:
         others = ("cms", "generation_balance", "manifold_entropy", "latent_regions", "regional_primitives")
