@@ -32,7 +32,7 @@ MAX_DEPTH = 3
 """Number of containers inside each other that are opened."""
 
 
-def data_in(output: Any, n: int, shape: tuple[int, ...] | None) -> Tensor:
+def data_in(output: Any, n: int, shape: tuple[int, ...] | None, what: str = "sample") -> Tensor:
     """Returns the images or rows in what a sampler, a decoder or ``forward`` returned.
 
     They are the first tensor that fits, also as channels last, as flat rows, or without an axis for one channel where
@@ -43,6 +43,7 @@ def data_in(output: Any, n: int, shape: tuple[int, ...] | None) -> Tensor:
         output: A tensor, an array, a list of pictures, a distribution, or a container of these.
         n: Number of samples that were asked for.
         shape: Shape of one image or row; None where it is not known.
+        what: What returned the output, for the message.
 
     Returns:
         (n, *shape) data, or (n, ...) where the shape is not known; a plain tensor of the output's type.
@@ -62,11 +63,11 @@ def data_in(output: Any, n: int, shape: tuple[int, ...] | None) -> Tensor:
             found.append(tuple(tensor.shape))
             continue
         if (alike := number_alike(output)) > 1 and _fitted(output[0], n, shape) is not None:
-            raise ValueError(f"sample must return one batch of data, got {alike} of {tuple(output[0].shape)}.")
+            raise ValueError(f"{what} must return one batch of data, got {alike} of {tuple(output[0].shape)}.")
         return fitted
     expected = ", ".join(map(str, (n, *(("...",) if shape is None else shape))))
     got = " and ".join(map(str, found[:4])) or type(output).__name__
-    raise ValueError(f"sample must return ({expected}) data when asked for {n}, got {got}.")
+    raise ValueError(f"{what} must return ({expected}) data when asked for {n}, got {got}.")
 
 
 def scaled_like(images: Tensor, low: float, high: float) -> Tensor:

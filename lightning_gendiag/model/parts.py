@@ -530,15 +530,20 @@ class ModelParts:
         labels = known(self.real.images.labels, self.real.unlabelled)
         return labels[torch.randint(len(labels), (n,))].to(self.module.device)
 
-    def images_in(self, output: Any, n: int) -> Tensor:
+    def images_in(self, output: Any, n: int, what: str = "sample") -> Tensor:
         """Returns the images or other data (n, ...) in what a sampler returned, in float32.
 
         Images of integers are brought to the range of the real ones.
 
+        Args:
+            output: What was returned.
+            n: Number of images.
+            what: What returned it, for the message.
+
         Raises:
             ValueError: If it returned anything else.
         """
-        images = data_in(output, n, self.context.shape).detach()
+        images = data_in(output, n, self.context.shape, what).detach()
         if not images.is_floating_point() and self.real.range is not None and images.ndim == 4:
             images = scaled_like(images, *self.real.range)
         # before the first batch, rows and series may be anything
@@ -550,7 +555,7 @@ class ModelParts:
         if isinstance(output, (tuple, list)):
             # many models return the images as well
             output = [p for p in output if not (isinstance(p, Tensor) and p.shape == images.shape and p.equal(images))]
-        return self.images_in(output, len(images))
+        return self.images_in(output, len(images), "reconstruct")
 
     def latents_in(self, output: Any, n: int, flat: bool = True) -> Tensor:
         """Returns the latents (n, L) in what the encoder returned for n images; spatial ones as they are if not ``flat``."""
@@ -619,7 +624,7 @@ class ModelParts:
     def _decoded(self, way: Way, z: Tensor) -> Tensor:
         shape = self._latent_shape(way)
         output = way.call(z if shape is None else z.view(len(z), *shape))
-        return data_in(output, len(z), self.context.shape)
+        return data_in(output, len(z), self.context.shape, "decode")
 
     def decoded_images(self, z: Tensor) -> Tensor:
         """Returns images (n, C, H, W) of latents (n, L), which are middle slices where it decodes volumes.
