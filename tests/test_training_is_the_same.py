@@ -132,6 +132,51 @@ class WithNumpyGenerator(SmallVAE):
         return torch.from_numpy(self.helpers["generator"].standard_normal(shape)).float()
 
 
+NUMPY, TORCH, PYTHON = np.random.default_rng(0), torch.Generator(), {"generator": [random.Random(0)]}
+"""Generators of this file, as users keep them at the top of theirs."""
+
+
+def drawn(*shape: int) -> Tensor:
+    def scale() -> float:
+        return PYTHON["generator"][0].uniform(0.9, 1.1)
+
+    return torch.from_numpy(NUMPY.standard_normal(shape)).float() * scale()
+
+
+class WithGeneratorsOfItsFile(SmallVAE):
+    """Draws with generators of its file, by a function that draws with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        NUMPY.bit_generator.state = np.random.default_rng(1).bit_generator.state
+        TORCH.manual_seed(2)
+        PYTHON["generator"][0].seed(3)
+
+    @torch.no_grad()
+    def noise(self, *shape: int) -> Tensor:
+        return drawn(*shape) + torch.randn(*shape, generator=TORCH) / 10
+
+
+class Noise:
+    legacy = np.random.RandomState(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.from_numpy(self.legacy.standard_normal(shape)).float()
+
+
+class WithGeneratorsOfItsClass(SmallVAE):
+    own = torch.Generator()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draw = Noise()
+        Noise.legacy.seed(1)
+        self.own.manual_seed(2)
+
+    def noise(self, *shape: int) -> Tensor:
+        return self.draw(*shape) + torch.randn(*shape, generator=self.own) / 10
+
+
 class Compared(type):
     """A metaclass whose classes compare by name, and therefore have no hash."""
 
@@ -458,6 +503,8 @@ MODELS = [
     WithSparseBuffer,
     WithTorchGenerator,
     WithNumpyGenerator,
+    WithGeneratorsOfItsFile,
+    WithGeneratorsOfItsClass,
     WithQuantizer,
     WithReplayBuffer,
     WithHooks,
@@ -589,7 +636,7 @@ def test_a_users_sampler_uses_the_copy_and_leaves_its_generator_to_training() ->
         assert noticed == trained(Sampled, [])
 
 
-@pytest.mark.parametrize("make", [WithTorchGenerator, WithNumpyGenerator, WithFunctions])
+@pytest.mark.parametrize("make", [WithTorchGenerator, WithNumpyGenerator, WithFunctions, WithGeneratorsOfItsFile])
 def test_the_same_weights_give_the_same_samples_even_with_a_modules_own_generator(make: type[SmallVAE]) -> None:
     samples = []
 
@@ -614,6 +661,28 @@ def test_the_same_weights_give_the_same_samples_even_with_a_modules_own_generato
 def test_generators_are_found_in_objects_whose_class_has_no_hash() -> None:
     source = Source()
     assert own_generators([{"sources": [source, Source]}]) == [source.generator]
+
+
+UNSET: Any = None
+
+
+def test_generators_of_a_file_are_those_that_its_functions_name_now() -> None:
+    class Drawing:
+        draw = staticmethod(lambda: UNSET.random() if UNSET else torch.rand(1))
+
+        @property
+        def legacy(self) -> float:
+            return Noise.legacy.normal()
+
+    assert own_generators([Drawing()]) == [Noise.legacy]
+    globals()["UNSET"] = own = random.Random(0)
+    assert own_generators([Drawing]) == [own, Noise.legacy]
+    globals()["UNSET"] = random.SystemRandom()
+    assert own_generators([Drawing(), SmallVAE()]) == [Noise.legacy]
+    globals()["UNSET"] = None
+    assert own_generators([drawn]) == [NUMPY, PYTHON["generator"][0]]
+    # the global generators are restored in any case
+    assert own_generators([random.uniform, np.random.normal, torch.default_generator]) == []
 
 
 def test_a_loader_that_is_the_reference_gives_training_the_same_batches() -> None:
