@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import queue
 import random
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import count
 from typing import Any, ClassVar
@@ -24,6 +27,7 @@ from example_models.data import digits
 from lightning_gendiag import (
     CollapseStopping,
     CosineMeanSimilarityMonitor,
+    DiagnosticWarning,
     GenerativeDiagnostics,
     KStarMonitor,
     LatentRegionsMonitor,
@@ -683,6 +687,83 @@ def test_generators_of_a_file_are_those_that_its_functions_name_now() -> None:
     assert own_generators([drawn]) == [NUMPY, PYTHON["generator"][0]]
     # the global generators are restored in any case
     assert own_generators([random.uniform, np.random.normal, torch.default_generator]) == []
+
+
+def switches() -> dict[str, Any]:
+    return {
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "numpy": np.geterr(),
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "workers": os.environ.get("PL_SEED_WORKERS"),
+    }
+
+
+class Switching(SmallVAE):
+    """Changes what belongs to the process when it is sampled."""
+
+    def sample(self, n: int) -> Tensor:
+        images = super().sample(n)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(3)
+        torch.set_float32_matmul_precision("medium")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True
+        np.seterr(all="raise")
+        seed_everything(8, workers=True, verbose=False)
+        return images
+
+
+def test_switches_of_the_process_that_a_sampler_changes_are_restored() -> None:
+    alone = trained(Switching, [])
+    before = switches()
+    diagnostics = GenerativeDiagnostics(adapter=small(), max_overhead=None, on_error="raise")
+    assert trained(Switching, [diagnostics]) == alone
+    assert switches() == before
+    assert diagnostics.monitors["cms"].evaluations == 2
+
+
+class Leaving(SmallVAE):
+    """Ends the process when it is sampled, after as many times as are given."""
+
+    left: ClassVar[int] = 0
+
+    def sample(self, n: int) -> Tensor:
+        type(self).left -= 1
+        if type(self).left < 0:
+            sys.exit("no images today")
+        return super().sample(n)
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_a_sampler_that_ends_the_process_is_left_out(times: int) -> None:
+    alone = trained(Leaving, [])
+    diagnostics = GenerativeDiagnostics(
+        adapter=ModelAdapter(sample="sample", num_samples=32, num_reference=64), max_overhead=None
+    )
+    Leaving.left = times
+    with pytest.warns(DiagnosticWarning, match="SystemExit: no images today") if times else nullcontext():
+        assert trained(Leaving, [diagnostics]) == alone
+    assert times or "no images today" in diagnostics.left_out["cms"]
+
+
+@pytest.mark.parametrize("images", [lambda batch: sys.exit(3), lambda batch: batch[0] * NUMPY.uniform(1, 1)])
+def test_a_callable_for_batches_neither_ends_the_process_nor_moves_generators(images: Any) -> None:
+    alone = trained(WithGeneratorsOfItsFile, [])
+    diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(images=images, num_samples=32), max_overhead=None)
+    assert trained(WithGeneratorsOfItsFile, [diagnostics]) == alone
+
+
+def test_an_interrupt_ends_the_run() -> None:
+    def interrupt(module: Any, n: int) -> Tensor:
+        raise KeyboardInterrupt
+
+    diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(sample=interrupt))
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        trained(SmallVAE, [diagnostics])
 
 
 def test_a_loader_that_is_the_reference_gives_training_the_same_batches() -> None:

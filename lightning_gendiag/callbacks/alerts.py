@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.detection.alarm import Alarm, counted
+from lightning_gendiag.model.isolation import exits_as_errors
 from lightning_gendiag.tensorboard.records import finite
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class Alerts:
 
     def _contained(self, name: str, call: Callable[..., object], *args: Any, **named: Any) -> None:
         try:
-            call(*args, **named)
+            with exits_as_errors():
+                call(*args, **named)
         except Exception as error:
             self._warn(name, error)
 

@@ -36,6 +36,7 @@ from lightning_gendiag.diagnostics.training_data.monitor import TrainingDataMoni
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.isolation import exits_as_errors
 from lightning_gendiag.model.reference import Reference
 from lightning_gendiag.model.view import LONGEST_ROW, has_short_rows
 
@@ -306,7 +307,8 @@ class GenerativeDiagnostics(Member, Callback):
         """Leaves a monitor out, on all processes, if an attempt fails on any."""
         reason = ""
         try:
-            attempt()
+            with exits_as_errors():
+                attempt()
         except Exception as error:
             reason = str(error) or type(error).__name__
         if not trainer.strategy.reduce_boolean_decision(not reason, all=True):

@@ -327,7 +327,7 @@ class ModelParts:
         except NotImplementedError:
             # of a base class
             raise
-        except Exception:
+        except (Exception, SystemExit):
             self._sampler_fails |= way.is_sampler
             raise
 

@@ -10,7 +10,8 @@ from torch import nn
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.averages import load_own_average
 from lightning_gendiag.model.copying import ModuleCopy, copy_module, fits_in_memory
-from lightning_gendiag.model.generators import Generator, own_generators, random_state_kept
+from lightning_gendiag.model.generators import Generator, own_generators
+from lightning_gendiag.model.isolation import contained
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -83,7 +84,7 @@ class Subject:
         previous, self._copy, self.own_average = self._copy, None, None
         try:
             # a class that says how its objects are copied may call its constructor
-            with random_state_kept(self.trained.device, *self.generators):
+            with contained(self.trained.device, *self.generators):
                 self._copy = copy_module(self.trained, previous)
                 compat.be_silent(self._copy.module, self.trainer)
                 if self._average is not None:

@@ -35,10 +35,12 @@ from lightning_gendiag.model.amounts import (
 from lightning_gendiag.model.averages import has_own_average
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, in_chunks
-from lightning_gendiag.model.generators import Generator, own_generators, random_state_kept, seed_all
+from lightning_gendiag.model.generators import Generator, own_generators, seed_all
 from lightning_gendiag.model.isolation import (
     BATCH_NORMS,
+    contained,
     evaluating,
+    exits_as_errors,
     in_full_precision,
     isolated_in_place,
     normalizing_by_batch,
@@ -348,7 +350,7 @@ class ModelView:
         with ExitStack() as stack:
             if self._generators is None:
                 self._generators = own_generators((*self.subject.generators, self.adapter))
-            stack.enter_context(random_state_kept(self.device, *self._generators))
+            stack.enter_context(contained(self.device, *self._generators))
             stack.enter_context(without_bars())
             if self.subject.in_place:
                 averaging = compat.averaging_of(self.trainer) if self.averaged else None
@@ -629,7 +631,7 @@ class ModelView:
         try:
             output = way.call(n) if labels is None else way.call(n, labels)
             return Images(self.parts.images_in(output, n), None if self.parts.has_conditions else labels)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
                 f"To fix this, {self.parts.advice('sample')}."
@@ -984,7 +986,8 @@ class ModelView:
         """
         error: Exception | None = None
         try:
-            made = make()
+            with exits_as_errors():
+                made = make()
         except Exception as caught:
             error = caught
         if not self.agreed(error is None):
@@ -996,7 +999,8 @@ class ModelView:
         made: tuple[Any, str | None] = (None, None)
         if self.is_global_zero:
             try:
-                made = make(), None
+                with exits_as_errors():
+                    made = make(), None
             except Exception as error:
                 made = None, f"{type(error).__name__}: {error}"
         value, failure = self.trainer.strategy.broadcast(made) if self.world_size > 1 else made
