@@ -14,12 +14,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import count
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,6 +38,7 @@ from lightning_gendiag import (
     RegionalPrimitivesMonitor,
 )
 from lightning_gendiag.model.generators import own_generators
+from tests.helpers.denoisers import DDPM
 from tests.helpers.everything import everything
 from tests.helpers.models import SmallVAE
 from tests.helpers.running import batches, trainer
@@ -764,6 +766,92 @@ def test_an_interrupt_ends_the_run() -> None:
     diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(sample=interrupt))
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         trained(SmallVAE, [diagnostics])
+
+
+class Surroundings(LightningDataModule):
+    """Data with a generator, a count and a list, and as many images as the batches of other tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.calls, self.sizes = np.random.default_rng(0), 0, []
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return batches()
+
+    def shift(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        self.sizes.append(len(images))
+        return images + torch.from_numpy(self.generator.standard_normal(images.shape)).float() / 100
+
+
+class Shifting(Callback, Surroundings):
+    """A callback with the same."""
+
+
+class Reaching(DDPM):
+    """Acts in its training step on all that it reaches through its trainer, as people do with automatic optimization."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        scheduler.step()
+        optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0] * (1 + self.trainer.global_step / 100)
+        first = optimizer.param_groups[0]["params"][0]
+        assert first is next(self.parameters())
+        if self.trainer.global_step > 0:
+            optimizer.state[first]["seen"] = optimizer.state[first].get("seen", 0) + 1
+        self.trainer.strategy.optimizers[0].param_groups[0]["eps"] /= 1.01
+        self.toggle_optimizer(optimizer)
+        self.untoggle_optimizer(optimizer)
+        self.trainer.seen = getattr(self.trainer, "seen", 0) + 1
+        shifted = self.trainer.callbacks[0].shift(self.trainer.datamodule.shift(batch[0]))
+        return super().training_step([shifted], batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=3e-3)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)]
+
+
+def test_a_training_step_that_is_watched_acts_on_nothing_of_the_run() -> None:
+    def run(*callbacks: Any) -> Any:
+        seed_everything(0, verbose=False)
+        module, data, own = Reaching(), Surroundings(), trainer(Shifting(), *callbacks, max_epochs=2)
+        own.fit(module, datamodule=data)
+        optimizer, scheduler = own.optimizers[0].state_dict(), own.lr_scheduler_configs[0].scheduler.state_dict()
+        held = [[one.calls, one.sizes, one.generator] for one in (data, own.callbacks[0])]
+        return everything(module), everything([optimizer, scheduler, held]), own.seen
+
+    diagnostics = GenerativeDiagnostics(adapter=small(), max_overhead=None, on_error="raise")
+    assert run(diagnostics) == run()
+    assert "timestep_loss" not in diagnostics.left_out
+
+
+def test_a_sampler_that_reads_the_run_sees_it_as_it_is() -> None:
+    read: list[Any] = []
+
+    class Reading(SmallVAE):
+        def sample(self, n: int) -> Tensor:
+            own, optimizer = self.trainer, self.optimizers()
+            read.append((own.global_step, own.max_epochs, own.datamodule, len(own.callbacks), type(optimizer)))
+            assert self.lr_schedulers() is None
+            assert own.strategy.root_device == self.device
+            assert optimizer.state[next(self.parameters())]["step"] == own.global_step
+            # which advances the generator of the loader
+            next(iter(own.train_dataloader))
+            own.save_checkpoint("nowhere.ckpt")
+            return super().sample(n)
+
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=small(), on_error="raise", every_n_train_steps=4)
+
+    def weights(*callbacks: Any) -> list[Tensor]:
+        seed_everything(0, verbose=False)
+        module = Reading()
+        trainer(*callbacks, max_epochs=3).fit(module, WithLoader().loader)
+        return [parameter.detach().clone() for parameter in module.parameters()]
+
+    assert all(map(torch.equal, weights(monitor), weights()))
+    assert monitor.evaluations == 3
+    assert read[-1] == (12, 3, None, 1, torch.optim.Adam)
+    assert not Path("nowhere.ckpt").exists()
 
 
 def test_a_loader_that_is_the_reference_gives_training_the_same_batches() -> None:

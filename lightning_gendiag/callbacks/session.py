@@ -179,6 +179,7 @@ class Session:
 
     def on_train_start(self) -> None:
         """Begins to count the time, and prepares Lightning for our keys."""
+        self.subject.begin()
         self.schedule, self._planned, self._said, self._defined = Schedule(self.trainer), False, None, False
         found = (
             compat.following(callback, f"{PREFIX}/", self.is_fresh) for callback in compat.callbacks_of(self.trainer)

@@ -37,6 +37,7 @@ class Subject:
         self._own = False
         self._current = False
         self._generators: list[Generator] | None = None
+        self._surrounding: list[Generator] | None = None
         if self.in_place:
             self._say("it is larger than half of the free memory")
 
@@ -49,10 +50,21 @@ class Subject:
 
     @property
     def generators(self) -> list[Generator]:
-        """The random generators of the module, looked for once as long as it does not change."""
+        """The random generators of the module, looked for once as long as it does not change, and the surrounding ones."""
         if self._generators is None:
-            self._generators = own_generators((self.trained,))
+            self._generators = own_generators((self.trained, *self.surrounding))
         return self._generators
+
+    @property
+    def surrounding(self) -> list[Generator]:
+        """The random generators of the data and of the user's callbacks, which a module reaches through its trainer."""
+        if self._surrounding is None:
+            self._surrounding = own_generators(compat.owners_beside(self.trainer))
+        return self._surrounding
+
+    def begin(self) -> None:
+        """Notes that training begins, with loaders that did not exist before."""
+        self._surrounding = self._generators = None
 
     def expire(self) -> None:
         """Notes that the module may have changed."""
@@ -86,7 +98,7 @@ class Subject:
             # a class that says how its objects are copied may call its constructor
             with contained(self.trained.device, *self.generators):
                 self._copy = copy_module(self.trained, previous)
-                compat.be_silent(self._copy.module, self.trainer)
+                compat.be_silent(self._copy.module, self.trainer, self.trained)
                 if self._average is not None:
                     compat.load_average(self._average, self._copy.module)
                 elif self._own:

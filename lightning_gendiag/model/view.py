@@ -644,7 +644,7 @@ class ModelView:
             seed: By default the adapter's, so that they are alike at each evaluation.
         """
         if self._copied_generators is None:
-            self._copied_generators = own_generators((self.module, self.adapter))
+            self._copied_generators = own_generators((self.module, self.adapter, *self.subject.surrounding))
         seed_all(self.adapter.seed if seed is None else seed, self.device, *self._copied_generators)
 
     def _check_range(self, generated: Tensor) -> None:

@@ -249,7 +249,7 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
 
         def seed(number: int) -> None:
             # a training step may make generators of its own, which the view has not seen
-            seed_all(number, view.device, view.module, view.adapter)
+            seed_all(number, view.device, view.module, view.adapter, *view.subject.surrounding)
 
         return TrainingStep(view.module, moved, rows, seed)
 
