@@ -8,6 +8,7 @@ import queue
 import random
 import sys
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -852,6 +853,30 @@ def test_a_sampler_that_reads_the_run_sees_it_as_it_is() -> None:
     assert monitor.evaluations == 3
     assert read[-1] == (12, 3, None, 1, torch.optim.Adam)
     assert not Path("nowhere.ckpt").exists()
+
+
+class OutOfRange(SmallVAE):
+    """Its samples are in another range of values, and fail from the second evaluation on."""
+
+    def sample(self, n: int) -> Tensor:
+        if self.current_epoch > 0:
+            raise ArithmeticError("no images today")
+        return 100 + super().sample(n)
+
+
+def test_warnings_that_are_errors_are_logged_and_training_goes_on(refused_warnings: list[str]) -> None:
+    alone = trained(OutOfRange, [])
+    diagnostics = GenerativeDiagnostics(
+        adapter=ModelAdapter(sample="sample", num_samples=32, num_reference=64), max_overhead=None
+    )
+    with warnings.catch_warnings():
+        # which this file ignores; all others are errors
+        warnings.filterwarnings("error", "generated images span")
+        assert trained(OutOfRange, [diagnostics]) == alone
+    assert diagnostics.monitors["cms"].evaluations == 1
+    assert sum("generated images span" in text for text in refused_warnings) == 1
+    assert any(text.startswith("DiagnosticWarning: Cos") and "no images today" in text for text in refused_warnings)
+    refused_warnings.clear()
 
 
 def test_a_loader_that_is_the_reference_gives_training_the_same_batches() -> None:

@@ -11,7 +11,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_gendiag.callbacks.alerts import without_secret
@@ -39,6 +39,7 @@ from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.isolation import exits_as_errors
 from lightning_gendiag.model.reference import Reference
 from lightning_gendiag.model.view import LONGEST_ROW, has_short_rows
+from lightning_gendiag.model.warning import warn
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +241,7 @@ class GenerativeDiagnostics(Member, Callback):
         if self.stopping is not None and self._stops:
             self.stopping.join(trainer, pl_module)
         elif self.on_alarm is not None or self.webhook is not None:
-            rank_zero_warn(
+            warn(
                 "on_alarm and webhook are not used, since the trainer has a CollapseStopping. To fix this, pass them to it.",
                 category=DiagnosticWarning,
             )
@@ -327,7 +328,7 @@ class GenerativeDiagnostics(Member, Callback):
             rank_zero_info("\n".join(lines))
         else:
             module = type(session.subject.trained).__name__
-            rank_zero_warn(
+            warn(
                 f"GenerativeDiagnostics found nothing to evaluate in {module}, and training goes on without it. "
                 + "\n".join(lines[1:]),
                 category=DiagnosticWarning,

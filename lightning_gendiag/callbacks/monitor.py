@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, T
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.amounts import run_progress
 from lightning_gendiag.model.isolation import contained, exits_as_errors
 from lightning_gendiag.model.reference import InapplicableError
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions
 from lightning_gendiag.regions.region_map import RegionMap, features_in
@@ -452,7 +452,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             raise error
         self.reset()
         self._begins_anew, self._session_state = True, None
-        rank_zero_warn(
+        warn(
             f"{type(self).__name__} begins anew, since its state in the checkpoint cannot be read: "
             f"{type(error).__name__}: {error}",
             category=DiagnosticWarning,
@@ -667,5 +667,5 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             else f"{type(self).__name__} failed at step {self.last_step or 0} and goes on {effect}: "
         ) + f"{type(error).__name__}: {error}"
         if off or not counts or self._failures == 1:
-            rank_zero_warn(text, category=DiagnosticWarning)
+            warn(text, category=DiagnosticWarning)
             self.session.logger(self.last_step or 0, self.name).log_text("failure", text)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import ReferenceType, WeakValueDictionary, ref
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning, Layout
 from lightning_gendiag.callbacks.planning import REVISED, in_words, is_other, is_short, main_of, planned, rehearse
@@ -17,6 +17,7 @@ from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.model.view import ModelView
+from lightning_gendiag.model.warning import warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -244,7 +245,7 @@ class Session:
         try:
             self.logger(0).write_layout(only_merged=True)
         except Exception as error:
-            rank_zero_warn(f"the charts could not be written: {error}", category=DiagnosticWarning)
+            warn(f"the charts could not be written: {error}", category=DiagnosticWarning)
 
     # ---- evaluating ----
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_gendiag.functional.arrays import exact_matmul, matmul_precision, set_matmul_precision
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.generators import random_state_kept
+from lightning_gendiag.model.warning import warn
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def isolated_in_place(module: nn.Module) -> Iterator[None]:
             for part, mode in modes:
                 part.training = mode
     if failures:
-        rank_zero_warn(f"An evaluation could not restore {', '.join(failures)} of the module.", category=UserWarning)
+        warn(f"An evaluation could not restore {', '.join(failures)} of the module.", category=UserWarning)
 
 
 def _is_plain(value: object) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_gendiag.model import compat
@@ -12,6 +11,7 @@ from lightning_gendiag.model.averages import load_own_average
 from lightning_gendiag.model.copying import ModuleCopy, copy_module, fits_in_memory
 from lightning_gendiag.model.generators import Generator, own_generators
 from lightning_gendiag.model.isolation import contained
+from lightning_gendiag.model.warning import warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -109,7 +109,7 @@ class Subject:
             self._say(f"{type(error).__name__}: {error}")
 
     def _say(self, reason: str) -> None:
-        rank_zero_warn(
+        warn(
             f"{type(self.trained).__name__} cannot be copied ({reason}), so evaluations use the module itself and restore "
             "its modes, buffers and plain attributes afterwards. Layers that act in train() or eval() may notice. Averaged "
             "weights that it keeps inside itself are not used.",

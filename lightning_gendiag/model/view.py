@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_gendiag.detection.alarm import listed
@@ -51,6 +51,7 @@ from lightning_gendiag.model.parts import ModelParts
 from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
 from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ class ModelView:
             rank_zero_info(f"Evaluations use the EMA weights of {name}. To use the raw weights, pass weights='raw'.")
         elif not self.averaged and not self._warned_weights:
             self._warned_weights = True
-            rank_zero_warn(
+            warn(
                 "The averaged weights of the module were not updated yet, or it is not clear which part they average, so "
                 "the raw weights are evaluated. To fix this, pass ModelAdapter(sample=lambda module, n: ...).",
                 category=UserWarning,
@@ -675,7 +676,7 @@ class ModelView:
             )
         if reason:
             self._warned_range = True
-            rank_zero_warn(
+            warn(
                 f"generated images span {least:.3g} to {most:.3g}, real ones {low:.3g} to {high:.3g}. {reason}, with "
                 "ModelAdapter(sample=...) or ModelAdapter(images=...).",
                 category=UserWarning,
