@@ -879,6 +879,20 @@ def test_warnings_that_are_errors_are_logged_and_training_goes_on(refused_warnin
     refused_warnings.clear()
 
 
+def test_a_lazy_layer_that_is_never_called_fails_no_evaluation() -> None:
+    class Unused(SmallVAE):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.LazyLinear(3)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.decoder_net.parameters(), 1e-3)
+
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=small(), on_error="raise")
+    assert trained(Unused, [monitor]) == trained(Unused, [])
+    assert monitor.evaluations == 2
+
+
 def test_a_loader_that_is_the_reference_gives_training_the_same_batches() -> None:
     class Noisy(TensorDataset):
         """A dataset that adds noise from its own generator."""

@@ -216,8 +216,9 @@ def refuse_collective(*args: Any, **kwargs: Any) -> Any:
         RuntimeError: In any case.
     """
     raise RuntimeError(
-        "an evaluation must not wait for other processes, since each draws its own share of the samples, but self.all_gather "
-        "or a method of the strategy was called. To fix this, pass ModelAdapter(sample=lambda module, n: ...) without it"
+        "an evaluation must not wait for other processes, since each draws its own share of the samples, but "
+        "self.all_gather, a method of the strategy or a function of torch.distributed was called. To fix this, pass "
+        "ModelAdapter(sample=lambda module, n: ...) without it"
     )
 
 

@@ -36,7 +36,7 @@ PACKAGES = {
     *sys.stdlib_module_names, "builtins", "lightning", "lightning_fabric", "lightning_gendiag", "lightning_utilities", "numpy",
     "pytorch_lightning", "tensorboard", "torch", "torchmetrics", "torchvision", "tqdm",
 }  # fmt: skip
-"""Packages whose classes and functions keep no generators beside the global ones."""
+"""Packages that hold none of a user's code, and keep no generators beside the global ones."""
 
 GLOBAL_ONES = {id(torch.default_generator), id(random.random.__self__), id(np.random.rand.__self__)}  # type: ignore[attr-defined]
 """The global generators, which are restored and seeded in any case."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
@@ -15,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_gendiag.functional.arrays import exact_matmul, matmul_precision, set_matmul_precision
 from lightning_gendiag.model import compat
-from lightning_gendiag.model.generators import random_state_kept
+from lightning_gendiag.model.generators import PACKAGES, random_state_kept
 from lightning_gendiag.model.warning import warn
 
 
@@ -116,6 +118,45 @@ def contained(device: torch.device, *owners: object) -> Iterator[None]:
         RuntimeError: In place of ``SystemExit``.
     """
     with exits_as_errors(), switches_kept(), random_state_kept(device, *owners):
+        yield
+
+
+COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single", "barrier",
+    "broadcast", "broadcast_object_list", "gather", "gather_object", "recv", "reduce", "reduce_scatter",
+    "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
+)  # fmt: skip
+"""Functions of ``torch.distributed`` for which each process waits for the others."""
+
+
+@contextmanager
+def without_collectives() -> Iterator[None]:
+    """Raises an error where a user's code waits for other processes by ``torch.distributed``, inside the context.
+
+    Processes draw their own shares, so they call a sampler at other times and another number of times.
+
+    Raises:
+        RuntimeError: In the call.
+    """
+    own, thread = torch.distributed, threading.get_ident()
+
+    def guarded(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(collective)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # Lightning and torch call them for us, and other threads belong to the run
+            frame = inspect.currentframe()
+            caller = str(frame.f_back.f_globals.get("__name__")) if frame and frame.f_back else ""
+            if threading.get_ident() == thread and caller.partition(".")[0] not in PACKAGES:
+                compat.refuse_collective()
+            return collective(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in COLLECTIVES:
+            if own.is_available() and hasattr(own, name):
+                stack.callback(setattr, own, name, getattr(own, name))
+                setattr(own, name, guarded(getattr(own, name)))
         yield
 
 

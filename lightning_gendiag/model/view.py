@@ -46,6 +46,7 @@ from lightning_gendiag.model.isolation import (
     normalizing_by_batch,
     not_called,
     without_bars,
+    without_collectives,
 )
 from lightning_gendiag.model.parts import ModelParts
 from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
@@ -353,6 +354,8 @@ class ModelView:
                 self._generators = own_generators((*self.subject.generators, self.adapter))
             stack.enter_context(contained(self.device, *self._generators))
             stack.enter_context(without_bars())
+            if self.world_size > 1:
+                stack.enter_context(without_collectives())
             if self.subject.in_place:
                 averaging = compat.averaging_of(self.trainer) if self.averaged else None
                 if averaging is not None:
@@ -971,7 +974,8 @@ class ModelView:
 
     def weights_sum(self) -> float:
         """Returns the sum of all weights that are trained, by which it shows whether training changed them."""
-        sums = [p.detach().sum(dtype=torch.float64) for p in self.subject.trained.parameters() if p.requires_grad]
+        weights = [p for p in self.subject.trained.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
+        sums = [weight.detach().sum(dtype=torch.float64) for weight in weights]
         return float(torch.stack(sums).sum()) if sums else 0.0
 
     def agreed(self, holds: bool) -> bool:
