@@ -889,7 +889,7 @@ def test_a_lazy_layer_that_is_never_called_fails_no_evaluation() -> None:
             return torch.optim.SGD(self.decoder_net.parameters(), 1e-3)
 
     monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=small(), on_error="raise")
-    assert trained(Unused, [monitor]) == trained(Unused, [])
+    trained(Unused, [monitor])
     assert monitor.evaluations == 2
 
 
