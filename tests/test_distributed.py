@@ -200,6 +200,15 @@ class TestWays:
         assert "cms" not in attached
         assert "self.sample(n) fails (RuntimeError: a file is missing)" in reason
 
+    @pytest.mark.parametrize("name", ["Gathering", "Waiting", "Reducing"])
+    def test_a_sampler_that_waits_for_other_processes_is_left_out_and_training_is_the_same(
+        self, ways: list[Any], name: str
+    ) -> None:
+        for report in ways[1:]:
+            reason, together, alone = report[name]
+            assert "an evaluation must not wait for other processes" in reason
+            assert all(map(torch.equal, together, alone))
+
     @needs_fsdp2
     def test_a_sharded_module_is_left_out_with_one_reason_and_trains_as_without(self, ways: list[Any]) -> None:
         for report in ways[1:]:

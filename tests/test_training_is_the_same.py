@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import os
 import queue
 import random
+import sys
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import count
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,6 +29,7 @@ from example_models.data import digits
 from lightning_gendiag import (
     CollapseStopping,
     CosineMeanSimilarityMonitor,
+    DiagnosticWarning,
     GenerativeDiagnostics,
     KStarMonitor,
     LatentRegionsMonitor,
@@ -33,6 +39,7 @@ from lightning_gendiag import (
     RegionalPrimitivesMonitor,
 )
 from lightning_gendiag.model.generators import own_generators
+from tests.helpers.denoisers import DDPM
 from tests.helpers.everything import everything
 from tests.helpers.models import SmallVAE
 from tests.helpers.running import batches, trainer
@@ -130,6 +137,51 @@ class WithNumpyGenerator(SmallVAE):
 
     def noise(self, *shape: int) -> Tensor:
         return torch.from_numpy(self.helpers["generator"].standard_normal(shape)).float()
+
+
+NUMPY, TORCH, PYTHON = np.random.default_rng(0), torch.Generator(), {"generator": [random.Random(0)]}
+"""Generators of this file, as users keep them at the top of theirs."""
+
+
+def drawn(*shape: int) -> Tensor:
+    def scale() -> float:
+        return PYTHON["generator"][0].uniform(0.9, 1.1)
+
+    return torch.from_numpy(NUMPY.standard_normal(shape)).float() * scale()
+
+
+class WithGeneratorsOfItsFile(SmallVAE):
+    """Draws with generators of its file, by a function that draws with others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        NUMPY.bit_generator.state = np.random.default_rng(1).bit_generator.state
+        TORCH.manual_seed(2)
+        PYTHON["generator"][0].seed(3)
+
+    @torch.no_grad()
+    def noise(self, *shape: int) -> Tensor:
+        return drawn(*shape) + torch.randn(*shape, generator=TORCH) / 10
+
+
+class Noise:
+    legacy = np.random.RandomState(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.from_numpy(self.legacy.standard_normal(shape)).float()
+
+
+class WithGeneratorsOfItsClass(SmallVAE):
+    own = torch.Generator()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draw = Noise()
+        Noise.legacy.seed(1)
+        self.own.manual_seed(2)
+
+    def noise(self, *shape: int) -> Tensor:
+        return self.draw(*shape) + torch.randn(*shape, generator=self.own) / 10
 
 
 class Compared(type):
@@ -458,6 +510,8 @@ MODELS = [
     WithSparseBuffer,
     WithTorchGenerator,
     WithNumpyGenerator,
+    WithGeneratorsOfItsFile,
+    WithGeneratorsOfItsClass,
     WithQuantizer,
     WithReplayBuffer,
     WithHooks,
@@ -589,7 +643,7 @@ def test_a_users_sampler_uses_the_copy_and_leaves_its_generator_to_training() ->
         assert noticed == trained(Sampled, [])
 
 
-@pytest.mark.parametrize("make", [WithTorchGenerator, WithNumpyGenerator, WithFunctions])
+@pytest.mark.parametrize("make", [WithTorchGenerator, WithNumpyGenerator, WithFunctions, WithGeneratorsOfItsFile])
 def test_the_same_weights_give_the_same_samples_even_with_a_modules_own_generator(make: type[SmallVAE]) -> None:
     samples = []
 
@@ -614,6 +668,233 @@ def test_the_same_weights_give_the_same_samples_even_with_a_modules_own_generato
 def test_generators_are_found_in_objects_whose_class_has_no_hash() -> None:
     source = Source()
     assert own_generators([{"sources": [source, Source]}]) == [source.generator]
+
+
+UNSET: Any = None
+
+
+def test_generators_of_a_file_are_those_that_its_functions_name_now() -> None:
+    class Drawing:
+        draw = staticmethod(lambda: UNSET.random() if UNSET else torch.rand(1))
+
+        @property
+        def legacy(self) -> float:
+            return Noise.legacy.normal()
+
+    assert own_generators([Drawing()]) == [Noise.legacy]
+    globals()["UNSET"] = own = random.Random(0)
+    assert own_generators([Drawing]) == [own, Noise.legacy]
+    globals()["UNSET"] = random.SystemRandom()
+    assert own_generators([Drawing(), SmallVAE()]) == [Noise.legacy]
+    globals()["UNSET"] = None
+    assert own_generators([drawn]) == [NUMPY, PYTHON["generator"][0]]
+    # the global generators are restored in any case
+    assert own_generators([random.uniform, np.random.normal, torch.default_generator]) == []
+
+
+def switches() -> dict[str, Any]:
+    return {
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "numpy": np.geterr(),
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "workers": os.environ.get("PL_SEED_WORKERS"),
+    }
+
+
+class Switching(SmallVAE):
+    """Changes what belongs to the process when it is sampled."""
+
+    def sample(self, n: int) -> Tensor:
+        images = super().sample(n)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(3)
+        torch.set_float32_matmul_precision("medium")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True
+        np.seterr(all="raise")
+        seed_everything(8, workers=True, verbose=False)
+        return images
+
+
+def test_switches_of_the_process_that_a_sampler_changes_are_restored() -> None:
+    alone = trained(Switching, [])
+    before = switches()
+    diagnostics = GenerativeDiagnostics(adapter=small(), max_overhead=None, on_error="raise")
+    assert trained(Switching, [diagnostics]) == alone
+    assert switches() == before
+    assert diagnostics.monitors["cms"].evaluations == 2
+
+
+class Leaving(SmallVAE):
+    """Ends the process when it is sampled, after as many times as are given."""
+
+    left: ClassVar[int] = 0
+
+    def sample(self, n: int) -> Tensor:
+        type(self).left -= 1
+        if type(self).left < 0:
+            sys.exit("no images today")
+        return super().sample(n)
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_a_sampler_that_ends_the_process_is_left_out(times: int) -> None:
+    alone = trained(Leaving, [])
+    diagnostics = GenerativeDiagnostics(
+        adapter=ModelAdapter(sample="sample", num_samples=32, num_reference=64), max_overhead=None
+    )
+    Leaving.left = times
+    with pytest.warns(DiagnosticWarning, match="SystemExit: no images today") if times else nullcontext():
+        assert trained(Leaving, [diagnostics]) == alone
+    assert times or "no images today" in diagnostics.left_out["cms"]
+
+
+@pytest.mark.parametrize("images", [lambda batch: sys.exit(3), lambda batch: batch[0] * NUMPY.uniform(1, 1)])
+def test_a_callable_for_batches_neither_ends_the_process_nor_moves_generators(images: Any) -> None:
+    alone = trained(WithGeneratorsOfItsFile, [])
+    diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(images=images, num_samples=32), max_overhead=None)
+    assert trained(WithGeneratorsOfItsFile, [diagnostics]) == alone
+
+
+def test_an_interrupt_ends_the_run() -> None:
+    def interrupt(module: Any, n: int) -> Tensor:
+        raise KeyboardInterrupt
+
+    diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(sample=interrupt))
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        trained(SmallVAE, [diagnostics])
+
+
+class Surroundings(LightningDataModule):
+    """Data with a generator, a count and a list, and as many images as the batches of other tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.calls, self.sizes = np.random.default_rng(0), 0, []
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return batches()
+
+    def shift(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        self.sizes.append(len(images))
+        return images + torch.from_numpy(self.generator.standard_normal(images.shape)).float() / 100
+
+
+class Shifting(Callback, Surroundings):
+    """A callback with the same."""
+
+
+class Reaching(DDPM):
+    """Acts in its training step on all that it reaches through its trainer, as people do with automatic optimization."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        scheduler.step()
+        optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0] * (1 + self.trainer.global_step / 100)
+        first = optimizer.param_groups[0]["params"][0]
+        assert first is next(self.parameters())
+        if self.trainer.global_step > 0:
+            optimizer.state[first]["seen"] = optimizer.state[first].get("seen", 0) + 1
+        self.trainer.strategy.optimizers[0].param_groups[0]["eps"] /= 1.01
+        self.toggle_optimizer(optimizer)
+        self.untoggle_optimizer(optimizer)
+        self.trainer.seen = getattr(self.trainer, "seen", 0) + 1
+        shifted = self.trainer.callbacks[0].shift(self.trainer.datamodule.shift(batch[0]))
+        return super().training_step([shifted], batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=3e-3)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)]
+
+
+def test_a_training_step_that_is_watched_acts_on_nothing_of_the_run() -> None:
+    def run(*callbacks: Any) -> Any:
+        seed_everything(0, verbose=False)
+        module, data, own = Reaching(), Surroundings(), trainer(Shifting(), *callbacks, max_epochs=2)
+        own.fit(module, datamodule=data)
+        optimizer, scheduler = own.optimizers[0].state_dict(), own.lr_scheduler_configs[0].scheduler.state_dict()
+        held = [[one.calls, one.sizes, one.generator] for one in (data, own.callbacks[0])]
+        return everything(module), everything([optimizer, scheduler, held]), own.seen
+
+    diagnostics = GenerativeDiagnostics(adapter=small(), max_overhead=None, on_error="raise")
+    assert run(diagnostics) == run()
+    assert "timestep_loss" not in diagnostics.left_out
+
+
+def test_a_sampler_that_reads_the_run_sees_it_as_it_is() -> None:
+    read: list[Any] = []
+
+    class Reading(SmallVAE):
+        def sample(self, n: int) -> Tensor:
+            own, optimizer = self.trainer, self.optimizers()
+            read.append((own.global_step, own.max_epochs, own.datamodule, len(own.callbacks), type(optimizer)))
+            assert self.lr_schedulers() is None
+            assert own.strategy.root_device == self.device
+            assert optimizer.state[next(self.parameters())]["step"] == own.global_step
+            # which advances the generator of the loader
+            next(iter(own.train_dataloader))
+            own.save_checkpoint("nowhere.ckpt")
+            return super().sample(n)
+
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=small(), on_error="raise", every_n_train_steps=4)
+
+    def weights(*callbacks: Any) -> list[Tensor]:
+        seed_everything(0, verbose=False)
+        module = Reading()
+        trainer(*callbacks, max_epochs=3).fit(module, WithLoader().loader)
+        return [parameter.detach().clone() for parameter in module.parameters()]
+
+    assert all(map(torch.equal, weights(monitor), weights()))
+    assert monitor.evaluations == 3
+    assert read[-1] == (12, 3, None, 1, torch.optim.Adam)
+    assert not Path("nowhere.ckpt").exists()
+
+
+class OutOfRange(SmallVAE):
+    """Its samples are in another range of values, and fail from the second evaluation on."""
+
+    def sample(self, n: int) -> Tensor:
+        if self.current_epoch > 0:
+            raise ArithmeticError("no images today")
+        return 100 + super().sample(n)
+
+
+def test_warnings_that_are_errors_are_logged_and_training_goes_on(
+    refused_warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of two evaluations, one fails
+    monkeypatch.setattr("lightning_gendiag.model.view.WITHIN", 1)
+    alone = trained(OutOfRange, [])
+    diagnostics = GenerativeDiagnostics(
+        adapter=ModelAdapter(sample="sample", num_samples=32, num_reference=64), max_overhead=None
+    )
+    with warnings.catch_warnings():
+        # which this file ignores; all others are errors
+        warnings.filterwarnings("error", "generated images span")
+        assert trained(OutOfRange, [diagnostics]) == alone
+    assert diagnostics.monitors["cms"].evaluations == 1
+    assert sum("generated images span" in text for text in refused_warnings) == 1
+    assert any(text.startswith("DiagnosticWarning: Cos") and "no images today" in text for text in refused_warnings)
+    refused_warnings.clear()
+
+
+def test_a_lazy_layer_that_is_never_called_fails_no_evaluation() -> None:
+    class Unused(SmallVAE):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.LazyLinear(3)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.decoder_net.parameters(), 1e-3)
+
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, adapter=small(), on_error="raise")
+    trained(Unused, [monitor])
+    assert monitor.evaluations == 2
 
 
 def test_a_loader_that_is_the_reference_gives_training_the_same_batches() -> None:

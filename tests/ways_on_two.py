@@ -34,6 +34,31 @@ class OnOne(TinyGAN):
         return torch.ones(n, 1, 8, 8)
 
 
+class Gathering(TinyGAN):
+    """A GAN whose sampler waits for the other process."""
+
+    def sample(self, n: int) -> Tensor:
+        images = self(torch.randn(n, self.latent_dim))
+        return self.all_gather(images).flatten(0, 1)[:n] if self.trainer.world_size > 1 else images
+
+
+class Waiting(TinyGAN):
+    """A GAN whose sampler waits for the other process by the trainer's strategy."""
+
+    def sample(self, n: int) -> Tensor:
+        self.trainer.strategy.barrier()
+        return self(torch.randn(n, self.latent_dim))
+
+
+class Reducing(TinyGAN):
+    """A GAN whose sampler waits for the other process by a function of torch."""
+
+    def sample(self, n: int) -> Tensor:
+        images = self(torch.randn(n, self.latent_dim))
+        torch.distributed.all_reduce(images)
+        return images
+
+
 class Autoencoder(LightningModule):
     """Training does not change it, since two processes train on other batches than one process."""
 
@@ -95,6 +120,18 @@ def scalars_of(module: LightningModule, monitor: CosineMeanSimilarityMonitor, pr
     return {name: float(value) for name, value in monitor.result.scalars().items()}
 
 
+def left_out_and_weights(module: type[TinyGAN]) -> tuple[str, list[Tensor], list[Tensor]]:
+    """Returns why a sampler is left out, and the weights after training with and without diagnostics."""
+    diagnostics = GenerativeDiagnostics(sample="sample", max_overhead=None)
+    weights = []
+    for callbacks in ([diagnostics], []):
+        seed_everything(0, verbose=False)
+        own, strategy = module(), "ddp_find_unused_parameters_true"
+        trainer(*callbacks, devices=2, strategy=strategy).fit(own, batches(shuffle=False))
+        weights.append([parameter.detach() for parameter in own.parameters()])
+    return diagnostics.left_out["cms"], weights[0], weights[1]
+
+
 def sharded(*callbacks: Any) -> Sharded:
     """Returns a sharded module after training."""
     seed_everything(0, verbose=False)
@@ -151,6 +188,8 @@ def main(folder: Path, processes: int) -> None:
         report["source"] = own.view.source(), own.view.has_prior, own.view.parts.way("reconstruct").name
         named = GenerativeDiagnostics(sample="sample", max_overhead=None)
         trainer(named, devices=2, strategy="ddp_find_unused_parameters_true").fit(OnOne(), batches())
+        for module in (Gathering, Waiting, Reducing):
+            report[module.__name__] = left_out_and_weights(module)
         report["named"] = named.attached, named.left_out["cms"]
     if processes > 1 and fully_shard is not None:
         diagnostics = GenerativeDiagnostics(max_overhead=None)

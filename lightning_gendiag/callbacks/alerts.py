@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
 from lightning_gendiag.detection.alarm import Alarm, counted
+from lightning_gendiag.model.isolation import exits_as_errors
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.tensorboard.records import finite
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ class Alerts:
 
     def _contained(self, name: str, call: Callable[..., object], *args: Any, **named: Any) -> None:
         try:
-            call(*args, **named)
+            with exits_as_errors():
+                call(*args, **named)
         except Exception as error:
             self._warn(name, error)
 
@@ -148,9 +149,7 @@ class Alerts:
         """Names a failure, once for each channel."""
         if name not in self._warned:
             self._warned.add(name)
-            rank_zero_warn(
-                f"{name} failed and the run goes on: {type(error).__name__}: {error}", category=DiagnosticWarning
-            )
+            warn(f"{name} failed and the run goes on: {type(error).__name__}: {error}", category=DiagnosticWarning)
 
     def __getstate__(self) -> dict[str, Any]:
         # threads cannot be copied

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_gendiag.model.warning import warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -29,7 +30,7 @@ def _step_of(path: Path) -> int | None:
         return int(held["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
     except Exception as error:
         # another program's file, or one that holds more than tensors
-        rank_zero_warn(f"{path} was skipped, since its step cannot be read: {error}", category=UserWarning)
+        warn(f"{path} was skipped, since its step cannot be read: {error}", category=UserWarning)
         return None
 
 

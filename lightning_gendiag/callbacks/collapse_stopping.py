@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_gendiag.callbacks.alerts import Alerts, without_secret
 from lightning_gendiag.callbacks.checkpoints import last_good_checkpoint
@@ -19,6 +19,7 @@ from lightning_gendiag.detection.history import Evaluation
 from lightning_gendiag.detection.report import FILE, report
 from lightning_gendiag.detection.rules import DATA, Judge
 from lightning_gendiag.functional.text import representation
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.tensorboard.records import REPORT, Record
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class CollapseStopping(Member, EarlyStopping):
             # one that is new has said so
             if all(alarm is not new for _, new in raised):
                 lasted = f"The change has lasted. {self._effect(trainer, alarm)}"
-                rank_zero_warn(f"{alarm.message} {lasted}", category=CollapseWarning)
+                warn(f"{alarm.message} {lasted}", category=CollapseWarning)
                 self.alerts.send(trainer, alarm, lasted)
         if (raised or critical) and trainer.is_global_zero:
             self._write_report(trainer)
@@ -235,7 +236,7 @@ class CollapseStopping(Member, EarlyStopping):
                 written = f" The report is in {', '.join(map(str, paths))}." if paths else ""
                 rank_zero_info(f"{state['summary']}{written}")
         except Exception as error:
-            rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
+            warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 
     def _show_report(self, trainer: Trainer) -> None:
         """Writes the report for the tab of TensorBoard where it says something else than before, and now and then."""
@@ -247,7 +248,7 @@ class CollapseStopping(Member, EarlyStopping):
             if self._said(self.report()) != self._shown or count >= self._next_shown:
                 self._show(self.report(trainer))
         except Exception as error:
-            rank_zero_warn(f"the report could not be written: {error}", category=DiagnosticWarning)
+            warn(f"the report could not be written: {error}", category=DiagnosticWarning)
 
     def _show(self, state: dict[str, Any]) -> None:
         """Writes a report for the tab, and notes what it says."""
@@ -265,7 +266,7 @@ class CollapseStopping(Member, EarlyStopping):
         if not trainer.is_global_zero:
             return
         effect = self._effect(trainer, alarm)
-        rank_zero_warn(f"{alarm.message} {effect}", category=CollapseWarning)
+        warn(f"{alarm.message} {effect}", category=CollapseWarning)
         self.alerts.send(trainer, alarm, effect)
         logger = self.session.logger(alarm.step, f"alarm_{number}")
         try:
@@ -275,7 +276,7 @@ class CollapseStopping(Member, EarlyStopping):
             monitor.log_alarm_picture(alarm, logger)
             logger.flush()
         except Exception as error:
-            rank_zero_warn(f"the alarm could not be plotted: {error}", category=DiagnosticWarning)
+            warn(f"the alarm could not be plotted: {error}", category=DiagnosticWarning)
 
     # ---- checkpoints ----
 

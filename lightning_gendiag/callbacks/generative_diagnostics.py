@@ -11,7 +11,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_gendiag.callbacks.alerts import without_secret
@@ -36,8 +36,10 @@ from lightning_gendiag.diagnostics.training_data.monitor import TrainingDataMoni
 from lightning_gendiag.functional.text import representation
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
+from lightning_gendiag.model.isolation import exits_as_errors
 from lightning_gendiag.model.reference import Reference
 from lightning_gendiag.model.view import LONGEST_ROW, has_short_rows
+from lightning_gendiag.model.warning import warn
 
 if TYPE_CHECKING:
     import torch
@@ -239,7 +241,7 @@ class GenerativeDiagnostics(Member, Callback):
         if self.stopping is not None and self._stops:
             self.stopping.join(trainer, pl_module)
         elif self.on_alarm is not None or self.webhook is not None:
-            rank_zero_warn(
+            warn(
                 "on_alarm and webhook are not used, since the trainer has a CollapseStopping. To fix this, pass them to it.",
                 category=DiagnosticWarning,
             )
@@ -306,7 +308,8 @@ class GenerativeDiagnostics(Member, Callback):
         """Leaves a monitor out, on all processes, if an attempt fails on any."""
         reason = ""
         try:
-            attempt()
+            with exits_as_errors():
+                attempt()
         except Exception as error:
             reason = str(error) or type(error).__name__
         if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
@@ -325,7 +328,7 @@ class GenerativeDiagnostics(Member, Callback):
             rank_zero_info("\n".join(lines))
         else:
             module = type(session.subject.trained).__name__
-            rank_zero_warn(
+            warn(
                 (
                     f"GenerativeDiagnostics watches the training data only, since no diagnostic of {module} itself applies. "
                     if session.monitors

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_gendiag.model.compat import file_writer, is_board, log_metrics
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.tensorboard.records import Record, image_summary, packed, summary
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class DiagnosticLogger:
             for writer in self._writers():
                 writer.add_text(f"{self.prefix}/{name}", markdown, self.step)
         except Exception as error:
-            rank_zero_warn(f"{self.prefix}/{name} could not be logged: {error}", category=DiagnosticWarning)
+            warn(f"{self.prefix}/{name} could not be logged: {error}", category=DiagnosticWarning)
 
     def log_record(self, tag: str, record: Record) -> None:
         """Logs what the tab of TensorBoard shows."""

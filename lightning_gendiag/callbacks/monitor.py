@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, T
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -24,8 +23,9 @@ from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.amounts import run_progress
-from lightning_gendiag.model.generators import random_state_kept
+from lightning_gendiag.model.isolation import contained, exits_as_errors
 from lightning_gendiag.model.reference import InapplicableError
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.plots.canvas import Occasion
 from lightning_gendiag.regions.clustering import find_regions
 from lightning_gendiag.regions.region_map import RegionMap, features_in
@@ -385,7 +385,11 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
     ) -> None:
         """Shows validation batches as long as they are wanted."""
         if self._session is not None and self.enabled and self.wants_held_out:
-            with suppress(Exception), torch.no_grad(), random_state_kept(self.view.device):
+            with (
+                suppress(Exception),
+                torch.no_grad(),
+                contained(self.view.device, self.view.adapter.images, self.view.adapter.labels),
+            ):
                 self.note_held_out(self.view, batch)
 
     def on_train_batch_end(
@@ -448,7 +452,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             raise error
         self.reset()
         self._begins_anew, self._session_state = True, None
-        rank_zero_warn(
+        warn(
             f"{type(self).__name__} begins anew, since its state in the checkpoint cannot be read: "
             f"{type(error).__name__}: {error}",
             category=DiagnosticWarning,
@@ -531,7 +535,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
                 # to move it to where it is takes a millisecond
                 self._metric = metric if metric is held and held.device == view.device else metric.to(view.device)
                 self._metric.reset()
-                self.update(view)
+                with exits_as_errors():
+                    self.update(view)
         except Exception as caught:
             error = unreadable or caught
         if not self._agreed(error) or not ready:
@@ -540,7 +545,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         scalars: dict[str, float] = {}
         try:
             # moved at once, since each number that is read on an accelerator would wait for it
-            self.result = apply_to_collection(self.postprocess(view, self.metric.compute()), Tensor, Tensor.cpu)
+            with exits_as_errors():
+                computed = self.postprocess(view, self.metric.compute())
+            self.result = apply_to_collection(computed, Tensor, Tensor.cpu)
             scalars = {name: float(value) for name, value in self.scalars(self.result).items()}
             observations = self.observations(self.result)
             epoch = self.session.trainer.current_epoch
@@ -660,5 +667,5 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             else f"{type(self).__name__} failed at step {self.last_step or 0} and goes on {effect}: "
         ) + f"{type(error).__name__}: {error}"
         if off or not counts or self._failures == 1:
-            rank_zero_warn(text, category=DiagnosticWarning)
+            warn(text, category=DiagnosticWarning)
             self.session.logger(self.last_step or 0, self.name).log_text("failure", text)

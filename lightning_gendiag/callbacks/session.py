@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import ReferenceType, WeakValueDictionary, ref
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning, Layout
 from lightning_gendiag.callbacks.planning import REVISED, in_words, is_other, is_short, main_of, planned, rehearse
@@ -18,6 +18,7 @@ from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.model.view import ModelView
+from lightning_gendiag.model.warning import warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -180,6 +181,7 @@ class Session:
 
     def on_train_start(self) -> None:
         """Begins to count the time, and prepares Lightning for our keys."""
+        self.subject.begin()
         self.schedule, self._planned, self._said, self._defined = Schedule(self.trainer), False, None, False
         found = (
             compat.following(callback, f"{PREFIX}/", self.is_fresh) for callback in compat.callbacks_of(self.trainer)
@@ -250,7 +252,7 @@ class Session:
         try:
             self.logger(0).write_layout(only_merged=True)
         except Exception as error:
-            rank_zero_warn(f"the charts could not be written: {error}", category=DiagnosticWarning)
+            warn(f"the charts could not be written: {error}", category=DiagnosticWarning)
 
     def _say_unsaved(self, key: str) -> None:
         """Warns that a metric was monitored for checkpoints and none was saved."""
@@ -265,7 +267,7 @@ class Session:
             advice = (
                 f"monitor another one, such as {known}" if known else "evaluate earlier, with every_n_train_steps=..."
             )
-        rank_zero_warn(
+        warn(
             f"ModelCheckpoint(monitor={key!r}) saved no checkpoint, since {reason}. To fix this, {advice}.",
             category=DiagnosticWarning,
         )

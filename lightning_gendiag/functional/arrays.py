@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,34 @@ def exact_matmul() -> Iterator[None]:
     A training script may lower ``torch.set_float32_matmul_precision`` or run under autocast, in which differences of nearly
     equal squared norms would be lost. Both settings are restored afterwards.
     """
-    try:
-        restore = partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
-    except RuntimeError:
-        # torch refuses to read this setting where a script has chosen by the newer one
-        newer = torch.backends.cuda.matmul
-        restore = partial(setattr, newer, "fp32_precision", newer.fp32_precision)
-        newer.fp32_precision = "ieee"
+    before = matmul_precision()
+    set_matmul_precision("highest" if before in LEGACY else "ieee")
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        restore()
+        set_matmul_precision(before)
+
+
+LEGACY = ("highest", "high", "medium")
+"""Values of ``torch.set_float32_matmul_precision``."""
+
+
+def matmul_precision() -> str:
+    """Returns the precision of matrix products in float32, by the setting with which a script has chosen it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # torch refuses to read this setting where a script has chosen by the newer one
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def set_matmul_precision(value: str) -> None:
+    """Sets what :func:`matmul_precision` returned."""
+    if value in LEGACY:
+        torch.set_float32_matmul_precision(value)
+    else:
+        torch.backends.cuda.matmul.fp32_precision = value
 
 
 def as_images(images: Tensor, name: str = "images") -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -123,25 +124,140 @@ def log_values(module: LightningModule, values: Mapping[str, float]) -> None:
         )
 
 
-class TrainerView:
-    """What a copy of a module sees as its trainer: everything can be read; nothing is logged, stopped or changed."""
+OURS = ("lightning", "pytorch_lightning", "lightning_gendiag")
+"""Packages whose callbacks keep no generators."""
 
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+
+def owners_beside(trainer: Trainer) -> list[Any]:
+    """Returns what a module may reach through its trainer and what may keep generators: data, and the user's callbacks."""
+    own = (c for c in callbacks_of(trainer) if type(c).__module__.partition(".")[0] not in OURS)
+    return [getattr(trainer, "datamodule", None), trainer.train_dataloader, trainer.val_dataloaders, *own]
+
+
+class TrainerView:
+    """What a copy of a module sees as its trainer: everything can be read; nothing is logged, stopped or changed.
+
+    Optimizers, schedulers, callbacks and the datamodule are stand-ins, made when they are first asked for.
+
+    Args:
+        trainer: The trainer.
+        module: The copy.
+        trained: What it is a copy of.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, trained: nn.Module) -> None:
         vars(self).update(
-            _gendiag_trainer=trainer, should_stop=trainer.should_stop, logger=None, loggers=[], _results=None,
-            model=module, lightning_module=module,
+            _gendiag_trainer=trainer, _gendiag_trained=trained, should_stop=trainer.should_stop, logger=None, loggers=[],
+            _results=None, model=module, lightning_module=module, strategy=StrategyView(trainer, self),
+            save_checkpoint=_silent,
         )  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_gendiag_trainer"], name)
+        held = getattr(vars(self)["_gendiag_trainer"], name)
+        if name in ("optimizers", "lr_scheduler_configs"):
+            vars(self).update(self._stepping())
+        elif name in ("callbacks", "datamodule"):
+            twins = [stand_in(one, trainer=self) for one in (held if name == "callbacks" else [held])]
+            vars(self)[name] = twins if name == "callbacks" else twins[0]
+        else:
+            return held
+        return vars(self)[name]
+
+    def _stepping(self) -> dict[str, list[Any]]:
+        """Stand-ins of optimizers, which have the weights of the copy, and of the schedulers of these."""
+        trainer, trained = vars(self)["_gendiag_trainer"], vars(self)["_gendiag_trained"]
+        weights = dict(zip(map(id, trained.parameters()), self.model.parameters(), strict=False))
+        optimizers = {id(one): stand_in(one, zero_grad=_silent) for one in trainer.optimizers}
+        for optimizer in optimizers.values():
+            optimizer.param_groups = [
+                {**group, "params": [weights.get(id(weight), weight) for weight in group["params"]]}
+                for group in optimizer.param_groups
+            ]
+            # to look up a weight adds it
+            optimizer.state = defaultdict(
+                dict, {weights.get(id(w), w): {**held} for w, held in optimizer.state.items()}
+            )
+        configs = []
+        for config in trainer.lr_scheduler_configs:
+            optimizer = optimizers.get(id(getattr(config.scheduler, "optimizer", None)))
+            configs.append(stand_in(config, scheduler=stand_in(config.scheduler, optimizer=optimizer)))
+        return {"optimizers": list(optimizers.values()), "lr_scheduler_configs": configs}
 
 
-def be_silent(module: LightningModule, trainer: Trainer) -> None:
-    """Gives a copy of a module, and those in it, a trainer to read from, and lets their ``log`` do nothing."""
-    view = TrainerView(trainer, module)
+class StrategyView:
+    """What a copy of a module sees as the strategy of its trainer, which waits for no other process.
+
+    Args:
+        trainer: The trainer.
+        view: What the copy sees of it.
+    """
+
+    def __init__(self, trainer: Trainer, view: TrainerView) -> None:
+        vars(self).update(_gendiag_strategy=trainer.strategy, _gendiag_view=view)
+        if trainer.world_size > 1:
+            vars(self).update(dict.fromkeys(COLLECTIVES, refuse_collective))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("optimizers", "_optimizers", "_lightning_optimizers"):
+            return vars(self)["_gendiag_view"].optimizers
+        if name in ("lr_scheduler_configs", "model", "lightning_module"):
+            return getattr(vars(self)["_gendiag_view"], name)
+        return getattr(vars(self)["_gendiag_strategy"], name)
+
+
+COLLECTIVES = ("all_gather", "all_reduce", "barrier", "broadcast", "reduce", "reduce_boolean_decision")
+"""Methods of strategies for which each process waits for the others."""
+
+
+def refuse_collective(*args: Any, **kwargs: Any) -> Any:
+    """Takes the place of a method that waits for other processes.
+
+    Raises:
+        RuntimeError: In any case.
+    """
+    raise RuntimeError(
+        "an evaluation must not wait for other processes, since each draws its own share of the samples, but "
+        "self.all_gather, a method of the strategy or a function of torch.distributed was called. To fix this, pass "
+        "ModelAdapter(sample=lambda module, n: ...) without it"
+    )
+
+
+SHORT = 256
+"""Largest number of items of a container of which a stand-in has its own."""
+
+
+def stand_in(value: Any, **instead: Any) -> Any:
+    """Returns an object that reads as another one does, whose attributes can be set without changing that one.
+
+    It is a shallow copy, with short containers of its own, whose ``step`` does nothing.
+
+    Args:
+        value: The object.
+        instead: Attributes that it has instead, where the object has them, or methods of the object.
+    """
+    if not hasattr(value, "__dict__"):
+        return value
+    twin = object.__new__(type(value))
+    own = {
+        name: type(held)(held) if type(held) in (dict, list, set) and len(held) <= SHORT else held
+        for name, held in vars(value).items()
+    }
+    vars(twin).update(own, **{name: held for name, held in instead.items() if hasattr(value, name)})
+    if hasattr(value, "step"):
+        vars(twin)["step"] = _silent
+    return twin
+
+
+def be_silent(module: LightningModule, trainer: Trainer, trained: nn.Module) -> None:
+    """Gives a copy of a module, and those in it, a trainer to read from, and lets what acts on the run do nothing."""
+    view = TrainerView(trainer, module, trained)
     for part in module.modules():
         if is_kind(part, "LightningModule"):
-            vars(part).update(_trainer=view, log=_silent, log_dict=_silent)
+            vars(part).update(dict.fromkeys(ACTING, _silent), _trainer=view)
+
+
+ACTING = ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+"""Methods by which a module acts on the run."""
 
 
 def _silent(*args: Any, **kwargs: Any) -> None:

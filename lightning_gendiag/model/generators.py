@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import random
+import sys
 import types
 import weakref
 from collections import deque
@@ -27,6 +28,18 @@ DEPTH = 8
 
 LARGEST_CONTAINER = 256
 """Generators stand in short containers, data in long ones."""
+
+METHOD_DEPTH, GLOBAL_DEPTH = 6, 3
+"""Numbers of references that are followed from what a class holds, and from what its functions name in their files."""
+
+PACKAGES = {
+    *sys.stdlib_module_names, "builtins", "lightning", "lightning_fabric", "lightning_gendiag", "lightning_utilities", "numpy",
+    "pytorch_lightning", "tensorboard", "torch", "torchmetrics", "torchvision", "tqdm",
+}  # fmt: skip
+"""Packages that hold none of a user's code, and keep no generators beside the global ones."""
+
+GLOBAL_ONES = {id(torch.default_generator), id(random.random.__self__), id(np.random.rand.__self__)}  # type: ignore[attr-defined]
+"""The global generators, which are restored and seeded in any case."""
 
 
 @contextmanager
@@ -76,7 +89,8 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
     def visit(value: object, depth: int) -> None:
         role = _role(type(value))
         if role == "generator":
-            found.setdefault(id(value), cast(Generator, value))
+            if id(value) not in GLOBAL_ONES:
+                found.setdefault(id(value), cast(Generator, value))
         elif role != "leaf" and visited.get(id(value), 0) < depth:
             visited[id(value)] = depth
             if role == "module":
@@ -85,6 +99,14 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
                 for part in parts:
                     for attribute in _referents(part):
                         visit(attribute, DEPTH)
+            elif role == "class":
+                for attribute in _class_attributes(cast(type, value)):
+                    visit(attribute, min(depth - 1, METHOD_DEPTH))
+            elif role == "function":
+                for child in _referents(value):
+                    visit(child, depth - 1)
+                for named in _globals(cast(types.FunctionType, value)):
+                    visit(named, min(depth - 1, GLOBAL_DEPTH))
             else:
                 for child in _referents(value):
                     visit(child, depth - 1)
@@ -95,13 +117,13 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
 
 
 _WITHOUT_GENERATORS: tuple[type, ...] = (
-    str, bytes, int, float, type(None), Tensor, np.ndarray, torch.dtype, torch.device, type, types.ModuleType, types.CodeType,
-    *weakref.ProxyTypes,
+    str, bytes, int, float, type(None), Tensor, np.ndarray, torch.dtype, torch.device, types.ModuleType, types.CodeType,
+    random.SystemRandom, *weakref.ProxyTypes,
 )  # fmt: skip
 
 
 def _role(kind: type[Any]) -> str:
-    """Returns ``"generator"``, ``"leaf"``, ``"module"`` or ``"other"``: what objects of a type are to the search."""
+    """Returns how to search objects of a type: as "generator", "leaf", "module", "class", "function" or "other"."""
     try:
         return _known_role(cast(Hashable, kind))
     except TypeError:
@@ -111,15 +133,17 @@ def _role(kind: type[Any]) -> str:
 
 @lru_cache(maxsize=4096)
 def _known_role(kind: type[Any]) -> str:
+    if issubclass(kind, _WITHOUT_GENERATORS) or compat.is_a(kind, "Trainer", "TrainerView", "Fabric", "Member"):
+        return "leaf"
     if issubclass(kind, Generator):
         return "generator"
-    if issubclass(kind, _WITHOUT_GENERATORS) or compat.is_a(kind, "Trainer", "TrainerView", "Fabric"):
-        return "leaf"
+    if issubclass(kind, (type, types.FunctionType)):
+        return "class" if issubclass(kind, type) else "function"
     return "module" if issubclass(kind, nn.Module) else "other"
 
 
 def _referents(value: Any) -> Iterable[object]:
-    """Returns what an object refers to; of a function what it was made with, and not the globals of its file."""
+    """Returns what an object refers to; of a function what it was made with."""
     if isinstance(value, types.FunctionType):
         return value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)
     if isinstance(value, types.GeneratorType):
@@ -127,6 +151,64 @@ def _referents(value: Any) -> Iterable[object]:
     if isinstance(value, (dict, list, tuple, set, deque)) and len(value) > LARGEST_CONTAINER:
         return ()
     return gc.get_referents(value)
+
+
+def _class_attributes(kind: type) -> Iterator[object]:
+    """Yields what the user's classes among a class and its bases hold: methods, properties and class attributes."""
+    for base in kind.__mro__:
+        if _package(base) not in PACKAGES:
+            yield from tuple(vars(base).values())
+
+
+def _globals(function: types.FunctionType) -> Iterator[object]:
+    """Yields what a user's function names in its file, and in other files that it names, where a generator may be.
+
+    These are generators, containers, and the user's own objects, classes and functions.
+    """
+    names, namespace = _names(function.__code__), function.__globals__
+    own = str(namespace.get("__name__")).partition(".")[0]
+    if own in PACKAGES:
+        return
+    for name in names:
+        value = namespace.get(name)
+        if type(value) is not types.ModuleType:
+            values = [value]
+        elif _is_near(value.__name__, own):
+            values = [vars(value).get(other) for other in names]
+        else:
+            continue
+        yield from (value for value in values if _is_searched(value, own))
+
+
+@lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Returns the names of globals and attributes in a function and in the functions that it contains."""
+    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _names(one)]
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+def _is_searched(value: object, own: str) -> bool:
+    role = _role(type(value))
+    if role in ("class", "function"):
+        return _is_near(str(getattr(value, "__module__", "")), own)
+    held = (dict, list, tuple, set, deque, partial, types.MethodType, types.BuiltinMethodType)
+    return role in ("generator", "module") or (
+        role == "other" and (isinstance(value, held) or _is_near(str(type(value).__module__), own))
+    )
+
+
+@lru_cache(maxsize=4096)
+def _is_near(module: str, own: str) -> bool:
+    """Whether a file is of the user's project and not of another installed package."""
+    package = module.partition(".")[0]
+    if package == own or package in PACKAGES:
+        return package == own
+    path = str(getattr(sys.modules.get(package), "__file__", None) or "")
+    return not any(folder in path for folder in ("site-packages", "dist-packages"))
+
+
+def _package(kind: type) -> str:
+    return str(kind.__module__).partition(".")[0]
 
 
 def _saved(generator: Generator) -> Callable[[], None]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lightning_gendiag.functional.arrays import exact_matmul
+from lightning_gendiag.functional.arrays import exact_matmul, matmul_precision, set_matmul_precision
 from lightning_gendiag.model import compat
-from lightning_gendiag.model.generators import random_state_kept
+from lightning_gendiag.model.generators import PACKAGES, random_state_kept
+from lightning_gendiag.model.warning import warn
 
 
 @contextmanager
@@ -41,6 +45,119 @@ def without_bars() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = make
+
+
+SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+"""Variables of the environment that Lightning's ``seed_everything`` sets."""
+
+
+def _set_seeds(values: tuple[str | None, ...]) -> None:
+    for name, value in zip(SEEDS, values, strict=True):
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def _set_determinism(values: tuple[bool, bool]) -> None:
+    torch.use_deterministic_algorithms(values[0], warn_only=values[1])
+
+
+SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (matmul_precision, set_matmul_precision),
+    (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        _set_determinism,
+    ),
+    (lambda: torch.backends.cudnn.benchmark, partial(setattr, torch.backends.cudnn, "benchmark")),
+    (lambda: torch.backends.cudnn.deterministic, partial(setattr, torch.backends.cudnn, "deterministic")),
+    (lambda: tuple(map(os.environ.get, SEEDS)), _set_seeds),
+)
+"""What reads and what sets each switch of the process that a user's sampler may change."""
+
+
+@contextmanager
+def switches_kept() -> Iterator[None]:
+    """Restores the switches of the process that a user's code changed, such as the default dtype or the number of threads."""
+    before = [read() for read, _ in SWITCHES]
+    try:
+        with np.errstate():
+            yield
+    finally:
+        for (read, write), value in zip(SWITCHES, before, strict=True):
+            # some take effect whenever they are set
+            if read() != value:
+                write(value)
+
+
+@contextmanager
+def exits_as_errors() -> Iterator[None]:
+    """Raises an error in place of the ``SystemExit`` of a user's code, which would end the run.
+
+    Raises:
+        RuntimeError: In place of ``SystemExit``.
+    """
+    try:
+        yield
+    except SystemExit as exit_:
+        raise RuntimeError(
+            f"the code that was called wanted to end the process by SystemExit({exit_.code!r})"
+        ) from exit_
+
+
+@contextmanager
+def contained(device: torch.device, *owners: object) -> Iterator[None]:
+    """Runs a user's code so that it changes nothing of the process: random generators, switches, and that it goes on.
+
+    Args:
+        device: Whose generator is restored, beside those of the CPU.
+        owners: Objects whose generators are restored.
+
+    Raises:
+        RuntimeError: In place of ``SystemExit``.
+    """
+    with exits_as_errors(), switches_kept(), random_state_kept(device, *owners):
+        yield
+
+
+COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single", "barrier",
+    "broadcast", "broadcast_object_list", "gather", "gather_object", "recv", "reduce", "reduce_scatter",
+    "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
+)  # fmt: skip
+"""Functions of ``torch.distributed`` for which each process waits for the others."""
+
+
+@contextmanager
+def without_collectives() -> Iterator[None]:
+    """Raises an error where a user's code waits for other processes by ``torch.distributed``, inside the context.
+
+    Processes draw their own shares, so they call a sampler at other times and another number of times.
+
+    Raises:
+        RuntimeError: In the call.
+    """
+    own, thread = torch.distributed, threading.get_ident()
+
+    def guarded(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(collective)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # Lightning and torch call them for us, and other threads belong to the run
+            frame = inspect.currentframe()
+            caller = str(frame.f_back.f_globals.get("__name__")) if frame and frame.f_back else ""
+            if threading.get_ident() == thread and caller.partition(".")[0] not in PACKAGES:
+                compat.refuse_collective()
+            return collective(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in COLLECTIVES:
+            if own.is_available() and hasattr(own, name):
+                stack.callback(setattr, own, name, getattr(own, name))
+                setattr(own, name, guarded(getattr(own, name)))
+        yield
 
 
 @contextmanager
@@ -117,7 +234,7 @@ def isolated_in_place(module: nn.Module) -> Iterator[None]:
             for part, mode in modes:
                 part.training = mode
     if failures:
-        rank_zero_warn(f"An evaluation could not restore {', '.join(failures)} of the module.", category=UserWarning)
+        warn(f"An evaluation could not restore {', '.join(failures)} of the module.", category=UserWarning)
 
 
 def _is_plain(value: object) -> bool:

@@ -241,7 +241,7 @@ class ModelParts:
             return f"{way.name} is of a part that is not trained"
         try:
             with self.isolated(way.need != "sample"):
-                seed_all(self.adapter.seed, self.context.device, self.module, self.adapter)
+                seed_all(self.adapter.seed, self.context.device, self.module, self.adapter, *self.subject.surrounding)
                 getattr(self, f"_try_{way.need}")(way)
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -338,7 +338,7 @@ class ModelParts:
         except NotImplementedError:
             # of a base class
             raise
-        except Exception:
+        except (Exception, SystemExit):
             self._sampler_fails |= way.is_sampler
             raise
 

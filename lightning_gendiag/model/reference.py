@@ -30,7 +30,8 @@ from lightning_gendiag.model.batches import (
     known,
     shape_of,
 )
-from lightning_gendiag.model.generators import random_state_kept, seed_all
+from lightning_gendiag.model.generators import seed_all
+from lightning_gendiag.model.isolation import contained
 
 COMPARED = 512
 """Number of images of each side that are compared to see whether a later fit brings other data."""
@@ -168,7 +169,7 @@ class Reference:
 
     def found_in(self, batch: Any) -> tuple[Tensor | None, Labels]:
         """Returns what is found of data and labels in a batch; training does not notice what the user's callables do."""
-        with torch.no_grad(), random_state_kept(self.device):
+        with torch.no_grad(), contained(self.device, self.adapter.images, self.adapter.labels):
             images = self.adapter.find_data(batch)
             labels = self.adapter.find_labels(batch, images)
         self.unlabelled = self.unlabelled or labels.reason
@@ -315,7 +316,7 @@ class Reference:
             # the loader may be the one that trains: its generators, and those of the data, must not move
             data = given.dataset if isinstance(given, DataLoader) else given
             sampler = getattr(given, "sampler", None)
-            with random_state_kept(self.device, given, data, sampler, getattr(given, "batch_sampler", None)):
+            with contained(self.device, given, data, sampler, getattr(given, "batch_sampler", None)):
                 seed_all(self.adapter.seed, self.device)
                 parts = list(self._parts(given))
         else:

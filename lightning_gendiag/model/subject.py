@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.averages import load_own_average
 from lightning_gendiag.model.copying import ModuleCopy, copy_module, fits_in_memory
-from lightning_gendiag.model.generators import Generator, own_generators, random_state_kept
+from lightning_gendiag.model.generators import Generator, own_generators
+from lightning_gendiag.model.isolation import contained
+from lightning_gendiag.model.warning import warn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -36,6 +37,7 @@ class Subject:
         self._own = False
         self._current = False
         self._generators: list[Generator] | None = None
+        self._surrounding: list[Generator] | None = None
         if self.in_place:
             self._say("it is larger than half of the free memory")
 
@@ -48,10 +50,21 @@ class Subject:
 
     @property
     def generators(self) -> list[Generator]:
-        """The random generators of the module, looked for once as long as it does not change."""
+        """The random generators of the module, looked for once as long as it does not change, and the surrounding ones."""
         if self._generators is None:
-            self._generators = own_generators((self.trained,))
+            self._generators = own_generators((self.trained, *self.surrounding))
         return self._generators
+
+    @property
+    def surrounding(self) -> list[Generator]:
+        """The random generators of the data and of the user's callbacks, which a module reaches through its trainer."""
+        if self._surrounding is None:
+            self._surrounding = own_generators(compat.owners_beside(self.trainer))
+        return self._surrounding
+
+    def begin(self) -> None:
+        """Notes that training begins, with loaders that did not exist before."""
+        self._surrounding = self._generators = None
 
     def expire(self) -> None:
         """Notes that the module may have changed."""
@@ -83,9 +96,9 @@ class Subject:
         previous, self._copy, self.own_average = self._copy, None, None
         try:
             # a class that says how its objects are copied may call its constructor
-            with random_state_kept(self.trained.device, *self.generators):
+            with contained(self.trained.device, *self.generators):
                 self._copy = copy_module(self.trained, previous)
-                compat.be_silent(self._copy.module, self.trainer)
+                compat.be_silent(self._copy.module, self.trainer, self.trained)
                 if self._average is not None:
                     compat.load_average(self._average, self._copy.module)
                 elif self._own:
@@ -96,7 +109,7 @@ class Subject:
             self._say(f"{type(error).__name__}: {error}")
 
     def _say(self, reason: str) -> None:
-        rank_zero_warn(
+        warn(
             f"{type(self.trained).__name__} cannot be copied ({reason}), so evaluations use the module itself and restore "
             "its modes, buffers and plain attributes afterwards. Layers that act in train() or eval() may notice. Averaged "
             "weights that it keeps inside itself are not used.",

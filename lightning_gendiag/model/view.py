@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_gendiag.detection.alarm import listed
@@ -35,20 +35,24 @@ from lightning_gendiag.model.amounts import (
 from lightning_gendiag.model.averages import has_own_average
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.features import FeatureExtractor, in_chunks
-from lightning_gendiag.model.generators import Generator, own_generators, random_state_kept, seed_all
+from lightning_gendiag.model.generators import Generator, own_generators, seed_all
 from lightning_gendiag.model.isolation import (
     BATCH_NORMS,
+    contained,
     evaluating,
+    exits_as_errors,
     in_full_precision,
     isolated_in_place,
     normalizing_by_batch,
     not_called,
     without_bars,
+    without_collectives,
 )
 from lightning_gendiag.model.parts import ModelParts
 from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
 from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.regions.region_map import RegionMap
 
 if TYPE_CHECKING:
@@ -332,7 +336,7 @@ class ModelView:
             rank_zero_info(f"Evaluations use the EMA weights of {name}. To use the raw weights, pass weights='raw'.")
         elif not self.averaged and not self._warned_weights:
             self._warned_weights = True
-            rank_zero_warn(
+            warn(
                 "The averaged weights of the module were not updated yet, or it is not clear which part they average, so "
                 "the raw weights are evaluated. To fix this, pass ModelAdapter(sample=lambda module, n: ...).",
                 category=UserWarning,
@@ -356,8 +360,10 @@ class ModelView:
         with ExitStack() as stack:
             if self._generators is None:
                 self._generators = own_generators((*self.subject.generators, self.adapter))
-            stack.enter_context(random_state_kept(self.device, *self._generators))
+            stack.enter_context(contained(self.device, *self._generators))
             stack.enter_context(without_bars())
+            if self.world_size > 1:
+                stack.enter_context(without_collectives())
             if self.subject.in_place:
                 averaging = compat.averaging_of(self.trainer) if self.averaged else None
                 if averaging is not None:
@@ -637,7 +643,7 @@ class ModelView:
         try:
             output = way.call(n) if labels is None else way.call(n, labels)
             return Images(self.parts.images_in(output, n), None if self.parts.has_conditions else labels)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
                 f"To fix this, {self.parts.advice('sample')}."
@@ -650,7 +656,7 @@ class ModelView:
             seed: By default the adapter's, so that they are alike at each evaluation.
         """
         if self._copied_generators is None:
-            self._copied_generators = own_generators((self.module, self.adapter))
+            self._copied_generators = own_generators((self.module, self.adapter, *self.subject.surrounding))
         seed_all(self.adapter.seed if seed is None else seed, self.device, *self._copied_generators)
 
     def _check_range(self, generated: Tensor, step: int) -> None:
@@ -685,7 +691,7 @@ class ModelView:
             )
         if reason:
             self._warned_range = True
-            rank_zero_warn(
+            warn(
                 f"generated images span {least:.3g} to {most:.3g}, real ones {low:.3g} to {high:.3g}. {reason}, with "
                 "ModelAdapter(sample=...) or ModelAdapter(images=...).",
                 category=UserWarning,
@@ -980,7 +986,8 @@ class ModelView:
 
     def weights_sum(self) -> float:
         """Returns the sum of all weights that are trained, by which it shows whether training changed them."""
-        sums = [p.detach().sum(dtype=torch.float64) for p in self.subject.trained.parameters() if p.requires_grad]
+        weights = [p for p in self.subject.trained.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
+        sums = [weight.detach().sum(dtype=torch.float64) for weight in weights]
         return float(torch.stack(sums).sum()) if sums else 0.0
 
     def has_finite_weights(self) -> bool:
@@ -1001,7 +1008,8 @@ class ModelView:
         """
         error: Exception | None = None
         try:
-            made = make()
+            with exits_as_errors():
+                made = make()
         except Exception as caught:
             error = caught
         if not self.agreed(error is None):
@@ -1013,7 +1021,8 @@ class ModelView:
         made: tuple[Any, str | None] = (None, None)
         if self.is_global_zero:
             try:
-                made = make(), None
+                with exits_as_errors():
+                    made = make(), None
             except Exception as error:
                 made = None, f"{type(error).__name__}: {error}"
         value, failure = self.trainer.strategy.broadcast(made) if self.world_size > 1 else made

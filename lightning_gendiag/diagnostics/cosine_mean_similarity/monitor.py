@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
@@ -22,6 +21,7 @@ from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
 from lightning_gendiag.diagnostics.cosine_mean_similarity.metric import CosineMeanSimilarity
 from lightning_gendiag.functional.arrays import as_images
 from lightning_gendiag.model.view import Source, check_source
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.regions.region_map import RegionMap
 from lightning_gendiag.tensorboard.records import Record
 
@@ -199,7 +199,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             if r != self.region_map.background and not varies[self.region_map.mask(r)].any()
         ]
         if constant:
-            rank_zero_warn(
+            warn(
                 f"the reference images never vary in {', '.join(constant)}, so any variation of generated images lowers "
                 "the similarity there.",
                 category=DiagnosticWarning,

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_gendiag.callbacks.monitor import DiagnosticWarning, Monitor, PlotContext
@@ -28,6 +28,7 @@ from lightning_gendiag.diagnostics.regional_primitives.functional import (
 from lightning_gendiag.diagnostics.regional_primitives.metric import RegionalPrimitives
 from lightning_gendiag.functional.arrays import pieces
 from lightning_gendiag.model.amounts import fitting
+from lightning_gendiag.model.warning import warn
 from lightning_gendiag.regions.region_map import RegionMap
 from lightning_gendiag.tensorboard.records import Record
 
@@ -270,7 +271,7 @@ class RegionalPrimitivesMonitor(Monitor[RegionalPrimitives, RegionalPrimitivesRe
         table = torch.full((count + 1,), -1, dtype=torch.long)
         table[torch.tensor(kept)] = torch.arange(len(kept))
         self.labels, self.names = table[self.labels], [self.names[r] for r in kept]
-        rank_zero_warn(
+        warn(
             f"Of {count} regions, only the {len(kept)} that change most are evaluated, since a feature is optimised for "
             f"each of their 2^n sets. {advice}",
             category=DiagnosticWarning,

@@ -37,7 +37,8 @@ from lightning_gendiag.model.denoising import (
     record,
     takes_times,
 )
-from lightning_gendiag.model.generators import random_state_kept, seed_all
+from lightning_gendiag.model.generators import seed_all
+from lightning_gendiag.model.isolation import contained
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -182,7 +183,7 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         if self._recorded or sum(rows for _, rows in held) >= most:
             return
         try:
-            with torch.no_grad(), random_state_kept(view.device):
+            with torch.no_grad(), contained(view.device, view.adapter.images, view.adapter.labels):
                 data = view.adapter.find_data(batch)
             if data is None or len(data) < LEAST_ROWS:
                 got = "none" if data is None else f"{len(data)}"
@@ -248,7 +249,7 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
 
         def seed(number: int) -> None:
             # a training step may make generators of its own, which the view has not seen
-            seed_all(number, view.device, view.module, view.adapter)
+            seed_all(number, view.device, view.module, view.adapter, *view.subject.surrounding)
 
         return TrainingStep(view.module, moved, rows, seed)
 
