@@ -427,7 +427,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         try:
             self.set_extra_state(state_dict)
             self.evaluations, self.seconds = state_dict["evaluations"], state_dict["seconds"]
-            self._session_state = state_dict["session"]
+            # what was saved before the monitor joined a session holds none, as a tuner does
+            self._session_state = state_dict.get("session")
         except Exception as error:
             self._cannot_read(error)
 

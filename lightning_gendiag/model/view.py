@@ -717,7 +717,7 @@ class ModelView:
                 yield self._real_latents(index * size, count)
                 continue
             generator = torch.Generator().manual_seed(self.adapter.seed + 7919 * index)
-            yield self.as_input(torch.randn(count, self.latent_dim, generator=generator))
+            yield self.as_input(torch.randn(count, self.latent_dim, generator=generator, dtype=torch.float32))
 
     def _real_latents(self, start: int, count: int) -> Tensor:
         """Latents (count, L) of real images from a position of the seeded order on."""
@@ -968,7 +968,8 @@ class ModelView:
 
     def weights_sum(self) -> float:
         """Returns the sum of all weights that are trained, by which it shows whether training changed them."""
-        sums = [p.detach().sum(dtype=torch.float64) for p in self.subject.trained.parameters() if p.requires_grad]
+        weights = (p for p in self.subject.trained.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
+        sums = [p.detach().sum(dtype=torch.float64) for p in weights]
         return float(torch.stack(sums).sum()) if sums else 0.0
 
     def agreed(self, holds: bool) -> bool:
