@@ -197,7 +197,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
             if largest >= self.num_classes:
                 raise ValueError(
                     f"num_classes must be more than the largest label, {largest}, got {self.num_classes}. "
-                    f"To fix this, pass num_classes={largest + 1}, or leave it out."
+                    f"To fix this, pass num_classes={largest + 1}, one more than the largest label, or leave it out."
                 )
             return torch.arange(self.num_classes)
         most = max(largest + 1, scored)
