@@ -32,7 +32,14 @@ from lightning_gendiag import (
 from lightning_gendiag.detection.history import History
 from lightning_gendiag.diagnostics.adversary.functional import auc_error, best_threshold, greater_share
 from lightning_gendiag.model import compat
-from lightning_gendiag.model.discriminators import find_discriminator, scores_in, scores_of, takes_logits, weights_of
+from lightning_gendiag.model.discriminators import (
+    FORMS,
+    find_discriminator,
+    scores_in,
+    scores_of,
+    takes_logits,
+    weights_of,
+)
 from lightning_gendiag.model.gradients import GradientReader, norm_of
 from tests.helpers.cases import Case
 from tests.helpers.logs import events
@@ -768,3 +775,13 @@ def test_a_resumed_run_knows_the_usual_gradients(tmp_path: Any) -> None:
     assert monitor.result.levels.isfinite().all()
     assert monitor.result.changes.isnan().all()
     assert monitor.result.has_changed.all()
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["(images, one-hot labels)", "(images and one-hot labels as rows)", "(images and one-hot labels as channels)"],
+)
+def test_a_label_beyond_the_classes_that_a_discriminator_takes_is_refused_before_a_gpu_is_asked(form: str) -> None:
+    part = nn.Conv2d(11, 1, 1) if "channels" in form else nn.Linear(10 if "images," in form else 74, 1)
+    with pytest.raises(ValueError, match="it takes 10 classes, got a label 3000"):
+        FORMS[form](part, torch.rand(2, 1, 8, 8), torch.tensor([3, 3000]))

@@ -326,6 +326,12 @@ def test_diagnostics_of_classes_are_left_out_with_the_shape_that_was_found() -> 
     [
         (torch.zeros(64), "labels must have at least two classes, got only class 0"),
         (torch.full((64, 1), 3), "labels must have at least two classes, got only class 3"),
+        # of these a matrix of all classes does not fit into any memory
+        (
+            10**7 * torch.arange(64),
+            "labels must be classes of 3 real images or more .*, got 64 different labels of 64 real",
+        ),
+        (torch.arange(64) // 2, "got 32 different labels of 64 real images. To fix this, pass labels=lambda batch"),
         (
             torch.cat([torch.arange(60), -torch.ones(4)]),
             "labels must be known, but the labels .16,. have negative values",

@@ -24,10 +24,13 @@ from lightning_gendiag import (
     LatentRegionsMonitor,
     ModelAdapter,
 )
+from lightning_gendiag.diagnostics.generation_balance import plots
 from lightning_gendiag.diagnostics.generation_balance.functional import (
+    LEAST_SINGULAR,
     corrected_interval,
     corrected_shares,
     error_rates,
+    share_error,
     share_variance,
 )
 from lightning_gendiag.diagnostics.generation_balance.monitor import severity
@@ -408,6 +411,7 @@ def test_images_beyond_those_it_learns_from_are_held_out(monkeypatch: pytest.Mon
         (torch.zeros(8, 1, 4, 4), torch.arange(8) % 2),
         (torch.rand(8, 3, 4, 4), torch.zeros(8, dtype=torch.long)),
         (torch.rand(8, 1, 2, 2), torch.tensor([0, 0, 0, 0, 0, 0, 0, 5])),
+        (torch.rand(8, 1, 2, 2), torch.tensor([0, 0, 0, 3, 3, 3, 3, 10**9])),
     ],
 )
 def test_degenerate_images_and_labels_are_classified(images: Tensor, labels: Tensor) -> None:
@@ -417,6 +421,42 @@ def test_degenerate_images_and_labels_are_classified(images: Tensor, labels: Ten
 
 
 # ---- correction for the classifier's errors ----
+
+
+def variance_by_loops(p: Tensor, c: Tensor, number: Tensor, samples: float) -> Tensor:
+    """The delta method, term by term, with an inverse from the singular values."""
+    u, s, vh = torch.linalg.svd(c.T)
+    inverse = sum(torch.outer(vh[i], u[:, i]) / max(float(s[i]), LEAST_SINGULAR) for i in range(len(p)))
+    q = c.T @ p
+    middle = (q.diag() - torch.outer(q, q)) / samples
+    for i in range(len(p)):
+        middle += p[i] ** 2 / number[i] * (c[i].diag() - torch.outer(c[i], c[i]))
+    return torch.stack([row @ middle @ row for row in inverse]).clamp(min=0)
+
+
+@pytest.mark.parametrize("kind", ["good", "poor", "singular"])
+@pytest.mark.parametrize("k", [2, 7, 60])
+def test_the_variance_of_shares_equals_the_formula_term_by_term(kind: str, k: int, generator: torch.Generator) -> None:
+    c = torch.rand(k, k, generator=generator, dtype=torch.float64) + {"good": 3 * k, "poor": 0.5, "singular": 0}[
+        kind
+    ] * torch.eye(k, dtype=torch.float64)
+    c[0] = c[1] if kind == "singular" else c[0]
+    c /= c.sum(1, keepdim=True)
+    p = torch.rand(k, generator=generator, dtype=torch.float64)
+    number = torch.randint(2, 50, (k,), generator=generator).double()
+    found, expected = share_variance(p / p.sum(), c, number, 300), variance_by_loops(p / p.sum(), c, number, 300)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12 * float(expected.max()))
+
+
+def test_the_bounds_of_many_classes_need_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    k = 300
+    confusion = 5 * torch.eye(k, dtype=torch.float64) + torch.eye(k, dtype=torch.float64).roll(1, 0)
+    share = torch.full((k,), 1 / k, dtype=torch.float64)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    bounds = corrected_interval(3 * torch.ones(k, dtype=torch.float64), share, confusion, 1e-4)
+    assert (bounds[:, 0] <= share).all()
+    assert (share <= bounds[:, 1]).all()
+    assert share_error(share, confusion).isfinite().all()
 
 
 def errors(accuracy: float, k: int, seed: int = 0) -> Tensor:
@@ -894,6 +934,112 @@ def test_a_classifier_with_more_classes_than_the_reference_sets_their_number() -
     )
     trainer(monitor, max_epochs=1).fit(WithClassifier(11), batches())
     assert monitor.result.generated_count.tolist() == [0.0] * 11 + [32.0]
+    assert monitor.result.classes.tolist() == list(range(12))
+
+
+NUMBERS = torch.tensor([0, 500, 9000, 1_000_000])
+
+
+def test_classes_with_gaps_have_the_result_of_classes_without(generator: torch.Generator) -> None:
+    some = {True: torch.randint(4, (200,), generator=generator), False: torch.randint(3, (150,), generator=generator)}
+    confusion = 40 * torch.eye(4) + 2
+    dense = GenerationBalance(4, confusion=confusion)
+    gaps = GenerationBalance(4, classes=NUMBERS, confusion=confusion)
+    for real, labels in some.items():
+        features = torch.rand(len(labels), 2, generator=generator)
+        dense.update(labels, real=real, features=features)
+        gaps.update(NUMBERS[labels], real=real, features=features)
+    found, expected = gaps.compute(), dense.compute()
+    assert found.classes.tolist() == NUMBERS.tolist()
+    torch.testing.assert_close(tuple(found)[:-1], tuple(expected)[:-1], rtol=0, atol=0, equal_nan=True)
+    for c, number in enumerate(NUMBERS.tolist()):
+        for name in ("class", "fid_class"):
+            torch.testing.assert_close(
+                found[f"{name}_{number}"], expected[f"{name}_{c}"], rtol=0, atol=0, equal_nan=True
+            )
+    assert [line.split(" | ")[0] for line in plots.table(found).splitlines()[2:]] == [
+        f"| {c}" for c in NUMBERS.tolist()
+    ]
+
+
+@pytest.mark.parametrize(
+    "classes", [torch.tensor([0, 2, 1, 3]), torch.tensor([0, 1, 1, 3]), torch.arange(3), torch.arange(4.0)]
+)
+def test_classes_that_are_no_ascending_integers_are_refused(classes: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"classes must be \(4,\) ascending integers, got .* To fix this, pass"):
+        GenerationBalance(4, classes=classes)
+
+
+def test_a_label_that_is_none_of_the_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels must be of 4 given classes, got 3 to 500\. To fix this, pass"):
+        GenerationBalance(4, classes=NUMBERS).update(torch.tensor([500, 3]), real=True)
+
+
+@pytest.mark.parametrize("largest", [9000, 1_000_000])
+def test_classes_with_gaps_are_monitored_by_their_own_numbers(largest: int, tmp_path: Any) -> None:
+    images, labels = digits(8)
+    numbers, kept = torch.tensor([0, 500, largest]), labels < 3
+    reference = images[kept], numbers[labels[kept]]
+    monitor = GenerationBalanceMonitor(
+        adapter=ModelAdapter(reference=reference, num_samples=32, num_reference=200), on_error="raise"
+    )
+    logger = TensorBoardLogger(tmp_path, name="run")
+    trainer(monitor, max_epochs=1, logger=logger).fit(TinyGAN(), batches())
+    assert monitor.result.classes.tolist() == numbers.tolist()
+    assert float(monitor.result.accuracy) > 0.9
+    names = [f"class {c}" for c in numbers.tolist()]
+    assert [o.series.name for o in monitor.latest.observations] == [*names, "all classes"]
+    assert {f"gendiag/generation_balance/class_{c}" for c in numbers.tolist()} <= set(
+        events(logger.log_dir).Tags()["scalars"]
+    )
+    assert (
+        monitor.page_setup().fields["classes"]
+        == monitor.page_frame(monitor.result).fields["classes"]
+        == numbers.tolist()
+    )
+
+
+def test_the_users_classifier_may_return_labels_with_gaps() -> None:
+    images, labels = digits(8)
+    monitor = GenerationBalanceMonitor(
+        lambda module, some: NUMBERS[(some.mean((1, 2, 3)) > 0).long()],
+        adapter=ModelAdapter(reference=(images[:90], NUMBERS[labels[:90] % 3]), num_samples=32), on_error="raise",
+    )  # fmt: skip
+    trainer(monitor, max_epochs=1).fit(TinyGAN(), batches())
+    assert monitor.result.classes.tolist() == NUMBERS[:3].tolist()
+    assert float(monitor.result.generated_count[:2].sum()) == 32
+
+
+def test_a_hundred_classes_are_monitored() -> None:
+    reference = digits(8)[0][:1000], torch.arange(1000) % 100
+    monitor = GenerationBalanceMonitor(adapter=ModelAdapter(reference=reference, num_samples=32), on_error="raise")
+    trainer(monitor, max_epochs=1).fit(TinyGAN(), batches())
+    assert len(monitor.result.classes) == 100
+
+
+def test_more_classes_than_can_be_monitored_are_refused_before_a_classifier_is_fitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lightning_gendiag.diagnostics.generation_balance.monitor.KernelClassifier", None)
+    reference = torch.rand(3003, 1, 8, 8), torch.arange(3003) % 1001
+    monitor = GenerationBalanceMonitor(adapter=ModelAdapter(reference=reference, num_reference=3003, num_samples=16))
+    with pytest.warns(
+        DiagnosticWarning, match=r"labels must be of at most 1,000 classes, got 1,001\. To fix this, pass"
+    ):
+        trainer(monitor, max_epochs=1).fit(TinyGAN(), batches())
+    assert not monitor.enabled
+    with pytest.raises(ValueError, match=r"num_classes must be at most 1,000, got 1,001\. To fix this, pass"):
+        GenerationBalanceMonitor(num_classes=1001)
+
+
+def test_a_number_of_classes_that_leaves_labels_out_is_refused() -> None:
+    monitor = GenerationBalanceMonitor(
+        num_classes=9, adapter=ModelAdapter(reference=digits(8), num_samples=16), on_error="raise"
+    )
+    with pytest.raises(
+        ValueError, match=r"num_classes must be more than the largest label, 9, got 9\. To fix this, pass"
+    ):
+        trainer(monitor, max_epochs=1).fit(TinyGAN(), batches())
 
 
 def test_each_model_is_evaluated_with_its_own_classifier() -> None:

@@ -134,6 +134,34 @@ def test_an_alarm_that_may_never_stop_a_run_only_reports() -> None:
     assert len(judge.alarms) == 1
 
 
+@pytest.mark.parametrize(
+    ("event", "one", "several"),
+    [
+        ("was dropped", "was dropped", "were dropped"),
+        ("is reconstructed worse", "is reconstructed worse", "are reconstructed worse"),
+        ("collapsed", "collapsed", "collapsed"),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 4])
+def test_several_components_are_said_to_have_changed_in_the_plural(
+    event: str, one: str, several: str, number: int
+) -> None:
+    judge, history = Judge(3e-4, 6), History()
+    for i, value in enumerate(FALLEN):
+        observations = [
+            Observation(Series("class", "component", "share", event=event).numbered(c), -worse, worse)
+            for c in range(8)
+            for worse in [value if c < number else calm(40, c)[i]]
+        ]
+        evaluation = Evaluation(i + 1, i, i, observations)
+        history.append("generation_balance", evaluation)
+        judge.update("generation_balance", evaluation, history)
+    (alarm,) = judge.alarms
+    named = sorted(alarm.label.split(", "))
+    assert named == [f"class {c}" for c in range(number)]
+    assert alarm.message.startswith(f"{alarm.label} {one if number == 1 else several}: share ")
+
+
 def test_an_alarm_must_last_for_its_patience() -> None:
     worse = [*calm(20), *[5.0] * 20]
     patient = Series("class 3", "component", patience=8)

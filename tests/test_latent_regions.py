@@ -304,6 +304,15 @@ def test_the_monitor_runs_with_and_without_labels_and_classifiers(classifier: An
     assert monitor.result.fid[0].isfinite()
 
 
+def test_labels_that_are_indices_are_no_classes() -> None:
+    images = digits(16)[0]
+    adapter_of_indices = ModelAdapter(reference=(images, 1000 * torch.arange(len(images))), num_reference=400)
+    monitor = LatentRegionsMonitor(adapter=adapter_of_indices, num_points=50, on_error="raise")
+    trainer(monitor, max_epochs=1).fit(Ring(), batches(16, 32))
+    assert len(monitor.result.classes) == 0
+    assert monitor.result.inception[0].isnan()
+
+
 def test_the_number_of_components_is_restored_from_a_checkpoint() -> None:
     monitor = LatentRegionsMonitor(adapter=adapter(), num_points=50, on_error="raise")
     trainer(monitor, max_epochs=2).fit(Ring(), batches(16, 32))

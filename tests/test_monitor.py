@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
 from example_models.data import digits
@@ -459,6 +460,42 @@ def test_classes_are_evaluated_when_the_sampler_takes_labels() -> None:
     assert float(scalars["worst_class"]) == min(float(scalars[f"class_{k}"]) for k in range(10))
 
 
+def test_images_are_not_compared_within_a_million_classes() -> None:
+    adapter = ModelAdapter(
+        sample=lambda module, n, labels: module(torch.randn(n, 4)), conditional=True, num_samples=16,
+        reference=(digits(8)[0][:64], 10**6 * (torch.arange(64) % 2)),
+    )  # fmt: skip
+    monitor = CosineMeanSimilarityMonitor(num_regions=2, per_class=True, adapter=adapter)
+    with pytest.warns(
+        DiagnosticWarning, match=r"labels must be less than 1,000 with per_class=True, got 1,000,000\. To"
+    ):
+        trainer(monitor, max_epochs=1).fit(TinyGAN(), batches())
+    assert not monitor.enabled
+
+
+def test_a_lazy_layer_that_is_never_called_is_no_failure() -> None:
+    class Lazy(TinyGAN):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.LazyLinear(3)
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.Adam(part.parameters()) for part in (self.generator, self.discriminator)]
+
+    monitor = make_monitor(on_error="raise")
+    trainer(monitor, max_epochs=2).fit(Lazy(), batches())
+    assert monitor.evaluations == 2
+
+
+def test_too_few_images_are_reported_without_a_warning_of_torchmetrics() -> None:
+    # the second monitor asks for the images of which the first one found too few
+    shared = ModelAdapter(num_samples=100, num_reference=60)
+    monitors = make_monitor(adapter=shared), make_monitor(adapter=shared, name="other")
+    with pytest.warns(DiagnosticWarning, match="the reference must hold at least 4 finite images, got 3") as caught:
+        trainer(*monitors, max_epochs=1).fit(TinyGAN(), batches(n=3, batch_size=3))
+    assert [str(w.message) for w in caught if "metric Rows" in str(w.message)] == []
+
+
 def test_an_unreadable_batch_is_ignored_once_the_reference_is_complete() -> None:
     calls = iter(range(1000))
 
@@ -542,3 +579,50 @@ class TestContainedErrors:
         with pytest.warns(DiagnosticWarning, match="begins anew, since its state in the checkpoint cannot be read"):
             trainer(monitor, max_epochs=2).fit(TinyGAN(), batches(), ckpt_path=tmp_path / "old.ckpt", **loading())
         assert monitor.latest is not None
+
+    def test_a_state_from_before_the_first_fit_is_taken_over_silently(self) -> None:
+        monitor = make_monitor()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DiagnosticWarning)
+            monitor.load_state_dict(make_monitor().state_dict())
+        trainer(monitor, max_epochs=2).fit(TinyGAN(), batches())
+        assert monitor.evaluations == 2
+
+    def test_a_state_from_before_the_first_fit_undoes_the_evaluations_since(self) -> None:
+        monitor, model = make_monitor(), TinyGAN()
+        state = monitor.state_dict()
+        own = trainer(monitor, max_epochs=3)
+        own.fit(model, batches())
+        monitor.load_state_dict(state)
+        own.fit_loop.max_epochs = 5
+        own.fit(model, batches())
+        assert monitor.evaluations == 2
+        assert len(monitor.session.history.curves("cms")["image"].values) == 2
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("tune", ["lr", "batch size"])
+    def test_a_tuner_raises_no_warning(self, tune: str) -> None:
+        class Tuned(TinyGAN):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization, self.batch_size, self.lr = True, 8, 1e-3
+
+            def train_dataloader(self) -> Any:
+                return batches(batch_size=self.batch_size)
+
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                return self.generator(torch.randn(4, 4)).square().mean()
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.Adam(self.generator.parameters(), self.lr)
+
+        diagnostics = GenerativeDiagnostics(max_overhead=None, num_samples=16)
+        own = trainer(diagnostics, max_epochs=2, enable_model_summary=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*begins anew")
+            if tune == "lr":
+                Tuner(own).lr_find(Tuned(), num_training=8)
+            else:
+                Tuner(own).scale_batch_size(Tuned(), max_trials=2)
+        own.fit(Tuned())
+        assert diagnostics.monitors["cms"].evaluations == 2

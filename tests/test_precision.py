@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
+from example_models.data import digits
 from example_models.vae import VAE
 from lightning_gendiag import (
     CosineMeanSimilarityMonitor,
@@ -19,6 +23,9 @@ from lightning_gendiag import (
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
 )
+from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import canonical_order
+from lightning_gendiag.diagnostics.memorization.functional import canonical_order as order_of_images
+from lightning_gendiag.model.features import FeatureExtractor
 from tests.helpers.running import batches, trainer
 from tests.helpers.versions import needs_bfloat16
 
@@ -49,3 +56,34 @@ def test_every_monitor_runs_in_every_precision(make: type[Monitor[Any, Any]], pr
     # the weights keep their precision
     expected = {"bf16-true": torch.bfloat16, "bf16-mixed": torch.float32, "64-true": torch.float64}[precision]
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
+@pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64_by_default")
+@pytest.mark.filterwarnings("ignore:Of 9 regions, only the 2 that change most")
+@pytest.mark.parametrize("make", MONITORS.values(), ids=MONITORS.keys())
+def test_every_monitor_runs_where_torch_makes_float64(make: type[Monitor[Any, Any]]) -> None:
+    monitor = make()
+    monitor.on_error = "raise"
+    monitor.adapter = ModelAdapter(num_samples=64, num_reference=64)
+    images, labels = digits(32)
+    loader = DataLoader(TensorDataset(images[:64].double(), labels[:64]), batch_size=16)
+    trainer(monitor, max_epochs=1).fit(VAE(10, width=2), loader)
+    assert monitor.evaluations == 1
+
+
+def test_what_is_drawn_does_not_depend_on_what_torch_makes_by_default(float64_by_default: None) -> None:
+    images = digits(8)[0][:64].float()
+    found = FeatureExtractor(images), canonical_order(images), order_of_images(images)
+    torch.set_default_dtype(torch.float32)
+    expected = FeatureExtractor(images), canonical_order(images), order_of_images(images)
+    assert found[0].first.dtype == torch.float32
+    for a, b in zip(found, expected, strict=True):
+        a, b = (part if isinstance(part, Tensor) else part(images) for part in (a, b))
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -199,6 +199,24 @@ def test_a_class_that_is_gone_is_named_with_what_was_expected() -> None:
     assert moves == {"classes": "class 3 has not been in the last 1,614 training images, of which 164 were expected"}
 
 
+def test_labels_that_are_indices_are_no_classes() -> None:
+    """Two epochs of a data set whose second entry is the index of the sample, and a third one."""
+    once = torch.arange(len(IMAGES))
+    first = IMAGES[:900], once[:900]
+    result = filled(torch.cat([IMAGES[900:], IMAGES]), torch.cat([once[900:], once]), first)
+    assert not result.has_classes
+    assert {"moved_classes", "class_distance"}.isdisjoint(result.scalars())
+    monitor = TrainingDataMonitor()
+    names = [o.series.name for o in monitor.observations(monitor.noted(result))]
+    assert names == ["range", "regions", "duplicates", "invalid"]
+    assert filled(IMAGES, LABELS).has_classes
+
+
+def test_labels_that_are_no_classes_do_not_make_the_bounds_of_others_wider() -> None:
+    first = IMAGES, torch.arange(len(IMAGES))
+    assert filled(IMAGES, first[1], first).tail == filled(IMAGES, None, (IMAGES, None)).tail
+
+
 def test_too_few_images_are_no_evidence() -> None:
     keep = LABELS != 3
     assert filled(IMAGES[keep][:60], LABELS[keep][:60]).moves() == {}

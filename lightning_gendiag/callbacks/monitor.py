@@ -430,8 +430,10 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self.latest, self.result, self._logged, self._next_panel = None, None, None, 0
         try:
             self.set_extra_state(state_dict)
+            # before the first fit there is no session, as where a tuner saves the state: evaluations since then are of trials
+            self._begins_anew = "session" not in state_dict and self.evaluations > 0
             self.evaluations, self.seconds = state_dict["evaluations"], state_dict["seconds"]
-            self._session_state = state_dict["session"]
+            self._session_state = state_dict.get("session")
         except Exception as error:
             self._cannot_read(error)
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from lightning_gendiag.detection.history import Stop
 
+PLURALS = {"was": "were", "is": "are", "does": "do", "has": "have"}
+"""Verbs with a plural of their own."""
+
 
 @dataclass
 class Alarm:
@@ -105,6 +108,17 @@ def listed(items: Sequence[str], most: int = 6) -> str:
         'a, b and 1 more'
     """
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def of_several(event: str) -> str:
+    """Returns a verb phrase as it is said of several components.
+
+    Example:
+        >>> of_several("was dropped"), of_several("collapsed")
+        ('were dropped', 'collapsed')
+    """
+    verb, *rest = event.split(" ")
+    return " ".join([PLURALS.get(verb, verb), *rest])
 
 
 def counted(number: int, thing: str) -> str:

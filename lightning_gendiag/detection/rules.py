@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-from lightning_gendiag.detection.alarm import Alarm, listed
+from lightning_gendiag.detection.alarm import Alarm, listed, of_several
 from lightning_gendiag.detection.contributions import explaining
 from lightning_gendiag.detection.detector import Detection, Detector, evaluations_needed
 from lightning_gendiag.detection.history import SHARE_OF_NAN, STOPS, Entry, Evaluation, History, Observation, Series
@@ -394,7 +394,7 @@ class _Grouping:
             since=steps.get(since, self.evaluation.step),
             evaluations_to_false_alarm=detection.evaluations_to_false_alarm,
             quantity=first.series.quantity,
-            event=first.series.event,
+            event=first.series.event if len(called) == 1 else of_several(first.series.event),
             contributions=self.contributions(
                 {name: before[name] for name in components}, {name: after[name] for name in components}
             ),

@@ -195,6 +195,8 @@ class Rows(Diagnostic):
         self.add_state("images", default=[], dist_reduce_fx="cat")
         self.add_state("labels", default=[], dist_reduce_fx="cat")
         self.add_state("conditions", default=[], dist_reduce_fx="cat")
+        # a process may have no images to pool, of which torchmetrics would warn
+        self._update_count = 1
 
     def update(self, images: Tensor, labels: Tensor | None, conditions: Tensor | None = None) -> None:
         """Adds images (n, C, H, W) and, where they are known, labels (n,) or rows (., K) that are no classes."""

@@ -528,7 +528,9 @@ def _targets(step: TrainingStep, found: Denoiser, seed: int, template: Any, part
         ValueError: If neither is found.
     """
     generator = torch.Generator().manual_seed(seed)
-    probes = [torch.randn(parts.noisy.shape, generator=generator).to(parts.noisy) for _ in range(2)]
+    probes = [
+        torch.randn(parts.noisy.shape, generator=generator, dtype=torch.float32).to(parts.noisy) for _ in range(2)
+    ]
     zero = torch.zeros_like(parts.noisy)
     _, at_zero = step.gradient(found.path, seed, template, zero)
     slopes = [step.gradient(found.path, seed, template, probe)[1] - at_zero for probe in probes]

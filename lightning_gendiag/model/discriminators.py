@@ -50,9 +50,8 @@ def _with_labels(part: nn.Module, images: Tensor, labels: Tensor | None) -> Any:
 
 def _with_one_hot(part: nn.Module, images: Tensor, labels: Tensor | None) -> Any:
     weight = next(p for p in part.parameters() if p.ndim > 1)
-    known = _known(labels)
     classes = getattr(part, "c_dim", 0) or getattr(part, "num_classes", 0) or int(weight.shape[1])
-    return part(images, F.one_hot(known, classes).to(images))
+    return part(images, _hot(labels, classes, images))
 
 
 def _with_rows_joined(part: nn.Module, images: Tensor, labels: Tensor | None) -> Any:
@@ -120,7 +119,11 @@ def _inputs(part: nn.Module) -> int:
 def _hot(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
     if classes < 2:
         raise ValueError("there is no room for labels")
-    return F.one_hot(_known(labels), classes).to(like)
+    known = _known(labels)
+    # on a GPU, one_hot does not check it, and its failure would end the run
+    if int(known.max()) >= classes:
+        raise ValueError(f"it takes {classes} classes, got a label {int(known.max())}")
+    return F.one_hot(known, classes).to(like)
 
 
 # ---- scores ----

@@ -72,9 +72,9 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"images must be at least 4, got {len(images)}. To fix this, pass more real images.")
         generator = torch.Generator().manual_seed(seed)
         channels = images.shape[1]
-        first = torch.randn(32, channels, 5, 5, generator=generator)
+        first = torch.randn(32, channels, 5, 5, generator=generator, dtype=torch.float32)
         first[8:] -= first[8:].mean((1, 2, 3), keepdim=True)
-        second = torch.randn(64, 32, 5, 5, generator=generator)
+        second = torch.randn(64, 32, 5, 5, generator=generator, dtype=torch.float32)
         self.register_buffer("mean", images.mean().cpu())
         self.register_buffer("scale", images.std().clamp(min=1e-6).cpu())
         self.register_buffer("first", first / (25 * channels) ** 0.5)
@@ -132,7 +132,7 @@ def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         (count,) variances in falling order and (D, count) orthonormal directions, in float64.
     """
     size = min(2 * count, *rows.shape)
-    basis = torch.randn(rows.shape[1], size, generator=torch.Generator().manual_seed(0)).to(rows)
+    basis = torch.randn(rows.shape[1], size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(rows)
     with exact_matmul():
         for _ in range(ITERATIONS):
             basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
@@ -193,12 +193,13 @@ class KernelClassifier:
             max(float(kth_smallest(square, middle)) * width, 1e-12)
             for square, (_, width) in zip(squares, spaces, strict=True)
         ]
-        targets = F.one_hot(labels[learned]).double()
+        self._numbers, places = torch.unique(labels[learned], return_inverse=True)
+        targets = F.one_hot(places).double()
         kernel = self._kernel(squares)
         fits = (_fit(kernel, targets, ridge) for ridge in RIDGES)
         _, self._weights, without_fold = min(fits, key=lambda fit: fit[0])
         self.held_out = torch.empty_like(labels)
-        self.held_out[learned] = without_fold
+        self.held_out[learned] = self._numbers[without_fold]
         if len(rest):
             others = self._compared(images[rest], [part if part is None else part[rest] for part in known])
             self.held_out[rest] = self._classes(others)
@@ -232,7 +233,8 @@ class KernelClassifier:
             parts = zip(some, self._centres, self._rows, strict=True)
             squares = [squared_distances(part - centre, held) for part, centre, held in parts]
             classes.append((self._kernel(squares).double() @ self._weights).argmax(1))
-        return torch.cat(classes)
+        numbers: Tensor = self._numbers[torch.cat(classes)]
+        return numbers
 
 
 def _fit(kernel: Tensor, targets: Tensor, ridge: float) -> tuple[float, Tensor, Tensor]:

@@ -286,7 +286,7 @@ def perturbed(module: nn.Module, seed: int) -> Iterator[None]:
         with torch.no_grad():
             for p in weights:
                 size = p.abs().mean().nan_to_num().clamp(min=0.1)
-                p.add_(size * torch.randn(p.shape, generator=generator).to(p))
+                p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p))
         yield
     finally:
         for p, data in zip(weights, kept, strict=True):

@@ -21,6 +21,7 @@ from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.amounts import NUM_REFERENCE, SHORT_REFERENCE, reference_size, run_progress
 from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import (
+    LABELS_ADVICE,
     Images,
     Labels,
     Rows,
@@ -35,6 +36,10 @@ from lightning_gendiag.model.isolation import contained
 
 COMPARED = 512
 """Number of images of each side that are compared to see whether a later fit brings other data."""
+
+IMAGES_PER_CLASS = 3
+"""Least mean number of real images of a class. Of fewer no share is known, and labels may be no classes but, for example,
+identities or the images' indices."""
 
 SEEN = 16
 """Number of images that are kept of the first batch, to see what fits them."""
@@ -371,16 +376,33 @@ class Reference:
         return Images(images[rows][own], None if labels is None else labels[rows][own])
 
     def classes(self) -> Tensor:
-        """Returns the labels (N,) of all images, which are of two classes or more.
+        """Returns the labels (N,) of all images, which are of two classes or more, numbered with or without gaps.
 
         Raises:
             ValueError: If there are no labels.
-            InapplicableError: If there is one class alone.
+            InapplicableError: If there is one class alone, or there are too few images of each, as where the labels are the
+                indices of the images.
         """
         labels = known(None if self.images is None else self.images.labels, self.unlabelled)
         if (labels == labels[0]).all():
             raise InapplicableError(f"labels must have at least two classes, got only class {int(labels[0])}")
+        count = len(torch.unique(labels))
+        if count * IMAGES_PER_CLASS > len(labels):
+            raise InapplicableError(
+                f"labels must be classes of {IMAGES_PER_CLASS} real images or more on average, got {count:,} different labels "
+                f"of {len(labels):,} real images. To fix this, {LABELS_ADVICE} that returns (N,) classes, or a larger "
+                "num_reference=... for more real images of each class"
+            )
         return labels
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there are labels that can be classes, as :meth:`classes` returns them."""
+        try:
+            self.classes()
+        except ValueError:
+            return False
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the images that were collected; those that were given are read again instead."""

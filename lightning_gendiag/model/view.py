@@ -673,7 +673,9 @@ class ModelView:
         slack, bounded = (high - low) / 4, least >= -1 and most <= 1
         # torch's quantile takes 16 million numbers at most
         some = finite[:: 1 + finite.numel() // (1 << 20)].float()
-        edges = some.quantile(torch.tensor([(1 - BULK) / 2, (1 + BULK) / 2], device=some.device)).tolist()
+        edges = some.quantile(
+            torch.tensor([(1 - BULK) / 2, (1 + BULK) / 2], dtype=some.dtype, device=some.device)
+        ).tolist()
         outside = max(low - edges[0], edges[1] - high)
         is_other = high > low and (outside > slack or (low < -slack and least >= 0 and most > slack))
         self._outside = [*self._outside, max(outside, 0.0)] if is_other else []
@@ -735,7 +737,7 @@ class ModelView:
                 yield self._real_latents(index * size, count)
                 continue
             generator = torch.Generator().manual_seed(self.adapter.seed + 7919 * index)
-            yield self.as_input(torch.randn(count, self.latent_dim, generator=generator))
+            yield self.as_input(torch.randn(count, self.latent_dim, generator=generator, dtype=torch.float32))
 
     def _real_latents(self, start: int, count: int) -> Tensor:
         """Latents (count, L) of real images from a position of the seeded order on."""

@@ -20,6 +20,7 @@ from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
 )
 from lightning_gendiag.diagnostics.cosine_mean_similarity.metric import CosineMeanSimilarity
 from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.model.reference import InapplicableError
 from lightning_gendiag.model.view import Source, check_source
 from lightning_gendiag.model.warning import warn
 from lightning_gendiag.regions.region_map import RegionMap
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from lightning_gendiag.model.view import ModelView
 
 QUANTITY = "cosine mean similarity"
+
+MAX_CLASSES = 1000
+"""Largest number of classes within which images are compared: a kernel matrix has a column of weights for each of them."""
 
 MIN_STD = 0.25
 """A quarter more or less distance from 1 is a usual fluctuation of a GAN."""
@@ -205,6 +209,11 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
                 category=DiagnosticWarning,
             )
         classes = int(labels.max()) + 1 if self.per_class and labels is not None else None
+        if classes is not None and classes > MAX_CLASSES:
+            raise InapplicableError(
+                f"labels must be less than {MAX_CLASSES:,} with per_class=True, got {classes - 1:,}. To fix this, pass "
+                "labels=lambda batch: ... that returns (N,) classes numbered from 0, or per_class=False"
+            )
         metric = CosineMeanSimilarity(
             self.region_map, self.bandwidth, self.unbiased, num_classes=classes, null_splits=self.null_splits,
             reset_real_features=False,

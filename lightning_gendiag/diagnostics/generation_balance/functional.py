@@ -27,6 +27,9 @@ LEAST_SINGULAR = 1e-4
 MAX_STEPS = 1000
 """Largest number of steps of the iteration that corrects shares."""
 
+MAX_CLASSES = 1000
+"""Largest number of classes that are monitored: memory grows with its square, and the time of a result with its cube."""
+
 NO_SHARE = 1e-6
 """Smaller corrected shares count as 0, which the iteration approaches and does not reach."""
 
@@ -55,6 +58,8 @@ class GenerationBalanceResult(NamedTuple):
     """() fraction of the generated images that are not finite, or whose features are not, and that are left out."""
     accuracy: Tensor
     """() accuracy of the classifier on real images, 0 to 1; nan where it is not known."""
+    classes: Tensor
+    """(K,) numbers of the classes, ascending."""
 
     @property
     def real_share(self) -> Tensor:
@@ -128,9 +133,10 @@ class GenerationBalanceResult(NamedTuple):
         if not self.accuracy.isnan():
             values["accuracy"] = self.accuracy
         if len(self.fid) <= MAX_CLASS_TAGS:
-            values |= {f"class_{c}": share for c, share in enumerate(self.generated_share)}
+            numbers = self.classes.tolist()
+            values |= {f"class_{c}": share for c, share in zip(numbers, self.generated_share, strict=True)}
             if len(known):
-                values |= {f"fid_class_{c}": value for c, value in enumerate(self.fid)}
+                values |= {f"fid_class_{c}": value for c, value in zip(numbers, self.fid, strict=True)}
         return values
 
 
@@ -216,10 +222,21 @@ def share_variance(shares: Tensor, rates: Tensor, number: Tensor, samples: float
 
     weight = p.square() / number
     rows = (weight[:, None] * c).sum(0).diag() - (c * weight[:, None]).T @ c
-    u, s, vh = torch.linalg.svd(c.T)
-    inverse: Tensor = vh.T @ (u / s.clamp(min=LEAST_SINGULAR)).T
+    inverse = _inverse(c.T)
     variance: Tensor = ((inverse @ (spread(c.T @ p) / samples + rows)) * inverse).sum(1)
     return variance.clamp(min=0)
+
+
+def _inverse(a: Tensor) -> Tensor:
+    """Returns the inverse of a matrix (K, K), in which no singular value counts as smaller than ``LEAST_SINGULAR``."""
+    inverse: Tensor
+    inverse, failed = torch.linalg.inv_ex(a)
+    # the Frobenius norm bounds the inverse of the smallest singular value, whose decomposition takes six times as long
+    if not failed and float(inverse.norm()) * LEAST_SINGULAR <= 1:
+        return inverse
+    u, s, vh = torch.linalg.svd(a)
+    inverse = vh.T @ (u / s.clamp(min=LEAST_SINGULAR)).T
+    return inverse
 
 
 def classifier_variance(shares: Tensor, rates: Tensor, number: Tensor, samples: float) -> Tensor:
@@ -242,9 +259,14 @@ def share_error(shares: Tensor, confusion: Tensor) -> Tensor:
     """
     rates, number = error_rates(confusion)
     error = classifier_variance(shares, rates, number, max(float(confusion.sum()), 1.0)).sqrt()
+    return error.masked_fill(_is_confused(rates), math.inf)
+
+
+def _is_confused(rates: Tensor) -> Tensor:
+    """(K,) whether images of other classes are assigned to a class no less often than its own."""
     own = rates.diag()
-    others = (rates.sum(0) - own) / (len(rates) - 1)
-    return torch.where(own > others, error, math.inf)
+    is_clear: Tensor = own > (rates.sum(0) - own) / (len(rates) - 1)
+    return ~is_clear
 
 
 def corrected_interval(counts: Tensor, shares: Tensor, confusion: Tensor, tail: float) -> Tensor:
@@ -275,5 +297,5 @@ def corrected_interval(counts: Tensor, shares: Tensor, confusion: Tensor, tail: 
     added = z * classifier_variance(smoothed, rates, number, n).sqrt()
     low = shares - ((shares - exact[:, 0]).square() + added.square()).sqrt()
     high = shares + ((exact[:, 1] - shares).square() + added.square()).sqrt()
-    unknown = share_error(shares, confusion).isinf()
+    unknown = _is_confused(error_rates(confusion)[0])
     return torch.stack([low.clamp(min=0).masked_fill(unknown, 0), high.clamp(max=1).masked_fill(unknown, 1)], 1)

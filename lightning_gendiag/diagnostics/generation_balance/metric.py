@@ -29,6 +29,7 @@ class GenerationBalance(Diagnostic):
 
     Args:
         num_classes: K.
+        classes: (K,) numbers of the classes, ascending, where these are not 0..K-1.
         confusion: (K, K) number of real images by their true class (rows) and the class that the classifier assigned
             (columns), from images that it was not trained on. Shares of generated images are corrected by it; by default
             the classifier is taken to make no errors.
@@ -85,7 +86,13 @@ class GenerationBalance(Diagnostic):
     left_out: Tensor
 
     def __init__(
-        self, num_classes: int, *, confusion: Tensor | None = None, confidence: float = CONFIDENCE, **kwargs: Any
+        self,
+        num_classes: int,
+        *,
+        classes: Tensor | None = None,
+        confusion: Tensor | None = None,
+        confidence: float = CONFIDENCE,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if num_classes < 2:
@@ -96,6 +103,13 @@ class GenerationBalance(Diagnostic):
             raise ValueError(
                 f"confidence must be in (0.5, 1), got {confidence}. To fix this, pass a number such as 0.999."
             )
+        if classes is None:
+            classes = torch.arange(num_classes)
+        elif classes.shape != (num_classes,) or classes.is_floating_point() or not (classes.diff() > 0).all():
+            raise ValueError(
+                f"classes must be ({num_classes},) ascending integers, got {classes.dtype} of shape {tuple(classes.shape)}. "
+                "To fix this, pass labels.unique() and its length as num_classes."
+            )
         if confusion is not None:
             confusion = confusion.detach().double().cpu()
             shape = (num_classes, num_classes)
@@ -105,16 +119,20 @@ class GenerationBalance(Diagnostic):
                     "To fix this, count real images by their true class (rows) and the class assigned (columns)."
                 )
         self.num_classes, self.confidence, self.confusion = num_classes, confidence, confusion
+        self.classes = classes.detach().long().cpu()
         # the first axis is generated, real; the length of the features is not known yet, and sums grow to it from 1
         pair = (2, num_classes)
         self.add_sums(counts=pair, featured=pair, sums=(*pair, 1), products=(*pair, 1, 1), left_out=(2,))
-        self.add_configuration(num_classes=num_classes, confidence=confidence, confusion=confusion)
+        self.add_configuration(
+            num_classes=num_classes, classes=self.classes, confidence=confidence, confusion=confusion
+        )
 
     def update(self, labels: Tensor, real: bool, features: Tensor | None = None, finite: Tensor | None = None) -> None:
         """Adds images by their classes.
 
         Args:
-            labels: (N,) integers 0..K-1, the true ones of real images and those of a classifier for generated images.
+            labels: (N,) integers, each the number of a class: the true one of a real image and that of a classifier for a
+                generated one.
             real: whether the images are real.
             features: (N, F) features of the images, for the Fréchet distance within each class, from which images whose
                 features contain nan or inf are left out.
@@ -129,13 +147,7 @@ class GenerationBalance(Diagnostic):
                 f"labels must be (N,) integers, got {labels.dtype} of shape {tuple(labels.shape)}. "
                 "To fix this, pass one class number per image, such as scores.argmax(1)."
             )
-        labels = labels.detach().long()
-        low, high = torch.stack(labels.aminmax()).tolist() if len(labels) else (0, 0)
-        if not 0 <= low <= high < self.num_classes:
-            raise ValueError(
-                f"labels must be 0 to {self.num_classes - 1}, got {low} to {high}. "
-                "To fix this, pass a larger num_classes, or number the classes from 0."
-            )
+        labels = self._positions(labels.detach().long())
         if finite is not None and (finite.shape != labels.shape or finite.dtype != torch.bool):
             raise ValueError(
                 f"finite must be ({len(labels)},) booleans, got {finite.dtype} of shape {tuple(finite.shape)}. "
@@ -151,6 +163,20 @@ class GenerationBalance(Diagnostic):
             self.accumulate(left_out=side * (~finite).sum())
             labels = labels[finite]
         self.accumulate(counts=side[:, None] * torch.bincount(labels, minlength=self.num_classes))
+
+    def _positions(self, labels: Tensor) -> Tensor:
+        """Returns the positions 0..K-1 of labels (N,) among the classes."""
+        classes = self.classes.to(labels.device)
+        positions = torch.searchsorted(classes, labels.contiguous()).clamp(max=self.num_classes - 1)
+        if (classes[positions] != labels).any():
+            low, high = labels.aminmax()
+            is_range = int(classes[-1]) - int(classes[0]) == self.num_classes - 1
+            wanted = f"{int(classes[0])} to {int(classes[-1])}" if is_range else f"of {self.num_classes} given classes"
+            raise ValueError(
+                f"labels must be {wanted}, got {int(low)} to {int(high)}. "
+                "To fix this, pass a larger num_classes, or number the classes from 0."
+            )
+        return positions
 
     def _add_features(self, labels: Tensor, features: Tensor, side: Tensor) -> None:
         """Adds the sums of finite features (n, F) of each class."""
@@ -204,6 +230,7 @@ class GenerationBalance(Diagnostic):
             fid=self._distances(),
             invalid=left_out[0] / seen if float(seen) else torch.zeros_like(seen),
             accuracy=accuracy,
+            classes=self.classes,
         )
         return GenerationBalanceResult(*(value.to(device) for value in result))
 

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from lightning_gendiag.callbacks.monitor import Monitor, PlotContext
 from lightning_gendiag.detection.history import Observation, Series
 from lightning_gendiag.diagnostics.generation_balance import plots
-from lightning_gendiag.diagnostics.generation_balance.functional import GenerationBalanceResult
+from lightning_gendiag.diagnostics.generation_balance.functional import MAX_CLASSES, GenerationBalanceResult
 from lightning_gendiag.diagnostics.generation_balance.metric import GenerationBalance
 from lightning_gendiag.functional.arrays import as_images, pieces
 from lightning_gendiag.functional.results import MAX_CLASS_TAGS
@@ -26,6 +25,7 @@ from lightning_gendiag.model.features import (
     class_of,
     in_chunks,
 )
+from lightning_gendiag.model.reference import InapplicableError
 from lightning_gendiag.model.view import Source, check_source
 from lightning_gendiag.plots import pictures
 from lightning_gendiag.tensorboard.records import Record, picture
@@ -85,9 +85,10 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     Where nothing samples, these are the classes of reconstructions.
 
-    Needs labels in the batches. The classifier's errors are measured on real images, and shares are corrected for them. A
-    class counts as dropped if its share falls below its own level in this run by more than it fluctuates. A class that the
-    classifier cannot determine is recorded and never judged.
+    Needs labels in the batches, of at most 1,000 classes with three real images or more on average. The classifier's errors
+    are measured on real images, and shares are corrected for them. A class counts as dropped if its share falls below its
+    own level in this run by more than it fluctuates. A class that the classifier cannot determine is recorded and never
+    judged.
 
     Args:
         classifier: What classifies images: the name of a submodule or method, a module, or a callable
@@ -100,7 +101,8 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
             ``(module, images)`` that returns (n, F), which is then called with the reference too; by default a
             :class:`~lightning_gendiag.model.features.FeatureExtractor` fitted on the reference.
         images: See :class:`CosineMeanSimilarityMonitor`.
-        num_classes: K; by default one more than the largest label in the reference.
+        num_classes: K, where the classes are 0..K-1; by default they are the labels in the reference, or of a
+            ``classifier`` all that it can return.
         kwargs: Arguments of :class:`Monitor`.
 
     Raises:
@@ -135,6 +137,11 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
             raise ValueError(f"space must be 'auto', 'pixels' or 'features', got {space!r}.")
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+        if num_classes is not None and num_classes > MAX_CLASSES:
+            raise ValueError(
+                f"num_classes must be at most {MAX_CLASSES:,}, got {num_classes:,}. To fix this, pass labels=lambda batch: ... "
+                "that returns coarser classes."
+            )
         self.classifier, self.space = classifier, space
         self.features, self.images, self.num_classes = features, images, num_classes
 
@@ -155,23 +162,47 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def build_metric(self, view: ModelView) -> GenerationBalance:
         """Fits or assesses the classifier."""
-        images, labels = view.reference_images.images, view.real.classes()
-        num_classes, classify = int(labels.max()) + 1, self._classifier(view)
+        labels = view.real.classes().cpu().long()
+        images, classify, scored = view.reference_images.images, self._classifier(view), 0
+        self._check_number(len(torch.unique(labels)))
         self._made = "reconstructed" if view.source(self.images) == "reconstructions" else "generated"
         with view.isolated(exact=True):
             if classify is None:
                 if self._kernel is None or (self.space == "features" and view.moves_with_model(self.features)):
                     self._kernel = KernelClassifier(images, labels, *self._spaces(view))
-                classes = self._kernel.held_out
+                assigned = self._kernel.held_out
             else:
-                classes = self._by(classify, images.to(view.device))
+                assigned = self._by(classify, images.to(view.device))
                 scores = classify(as_images(images[:2]).to(view.device))
                 scored = scores.shape[1] if isinstance(scores, Tensor) and scores.ndim == 2 else 0
-                num_classes = max(num_classes, int(classes.max()) + 1, scored)
-        confusion = torch.bincount(labels.cpu().long() * num_classes + classes, minlength=num_classes**2)
-        wanted = self.num_classes or num_classes
-        confusion = functional.pad(confusion.view(num_classes, num_classes), (0, wanted - num_classes) * 2)
-        return GenerationBalance(wanted, confusion=confusion)
+                self._check_number(scored)
+        classes = self._numbers(torch.cat([labels, assigned]), scored)
+        self._check_number(k := len(classes))
+        true, assigned = (torch.searchsorted(classes, some.contiguous()) for some in (labels, assigned))
+        confusion = torch.bincount(true * k + assigned, minlength=k**2).view(k, k)
+        return GenerationBalance(k, classes=classes, confusion=confusion)
+
+    def _check_number(self, num_classes: int) -> None:
+        """Raises InapplicableError for more than ``MAX_CLASSES`` classes, before anything grows with their square."""
+        if num_classes > MAX_CLASSES:
+            raise InapplicableError(
+                f"labels must be of at most {MAX_CLASSES:,} classes, got {num_classes:,}. To fix this, "
+                "pass labels=lambda batch: ... that returns coarser classes"
+            )
+
+    def _numbers(self, found: Tensor, scored: int) -> Tensor:
+        """Returns the numbers (K,) of the classes, given all labels that were found, and the number of classes scored."""
+        largest = int(found.max())
+        if self.num_classes is not None:
+            if largest >= self.num_classes:
+                raise ValueError(
+                    f"num_classes must be more than the largest label, {largest}, got {self.num_classes}. "
+                    f"To fix this, pass num_classes={largest + 1}, one more than the largest label, or leave it out."
+                )
+            return torch.arange(self.num_classes)
+        most = max(largest + 1, scored)
+        # a classifier may find a class in generated images that no real image has; the default one cannot
+        return torch.arange(most) if self.classifier is not None and most <= MAX_CLASSES else torch.unique(found)
 
     def _spaces(self, view: ModelView) -> tuple[list[Space], list[Tensor | None]]:
         """What the default classifier compares, with the widths of the kernels, and what is known of the reference."""
@@ -237,7 +268,9 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         """Adds this rank's real and generated images by their classes, and at full evaluations by their features."""
         rows, images = view.compared_rows(self.images), view.compared(self.images).images
         finite = images.flatten(1).isfinite().all(1)
-        classes = torch.zeros(len(images), dtype=torch.long, device=view.device)
+        labels = view.real.classes()[rows].to(view.device)
+        # what is not finite counts nowhere, but has a class
+        classes = self.metric.classes[:1].to(view.device).repeat(len(images))
         real: Tensor | None = None
         features: Tensor | None = None
         with view.isolated(exact=True):
@@ -249,10 +282,10 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
                 classes[finite] = own.to(view.device)
                 if features is not None and of_own is not None:
                     features[finite] = of_own
-        self.metric.update(view.real.classes()[rows].to(view.device), real=True, features=real)
+        self.metric.update(labels, real=True, features=real)
         self.metric.update(classes, real=False, features=features, finite=finite)
         if self.log_images and view.is_global_zero:
-            self._images = plots.sheet(images[finite].cpu(), classes[finite].cpu(), self.metric.num_classes)
+            self._images = plots.sheet(images[finite].cpu(), classes[finite].cpu(), self.metric.classes)
 
     def postprocess(self, view: ModelView, result: GenerationBalanceResult) -> GenerationBalanceResult:
         """Says which classes the classifier cannot determine."""
@@ -265,22 +298,24 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     def observations(self, result: GenerationBalanceResult) -> list[Observation]:
         """The share of each class that the reference has, and the imbalance of all."""
         shares, imbalance = result.generated_share.tolist(), float(result.imbalance)
-        most = max(range(len(shares)), key=shares.__getitem__)
-        label = f"{BALANCE.label}, with class {most} at {shares[most]:.0%}," if result.dominating[most] else ""
+        numbers, most = result.classes.tolist(), max(range(len(shares)), key=shares.__getitem__)
+        label = f"{BALANCE.label}, with class {numbers[most]} at {shares[most]:.0%}," if result.dominating[most] else ""
         number, unknown = float(result.generated_count.sum()), result.undetermined.tolist()
         series = replace(CLASS, quantity=f"share of {self._made} images")
         observations = []
-        for c, (share, real) in enumerate(zip(shares, result.real_share.tolist(), strict=True)):
+        columns = (numbers, shares, result.real_share.tolist(), unknown)
+        for c, share, real, is_unknown in zip(*columns, strict=True):
             if real > 0:
-                own = replace(series, role="record") if unknown[c] else series
+                own = replace(series, role="record") if is_unknown else series
                 observations.append(Observation(own.numbered(c), share, severity(share, number, real)))
         whole = replace(BALANCE, role="record") if all(unknown) else BALANCE
         return [*observations, Observation(whole, imbalance, math.log(imbalance + 0.1), label=label)]
 
     def page_setup(self) -> Record:
-        """The real shares."""
+        """The numbers of the classes, and the real shares."""
         real = self.metric.counts[1].cpu()
-        return Record({"columns": plots.SHOWN, "real": (real / real.sum()).tolist()})
+        shares, classes = (real / real.sum()).tolist(), self.metric.classes.tolist()
+        return Record({"columns": plots.SHOWN, "real": shares, "classes": classes})
 
     def page_numbers(self, result: GenerationBalanceResult) -> dict[str, Any]:
         """The interval of each share."""
@@ -294,11 +329,11 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         small = pictures.shrunk(self._images.flatten(0, 1), LARGEST_SAMPLE)
         grid = pictures.grid(small, columns)
         sheet = picture(pictures.pixels(grid, float(grid.min()), float(grid.max())))
-        return Record({"classes": list(range(classes))}, pictures={"classes": sheet})
+        return Record({"classes": result.classes[:classes].tolist()}, pictures={"classes": sheet})
 
     def log_plots(self, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the charts, the table and the panel."""
-        classes = range(len(result.fid))
+        classes = result.classes.tolist()
         if len(classes) <= MAX_CLASS_TAGS:
             context.logger.log_chart("share of every class", "Multiline", [f"class_{c}" for c in classes])
             context.logger.log_chart("FID of every class", "Multiline", [f"fid_class_{c}" for c in classes])

@@ -27,12 +27,13 @@ def panel(result: GenerationBalanceResult, images: Tensor | None, occasion: canv
     Returns:
         (H, W, 3) uint8.
     """
-    names = [str(c) for c in range(len(result.fid))]
+    numbers = result.classes.tolist()
+    names = [str(c) for c in numbers]
     odd = (result.dropped | result.dominating).tolist()
-    alarmed = [odd[c] or c in occasion.marked for c in range(len(names))]
+    alarmed = [is_odd or c in occasion.marked for c, is_odd in zip(numbers, odd, strict=True)]
     changes = []
     for change, classes in (("dropped", result.dropped), ("dominating", result.dominating)):
-        some = [str(c) for c in classes.nonzero()[:, 0].tolist()]
+        some = [str(c) for c in result.classes[classes].tolist()]
         changes += [f"{change}: class {listed(some, 12)}"] if some else []
     shares, targets = result.generated_share.tolist(), result.real_share.tolist()
     intervals, fid = result.interval.tolist(), result.fid.tolist()
@@ -65,17 +66,20 @@ def table(result: GenerationBalanceResult) -> str:
         "| class | real | assigned | corrected | at least | at most | FID | |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    numbers = result.classes.tolist()
     columns = (result.real_share, result.assigned_share, result.generated_share, result.interval, result.fid)
-    for c, (real, raw, share, (low, high), fid) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
-        change = "dropped" if result.dropped[c] else "dominates" if result.dominating[c] else ""
-        change = "cannot tell" if result.undetermined[c] else change
-        lines.append(f"| {c} | {real:.1%} | {raw:.1%} | {share:.1%} | {low:.1%} | {high:.1%} | {fid:.2f} | {change} |")
+    for k, (real, raw, share, (low, high), fid) in enumerate(zip(*(part.tolist() for part in columns), strict=True)):
+        change = "dropped" if result.dropped[k] else "dominates" if result.dominating[k] else ""
+        change = "cannot tell" if result.undetermined[k] else change
+        lines.append(
+            f"| {numbers[k]} | {real:.1%} | {raw:.1%} | {share:.1%} | {low:.1%} | {high:.1%} | {fid:.2f} | {change} |"
+        )
     return "\n".join(lines)
 
 
 def unknown(result: GenerationBalanceResult) -> str:
     """Returns which classes the classifier cannot determine, as a sentence without its subject; empty if there are none."""
-    classes = (result.undetermined & (result.real_count > 0)).nonzero()[:, 0].tolist()
+    classes = result.classes[result.undetermined & (result.real_count > 0)].tolist()
     if not classes:
         return ""
     which = "any class" if result.undetermined.all() else f"class {listed([str(c) for c in classes], 12)}"
@@ -83,15 +87,15 @@ def unknown(result: GenerationBalanceResult) -> str:
     return f"cannot tell the share of {which}: {right} and confuses too many classes"
 
 
-def sheet(images: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """Selects the first images (N, C, H, W) of each of the first ten classes (N,).
+def sheet(images: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """Selects the first images (N, C, H, W), with labels (N,), of each of the first ten classes (K,).
 
     Returns:
         (K, 8, C, H, W), blank where a class has fewer.
     """
     blank = float(images.min()) if len(images) else 0.0
-    rows = torch.full((min(num_classes, MAX_CLASSES), SHOWN, *images.shape[1:]), blank)
-    for c, row in enumerate(rows):
-        own = images[classes == c][:SHOWN]
+    rows = torch.full((min(len(classes), MAX_CLASSES), SHOWN, *images.shape[1:]), blank)
+    for c, row in zip(classes.tolist(), rows, strict=False):
+        own = images[labels == c][:SHOWN]
         row[: len(own)] = own
     return rows

@@ -44,7 +44,7 @@ def histograms(result: KStarResult) -> Tensor:
     """Returns the shares (K, 20) of the values of each class in twenty bins of (0, 1]; nan where a class has none."""
     known = ~result.values.isnan()
     values, labels = result.values[known].cpu(), result.labels[known].cpu()
-    places = torch.searchsorted(result.classes.cpu(), labels)
+    places = torch.searchsorted(result.classes.cpu(), labels.contiguous())
     bins = (values * BINS).ceil().long().clamp(1, BINS) - 1
     counts = torch.bincount(places * BINS + bins, minlength=len(result.classes) * BINS).view(-1, BINS).double()
     return counts / counts.sum(1, keepdim=True)

@@ -136,12 +136,14 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         return LatentRegions(self.components, max_components=self.max_components, max_rows=self.max_rows)
 
     def _assess(self, view: ModelView) -> None:
-        images, labels = view.reference_images
+        images = view.reference_images.images
         extract = view.resolve_features(self.features)
         with view.isolated(exact=True):
             features = view.features_of_reference(self.features)
-            if self.classifier is None and labels is not None:
-                self._neighbours = NeighbourClassifier(images, labels, space_for(images, extract), known=features)
+            if self.classifier is None and view.real.has_classes:
+                self._neighbours = NeighbourClassifier(
+                    images, view.real.classes(), space_for(images, extract), known=features
+                )
         self._reference = _moments(features)
 
     def depends_on_model(self, view: ModelView) -> bool:
@@ -152,6 +154,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
         """Adds the latents of this rank's rows of the reference."""
         is_power_of_two = (self.evaluations + 1).bit_count() == 1
         self.metric.components = self.components or (None if is_power_of_two else self._chosen)
+        has_classes = view.real.has_classes
         for output, size, labels in view.encoded():
             latents = view.latents_in(output, size)
             if latents.shape[1] > MAX_DIMS:
@@ -159,7 +162,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
                     f"Latent regions: the mixture is fitted to {MAX_DIMS} principal components of the {latents.shape[1]} "
                     "dimensions of the latents."
                 )
-            self.metric.update(latents, labels)
+            self.metric.update(latents, labels if has_classes else None)
 
     def postprocess(self, view: ModelView, result: LatentRegionsResult) -> LatentRegionsResult:
         """Adds the quality and the classes of what each kind of point decodes to, if these are images."""
@@ -234,7 +237,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
             known = torch.from_numpy(self._neighbours.model.classes_)
         else:
             return None
-        return probabilities if classes is None else probabilities[:, torch.searchsorted(known, classes)]
+        return probabilities if classes is None else probabilities[:, torch.searchsorted(known, classes.contiguous())]
 
     def observations(self, result: LatentRegionsResult) -> list[Observation]:
         """The spread of the latents; an alarm where they are one point."""
@@ -263,7 +266,7 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
             "means": result.means.half().cpu().numpy(),
         }
         if (labels >= 0).all():
-            arrays["classes"] = labels.short().cpu().numpy()
+            arrays["classes"] = labels.int().cpu().numpy()
         return Record(arrays=arrays)
 
     def log_plots(self, result: LatentRegionsResult, context: PlotContext) -> None:
@@ -300,7 +303,7 @@ def _probabilities_in(output: Any, n: int) -> Tensor:
     output = output[0] if isinstance(output, (tuple, list)) else output
     if output.ndim != 2:
         raise ValueError(f"classifier must return ({n}, K) scores here, got labels of shape {tuple(output.shape)}.")
-    inside = bool((output >= 0).all()) and torch.allclose(output.sum(1), torch.ones(n, device=output.device), atol=1e-3)
+    inside = bool((output >= 0).all()) and torch.allclose(output.sum(1), torch.ones_like(output[:, 0]), atol=1e-3)
     scores: Tensor = output.float()
     return scores if inside else scores.softmax(1)
 

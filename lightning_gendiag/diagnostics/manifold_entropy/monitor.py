@@ -259,7 +259,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         """(d, 7, C, H, W): images from the latents' mean along the strongest directions; None where data are no images."""
         is_slow = self.num_latents is None and self._latents < SHORT_LATENTS
         strongest = self.dims[self._order[: 1 if is_slow else TRAVERSED]]
-        mean, std = torch.zeros(view.latent_dim), torch.ones(view.latent_dim)
+        mean, std = (make(view.latent_dim, dtype=torch.float32) for make in (torch.zeros, torch.ones))
         if not view.has_prior:
             some = next(view.prior_latents(16, all_ranks=True)).cpu()
             mean, std = some.mean(0), some.std(0)

@@ -357,7 +357,8 @@ def _vendi(rows: Tensor, n: int, width: float) -> Tensor:
 
 def canonical_order(images: Tensor) -> Tensor:
     """Returns the (N,) order of images by a random projection, which does not depend on the order in which they come."""
-    direction = torch.randn(math.prod(images.shape[1:]), generator=torch.Generator().manual_seed(0)).to(images.device)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(math.prod(images.shape[1:]), generator=generator, dtype=torch.float32).to(images.device)
     keys = [(as_data(piece).flatten(1) * direction).sum(1, dtype=torch.float64) for piece in pieces(images, 256)]
     return torch.cat(keys).argsort(stable=True)
 

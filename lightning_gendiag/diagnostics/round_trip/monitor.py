@@ -325,7 +325,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         z = torch.cat([self._latents(view, some) for some in torch.split(images, view.adapter.chunk_size)])
         decodes = view.parts.has("decode")
         if decodes and z.ndim == 2 and z.shape[1] <= MANY_DIMENSIONS:
-            order = torch.rand(z.shape, generator=self._generator(view, 3)).argsort(0).to(z.device)
+            order = torch.rand(z.shape, generator=self._generator(view, 3), dtype=torch.float32).argsort(0).to(z.device)
             z = z.gather(0, order)
         rows = slice(view.rank, None, view.world_size)
         z, images = z[rows], images[rows]
@@ -350,7 +350,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         # a process without real images calls the flow all the same, since it may communicate
         images = view.as_input(as_data(real if len(real) else reference[:1]))
         low, high = (float(value) for value in reference.float().aminmax())
-        drawn = torch.rand(self._most, *images.shape[1:], generator=self._generator(view, 1))
+        drawn = torch.rand(self._most, *images.shape[1:], generator=self._generator(view, 1), dtype=torch.float32)
         noise = (low + (high - low) * drawn)[view.rank :: view.world_size].to(images)
         with view.isolated(exact=True):
             again = self._decoded(view, images)
@@ -395,7 +395,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         Returns:
             Samples (n, ...), and the latents (n, ...) before and after.
         """
-        drawn = torch.randn(self._most, images[0].numel(), generator=self._generator(view, 2))
+        drawn = torch.randn(self._most, images[0].numel(), generator=self._generator(view, 2), dtype=torch.float32)
         made: list[tuple[Tensor, Tensor, Tensor]] = []
         for some in torch.split(drawn[view.rank :: view.world_size], view.adapter.chunk_size):
             z = view.as_input(some)

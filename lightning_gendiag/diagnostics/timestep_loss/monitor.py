@@ -330,10 +330,11 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         assert data is not None
         images = as_data(data).float()
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(images.shape, generator=generator)
+        noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
         # one time in each of as many parts of the schedule, in any order
         order = torch.randperm(len(images), generator=generator)
-        times = ((order + torch.rand(len(images), generator=generator)) / len(images)).clamp(1e-6, 1 - 1e-6)
+        within = torch.rand(len(images), generator=generator, dtype=images.dtype)
+        times = ((order + within) / len(images)).clamp(1e-6, 1 - 1e-6)
         unknown = torch.full((len(images),), math.nan, dtype=torch.float64)
         return NoisyBatch((times,), {}, images, noise, times.double(), times.double(), unknown)
 

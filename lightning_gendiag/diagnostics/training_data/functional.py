@@ -51,6 +51,10 @@ CELLS = {1: 16, 2: 4, 3: 2}
 CHANNELS = 4
 """Largest number of channels that have cells of their own; more are averaged."""
 
+IMAGES_PER_LABEL = 1.5
+"""Least mean number of the first images of each label that occurs among them. Of indices it is 1 until an epoch is over, and of
+a thousand classes it is 1.6 with a thousand images."""
+
 MAX_CLASSES = 1000
 """Labels from this one on are counted together and not judged."""
 
@@ -252,12 +256,18 @@ class TrainingDataResult(NamedTuple):
     def _watched(self) -> str:
         return f"training {self.noun}{' that were looked at' if float(self.skipped) else ''}"
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the labels can be classes. Those of which nearly all differ are for example the images' indices."""
+        counts = self.classes[1] if float(self.classes[1].sum()) else self.classes[0]
+        return float(counts.sum()) >= max(1.0, IMAGES_PER_LABEL * float((counts > 0).sum()))
+
     # ---- the tests ----
 
     @property
     def tail(self) -> float:
         """Probability with which each bound may be wrong, so that all hold together."""
-        tests = 8 + 2 * self.cells[0].numel() + 6 * self.classes.shape[1]
+        tests = 8 + 2 * self.cells[0].numel() + 6 * self.classes.shape[1] * self.has_classes
         return (1 - float(self.confidence)) / tests
 
     @property
@@ -333,7 +343,7 @@ class TrainingDataResult(NamedTuple):
 
         -inf where the class has not been seen for so long that it is surely gone.
         """
-        if not self.classes.shape[1] or not float(self.classes.sum(1).min()):
+        if not self.has_classes or not float(self.classes.sum(1).min()):
             return torch.zeros_like(self.absent)
         low, high = self.class_interval[0].unbind(1)
         first_low, first_high = self.class_interval[1].unbind(1)
@@ -507,7 +517,7 @@ class TrainingDataResult(NamedTuple):
             "variety": self.variety,
             "within": self.within[0] / self.rows[0],
         }
-        if self.classes.shape[1] and float(self.classes.sum()):
+        if self.has_classes:
             has_first = bool(self.classes[1].any())
             values["class_distance"] = (self.share[0] - self.share[1]).abs().sum() / 2 if has_first else zero
             values["moved_classes"] = zero + len(self.moved_classes)

@@ -220,7 +220,7 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
         ]
 
     def _classes(self, result: TrainingDataResult, moves: dict[str, str], confirm: int) -> list[Observation]:
-        if not float(result.classes.sum()):
+        if not result.has_classes:
             return []
         classes = result.classes.sum(0).argsort(descending=True, stable=True)[:WATCHED].sort().values.tolist()
         moved = result.moved_classes if "classes" in moves else []
@@ -238,7 +238,7 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
     def log_plots(self, result: TrainingDataResult, context: PlotContext) -> None:
         """Logs the charts and the panel."""
         count = result.classes.shape[1]
-        if 0 < count <= MAX_CLASS_TAGS:
+        if result.has_classes and count <= MAX_CLASS_TAGS:
             context.logger.log_chart("share of every class", "Multiline", [f"class_{c}" for c in range(count)])
         context.logger.log_chart("shifts", "Multiline", ["range_shift", "cell_shift"])
         context.logger.log_image("panel", plots.panel(result, context.occasion()))

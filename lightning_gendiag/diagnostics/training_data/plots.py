@@ -27,7 +27,7 @@ def panel(result: TrainingDataResult, occasion: canvas.Occasion) -> Tensor:
     moves = result.moves()
     bars_of_classes = []
     count = result.classes.shape[1]
-    if 0 < count <= MAX_BARS and float(result.classes[0].sum()):
+    if result.has_classes and count <= MAX_BARS and float(result.classes[0].sum()):
         moved = {*occasion.marked, *result.moved_classes}
         now, first = result.share.nan_to_num(0.0).tolist()
         targets = first if float(result.classes[1].sum()) else None

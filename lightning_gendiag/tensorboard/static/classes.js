@@ -31,8 +31,7 @@ export class Classes extends Panel {
     this.most = this.largest();
     this.entries = this.series.map((series) => this.row(series));
     this.rows.replaceChildren(...this.entries.map((entry) => entry.row));
-    const real = monitor.setup.real ?? [];
-    const expected = (row) => real[this.series[row].index] ?? 1 / this.series.length;
+    const expected = (row) => this.real(this.series[row]) ?? 1 / this.series.length;
     this.heatTitle.textContent = `Share of each class over steps${state.other ? `; dashed: ${state.compare}` : ''}`;
     this.heat.show({
       names: this.series.map((one) => one.name),
@@ -43,6 +42,15 @@ export class Classes extends Panel {
       legend: scaleBar('change', 'none', 'twice', 'as many as in the real data'),
     });
     this.curves.show(this.curvesOf(this.series), this.alarmMarks());
+  }
+
+  /** Position of a class in lists with one entry for each class; classes may be numbered with gaps. */
+  place(series) {
+    return this.monitor.setup.classes?.indexOf(series.index) ?? series.index;
+  }
+
+  real(series) {
+    return this.monitor.setup.real?.[this.place(series)];
   }
 
   /** The scale of the bars is the same at all steps, so that bars can be compared while the slider moves. */
@@ -61,7 +69,7 @@ export class Classes extends Panel {
     const bar = el('span', {class: 'bar', style: `background:${colourOf(series.place)}`});
     const interval = el('span', {class: 'interval'});
     const value = el('span', {class: 'value'});
-    const real = this.monitor.setup.real?.[series.index];
+    const real = this.real(series);
     const mark =
       real == null
         ? null
@@ -89,7 +97,7 @@ export class Classes extends Panel {
     const inAlarm = this.inAlarm();
     for (const {series, row, bar, interval, value} of this.entries) {
       const share = valueAt(this.monitor, series.name, currentStep());
-      const [low, high] = intervals[series.index] ?? [];
+      const [low, high] = intervals[this.place(series)] ?? [];
       bar.style.width = `${(100 * (share ?? 0)) / this.most}%`;
       interval.hidden = low == null || high == null;
       interval.style.left = `${(100 * low) / this.most}%`;
