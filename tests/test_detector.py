@@ -79,6 +79,28 @@ def test_a_fall_back_to_the_start_after_a_steep_climb_is_found(shape: str) -> No
     assert found >= 42
 
 
+@pytest.mark.parametrize("healthy", [7, 8, 10])
+def test_a_model_that_lost_much_of_what_it_had_just_learned_is_found(healthy: int) -> None:
+    found = 0
+    for seed in range(50):
+        noise = [0.01 * value for value in normal(healthy + 6, seed)]
+        learned = [0.03 + 0.9 * math.exp(-i) for i in range(healthy)]
+        series = [a + b for a, b in zip([*learned, *[0.5] * 6], noise, strict=True)]
+        opened = alarms(series, false_alarm_rate=5e-5, min_std=0.01)
+        assert all(place >= healthy for place in opened)
+        found += opened[:1] == [healthy + 3]
+    assert found >= 45
+
+
+def test_a_model_that_lost_little_or_came_back_raises_no_alarm() -> None:
+    for seed in range(50):
+        noise = [0.01 * value for value in normal(16, seed)]
+        learned = [0.03 + 0.9 * math.exp(-i) for i in range(8)]
+        for later in ([0.35] * 6, [0.5, 0.5, 0.5, 0.04, 0.5, 0.04], [0.5, 0.5, 0.05, 0.05, 0.5, 0.5]):
+            series = [a + b for a, b in zip([*learned, *later], noise, strict=False)]
+            assert alarms(series, false_alarm_rate=5e-5, min_std=0.01) == []
+
+
 def test_a_fall_half_way_back_is_no_drop() -> None:
     for seed in range(20):
         noise = [0.05 * value for value in normal(24, seed)]

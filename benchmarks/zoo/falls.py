@@ -14,7 +14,7 @@ from benchmarks.zoo.judging import bounds, evaluations_of, judged
 from benchmarks.zoo.recording import Record
 from lightning_gendiag import Evaluation
 
-BEGINNINGS = (12, 16, 24)
+BEGINNINGS = (8, 12, 16, 24)
 """Numbers of evaluations before the fall."""
 
 FIRST, WITHIN, SOON = 3, 8, 3

@@ -70,6 +70,17 @@ LIMIT_FACTOR, LIMIT_MARGIN = 4.0, 1.0
 more."""
 
 
+RELAPSED, LOST, SURELY_WORSE, FAR_WORSE = 4, 0.4, 4.0, 8.0
+"""A series relapses where so many values in a row are worse than all since it was best, by this part of all that it had
+improved, by so many times the range of the values since, and by so many standard deviations of its noise."""
+
+BEST, EARLY = 3, 40
+"""Number of values in a row whose mean says when a series was best, and largest number of values with which it relapses."""
+
+NOISE_OF_BEND = 1 / (0.6745 * math.sqrt(6))
+"""Standard deviation of white noise for the median size of its second differences."""
+
+
 class Detection(NamedTuple):
     """The state of a detector after the newest value of its series."""
 
@@ -111,6 +122,10 @@ class Detector:
     4. The last two values both lie a standard deviation above what was expected, and above the median of the last 16 before
        the rise, so that a single one is no alarm. A rise up to ``small`` must last for two more, unless the series hardly
        fluctuated before.
+
+    Early in a run too little is known of the fluctuation. There a series also relapses, without any of these conditions, if
+    four values in a row are worse than all since it was best, by 40 % of all that it had improved, by four times the range
+    of the values in between, and by eight times ``min_std`` and its noise, as its second differences show it.
 
     The most significant split is the change point. It is an alarm if the rise also exceeds ``min_delta``. A sudden rise
     shows in the shortest splits, a slow one in the longer ones. A rising trend that has lasted is expected to go on, and
@@ -207,6 +222,10 @@ class Detector:
         if len(self.values) > self.warmup:
             deviation = self._deviation(self._past(len(self.values) - 1))
         rise, self.since = self._rise()
+        relapsed = None if rise.alarming else self._relapse()
+        if relapsed is not None:
+            self.active, self.since, self.calm, self.held = True, relapsed, 0, HELD
+            return Detection(True, True, False, self.since, max(rise.score, self.threshold), deviation)
         self.calm = 0
         self.held = self.held + (rise.newest >= STAYS * rise.height) if rise.alarming else 0
         lasts = rise.height > self.small or rise.statistic > CERTAIN * self.threshold or self.held >= HELD
@@ -227,6 +246,23 @@ class Detector:
             return Detection(True, False, False, self.since, deviation, deviation)
         self.active, self.since, self.calm, self.held = False, None, 0, 0
         return Detection(False, False, True, None, deviation, deviation)
+
+    def _relapse(self) -> int | None:
+        """Returns the position of the first of the newest values, if these lost much of what the series had improved.
+
+        It says nothing of the fluctuation, of which too little is known while a model still improves fast.
+        """
+        values, end = self.values, len(self.values) - RELAPSED
+        if end < 2 * BEST or len(values) > EARLY:
+            return None
+        means = [fmean(values[start : start + BEST]) for start in range(BEST, end - BEST + 1)]
+        best = min(means)
+        since, newest = values[BEST + means.index(best) : end], values[end:]
+        bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:end], values[2:end], strict=False)]
+        noise = max(NOISE_OF_BEND * median(bends), self.min_std)
+        improved, fall = max(values[:BEST]) - best, min(newest) - best
+        least = max(LOST * improved, SURELY_WORSE * (max(since) - min(since)), FAR_WORSE * noise, self.min_delta)
+        return self.positions[end] if fall > least and min(newest) > max(since) else None
 
     def _rise(self) -> tuple[_Rise, int | None]:
         """Returns the most significant rise and the position of its first value; None where there is no rise."""
