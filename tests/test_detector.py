@@ -92,6 +92,13 @@ def test_a_model_that_lost_much_of_what_it_had_just_learned_is_found(healthy: in
     assert found >= 45
 
 
+def test_a_relapse_needs_as_many_values_as_are_asked_for() -> None:
+    learned = [0.03 + 0.9 * math.exp(-i) for i in range(8)]
+    series = [a + 0.01 * b for a, b in zip([*learned, *[0.5] * 12], normal(20, 0), strict=True)]
+    assert alarms(series, false_alarm_rate=5e-5, min_std=0.01)[:1] == [11]
+    assert alarms(series, false_alarm_rate=5e-5, min_std=0.01, shortest=10)[:1] in ([17], [18])
+
+
 def test_a_model_that_lost_little_or_came_back_raises_no_alarm() -> None:
     for seed in range(50):
         noise = [0.01 * value for value in normal(16, seed)]

@@ -124,8 +124,9 @@ class Detector:
        fluctuated before.
 
     Early in a run too little is known of the fluctuation. There a series also relapses, without any of these conditions, if
-    four values in a row are worse than all since it was best, by 40 % of all that it had improved, by four times the range
-    of the values in between, and by eight times ``min_std`` and its noise, as its second differences show it.
+    four values in a row, or ``shortest``, are worse than all since it was best: by 40 % of all that it had improved, by four
+    times the range of the values in between, and by eight times ``min_std`` and its noise, as its second differences show
+    it.
 
     The most significant split is the change point. It is an alarm if the rise also exceeds ``min_delta``. A sudden rise
     shows in the shortest splits, a slow one in the longer ones. A rising trend that has lasted is expected to go on, and
@@ -252,7 +253,7 @@ class Detector:
 
         It says nothing of the fluctuation, of which too little is known while a model still improves fast.
         """
-        values, end = self.values, len(self.values) - RELAPSED
+        values, end = self.values, len(self.values) - max(RELAPSED, self.shortest)
         if end < 2 * BEST or len(values) > EARLY:
             return None
         means = [fmean(values[start : start + BEST]) for start in range(BEST, end - BEST + 1)]
