@@ -50,6 +50,7 @@ ARGUMENTS = {
         {"num_classes": 3},
         {
             "num_classes": {"num_classes": 4},
+            "classes": {"classes": torch.tensor([0, 4, 900])},
             "confusion": {"confusion": torch.eye(3)},
             "confidence": {"confidence": 0.9},
         },
