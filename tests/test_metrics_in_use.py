@@ -24,9 +24,9 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 SHAPES = {
     ("manifold_entropy", "latent_dim"), ("posterior_kl", "latent_dim"), ("regional_primitives", "num_regions"),
-    ("training_data", "shape"),
+    ("training_data", "shape"), ("generation_balance", "classes"),
 }  # fmt: skip
-"""Arguments that change the shape of the updates, so that no collection can hold two metrics that differ in them."""
+"""Arguments that change the shape or the labels of the updates, so that no collection holds two metrics that differ in them."""
 CHANGED = sorted({(name, argument) for name, given in ARGUMENTS.items() for argument in given.changes} - SHAPES)
 
 

@@ -174,7 +174,7 @@ class GenerationBalance(Diagnostic):
             wanted = f"{int(classes[0])} to {int(classes[-1])}" if is_range else f"of {self.num_classes} given classes"
             raise ValueError(
                 f"labels must be {wanted}, got {int(low)} to {int(high)}. "
-                "To fix this, pass a larger num_classes, or number the classes from 0."
+                "To fix this, pass a larger num_classes, or classes=labels.unique() of all labels."
             )
         return positions
 
