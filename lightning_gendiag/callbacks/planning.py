@@ -185,9 +185,8 @@ def _how_often(
     if coming == math.inf:
         return f"{monitor.name} at one of {period / often:.2g} evaluations"
     # one that did not take part in the first round waits for its period from the beginning
-    number = max(monitor.evaluations, 1) + int(coming // period)
-    if monitor.latest is None:
-        number = int((schedule.dues + coming) // period)
+    begun = monitor.latest is not None
+    number = int(max(monitor.evaluations, 1) + coming // period if begun else (schedule.dues + coming) // period)
     if number > 1:
         return f"{monitor.name} {number:,} times"
     rarely = schedule.relative_period(monitor, session.limited)

@@ -251,7 +251,7 @@ class Detector:
     def _relapse(self) -> int | None:
         """Returns the position of the first of the newest values, if these lost much of what the series had improved.
 
-        It says nothing of the fluctuation, of which too little is known while a model still improves fast.
+        It needs no level and no correlation, of which too little is known while a model still improves fast.
         """
         values, end = self.values, len(self.values) - max(RELAPSED, self.shortest)
         if end < 2 * BEST or len(values) > EARLY:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from lightning_gendiag.model.adapters.own import INVERSE_NAMES, accepts, has_forward
+from lightning_gendiag.model.adapters.own import accepts, has_forward, inverting_method
 
 Through = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From data (n, ...) to latents (n, ...) and the log-determinant (n,), or None where none is reported."""
@@ -120,11 +120,8 @@ def _may_invert(part: nn.Module) -> bool:
 
 
 def _inverse_of(part: nn.Module) -> Callable[..., Any] | None:
-    for name in INVERSE_NAMES:
-        found = getattr(type(part), name, None)
-        if callable(found):
-            return getattr(part, name)  # type: ignore[no-any-return]
-    return None
+    name = inverting_method(part)
+    return None if name is None else getattr(part, name)
 
 
 def _recorded(

@@ -37,6 +37,7 @@ from lightning_gendiag.model.adapters.own import (
     signature_of,
     takes_classes,
     takes_images,
+    with_children,
 )
 from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.amounts import timed
@@ -241,7 +242,7 @@ class ModelParts:
             return f"{way.name} is of a part that is not trained"
         try:
             with self.isolated(way.need != "sample"):
-                seed_all(self.adapter.seed, self.context.device, self.module, self.adapter, *self.subject.surrounding)
+                self._seed(self.adapter.seed)
                 getattr(self, f"_try_{way.need}")(way)
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
@@ -392,14 +393,13 @@ class ModelParts:
         if self._reconstructs is None and self.real.batch is not None:
             data = self.adapter.find_data(self.real.batch)
             if data is not None and len(data) > 1:
-                device = self.context.device
-                batch = first_rows(self.real.batch, len(data), len(data), device)
-                step = TrainingStep(self.module, batch, len(data), partial(self._seed, device))
+                batch = first_rows(self.real.batch, len(data), len(data), self.context.device)
+                step = TrainingStep(self.module, batch, len(data), self._seed)
                 self._reconstructs = reconstructs(step, self.as_input(as_data(data)), self.adapter.seed) is not False
         return self._reconstructs is False
 
-    def _seed(self, device: torch.device, seed: int) -> None:
-        seed_all(seed, device, self.module, self.adapter)
+    def _seed(self, seed: int) -> None:
+        seed_all(seed, self.context.device, self.module, self.adapter, *self.subject.surrounding)
 
     @property
     def stated_length(self) -> int | None:
@@ -478,11 +478,13 @@ class ModelParts:
         """Name of a generator or decoder of which nothing states the length of the noise; empty where there is none."""
         if need not in ("sample", "decode") or self.stated_length is not None:
             return ""
-        for path, part in {"self": self.module, **dict(self.module.named_children())}.items():
+        for path, part in with_children(self.module).items():
             for name, target in generators_of(part):
-                takes_noise = takes_classes(target) or (accepts(target, 1) and not takes_images(target, self.context))
-                if takes_noise and not (need == "sample" and name in DECODE_NAMES):
-                    return f"{path if path == 'self' else f'self.{path}'}.{name}"
+                may_take_noise = takes_classes(target) or (
+                    accepts(target, 1) and not takes_images(target, self.context)
+                )
+                if may_take_noise and not (need == "sample" and name in DECODE_NAMES):
+                    return f"{path}.{name}"
         return ""
 
     def _unsuitable(self, need: Need) -> list[str]:

@@ -81,7 +81,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "**{planted_faults.regional_found:.1%}** | median overlap with the planted region {planted_faults.regional_iou:.2f} ",
         "within eight evaluations in {zoo_falls.12.found} of {zoo_falls.12.runs} runs if it comes after 12 evaluations, in "
         "{zoo_falls.16.found} of {zoo_falls.16.runs} after 16, and in {zoo_falls.24.found} of {zoo_falls.24.runs} after 24. "
-        "After 8 evaluations it is in {zoo_falls.8.found} of {zoo_falls.8.runs}.",
+        "After 8 evaluations it is found in {zoo_falls.8.found} of {zoo_falls.8.runs}.",
         "| `CollapseStopping` | {planted_faults.regional_found:.1%} | {planted_faults.runs_with_wrong_alarms} of "
         "{planted_faults.runs} with an alarm |",
         "| {planted_faults.baseline_found:.0%} | {planted_faults.baseline_false_alarms:.0%} |",

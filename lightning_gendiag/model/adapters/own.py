@@ -130,7 +130,7 @@ def _is_frozen(part: nn.Module) -> bool:
 
 def decoded_samples(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields samplers of latents, as latent diffusion models have, followed by the decoder of the first stage."""
-    parts = _with_children(module)
+    parts = with_children(module)
     decoders = [
         (f"{path}.{name}", decoder)
         for path, part in parts.items()
@@ -149,22 +149,23 @@ def denoised(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields what a diffusion model makes of normal noise as large as an image: a sampler or its own forward that takes it."""
     if context.shape is None or context.latent not in (None, context.shape):
         return
-    for path, part in _with_children(module).items():
+    for path, part in with_children(module).items():
         for name in (*SAMPLE_NAMES, "forward") if part is module else SAMPLE_NAMES:
             target = attribute(part, name)
-            if target is None or not accepts(target, 1) or not _takes_noise(target) or _takes_times(target):
+            if target is None or not accepts(target, 1) or not takes_noise(target) or _takes_times(target):
                 continue
             if any(map(_takes_times, module.modules())):
-                text = f"{path}.{name} from {_noise_of(context.shape)}"
-                yield Way("sample", text, partial(_sampled, target, module, context.shape))
+                text = f"{path}.{name} from {noise_of(context.shape)}"
+                yield Way("sample", text, partial(sampled_by, target, module, context.shape))
 
 
-def _with_children(module: nn.Module) -> dict[str, nn.Module]:
+def with_children(module: nn.Module) -> dict[str, nn.Module]:
     """Returns a module and those that it holds, by what log lines call them."""
     return {"self": module, **{f"self.{name}": child for name, child in module.named_children()}}
 
 
-def _noise_of(shape: tuple[int, ...]) -> str:
+def noise_of(shape: tuple[int, ...]) -> str:
+    """Returns what log lines call normal noise of a shape."""
     return f"normal noise (n, {', '.join(map(str, shape))})"
 
 
@@ -185,15 +186,16 @@ def _of(part: nn.Module, path: str, module: nn.Module, context: Context) -> Iter
             yield from sampler_ways(target, f"{path}.{name}", module, part, context)
     yield from _encoders(part, path)
     # forward of a submodule may be of a discriminator or of a loss, and that of a flow goes in either direction
-    inverts = part is not module or any(inverse_of(one) is not None for one in (module, *module.children()))
-    generators = (*(() if inverts else ("forward",)), *GENERATOR_NAMES, *_other_generators(part))
+    is_flow = any(inverse_of(one) is not None for one in (module, *module.children()))
+    forward = ("forward",) if part is module and not is_flow else ()
+    generators = (*forward, *GENERATOR_NAMES, *_other_generators(part))
     for name in (*DECODE_NAMES, *generators):
         if (target := attribute(part, name)) is not None:
             yield from decoder_ways(target, f"{path}.{name}", module, part, context)
     for name in RECONSTRUCT_NAMES:
         if name == "forward" and not _may_reconstruct(part, module, context):
             continue
-        if (target := attribute(part, name)) is not None and accepts(target, 1) and not _takes_noise(target):
+        if (target := attribute(part, name)) is not None and accepts(target, 1) and not takes_noise(target):
             is_guess = name == "forward" and not _encodes(part, module)
             yield Way("reconstruct", f"{path}.{name}(images)", target, is_guess=is_guess)
 
@@ -206,13 +208,17 @@ class Inverse(NamedTuple):
     call: Callable[..., Any]
 
 
+def inverting_method(part: nn.Module) -> str | None:
+    """Returns the name of the method that inverts ``forward`` of a module, or None."""
+    return next((name for name in INVERSE_NAMES if callable(getattr(type(part), name, None))), None)
+
+
 def inverse_of(part: nn.Module) -> Inverse | None:
     """Returns what inverts ``forward`` of a module by its name; None where nothing does, or it has no ``forward``."""
     if not has_forward(part):
         return None
-    for name in INVERSE_NAMES:
-        if callable(getattr(type(part), name, None)):
-            return Inverse(name, getattr(part, name))
+    if (name := inverting_method(part)) is not None:
+        return Inverse(name, getattr(part, name))
     with suppress(TypeError, ValueError):
         for parameter in list(inspect.signature(part.forward).parameters.values())[1:]:
             if INVERTED.fullmatch(parameter.name.lower()) and parameter.default is False:
@@ -382,7 +388,7 @@ def _encoders(part: nn.Module, path: str) -> Iterator[Way]:
         else:
             yield Way("encode", f"{path}.{name}(images)", target, owner=type(part).__name__)
             # images as rows, as in Lightning's first example
-            yield Way("encode", f"{path}.{name}(images.flatten(1))", partial(_of_rows, target))
+            yield Way("encode", f"{path}.{name}(images.flatten(1))", partial(of_rows, target))
 
 
 def takes_classes(target: Callable[..., Any]) -> bool:
@@ -401,7 +407,8 @@ def _through_heads(encoder: Callable[..., Any], layers: list[nn.Module], images:
     return made if len(made) > 1 else made[0]
 
 
-def _of_rows(encoder: Callable[..., Any], images: Tensor) -> Any:
+def of_rows(encoder: Callable[..., Any], images: Tensor) -> Any:
+    """Encodes images as rows."""
     return encoder(images.flatten(1))
 
 
@@ -421,7 +428,7 @@ def decoder_ways(
     if length is not None:
         shapes += [shape for shape in ((length,), (length, 1, 1)) if shape not in shapes]
     last = name.rpartition(".")[2]
-    is_generator = given or last == "forward" or (GENERATORS.fullmatch(last) is not None and last not in DECODE_NAMES)
+    is_generator = given or last == "forward" or GENERATORS.fullmatch(last) is not None
     for shape in shapes:
         # without an image to compare with, any convolution takes latents of one pixel
         if shape[1:] == (1, 1) and context.shape is None and not is_generator:
@@ -435,8 +442,8 @@ def decoder_ways(
             # a map of latents has no prior that is worth sampling, unless the user states one
             continue
         yield Way(
-            "sample", f"{name} from {_noise_of(shape)}{' and labels' if labels else ''}",
-            partial(_sampled, target, module, shape), takes_labels=labels, latent=shape,
+            "sample", f"{name} from {noise_of(shape)}{' and labels' if labels else ''}",
+            partial(sampled_by, target, module, shape), takes_labels=labels, latent=shape,
             assumes_prior=not is_generator or name == "self.forward", is_generator=is_generator,
         )  # fmt: skip
 
@@ -469,8 +476,8 @@ def _of_codes(target: Callable[..., Any], name: str, module: nn.Module, part: nn
         yield Way("sample", f"{name} from {drawn}", call)
 
 
-def _takes_noise(target: Callable[..., Any]) -> bool:
-    """Whether the name of the first parameter says that it takes noise or latents."""
+def takes_noise(target: Callable[..., Any]) -> bool:
+    """Returns whether the name of the first parameter says that it takes noise or latents."""
     signature = signature_of(target)
     first = next(iter(signature.parameters), "") if signature is not None else ""
     return NOISE.fullmatch(first) is not None
@@ -482,7 +489,8 @@ def _with_one_label(decoder: Callable[..., Any], condition: Tensor | None, z: Te
     return decoder(z, condition.to(z.device).expand(len(z), -1))
 
 
-def _sampled(decoder: Callable[..., Any], module: nn.Module, shape: tuple[int, ...], n: int, *labels: Tensor) -> Any:
+def sampled_by(decoder: Callable[..., Any], module: nn.Module, shape: tuple[int, ...], n: int, *labels: Tensor) -> Any:
+    """Decodes normal noise."""
     return decoder(normal(module, n, shape), *labels)
 
 
