@@ -25,8 +25,8 @@ SLOW = 0.2
 """Samples that took so many seconds are not drawn once more to measure their time without what takes place once."""
 
 REVISED, OTHER = 6, 4 / 3
-"""At the evaluation with this number the plan is said once more, if their number will be smaller or larger by this factor.
-Evaluations among training steps take longer than those that were measured one after another."""
+"""After so many evaluations, or a third of them all, the plan is said once more if their number will be smaller or larger by
+this factor. Evaluations among training steps take longer than those that were measured one after another."""
 
 
 def is_short(session: Session, monitors: Sequence[Monitor[Any, Any]]) -> bool:
@@ -132,10 +132,15 @@ def planned(session: Session) -> float:
     return max(main.evaluations, 1) + schedule.coming // schedule.periods(session.limited)[main.name]
 
 
-def is_other(session: Session, said: float) -> bool:
-    """Returns whether there will be far fewer or more evaluations than were said, as far as these have a number."""
+def is_off(session: Session, said: float) -> bool | None:
+    """Returns whether there will be far fewer or more evaluations than were said; None as long as that is not known.
+
+    It is known after some evaluations, or a third of a few, and never where the length of the run is not.
+    """
     number = planned(session)
-    return math.isfinite(number) and not said / OTHER <= number <= said * OTHER
+    if not math.isfinite(number) or main_of(session).evaluations < min(REVISED, number / 3):
+        return None
+    return not said / OTHER <= number <= said * OTHER
 
 
 def in_words(session: Session, anew: bool = False) -> str:

@@ -10,7 +10,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_gendiag.callbacks.logging import PREFIX, DiagnosticLogger, DiagnosticWarning, Layout
-from lightning_gendiag.callbacks.planning import REVISED, in_words, is_other, is_short, main_of, planned, rehearse
+from lightning_gendiag.callbacks.planning import in_words, is_off, is_short, planned, rehearse
 from lightning_gendiag.callbacks.schedule import Schedule
 from lightning_gendiag.detection.alarm import listed
 from lightning_gendiag.detection.history import History
@@ -310,8 +310,8 @@ class Session:
         if plans:
             self._planned = True
             self._say_plan(step)
-        elif self._said is not None and limited and main_of(self).evaluations >= REVISED:
-            if is_other(self, self._said):
+        elif self._said is not None and limited and (off := is_off(self, self._said)) is not None:
+            if off:
                 self._say_plan(step, anew=True)
             self._said = None
         evaluated = tuple(f"{PREFIX}/{monitor.name}/" for monitor in chosen)
