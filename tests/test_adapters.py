@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -418,6 +419,19 @@ def test_latents_that_a_plain_object_samples_are_decoded() -> None:
 
     name = name_of(view_of(Latent(lambda _: Latents())), "sample")
     assert name == "self.decode_first_stage of self.helper.sample(self.net, n)"
+
+
+def test_a_model_that_only_its_average_holds_is_sampled_in_its_trained_copy() -> None:
+    class Model(Denoiser):
+        def sample(self, batch_size: int = 16) -> Tensor:
+            return noise(batch_size)
+
+    class Average(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.ema_model, self.online_model = deepcopy(model).requires_grad_(False), model
+
+    assert name_of(view_of(Wrapper("ema", Average(Model()))), "sample") == "self.ema.online_model.sample(n)"
 
 
 def test_a_condition_that_a_sampler_works_without_is_none() -> None:

@@ -102,13 +102,21 @@ def own(module: nn.Module, context: Context) -> Iterator[Way]:
 
 def children(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields what the modules do that a module holds, such as ``self.model`` of a wrapper."""
-    for name, child in sorted(module.named_children(), key=lambda named: AVERAGED.search(named[0]) is not None):
-        if is_discriminator(name, child):
+    for path, child in _held_by(module, "self"):
+        if is_discriminator(path.rpartition(".")[2], child):
             # some have an encoder, which is none of the model's
             continue
         frozen = _is_frozen(child) and not _is_frozen(module)
-        for way in _of(child, f"self.{name}", module, context):
+        for way in _of(child, path, module, context):
             yield replace(way, frozen=frozen)
+
+
+def _held_by(part: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules that a module holds, averages last, and after each average what it holds: it may be all there is."""
+    for name, child in sorted(part.named_children(), key=lambda named: AVERAGED.search(named[0]) is not None):
+        yield f"{path}.{name}", child
+        if AVERAGED.search(name) is not None:
+            yield from _held_by(child, f"{path}.{name}")
 
 
 def is_discriminator(name: str, part: nn.Module) -> bool:
