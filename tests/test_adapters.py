@@ -434,6 +434,46 @@ def test_a_model_that_only_its_average_holds_is_sampled_in_its_trained_copy() ->
     assert name_of(view_of(Wrapper("ema", Average(Model()))), "sample") == "self.ema.online_model.sample(n)"
 
 
+class Energy(LightningModule):
+    """Samples by gradients of its energy, and by other steps that need none and are no substitute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 1)
+
+    def langevin_sample(self, n: int) -> Tensor:
+        x = torch.rand(n, 1, 8, 8, requires_grad=True)
+        (slope,) = torch.autograd.grad(self.layer(x.flatten(1)).square().sum(), x)
+        return x - 0.1 * slope
+
+    def mcmc_sample(self, n: int) -> Tensor:
+        return noise(n)
+
+
+class Backward(Energy):
+    """Takes gradients by ``backward``, which weights would get as well."""
+
+    def langevin_sample(self, n: int) -> Tensor:
+        x = torch.rand(n, 1, 8, 8, requires_grad=True)
+        self.layer(x.flatten(1)).square().sum().backward()
+        assert x.grad is not None
+        assert self.layer.weight.grad is None
+        return (x - 0.1 * x.grad).detach()
+
+
+@pytest.mark.parametrize("kind", [Energy, Backward])
+@pytest.mark.parametrize("sample", [None, lambda module, n: module.langevin_sample(n)])
+def test_a_sampler_that_needs_gradients_has_them(kind: type[Energy], sample: Any) -> None:
+    module = kind()
+    view = view_of(module, sample=sample)
+    images = view.samples().images
+    assert not images.requires_grad
+    assert "langevin_sample(n)" in name_of(view, "sample") or sample is not None
+    assert module.layer.weight.requires_grad
+    assert module.layer.weight.grad is None
+    assert view.module.layer.weight.requires_grad
+
+
 def test_a_condition_that_a_sampler_works_without_is_none() -> None:
     class Free(LightningModule):
         def sample(self, n: int, cond: Tensor | None) -> Tensor:

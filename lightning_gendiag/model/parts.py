@@ -40,6 +40,7 @@ from lightning_gendiag.model.adapters.own import (
     takes_classes,
     takes_images,
     with_children,
+    with_gradients_if_needed,
 )
 from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.amounts import timed
@@ -286,6 +287,7 @@ class ModelParts:
         text = f"the callable in ModelAdapter({need}=...)"
         call = partial(given, self.module)
         takes_labels = self.adapter.conditional if need == "sample" else need == "encode" and takes_classes(call)
+        call = partial(with_gradients_if_needed, self.module, call) if need == "sample" else call
         return [Way(need, text, call, takes_labels=takes_labels)]
 
     def _named(self, need: Need, path: str) -> Callable[..., Any]:

@@ -395,7 +395,8 @@ def sampler_ways(
         values |= {"labels": labels[0] if labels else None, "noise": drawn}
         first = [values[role] for parameter, role in given.items() if parameter in by_position]
         others = {p: values[role] for p, role in given.items() if p not in by_position}
-        output = target(*first, **others, **({keyword: values["labels"]} if keyword else {}))
+        others |= {keyword: values["labels"]} if keyword else {}
+        output = with_gradients_if_needed(module, target, *first, **others)
         return output if noise is None or drawn is None else last_of(output, drawn)
 
     def way(given: dict[str, str], shape: tuple[int, ...], shown: str = "") -> Way:
@@ -434,6 +435,24 @@ def sampler_ways(
     if unknown and shape and "n" in given.values():
         # some know it only after the first training step
         yield way(given | {unknown[0]: "size"}, shape)
+
+
+def with_gradients_if_needed(module: nn.Module, sampler: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a sampler, with gradients of data where it fails without, as Langevin dynamics does; weights get none."""
+    try:
+        return sampler(*args, **kwargs)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        with torch.enable_grad():
+            return sampler(*args, **kwargs)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def last_of(output: Any, noise: Tensor) -> Any:
