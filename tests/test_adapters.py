@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -334,6 +335,171 @@ def test_latents_of_another_size_are_no_images_that_noise_is_denoised_to() -> No
 
     with pytest.raises(ValueError, match="sample must be known"):
         view_of(Latent()).source("samples")
+
+
+class Process:
+    """A plain object beside a network, which returns all steps from noise to data, as many diffusion processes do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def sample(self, z: Tensor, cond: Tensor, null_cond: Any = None, sample_steps: int = 4) -> list[Tensor]:
+        assert cond.shape == (len(z),)
+        steps = [z]
+        for step in range(sample_steps):
+            steps.append(steps[-1] - self.model(steps[-1], z.new_full((len(z),), step / sample_steps)))
+        return steps
+
+
+class Guided:
+    """A plain object that is given the network, and asks for labels as one-hot rows."""
+
+    def p_sample_loop(self, model: nn.Module, shape: tuple[int, ...], y_cond: Tensor) -> Tensor:
+        assert y_cond.shape == (shape[0], 10)
+        return model(torch.randn(shape), torch.ones(shape[0]))
+
+
+class Memory:
+    """A plain object that returns data, and has nothing to do with the network."""
+
+    def sample(self, n: int) -> Tensor:
+        return IMAGES[:n]
+
+
+HELPERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "holds the network": (Process, "self.helper.sample from normal noise (n, 1, 8, 8) and labels"),
+    "is given it": (lambda _: Guided(), "self.helper.p_sample_loop(self.net, shape, labels) as one-hot rows"),
+}
+
+
+class Helped(LightningModule):
+    """A network, and what is trained or sampled with it."""
+
+    def __init__(self, helper: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.net = Denoiser()
+        self.helper = helper(self.net)
+
+
+@pytest.mark.parametrize("kind", HELPERS)
+def test_a_plain_object_samples_with_the_network_of_the_copy(kind: str) -> None:
+    helper, name = HELPERS[kind]
+    module = Helped(helper)
+    one_hot = {"reference": (IMAGES, nn.functional.one_hot(LABELS, 10))} if "one-hot" in name else {}
+    view = view_of(module, **one_hot)
+    assert name_of(view, "sample") == name
+    before = view.samples()
+    assert before.labels is not None
+    with torch.no_grad():
+        module.net.layer.weight.zero_()
+        module.net.layer.bias.fill_(-1.0)
+    changed = view_of(module, **one_hot).samples()
+    assert not changed.images.equal(before.images)
+    if "noise" in name:
+        # the last of four steps, at times that sum to 1.5
+        assert changed.images.mean().item() == pytest.approx(1.5, abs=0.2)
+
+
+def test_a_plain_object_that_has_no_network_is_no_sampler() -> None:
+    with pytest.raises(ValueError, match="sample must be known"):
+        view_of(Helped(lambda _: Memory())).source("samples")
+
+
+def test_latents_that_a_plain_object_samples_are_decoded() -> None:
+    class Latent(Helped):
+        def encode_first_stage(self, images: Tensor) -> Tensor:
+            return nn.functional.avg_pool2d(images, 2)
+
+        def decode_first_stage(self, z: Tensor) -> Tensor:
+            return nn.functional.interpolate(z, scale_factor=2)
+
+    class Latents:
+        def sample(self, model: nn.Module, n: int) -> Tensor:
+            return model(torch.randn(n, 1, 4, 4), torch.ones(n))
+
+    name = name_of(view_of(Latent(lambda _: Latents())), "sample")
+    assert name == "self.decode_first_stage of self.helper.sample(self.net, n)"
+
+
+def test_a_model_that_only_its_average_holds_is_sampled_in_its_trained_copy() -> None:
+    class Model(Denoiser):
+        def sample(self, batch_size: int = 16) -> Tensor:
+            return noise(batch_size)
+
+    class Average(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.ema_model, self.online_model = deepcopy(model).requires_grad_(False), model
+
+    assert name_of(view_of(Wrapper("ema", Average(Model()))), "sample") == "self.ema.online_model.sample(n)"
+
+
+class Energy(LightningModule):
+    """Samples by gradients of its energy, and by other steps that need none and are no substitute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 1)
+
+    def langevin_sample(self, n: int) -> Tensor:
+        x = torch.rand(n, 1, 8, 8, requires_grad=True)
+        (slope,) = torch.autograd.grad(self.layer(x.flatten(1)).square().sum(), x)
+        return x - 0.1 * slope
+
+    def mcmc_sample(self, n: int) -> Tensor:
+        return noise(n)
+
+
+class Backward(Energy):
+    """Takes gradients by ``backward``, which weights would get as well."""
+
+    def langevin_sample(self, n: int) -> Tensor:
+        x = torch.rand(n, 1, 8, 8, requires_grad=True)
+        self.layer(x.flatten(1)).square().sum().backward()
+        assert x.grad is not None
+        assert self.layer.weight.grad is None
+        return (x - 0.1 * x.grad).detach()
+
+
+@pytest.mark.parametrize("kind", [Energy, Backward])
+@pytest.mark.parametrize("sample", [None, lambda module, n: module.langevin_sample(n)])
+def test_a_sampler_that_needs_gradients_has_them(kind: type[Energy], sample: Any) -> None:
+    module = kind()
+    view = view_of(module, sample=sample)
+    images = view.samples().images
+    assert not images.requires_grad
+    assert "langevin_sample(n)" in name_of(view, "sample") or sample is not None
+    assert module.layer.weight.requires_grad
+    assert module.layer.weight.grad is None
+    assert view.module.layer.weight.requires_grad
+
+
+def test_a_condition_that_a_sampler_works_without_is_none() -> None:
+    class Free(LightningModule):
+        def sample(self, n: int, cond: Tensor | None) -> Tensor:
+            return noise(n)
+
+    class Bound(LightningModule):
+        def sample(self, n: int, cond: Tensor) -> Tensor:
+            return noise(len(cond))
+
+    assert name_of(view_of(Free()), "sample") == "self.sample(n, None)"
+    assert name_of(view_of(Bound()), "sample") == "self.sample(n, labels)"
+
+
+def test_a_shape_that_is_known_only_after_a_step_of_training_is_given() -> None:
+    class Late(LightningModule):
+        shape: tuple[int, ...] | None = None
+
+        def sample(self, batch_size: int = 1, data_shape: tuple[int, ...] | None = None) -> Tensor:
+            data_shape = data_shape or self.shape
+            assert data_shape is not None, "the shape of the data must be known"
+            return torch.rand(batch_size, *data_shape)
+
+    late, known = Late(), Late()
+    known.shape = (1, 8, 8)
+    assert name_of(view_of(late), "sample") == "self.sample(n, size)"
+    assert name_of(view_of(known), "sample") == "self.sample(n)"
 
 
 def test_what_samples_is_found_again_on_each_copy() -> None:

@@ -29,15 +29,18 @@ from lightning_gendiag.model.adapters.own import (
     decoder_ways,
     generators_of,
     held,
+    helpers_of,
     is_adversarial,
     latent_length,
     normal,
     packed_length,
+    role_of,
     sampler_ways,
     signature_of,
     takes_classes,
     takes_images,
     with_children,
+    with_gradients_if_needed,
 )
 from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.amounts import timed
@@ -284,6 +287,7 @@ class ModelParts:
         text = f"the callable in ModelAdapter({need}=...)"
         call = partial(given, self.module)
         takes_labels = self.adapter.conditional if need == "sample" else need == "encode" and takes_classes(call)
+        call = partial(with_gradients_if_needed, self.module, call) if need == "sample" else call
         return [Way(need, text, call, takes_labels=takes_labels)]
 
     def _named(self, need: Need, path: str) -> Callable[..., Any]:
@@ -467,7 +471,7 @@ class ModelParts:
                 f"{need} must be known, but the length of the noise that {unknown} takes is not. "
                 f"To fix this, pass ModelAdapter(latent_dim=...), or define {own}.{need}({ARGUMENTS[need]})."
             )
-        failures += self._unsuitable(need) if len(failures) < MOST_REASONS else []
+        failures += self._unsuitable(need, failures) if len(failures) < MOST_REASONS else []
         tried = "; ".join(failures[:MOST_REASONS]) or f"{own} has none of {', '.join(NAMES[need])}"
         return (
             f"{need} must be known, but {without_full_stop(tried)}. "
@@ -487,12 +491,33 @@ class ModelParts:
                     return f"{path}.{name}"
         return ""
 
-    def _unsuitable(self, need: Need) -> list[str]:
-        """Names of methods that are not called, since it is not known with what."""
+    def _unsuitable(self, need: Need, failures: list[str]) -> list[str]:
+        """Says of methods that were not called which of their parameters are not known."""
         if need in ("sample", "reconstruct") and self.context.is_paired:
             return ["a batch holds two batches of images, of which forward may make one of the other"]
-        found = ((name, attribute(self.module, name)) for name in NAMES[need])
-        return [f"self.{name} takes {signature_of(target)}" for name, target in found if target is not None]
+        found = [(f"self.{name}", attribute(self.module, name)) for name in NAMES[need]]
+        if need == "sample":
+            others = {**with_children(self.module), **helpers_of(self.module)}
+            others.pop("self")
+            found += [
+                (f"{path}.{name}", attribute(part, name)) for path, part in others.items() for name in SAMPLE_NAMES
+            ]
+        tried = tuple(failures)
+        return [
+            f"{name} takes {signature_of(target)}{self._unknown(need, target)}"
+            for name, target in found
+            if target is not None and not any(failure.startswith((f"{name}(", f"{name} ")) for failure in tried)
+        ]
+
+    def _unknown(self, need: Need, target: Callable[..., Any]) -> str:
+        """Names the parameters that must be given and are not known; empty where none is."""
+        signature = signature_of(target)
+        parameters = [] if signature is None else list(signature.parameters.values())
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        # the first one takes what all encoders, or all decoders, take
+        unknown = required[1:] if need != "sample" else [p for p in required if role_of(p, self.context) is None]
+        names = " and ".join(p.name for p in unknown)
+        return f", where {names} {'is' if len(unknown) == 1 else 'are'} not known" if unknown else ""
 
     def _fix(self, need: Need) -> str:
         """A line that was run in place of one that the user gave and that does not work, or what that must do."""

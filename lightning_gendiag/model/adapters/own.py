@@ -68,6 +68,7 @@ LABELS = re.compile(r"(y|labels?|cls|class(es)?|class_?(labels?|ids?)|targets?|a
 CODES = re.compile(r"codes?|(latent|cont|continuous)_?codes?|c_?(cont|continuous)\w*", re.IGNORECASE)
 CONDITIONS = re.compile(r"(c|cond|condition(s|ing)?|context|prompts?|.*_(cond|conditioning|context))")
 NOISE = re.compile(r"(z|zs|noise|latents?|code|eps|x_?t|z_?samples?)", re.IGNORECASE)
+NETWORKS = re.compile(r"(\w+_)?(model|net|network|unet|denoiser)|(denoise|score|model)_?(fn|function)")
 """Names of parameters of a sampler, by what they take."""
 
 TIMES = re.compile(r"ts?|\w*time\w*|steps?|sigmas?|noise_levels?")
@@ -101,13 +102,21 @@ def own(module: nn.Module, context: Context) -> Iterator[Way]:
 
 def children(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields what the modules do that a module holds, such as ``self.model`` of a wrapper."""
-    for name, child in sorted(module.named_children(), key=lambda named: AVERAGED.search(named[0]) is not None):
-        if is_discriminator(name, child):
+    for path, child in _held_by(module, "self"):
+        if is_discriminator(path.rpartition(".")[2], child):
             # some have an encoder, which is none of the model's
             continue
         frozen = _is_frozen(child) and not _is_frozen(module)
-        for way in _of(child, f"self.{name}", module, context):
+        for way in _of(child, path, module, context):
             yield replace(way, frozen=frozen)
+
+
+def _held_by(part: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules that a module holds, averages last, and after each average what it holds: it may be all there is."""
+    for name, child in sorted(part.named_children(), key=lambda named: AVERAGED.search(named[0]) is not None):
+        yield f"{path}.{name}", child
+        if AVERAGED.search(name) is not None:
+            yield from _held_by(child, f"{path}.{name}")
 
 
 def is_discriminator(name: str, part: nn.Module) -> bool:
@@ -128,6 +137,36 @@ def _is_frozen(part: nn.Module) -> bool:
     return bool(weights) and not any(weight.requires_grad for weight in weights)
 
 
+def helpers(module: nn.Module, context: Context) -> Iterator[Way]:
+    """Yields the samplers of plain objects that a module holds, such as a diffusion process beside its network.
+
+    They count only if they hold a network of the module or are given it, since other objects may return data.
+    """
+    for path, helper in helpers_of(module).items():
+        for name in (*SAMPLE_NAMES, *_other_samplers(helper)):
+            if (target := attribute(helper, name)) is not None and _samples_with(helper, target, module):
+                yield from sampler_ways(target, f"{path}.{name}", module, helper, context)
+
+
+def helpers_of(module: nn.Module) -> dict[str, Any]:
+    """Returns the objects of users' classes that a module holds and that are no modules, by what log lines call them."""
+    held_by = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {
+        f"self.{name}": value
+        for name, value in held_by.items()
+        if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type, types.FunctionType, types.MethodType))
+    }
+
+
+def _samples_with(helper: Any, target: Callable[..., Any], module: nn.Module) -> bool:
+    """Whether a sampler of a plain object is given a network, or the object holds one of the module's."""
+    signature = signature_of(target)
+    if signature is not None and any(NETWORKS.fullmatch(name.lower()) for name in signature.parameters):
+        return True
+    parts = set(map(id, module.modules()))
+    return any(isinstance(value, nn.Module) and id(value) in parts for value in vars(helper).values())
+
+
 def decoded_samples(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields samplers of latents, as latent diffusion models have, followed by the decoder of the first stage."""
     parts = with_children(module)
@@ -137,26 +176,31 @@ def decoded_samples(module: nn.Module, context: Context) -> Iterator[Way]:
         for name in reversed(DECODE_NAMES)
         if (decoder := attribute(part, name)) is not None and accepts(decoder, 1)
     ]
-    for path, part in parts.items():
-        for way in _of(part, path, module, context):
-            if way.need == "sample" and not way.assumes_prior and way.latent is None:
-                for name, decoder in decoders:
-                    call = partial(_decoded, decoder, way.call)
-                    yield Way("sample", f"{name} of {way.name}", call, takes_labels=way.takes_labels)
+    ways = (way for path, part in parts.items() for way in _of(part, path, module, context))
+    for way in (*ways, *helpers(module, context)):
+        if way.need == "sample" and not way.assumes_prior and way.latent is None:
+            for name, decoder in decoders:
+                call = partial(_decoded, decoder, way.call)
+                yield Way("sample", f"{name} of {way.name}", call, takes_labels=way.takes_labels)
 
 
 def denoised(module: nn.Module, context: Context) -> Iterator[Way]:
     """Yields what a diffusion model makes of normal noise as large as an image: a sampler or its own forward that takes it."""
     if context.shape is None or context.latent not in (None, context.shape):
         return
-    for path, part in with_children(module).items():
-        for name in (*SAMPLE_NAMES, "forward") if part is module else SAMPLE_NAMES:
+    if not any(map(_takes_times, module.modules())):
+        return
+    for path, part in (with_children(module) | helpers_of(module)).items():
+        for name in SAMPLE_NAMES:
             target = attribute(part, name)
-            if target is None or not accepts(target, 1) or not takes_noise(target) or _takes_times(target):
+            if target is None or not takes_noise(target) or _takes_times(target, but_their_number=True):
                 continue
-            if any(map(_takes_times, module.modules())):
-                text = f"{path}.{name} from {noise_of(context.shape)}"
-                yield Way("sample", text, partial(sampled_by, target, module, context.shape))
+            if isinstance(part, nn.Module) or _samples_with(part, target, module):
+                yield from sampler_ways(target, f"{path}.{name}", module, part, context, noise=context.shape)
+    forward = attribute(module, "forward")
+    if forward is not None and accepts(forward, 1) and takes_noise(forward) and not _takes_times(forward):
+        text = f"self.forward from {noise_of(context.shape)}"
+        yield Way("sample", text, partial(sampled_by, forward, module, context.shape))
 
 
 def with_children(module: nn.Module) -> dict[str, nn.Module]:
@@ -169,10 +213,13 @@ def noise_of(shape: tuple[int, ...]) -> str:
     return f"normal noise (n, {', '.join(map(str, shape))})"
 
 
-def _takes_times(target: Callable[..., Any]) -> bool:
+def _takes_times(target: Callable[..., Any], but_their_number: bool = False) -> bool:
     """Whether names say that something takes data and times, as the network of a diffusion model does."""
     signature = signature_of(target)
-    return signature is not None and any(TIMES.fullmatch(name) for name in list(signature.parameters)[1:])
+    others = [] if signature is None else list(signature.parameters.values())[1:]
+    if but_their_number:
+        others = [p for p in others if p.default is p.empty or not p.name.endswith("steps")]
+    return any(TIMES.fullmatch(p.name) for p in others)
 
 
 def _decoded(decoder: Callable[..., Any], sampler: Callable[..., Any], n: int, *labels: Tensor) -> Any:
@@ -226,7 +273,7 @@ def inverse_of(part: nn.Module) -> Inverse | None:
     return None
 
 
-def _other_samplers(part: nn.Module) -> list[str]:
+def _other_samplers(part: Any) -> list[str]:
     """Names of methods of a user's class that take a number of samples first."""
     found = []
     for kind in type(part).__mro__:
@@ -239,9 +286,10 @@ def _other_samplers(part: nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _other_generators(part: nn.Module) -> list[str]:
+def _other_generators(part: Any) -> list[str]:
     """Names of the parts that are called a generator in other words, such as ``G_net``; averaged copies come last."""
-    named = (name for name, _ in part.named_children() if GENERATORS.fullmatch(name) and name not in GENERATOR_NAMES)
+    parts = part.named_children() if isinstance(part, nn.Module) else ()
+    named = (name for name, _ in parts if GENERATORS.fullmatch(name) and name not in GENERATOR_NAMES)
     return sorted(named, key=lambda name: AVERAGED.search(name) is not None)
 
 
@@ -274,7 +322,7 @@ def _encodes(part: nn.Module, module: nn.Module) -> bool:
     return any(attribute(one, name) is not None for one in (module, part) for name in ENCODE_NAMES)
 
 
-def attribute(part: nn.Module, name: str) -> Callable[..., Any] | None:
+def attribute(part: Any, name: str) -> Callable[..., Any] | None:
     """Returns what is callable under a name; ``forward`` stands for a module that defines it."""
     if name == "forward":
         return part if has_forward(part) else None
@@ -293,9 +341,14 @@ def held(owner: Any, name: str) -> Any:
 
 
 def sampler_ways(
-    target: Callable[..., Any], name: str, module: nn.Module, part: nn.Module, context: Context
+    target: Callable[..., Any],
+    name: str,
+    module: nn.Module,
+    part: Any,
+    context: Context,
+    noise: tuple[int, ...] | None = None,
 ) -> Iterator[Way]:
-    """Yields how a method is called for n samples, by the names of its parameters."""
+    """Yields how a method is called for n samples, by the names of its parameters; ``noise`` is the shape of what it takes."""
     signature = signature_of(target)
     if signature is None:
         yield Way("sample", f"{name}(n)", target)
@@ -304,14 +357,14 @@ def sampler_ways(
     named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     states_number = False
     for parameter in named:
-        role = _role(parameter, context)
+        role = role_of(parameter, context)
         if role == "n" and parameter.name.lower() == "size" and "n" in given.values() and context.shape is not None:
             # of one image, beside their number
             role = "size"
         # a batch may be one of data
         states_number |= role in ("n", "shape") and parameter.name.lower() not in ("b", "batch")
         if role is None and parameter.default is parameter.empty:
-            if given or any(COUNTS.fullmatch(p.name) for p in named):
+            if set(given.values()) - {"network"} or any(COUNTS.fullmatch(p.name) for p in named):
                 return
             role = "n"
         if role is not None:
@@ -321,37 +374,107 @@ def sampler_ways(
     if not named or not {"n", "shape", "noise"} & set(given.values()):
         return
     length = latent_length(part, None, context) or latent_length(module, None, context)
-    if "noise" in given.values() and length is None:
+    latent = noise or (None if length is None else (length,))
+    if "noise" in given.values() and latent is None:
+        return
+    path, network = network_of(module) if "network" in given.values() else ("", None)
+    if "network" in given.values() and network is None:
         return
     by_position = {p.name for p in named if p.kind is p.POSITIONAL_ONLY}
 
-    def call(shape: tuple[int, ...], n: int, *labels: Tensor, keyword: str = "") -> Any:
-        values = {"n": n, "shape": (n, *shape), "size": shape, "device": context.device, "none": None}
-        values |= {"labels": labels[0] if labels else None}
-        values |= {"noise": normal(module, n, (length or 0,))} if "noise" in given.values() else {}
+    def call(given: dict[str, str], shape: tuple[int, ...], n: int, *labels: Tensor, keyword: str = "") -> Any:
+        drawn = normal(module, n, latent or ()) if "noise" in given.values() else None
+        values = {
+            "n": n,
+            "shape": (n, *shape),
+            "size": shape,
+            "device": context.device,
+            "none": None,
+            "network": network,
+        }
+        values |= {"labels": labels[0] if labels else None, "noise": drawn}
         first = [values[role] for parameter, role in given.items() if parameter in by_position]
         others = {p: values[role] for p, role in given.items() if p not in by_position}
-        return target(*first, **others, **({keyword: values["labels"]} if keyword else {}))
+        others |= {keyword: values["labels"]} if keyword else {}
+        output = with_gradients_if_needed(module, target, *first, **others)
+        return output if noise is None or drawn is None else last_of(output, drawn)
 
-    shown = ", ".join("None" if role == "none" else "n" if role == "n" else role for role in given.values())
-    takes_labels, shape = "labels" in given.values(), context.shape or ()
-    plain = Way("sample", f"{name}({shown})", partial(call, shape), takes_labels=takes_labels, is_sampler=states_number)
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and not takes_labels
+    def way(given: dict[str, str], shape: tuple[int, ...], shown: str = "") -> Way:
+        texts = {"none": "None", "network": path}
+        shown = shown or ", ".join(texts.get(role, role) for role in given.values())
+        takes_labels = "labels" in given.values()
+        text = f"{name}({shown})"
+        if noise is not None:
+            text = f"{name} from {noise_of(noise)}{' and labels' if takes_labels else ''}"
+        return Way("sample", text, partial(call, given, shape), takes_labels=takes_labels, is_sampler=states_number)
+
+    shape = context.shape or ()
+    plain = way(given, shape)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()) and not plain.takes_labels
     with_labels = [
-        replace(plain, name=f"{name}({shown}, {key}=labels)", call=partial(call, shape, keyword=key), takes_labels=True)
+        replace(
+            plain,
+            name=f"{plain.name.removesuffix(')')}, {key}=labels)",
+            call=partial(call, given, shape, keyword=key),
+            takes_labels=True,
+        )
         for key in LABEL_KEYWORDS
         if takes_any
     ]
     # it may ignore labels, which then say nothing about its images
     yield from (*with_labels, plain) if context.conditional else (plain, *with_labels)
+    if "none" in given.values() and not plain.takes_labels:
+        # a condition that it does not work without is often a class
+        first = next(parameter for parameter, role in given.items() if role == "none")
+        yield way(given | {first: "labels"}, shape)
     if "shape" in given.values() and context.latent not in (None, shape):
         # multiscale flows fold positions into channels
-        text = f"{name}({shown.replace('shape', f'shape of latents {context.latent}')})"
-        yield replace(plain, name=text, call=partial(call, context.latent))
+        others = ", ".join("None" if role == "none" else role for role in given.values())
+        yield way(given, context.latent or (), others.replace("shape", f"shape of latents {context.latent}"))
+    unknown = [p.name for p in named if p.default is None and p.name.lower().endswith("shape") and p.name not in given]
+    if unknown and shape and "n" in given.values():
+        # some know it only after the first training step
+        yield way(given | {unknown[0]: "size"}, shape)
 
 
-def _role(parameter: inspect.Parameter, context: Context) -> str | None:
-    """What a parameter of a sampler is given; None for nothing."""
+def with_gradients_if_needed(module: nn.Module, sampler: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a sampler, with gradients of data where it fails without, as Langevin dynamics does; weights get none."""
+    try:
+        return sampler(*args, **kwargs)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        with torch.enable_grad():
+            return sampler(*args, **kwargs)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def last_of(output: Any, noise: Tensor) -> Any:
+    """Returns the last of all steps from noise to data, where a sampler returns them all; else the output as it is."""
+    if isinstance(output, (tuple, list, Tensor)) and len(output) > 1:
+        first = output[0]
+        if isinstance(first, Tensor) and first.shape == noise.shape and torch.equal(first.to(noise), noise):
+            return output[-1]
+    return output
+
+
+def network_of(module: nn.Module) -> tuple[str, nn.Module | None]:
+    """Returns the outermost network in a module that takes times, and its path; the module itself where it is none inside."""
+    inside = ((f"self.{name}", part) for name, part in module.named_modules() if name)
+    found = [(path, part) for path, part in inside if _takes_times(part)]
+    found.sort(key=lambda named: AVERAGED.search(named[0]) is not None)
+    own_network = [("self", module)] if _takes_times(module) else []
+    return next(iter([*found, *own_network]), ("", None))
+
+
+def role_of(parameter: inspect.Parameter, context: Context) -> str | None:
+    """Returns what a parameter of a sampler is given; None for nothing."""
     required = parameter.default is parameter.empty
     name = parameter.name.lower()
     if COUNTS.fullmatch(name):
@@ -364,6 +487,8 @@ def _role(parameter: inspect.Parameter, context: Context) -> str | None:
         return "labels"
     if not required:
         return None
+    if NETWORKS.fullmatch(name):
+        return "network"
     if NOISE.fullmatch(name):
         return "noise"
     return "none" if CONDITIONS.fullmatch(name) else None
@@ -503,7 +628,7 @@ def normal(module: nn.Module, n: int, shape: tuple[int, ...]) -> Tensor:
 # ---- what is found in a module ----
 
 
-def latent_length(part: nn.Module, target: Any, context: Context) -> int | None:
+def latent_length(part: Any, target: Any, context: Context) -> int | None:
     """Returns the length of the latents that the user, an attribute or the first layer of a decoder states, or None."""
     if context.latent_dim is not None:
         return context.latent_dim
@@ -551,7 +676,7 @@ def packed_length(module: nn.Module) -> int | None:
     return None
 
 
-def stated_size(part: nn.Module, target: Any, names: tuple[str, ...]) -> int | None:
+def stated_size(part: Any, target: Any, names: tuple[str, ...]) -> int | None:
     """Returns the integer that a module, its configuration or its decoder holds under one of some names, or None."""
     configs = [held(part, name) for name in CONFIGS]
     # configurations of models are often nested once
