@@ -318,3 +318,22 @@ def test_what_fits_two_inputs_alone_does_not_reconstruct() -> None:
     with pytest.warns(DiagnosticWarning, match="watches the training data only"):
         diagnostics = fitted(OfSeries(), TensorDataset(torch.randn(64, 16, 2)))
     assert "round_trip" not in diagnostics.attached
+class WithEmbedding(Autoencoding):
+    """The discriminator of EBGAN (https://arxiv.org/abs/1609.03126), which returns its latents too."""
+
+    def forward(self, images: Tensor) -> Any:
+        latents = self.encoder(images)
+        return self.decoder(latents), latents
+
+
+class EBGAN(BEGAN):
+    def __init__(self) -> None:
+        super().__init__()
+        self.discriminator = WithEmbedding()
+
+
+def test_reconstructions_of_a_discriminator_are_no_scores() -> None:
+    diagnostics = fitted(EBGAN(), TensorDataset(IMAGES, LABELS))
+    assert "self.discriminator returns no score for each image" in diagnostics.left_out["adversary"]
+
+
