@@ -25,8 +25,10 @@ from lightning_gendiag.model.adapters.own import signature_of
 LOSS_ADVICE = "TimestepLossMonitor(loss=lambda module, images, times, noise: ...)"
 TO_FIX = f"To fix this, pass {LOSS_ADVICE}."
 
-TIMES = re.compile(r"ts?|\w*time\w*|steps?|\w*sigmas?|\w*noise\w*|\w*lambda\w*|\w*snr\w*|angles?", re.IGNORECASE)
-"""Names of parameters that take times or levels of noise."""
+TIMES = re.compile(
+    r"ts?|\w*time\w*|steps?|\w*sigmas?|(?!noises?$)\w*noise\w*|\w*lambda\w*|\w*snr\w*|angles?", re.IGNORECASE
+)
+"""Names of parameters that take times or levels of noise; the noise itself is what generators take."""
 
 KINDS = re.compile(r"diffus|denois|flow_?match|ddpm|score_?(net|model|based)|schedul|unet", re.IGNORECASE)
 """Names of classes of such networks, or of what belongs to them."""
