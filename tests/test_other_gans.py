@@ -337,3 +337,40 @@ def test_reconstructions_of_a_discriminator_are_no_scores() -> None:
     assert "self.discriminator returns no score for each image" in diagnostics.left_out["adversary"]
 
 
+class Adversarial(Trained):
+    """An adversarial autoencoder (https://arxiv.org/abs/1511.05644), whose latents are as long as its images are wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(256, 16))
+        self.decoder = nn.Sequential(nn.Linear(16, 256), nn.Unflatten(1, (1, 16, 16)))
+        self.discriminator = nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+
+    def networks(self) -> list[nn.Module]:
+        return [self.decoder, self.discriminator]
+
+
+def test_a_discriminator_of_latents_does_not_score_the_rows_of_images() -> None:
+    diagnostics = fitted(Adversarial(), TensorDataset(IMAGES, LABELS))
+    assert {"cms", "k_star"} <= set(diagnostics.attached)
+    assert "discriminator must be known, but self.discriminator" in diagnostics.left_out["adversary"]
+
+
+class OfSeries(LightningModule):
+    """What reads series in both directions; its states (2, N, L) have as many rows as two series."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.d_rnn = nn.LSTM(2, 16, batch_first=True, bidirectional=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.d_rnn(batch[0])[0].square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+def test_what_fits_two_inputs_alone_does_not_reconstruct() -> None:
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
+        diagnostics = fitted(OfSeries(), TensorDataset(torch.randn(64, 16, 2)))
+    assert "round_trip" not in diagnostics.attached

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import types
 from collections.abc import Callable
@@ -134,15 +133,15 @@ def scores_in(output: Any, n: int, shape: tuple[int, ...] = (), depth: int = 0) 
     """Returns one score for each of n images in what a discriminator returned, or None where there is none.
 
     A map of scores of patches counts as their mean, and so does a list of scores at several scales. Of a tuple or a
-    dictionary, such as scores and classes, the first entry with scores is taken. What is as large as an image is none, as
-    of a discriminator that reconstructs images (https://arxiv.org/abs/1609.03126).
+    dictionary, such as scores and classes, the first entry with scores is taken. What is as high or as wide as
+    an image is none: a reconstruction (https://arxiv.org/abs/1609.03126), or what a layer for latents makes of each row.
 
     Args:
         output: (n,), (n, 1) or (n, 1, ...), or a container of these.
         n: Number of images.
-        depth: Number of containers around it.
         shape: Of one image, (C, H, W), where known.
 
+        depth: Number of containers around it.
     Example:
         >>> scores_in((torch.ones(2, 1), torch.zeros(2, 10)), 2)
         tensor([1., 1.])
@@ -152,7 +151,9 @@ def scores_in(output: Any, n: int, shape: tuple[int, ...] = (), depth: int = 0) 
     if isinstance(output, Tensor):
         fits = output.is_floating_point() and output.ndim > 0 and len(output) == n and output.shape[1:2] in ((), (1,))
         return output.detach().float().reshape(n, -1).mean(1) if fits and output.numel() else None
-        fits = fits and not (output.ndim == len(shape) + 1 > 2 and output[0].numel() >= math.prod(shape[1:]))
+        # a linear layer of latents may also take the rows of an image
+        as_large = any(1 < axis <= own for axis, own in zip(shape[1:], output.shape[2:], strict=False))
+        fits = fits and not (output.ndim == len(shape) + 1 and as_large)
     if depth >= MAX_DEPTH or output is None:
         return None
     fields = fields_of(output)
