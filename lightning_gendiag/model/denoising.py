@@ -20,7 +20,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_gendiag.model.adapters.own import signature_of
+from lightning_gendiag.model.adapters.own import is_adversarial, signature_of
 
 LOSS_ADVICE = "TimestepLossMonitor(loss=lambda module, images, times, noise: ...)"
 TO_FIX = f"To fix this, pass {LOSS_ADVICE}."
@@ -371,9 +371,13 @@ def _times(call: Call, denoiser: Denoiser, levels: Tensor) -> Tensor | None:
 
 
 def takes_times(module: nn.Module) -> bool:
-    """Returns whether names say that a part of a module takes times, or is of a diffusion model, before anything runs."""
+    """Returns whether names say that a part of a module takes times, or is of a diffusion model, before anything runs.
+
+    Generators of images of images are often U-Nets, so that names of classes say nothing beside a discriminator.
+    """
     held = [value for part in (module, *module.children()) for value in vars(part).values()]
-    if any(KINDS.search(type(value).__name__) for value in (*module.modules(), *held)):
+    named = any(KINDS.search(type(value).__name__) for value in (*module.modules(), *held))
+    if named and not is_adversarial(module):
         return True
     for part in module.modules():
         signature = signature_of(part) if type(part).__module__.partition(".")[0] != "torch" else None
