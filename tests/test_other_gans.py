@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from example_models.data import digits
-from lightning_gendiag import DiagnosticWarning, GenerativeDiagnostics
+from lightning_gendiag import DiagnosticWarning, GenerativeDiagnostics, ModelAdapter
 from tests.helpers.running import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
@@ -167,6 +167,58 @@ def test_the_length_of_the_noise_is_asked_for_where_nothing_states_it() -> None:
     assert places(stated)[0] == f"self.gen from normal noise (n, {NOISE}) and labels"
 
 
+class Playing(Trained):
+    """A GAN whose training step gives its generator what :meth:`draw` returns."""
+
+    def __init__(self, generates: nn.Module) -> None:
+        super().__init__()
+        self.gen, self.dis = generates, critic()
+
+    def networks(self) -> list[nn.Module]:
+        return [self.gen, self.dis]
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        fakes = self.gen(*self.draw(labels))
+        of_generator, of_critic = self.optimizers()
+        of_critic.zero_grad()
+        self.manual_backward((self.dis(fakes.detach()) - self.dis(images)).mean())
+        of_critic.step()
+        of_generator.zero_grad()
+        self.manual_backward(-self.dis(fakes).mean())
+        of_generator.step()
+
+
+class Gray(Playing):
+    """Of batches (N, H, W), to which its step adds the axis for the channel."""
+
+    def __init__(self) -> None:
+        super().__init__(generator())
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return (torch.randn(len(labels), NOISE),)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        super().training_step((images[:, None], labels), batch_idx)
+
+
+def test_squares_without_an_axis_for_channels_are_gray_images() -> None:
+    diagnostics = fitted(Gray(), TensorDataset(IMAGES[:, 0], LABELS))
+    assert set(diagnostics.attached) >= SAMPLED
+    view: Any = diagnostics.monitors["cms"].view  # type: ignore[attr-defined]
+    assert torch.equal(view.reference.images, IMAGES)
+
+
+def test_squares_are_series_where_the_user_names_them() -> None:
+    squares = IMAGES[:, 0]
+    assert torch.equal(ModelAdapter().find_data((squares, LABELS)), IMAGES)
+    assert torch.equal(ModelAdapter(images=lambda batch: batch[0]).find_data((squares, LABELS)), squares)
+
+
 class Pairs(Dataset[Any]):
     """Images of two domains, or of two sizes."""
 
@@ -268,6 +320,28 @@ def test_an_autoencoder_reconstructs_also_where_a_batch_holds_its_images_twice()
     with pytest.warns(DiagnosticWarning, match="watches the training data only"):
         cleaning = fitted(Reconstructing(), TensorDataset(IMAGES + 0.5 * torch.randn_like(IMAGES), IMAGES))
     assert "a batch holds two batches of images, of which forward may make one of the other" in cleaning.left_out["cms"]
+
+
+class OfSquares(Reconstructing):
+    """An autoencoder of gray images (N, H, W) with an encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = self.layers[:2], nn.Sequential(*self.layers[2:4], nn.Unflatten(1, (16, 16)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x.reshape(-1, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 3
+        return self.decoder(self.encode(x))
+
+
+def test_an_autoencoder_of_squares_gets_them_without_the_axis_for_channels() -> None:
+    diagnostics = fitted(OfSquares(), TensorDataset(IMAGES[:, 0], IMAGES[:, 0]))
+    assert {"cms", "round_trip"} <= set(diagnostics.attached)
+    view: Any = diagnostics.monitors["round_trip"].view  # type: ignore[attr-defined]
+    assert view.parts.way("reconstruct").name == "self.forward(images) without channels"
 
 
 class Autoencoding(nn.Module):

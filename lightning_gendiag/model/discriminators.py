@@ -68,6 +68,7 @@ def _with_maps_joined(part: nn.Module, images: Tensor, labels: Tensor | None) ->
 FORMS: dict[str, Form] = {
     "(images)": lambda part, images, labels: part(images),
     "(images.flatten(1))": lambda part, images, labels: part(images.flatten(1)),
+    "(images[:, 0])": lambda part, images, labels: part(images[:, 0]),
     "(images, labels)": _with_labels,
     "(images, one-hot labels)": _with_one_hot,
     "(images and one-hot labels as rows)": _with_rows_joined,
@@ -140,8 +141,8 @@ def scores_in(output: Any, n: int, shape: tuple[int, ...] = (), depth: int = 0) 
         output: (n,), (n, 1) or (n, 1, ...), or a container of these.
         n: Number of images.
         shape: Of one image, (C, H, W), where known.
-
         depth: Number of containers around it.
+
     Example:
         >>> scores_in((torch.ones(2, 1), torch.zeros(2, 10)), 2)
         tensor([1., 1.])
@@ -150,10 +151,10 @@ def scores_in(output: Any, n: int, shape: tuple[int, ...] = (), depth: int = 0) 
     """
     if isinstance(output, Tensor):
         fits = output.is_floating_point() and output.ndim > 0 and len(output) == n and output.shape[1:2] in ((), (1,))
-        return output.detach().float().reshape(n, -1).mean(1) if fits and output.numel() else None
         # a linear layer of latents may also take the rows of an image
         as_large = any(1 < axis <= own for axis, own in zip(shape[1:], output.shape[2:], strict=False))
         fits = fits and not (output.ndim == len(shape) + 1 and as_large)
+        return output.detach().float().reshape(n, -1).mean(1) if fits and output.numel() else None
     if depth >= MAX_DEPTH or output is None:
         return None
     fields = fields_of(output)

@@ -133,7 +133,7 @@ class ModelParts:
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot,
             None if self.real.conditions is None else self.real.conditions[0],
-            self.real.count, self.real.is_paired,
+            self.real.count, self.real.is_paired, self.real.is_gray,
         )  # fmt: skip
 
     # ---- choosing ----
@@ -646,8 +646,9 @@ class ModelParts:
 def _forms(way: Way, context: Context) -> Iterator[Way]:
     """Yields the forms of a way that the batches suggest.
 
-    These are with one-hot labels, where the batches have such, and the first of as many outputs as there are images in a batch,
-    as of generators of several domains (https://arxiv.org/abs/1606.07536).
+    These are with one-hot labels, where the batches have such, of images without an axis for their channel, where the batches
+    have such, and the first of as many outputs as there are images in a batch, as of generators of several domains
+    (https://arxiv.org/abs/1606.07536).
     """
     ways = [way]
     if way.need in ("sample", "encode") and way.takes_labels and context.one_hot:
@@ -692,4 +693,10 @@ def _is_posterior(output: Any, latents: Tensor) -> bool:
         # two of the usual forms of a spread fit; where all means are positive, too, these are rather the parameters of
         # a gamma, a beta or a Dirichlet distribution
         return "spread=" in str(error) and not all_positive(latents)
+    if way.need in ("encode", "reconstruct") and context.is_gray:
+        ways += [replace(w, name=f"{w.name} without channels", call=partial(_without_channels, w.call)) for w in ways]
     return True
+def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor) -> Any:
+    return call(images[:, 0], *labels)
+
+
