@@ -192,6 +192,89 @@ class Playing(Trained):
         of_generator.step()
 
 
+class Drawing(Playing):
+    """With classes that the step draws."""
+
+    def __init__(self) -> None:
+        super().__init__(OfClasses())
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return torch.randn(len(labels), NOISE), torch.randint(10, (len(labels),))
+
+
+class Uniform(Playing):
+    def __init__(self) -> None:
+        super().__init__(generator())
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return (2 * torch.rand(len(labels), NOISE) - 1,)
+
+
+class OfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = generator(NOISE + 3)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.layers(torch.cat([first, second], 1))
+
+
+class Unusual(Playing):
+    """A generator of two kinds of noise under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(OfTwo())
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return torch.randn(len(labels), NOISE), torch.rand(len(labels), 3)
+
+
+class Joined(Playing):
+    """One-hot labels of the batch beside the noise, in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(generator(NOISE + 10))
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat([torch.randn(len(labels), NOISE), F.one_hot(labels, 10)], 1),)
+
+
+def test_a_training_step_shows_the_length_of_the_noise() -> None:
+    diagnostics = fitted(Drawing(), TensorDataset(IMAGES, LABELS))
+    assert set(diagnostics.attached) >= SAMPLED
+    assert places(diagnostics)[0] == f"self.gen from normal noise (n, {NOISE}) and labels"
+
+
+@pytest.mark.parametrize("make", [Uniform, Unusual])
+def test_a_training_step_samples_where_its_generator_takes_other_noise(make: Callable[[], LightningModule]) -> None:
+    diagnostics = fitted(make(), TensorDataset(IMAGES, LABELS))
+    assert {"cms", "memorization", "adversary"} <= set(diagnostics.attached)
+    assert places(diagnostics)[0] == "self.gen as training_step calls it"
+    view: Any = diagnostics.monitors["cms"].view  # type: ignore[attr-defined]
+    samples = view.samples().images
+    assert samples.shape[1:] == IMAGES.shape[1:]
+    # of many steps, each with other draws
+    assert len(samples.flatten(1).unique(dim=0)) == len(samples) > 8
+    assert "manifold_entropy" in diagnostics.left_out
+
+
+def test_a_generator_of_what_a_batch_holds_gets_no_noise_in_its_place() -> None:
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
+        diagnostics = fitted(Joined(), TensorDataset(IMAGES, LABELS))
+    assert "training_step gives it other noise than that of N(0, 1)" in diagnostics.left_out["cms"]
+
+
+def test_training_is_the_same_where_its_steps_make_the_samples() -> None:
+    weights = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        module = Unusual()
+        callbacks = [GenerativeDiagnostics("warn", max_overhead=None, num_samples=32)] if watched else []
+        trainer(*callbacks, max_epochs=2).fit(module, DataLoader(TensorDataset(IMAGES, LABELS), 64, shuffle=True))
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+
+
 class Gray(Playing):
     """Of batches (N, H, W), to which its step adds the axis for the channel."""
 
@@ -262,6 +345,10 @@ class Larger(nn.Module):
         return self.layers(small)
 
 
+class GeneratorUNet(nn.Sequential):
+    """A generator with the name of a network of diffusion models."""
+
+
 TRANSLATIONS: list[tuple[Callable[[], LightningModule], Dataset[Any]]] = [
     (lambda: Translation("gen", translator()), Pairs(-IMAGES, IMAGES, ("A", "B"))),
     (lambda: Translation("g_AB", GeneratorUNet(translator())), Pairs(-IMAGES, IMAGES, None)),
@@ -281,6 +368,7 @@ def test_what_makes_images_of_images_is_no_autoencoder_and_gets_no_noise(
     assert not {"cms", "round_trip", "memorization"} & set(diagnostics.attached)
     assert "sample must be known" in diagnostics.left_out["cms"]
     assert "reconstruct must be known" in diagnostics.left_out["round_trip"]
+    assert "no part of Translation takes times or levels of noise" in diagnostics.left_out["timestep_loss"]
 
 
 def test_the_images_that_a_translator_makes_of_given_ones_are_compared_with_those_that_are_wanted() -> None:
@@ -374,24 +462,6 @@ def test_the_encoder_of_a_discriminator_is_none_of_the_models() -> None:
     assert entropy.view.has_prior
 
 
-class OfSeries(LightningModule):
-    """What reads series in both directions; its states (2, N, L) have as many rows as two series."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.d_rnn = nn.LSTM(2, 16, batch_first=True, bidirectional=True)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.d_rnn(batch[0])[0].square().mean()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), 1e-3)
-
-
-def test_what_fits_two_inputs_alone_does_not_reconstruct() -> None:
-    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
-        diagnostics = fitted(OfSeries(), TensorDataset(torch.randn(64, 16, 2)))
-    assert "round_trip" not in diagnostics.attached
 class WithEmbedding(Autoencoding):
     """The discriminator of EBGAN (https://arxiv.org/abs/1609.03126), which returns its latents too."""
 
@@ -419,10 +489,6 @@ class Adversarial(Trained):
         self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(256, 16))
         self.decoder = nn.Sequential(nn.Linear(16, 256), nn.Unflatten(1, (1, 16, 16)))
         self.discriminator = nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
-class GeneratorUNet(nn.Sequential):
-    """A generator with the name of a network of diffusion models."""
-
-
 
     def networks(self) -> list[nn.Module]:
         return [self.decoder, self.discriminator]
@@ -442,7 +508,6 @@ class OfSeries(LightningModule):
         self.d_rnn = nn.LSTM(2, 16, batch_first=True, bidirectional=True)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-    assert "no part of Translation takes times or levels of noise" in diagnostics.left_out["timestep_loss"]
         return self.d_rnn(batch[0])[0].square().mean()
 
     def configure_optimizers(self) -> Any:

@@ -219,9 +219,15 @@ class TrainingStep:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         return (loss if isinstance(loss, Tensor) else None), draws.normal
 
-    def calls(self, seed: int) -> tuple[list[Call], list[Tensor]]:
-        """Returns all calls of parts of the module in a training step, and its normal draws."""
+    def calls(self, seed: int, may_fail: bool = False) -> tuple[list[Call], list[Tensor]]:
+        """Returns all calls of parts of the module in a training step, and its normal draws.
+
+        Args:
+            seed: Of all generators.
+            may_fail: Whether an error ends the step, as that of an optimizer may without gradients, and is not raised.
+        """
         calls: list[Call] = []
+        draws: list[Tensor] = []
 
         def note(path: str, part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             calls.append(Call(path, args, kwargs, output))
@@ -229,8 +235,29 @@ class TrainingStep:
         with ExitStack() as stack:
             for path, part in self.module.named_modules():
                 stack.callback(part.register_forward_hook(partial(note, path), with_kwargs=True).remove)
-            _, draws = self.run(seed)
+            with suppress(*((Exception,) if may_fail else ())):
+                _, draws = self.run(seed)
         return calls, draws
+
+    def output(self, path: str, number: int, seed: int) -> Any:
+        """Returns what a part returns at one of its calls in a training step, which ends there.
+
+        Raises:
+            ValueError: If the part is not called so often.
+        """
+        outputs: list[Any] = []
+
+        def note(part: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output)
+            if len(outputs) > number:
+                raise _ReachedError
+
+        with ExitStack() as stack:
+            stack.callback(self.module.get_submodule(path).register_forward_hook(note).remove)
+            self.run(seed)
+        if len(outputs) <= number:
+            raise ValueError(f"self.{path} must be called in every training step, but one did not call it.")
+        return outputs[number]
 
     def reach(self, path: str, seed: int, without: int | None = None) -> tuple[Call, list[Tensor]]:
         """Returns the first call of a part in a training step, which ends there, and the normal draws until then.

@@ -66,6 +66,8 @@ class Context:
     """Whether a training batch holds other images of the same shape, such as those of another domain."""
     is_gray: bool = False
     """Whether the images of a training batch are (N, H, H), without an axis for their channel."""
+    noise: int | None = None
+    """Length of the noise that a training step gives its generator; None where it is not known."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]
