@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from example_models.data import digits
-from lightning_gendiag import DiagnosticWarning, GenerativeDiagnostics
+from lightning_gendiag import DiagnosticWarning, GenerativeDiagnostics, ModelAdapter
 from tests.helpers.running import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:generated images span")
@@ -167,6 +167,141 @@ def test_the_length_of_the_noise_is_asked_for_where_nothing_states_it() -> None:
     assert places(stated)[0] == f"self.gen from normal noise (n, {NOISE}) and labels"
 
 
+class Playing(Trained):
+    """A GAN whose training step gives its generator what :meth:`draw` returns."""
+
+    def __init__(self, generates: nn.Module) -> None:
+        super().__init__()
+        self.gen, self.dis = generates, critic()
+
+    def networks(self) -> list[nn.Module]:
+        return [self.gen, self.dis]
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        fakes = self.gen(*self.draw(labels))
+        of_generator, of_critic = self.optimizers()
+        of_critic.zero_grad()
+        self.manual_backward((self.dis(fakes.detach()) - self.dis(images)).mean())
+        of_critic.step()
+        of_generator.zero_grad()
+        self.manual_backward(-self.dis(fakes).mean())
+        of_generator.step()
+
+
+class Drawing(Playing):
+    """With classes that the step draws."""
+
+    def __init__(self) -> None:
+        super().__init__(OfClasses())
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return torch.randn(len(labels), NOISE), torch.randint(10, (len(labels),))
+
+
+class Uniform(Playing):
+    def __init__(self) -> None:
+        super().__init__(generator())
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return (2 * torch.rand(len(labels), NOISE) - 1,)
+
+
+class OfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = generator(NOISE + 3)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.layers(torch.cat([first, second], 1))
+
+
+class Unusual(Playing):
+    """A generator of two kinds of noise under names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(OfTwo())
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return torch.randn(len(labels), NOISE), torch.rand(len(labels), 3)
+
+
+class Joined(Playing):
+    """One-hot labels of the batch beside the noise, in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(generator(NOISE + 10))
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return (torch.cat([torch.randn(len(labels), NOISE), F.one_hot(labels, 10)], 1),)
+
+
+def test_a_training_step_shows_the_length_of_the_noise() -> None:
+    diagnostics = fitted(Drawing(), TensorDataset(IMAGES, LABELS))
+    assert set(diagnostics.attached) >= SAMPLED
+    assert places(diagnostics)[0] == f"self.gen from normal noise (n, {NOISE}) and labels"
+
+
+@pytest.mark.parametrize("make", [Uniform, Unusual])
+def test_a_training_step_samples_where_its_generator_takes_other_noise(make: Callable[[], LightningModule]) -> None:
+    diagnostics = fitted(make(), TensorDataset(IMAGES, LABELS))
+    assert {"cms", "memorization", "adversary"} <= set(diagnostics.attached)
+    assert places(diagnostics)[0] == "self.gen as training_step calls it"
+    view: Any = diagnostics.monitors["cms"].view  # type: ignore[attr-defined]
+    samples = view.samples().images
+    assert samples.shape[1:] == IMAGES.shape[1:]
+    # of many steps, each with other draws
+    assert len(samples.flatten(1).unique(dim=0)) == len(samples) > 8
+    assert "manifold_entropy" in diagnostics.left_out
+
+
+def test_a_generator_of_what_a_batch_holds_gets_no_noise_in_its_place() -> None:
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
+        diagnostics = fitted(Joined(), TensorDataset(IMAGES, LABELS))
+    assert "training_step gives it other noise than that of N(0, 1)" in diagnostics.left_out["cms"]
+
+
+def test_training_is_the_same_where_its_steps_make_the_samples() -> None:
+    weights = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        module = Unusual()
+        callbacks = [GenerativeDiagnostics("warn", max_overhead=None, num_samples=32)] if watched else []
+        trainer(*callbacks, max_epochs=2).fit(module, DataLoader(TensorDataset(IMAGES, LABELS), 64, shuffle=True))
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*weights)
+
+
+class Gray(Playing):
+    """Of batches (N, H, W), to which its step adds the axis for the channel."""
+
+    def __init__(self) -> None:
+        super().__init__(generator())
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return (torch.randn(len(labels), NOISE),)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        super().training_step((images[:, None], labels), batch_idx)
+
+
+def test_squares_without_an_axis_for_channels_are_gray_images() -> None:
+    diagnostics = fitted(Gray(), TensorDataset(IMAGES[:, 0], LABELS))
+    assert set(diagnostics.attached) >= SAMPLED
+    view: Any = diagnostics.monitors["cms"].view  # type: ignore[attr-defined]
+    assert torch.equal(view.reference.images, IMAGES)
+
+
+def test_squares_are_series_where_the_user_names_them() -> None:
+    squares = IMAGES[:, 0]
+    assert torch.equal(ModelAdapter().find_data((squares, LABELS)), IMAGES)
+    assert torch.equal(ModelAdapter(images=lambda batch: batch[0]).find_data((squares, LABELS)), squares)
+
+
 class Pairs(Dataset[Any]):
     """Images of two domains, or of two sizes."""
 
@@ -210,9 +345,13 @@ class Larger(nn.Module):
         return self.layers(small)
 
 
+class GeneratorUNet(nn.Sequential):
+    """A generator with the name of a network of diffusion models."""
+
+
 TRANSLATIONS: list[tuple[Callable[[], LightningModule], Dataset[Any]]] = [
     (lambda: Translation("gen", translator()), Pairs(-IMAGES, IMAGES, ("A", "B"))),
-    (lambda: Translation("g_AB", translator()), Pairs(-IMAGES, IMAGES, None)),
+    (lambda: Translation("g_AB", GeneratorUNet(translator())), Pairs(-IMAGES, IMAGES, None)),
     (lambda: Translation("netG", translator(), encodes=True), Pairs(-IMAGES, IMAGES, None)),
     (lambda: Translation("generator", Larger()), Pairs(F.avg_pool2d(IMAGES, 2), IMAGES, ("lr", "hr"))),
 ]
@@ -229,6 +368,7 @@ def test_what_makes_images_of_images_is_no_autoencoder_and_gets_no_noise(
     assert not {"cms", "round_trip", "memorization"} & set(diagnostics.attached)
     assert "sample must be known" in diagnostics.left_out["cms"]
     assert "reconstruct must be known" in diagnostics.left_out["round_trip"]
+    assert "no part of Translation takes times or levels of noise" in diagnostics.left_out["timestep_loss"]
 
 
 def test_the_images_that_a_translator_makes_of_given_ones_are_compared_with_those_that_are_wanted() -> None:
@@ -270,6 +410,28 @@ def test_an_autoencoder_reconstructs_also_where_a_batch_holds_its_images_twice()
     assert "a batch holds two batches of images, of which forward may make one of the other" in cleaning.left_out["cms"]
 
 
+class OfSquares(Reconstructing):
+    """An autoencoder of gray images (N, H, W) with an encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = self.layers[:2], nn.Sequential(*self.layers[2:4], nn.Unflatten(1, (16, 16)))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x.reshape(-1, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 3
+        return self.decoder(self.encode(x))
+
+
+def test_an_autoencoder_of_squares_gets_them_without_the_axis_for_channels() -> None:
+    diagnostics = fitted(OfSquares(), TensorDataset(IMAGES[:, 0], IMAGES[:, 0]))
+    assert {"cms", "round_trip"} <= set(diagnostics.attached)
+    view: Any = diagnostics.monitors["round_trip"].view  # type: ignore[attr-defined]
+    assert view.parts.way("reconstruct").name == "self.forward(images) without channels"
+
+
 class Autoencoding(nn.Module):
     """The discriminator of BEGAN (https://arxiv.org/abs/1703.10717), which is an autoencoder."""
 
@@ -298,6 +460,44 @@ def test_the_encoder_of_a_discriminator_is_none_of_the_models() -> None:
     assert not {"k_star", "latent_regions", "round_trip"} & set(diagnostics.attached)
     entropy: Any = diagnostics.monitors["manifold_entropy"]
     assert entropy.view.has_prior
+
+
+class WithEmbedding(Autoencoding):
+    """The discriminator of EBGAN (https://arxiv.org/abs/1609.03126), which returns its latents too."""
+
+    def forward(self, images: Tensor) -> Any:
+        latents = self.encoder(images)
+        return self.decoder(latents), latents
+
+
+class EBGAN(BEGAN):
+    def __init__(self) -> None:
+        super().__init__()
+        self.discriminator = WithEmbedding()
+
+
+def test_reconstructions_of_a_discriminator_are_no_scores() -> None:
+    diagnostics = fitted(EBGAN(), TensorDataset(IMAGES, LABELS))
+    assert "self.discriminator returns no score for each image" in diagnostics.left_out["adversary"]
+
+
+class Adversarial(Trained):
+    """An adversarial autoencoder (https://arxiv.org/abs/1511.05644), whose latents are as long as its images are wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(256, 16))
+        self.decoder = nn.Sequential(nn.Linear(16, 256), nn.Unflatten(1, (1, 16, 16)))
+        self.discriminator = nn.Sequential(nn.Linear(16, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+
+    def networks(self) -> list[nn.Module]:
+        return [self.decoder, self.discriminator]
+
+
+def test_a_discriminator_of_latents_does_not_score_the_rows_of_images() -> None:
+    diagnostics = fitted(Adversarial(), TensorDataset(IMAGES, LABELS))
+    assert {"cms", "k_star"} <= set(diagnostics.attached)
+    assert "discriminator must be known, but self.discriminator" in diagnostics.left_out["adversary"]
 
 
 class OfSeries(LightningModule):

@@ -263,7 +263,14 @@ def test_other_models_are_refused_with_a_reason(make: Any, match: str) -> None:
 
 def test_nothing_is_run_of_modules_whose_names_show_no_times() -> None:
     assert all(takes_times(make()) for make in (DDPM, Flow, Diffusion, EDM))
-    assert not any(takes_times(make()) for make in (SmallVAE, TinyGAN, Rows))
+    assert not any(takes_times(make()) for make in (SmallVAE, TinyGAN, Rows, OfNoise))
+
+
+class OfNoise(torch.nn.Module):
+    """A generator of noise and classes, which are no levels of noise."""
+
+    def forward(self, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return noise * labels
 
 
 def test_the_first_rows_of_nested_batches_are_kept() -> None:

@@ -93,7 +93,10 @@ class ModelAdapter:
         data = data_of(given)
         # what the user names is data, also where it holds integers
         named = self.images is not None and isinstance(given, Tensor) and given.ndim > 1
-        return given if data is None and named else data
+        if data is None or not named:
+            return given if named else data
+        # squares that the user names are no images
+        return data[:, 0] if given.ndim == 3 and data.ndim == 4 else data
 
     def find_labels(self, batch: Any, images: Tensor | None) -> Labels:
         """Returns the labels (N,) of the images of a batch, or the reason why there are none."""

@@ -34,6 +34,9 @@ LABELS_ADVICE = "pass labels=lambda batch: ..."
 CHANNELS = (1, 3, 4)
 """Numbers of channels by which the axis of the channels is recognized."""
 
+SMALLEST_SQUARE = 8
+"""Side of the smallest square without an axis for channels that is taken for a gray image and not for a series."""
+
 DEPTH = 4
 """Number of containers within each other that are searched."""
 
@@ -75,10 +78,18 @@ def data_of(batch: Any) -> Tensor | None:
     """Returns the data (N, ...) of a batch: its images (N, C, H, W), else rows, series or volumes, or None.
 
     Data that are no images are the first floating-point tensor of two axes or more with the batch's number of rows, where
-    known names go before others, as in :func:`images_of`.
+    known names go before others, as in :func:`images_of`. Squares (N, H, H) are gray images (N, 1, H, H) without an axis
+    for the channel.
     """
     images, data = images_of(batch), _find_data(list(_walk(batch)))
-    return images if images is not None or data is None else data.tensor
+    if images is not None or data is None:
+        return images
+    return data.tensor[:, None] if is_square(data.tensor) else data.tensor
+
+
+def is_square(data: Tensor) -> bool:
+    """Returns whether data (N, H, H) are rather gray images than series (N, C, T)."""
+    return data.ndim == 3 and data.shape[1] == data.shape[2] >= SMALLEST_SQUARE
 
 
 def read_labels(batch: Any, images: Tensor | None = None) -> Labels:

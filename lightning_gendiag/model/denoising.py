@@ -20,13 +20,15 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_gendiag.model.adapters.own import signature_of
+from lightning_gendiag.model.adapters.own import is_adversarial, signature_of
 
 LOSS_ADVICE = "TimestepLossMonitor(loss=lambda module, images, times, noise: ...)"
 TO_FIX = f"To fix this, pass {LOSS_ADVICE}."
 
-TIMES = re.compile(r"ts?|\w*time\w*|steps?|\w*sigmas?|\w*noise\w*|\w*lambda\w*|\w*snr\w*|angles?", re.IGNORECASE)
-"""Names of parameters that take times or levels of noise."""
+TIMES = re.compile(
+    r"ts?|\w*time\w*|steps?|\w*sigmas?|(?!noises?$)\w*noise\w*|\w*lambda\w*|\w*snr\w*|angles?", re.IGNORECASE
+)
+"""Names of parameters that take times or levels of noise; the noise itself is what generators take."""
 
 KINDS = re.compile(r"diffus|denois|flow_?match|ddpm|score_?(net|model|based)|schedul|unet", re.IGNORECASE)
 """Names of classes of such networks, or of what belongs to them."""
@@ -217,9 +219,15 @@ class TrainingStep:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         return (loss if isinstance(loss, Tensor) else None), draws.normal
 
-    def calls(self, seed: int) -> tuple[list[Call], list[Tensor]]:
-        """Returns all calls of parts of the module in a training step, and its normal draws."""
+    def calls(self, seed: int, may_fail: bool = False) -> tuple[list[Call], list[Tensor]]:
+        """Returns all calls of parts of the module in a training step, and its normal draws.
+
+        Args:
+            seed: Of all generators.
+            may_fail: Whether an error ends the step, as that of an optimizer may without gradients, and is not raised.
+        """
         calls: list[Call] = []
+        draws: list[Tensor] = []
 
         def note(path: str, part: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             calls.append(Call(path, args, kwargs, output))
@@ -227,8 +235,29 @@ class TrainingStep:
         with ExitStack() as stack:
             for path, part in self.module.named_modules():
                 stack.callback(part.register_forward_hook(partial(note, path), with_kwargs=True).remove)
-            _, draws = self.run(seed)
+            with suppress(*((Exception,) if may_fail else ())):
+                _, draws = self.run(seed)
         return calls, draws
+
+    def output(self, path: str, number: int, seed: int) -> Any:
+        """Returns what a part returns at one of its calls in a training step, which ends there.
+
+        Raises:
+            ValueError: If the part is not called so often.
+        """
+        outputs: list[Any] = []
+
+        def note(part: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output)
+            if len(outputs) > number:
+                raise _ReachedError
+
+        with ExitStack() as stack:
+            stack.callback(self.module.get_submodule(path).register_forward_hook(note).remove)
+            self.run(seed)
+        if len(outputs) <= number:
+            raise ValueError(f"self.{path} must be called in every training step, but one did not call it.")
+        return outputs[number]
 
     def reach(self, path: str, seed: int, without: int | None = None) -> tuple[Call, list[Tensor]]:
         """Returns the first call of a part in a training step, which ends there, and the normal draws until then.
@@ -369,9 +398,13 @@ def _times(call: Call, denoiser: Denoiser, levels: Tensor) -> Tensor | None:
 
 
 def takes_times(module: nn.Module) -> bool:
-    """Returns whether names say that a part of a module takes times, or is of a diffusion model, before anything runs."""
+    """Returns whether names say that a part of a module takes times, or is of a diffusion model, before anything runs.
+
+    Generators of images of images are often U-Nets, so that names of classes say nothing beside a discriminator.
+    """
     held = [value for part in (module, *module.children()) for value in vars(part).values()]
-    if any(KINDS.search(type(value).__name__) for value in (*module.modules(), *held)):
+    named = any(KINDS.search(type(value).__name__) for value in (*module.modules(), *held))
+    if named and not is_adversarial(module):
         return True
     for part in module.modules():
         signature = signature_of(part) if type(part).__module__.partition(".")[0] != "torch" else None

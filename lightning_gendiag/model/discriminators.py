@@ -68,6 +68,7 @@ def _with_maps_joined(part: nn.Module, images: Tensor, labels: Tensor | None) ->
 FORMS: dict[str, Form] = {
     "(images)": lambda part, images, labels: part(images),
     "(images.flatten(1))": lambda part, images, labels: part(images.flatten(1)),
+    "(images[:, 0])": lambda part, images, labels: part(images[:, 0]),
     "(images, labels)": _with_labels,
     "(images, one-hot labels)": _with_one_hot,
     "(images and one-hot labels as rows)": _with_rows_joined,
@@ -129,15 +130,17 @@ def _hot(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
 # ---- scores ----
 
 
-def scores_in(output: Any, n: int, depth: int = 0) -> Tensor | None:
+def scores_in(output: Any, n: int, shape: tuple[int, ...] = (), depth: int = 0) -> Tensor | None:
     """Returns one score for each of n images in what a discriminator returned, or None where there is none.
 
     A map of scores of patches counts as their mean, and so does a list of scores at several scales. Of a tuple or a
-    dictionary, such as scores and classes, the first entry with scores is taken.
+    dictionary, such as scores and classes, the first entry with scores is taken. What is as high or as wide as
+    an image is none: a reconstruction (https://arxiv.org/abs/1609.03126), or what a layer for latents makes of each row.
 
     Args:
         output: (n,), (n, 1) or (n, 1, ...), or a container of these.
         n: Number of images.
+        shape: Of one image, (C, H, W), where known.
         depth: Number of containers around it.
 
     Example:
@@ -148,12 +151,15 @@ def scores_in(output: Any, n: int, depth: int = 0) -> Tensor | None:
     """
     if isinstance(output, Tensor):
         fits = output.is_floating_point() and output.ndim > 0 and len(output) == n and output.shape[1:2] in ((), (1,))
+        # a linear layer of latents may also take the rows of an image
+        as_large = any(1 < axis <= own for axis, own in zip(shape[1:], output.shape[2:], strict=False))
+        fits = fits and not (output.ndim == len(shape) + 1 and as_large)
         return output.detach().float().reshape(n, -1).mean(1) if fits and output.numel() else None
     if depth >= MAX_DEPTH or output is None:
         return None
     fields = fields_of(output)
     parts = list(fields.values()) if fields else list(output) if isinstance(output, (tuple, list)) else []
-    found = [score for part in parts if (score := scores_in(part, n, depth + 1)) is not None]
+    found = [score for part in parts if (score := scores_in(part, n, shape, depth + 1)) is not None]
     if not found:
         return None
     return torch.stack(found).mean(0) if isinstance(output, list) else found[0]
@@ -175,7 +181,7 @@ def scores_of(view: ModelView, discriminator: Discriminator, images: Images) -> 
         for number, part in enumerate(parts):
             # averaged weights are those of no opponent that the generator has met
             call = _Functional(part, raw[number]) if raw else part
-            found.append(scores_in(form(call, some, labels), len(some)))
+            found.append(scores_in(form(call, some, labels), len(some), some.shape[1:]))
         kept = [score for score in found if score is not None]
         if not kept:
             raise ValueError(
@@ -249,7 +255,8 @@ def find_discriminator(view: ModelView, path: str = "") -> Discriminator | None:
                 view.seed()
                 parts = [part_of(view.module, path) for path in paths]
                 with normalizing_by_batch(*parts):
-                    fits = all(_scores(call(part, images, labels), images) for part in parts)
+                    outputs = [call(part, images, labels) for part in parts]
+                    fits = all(scores_in(output, len(images), images.shape[1:]) is not None for output in outputs)
                 if fits:
                     # of several domains, the first is compared
                     found = Discriminator(paths[:1] if view.parts.context.count > 1 else paths, form)
@@ -260,13 +267,6 @@ def find_discriminator(view: ModelView, path: str = "") -> Discriminator | None:
         f"discriminator must be known, but {names} return{'s' * (len(tried) == 1)} no score for each image. "
         f"To fix this, pass {ADVICE}."
     )
-
-
-def _scores(output: Any, images: Tensor) -> bool:
-    """Whether an output holds scores, and is no image of one channel: a map of patches is smaller than the image."""
-    if isinstance(output, Tensor) and output.ndim == images.ndim > 2 and output[0, 0].numel() >= images[0, 0].numel():
-        return False
-    return scores_in(output, len(images)) is not None
 
 
 def _example_labels(view: ModelView, n: int) -> Tensor | None:

@@ -46,6 +46,7 @@ from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, first_rows, known
 from lightning_gendiag.model.denoising import TrainingStep
+from lightning_gendiag.model.fakes import Fakes, fakes_of, find_fakes, is_normal
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, number_alike, scaled_like
 from lightning_gendiag.model.posterior import all_positive, posterior_in
@@ -122,6 +123,7 @@ class ModelParts:
         self._latent: tuple[int, ...] | None = None
         self._has_posterior = self._sampler_fails = False
         self._reconstructs: bool | None = None
+        self._fakes: Fakes | None = None
 
     @property
     def module(self) -> LightningModule:
@@ -133,10 +135,11 @@ class ModelParts:
         """What is known of the data now."""
         example, adapter = self.real.example, self.adapter
         shape = None if example is None else tuple(example.shape[1:])
+        noise = None if self._fakes is None else self._fakes.noise
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot,
             None if self.real.conditions is None else self.real.conditions[0],
-            self.real.count, self.real.is_paired,
+            self.real.count, self.real.is_paired, self.real.is_gray, None if noise is None else noise.shape[1],
         )  # fmt: skip
 
     # ---- choosing ----
@@ -207,6 +210,8 @@ class ModelParts:
         if need != "encode":
             # a decoder takes what the encoder returns
             self.has("encode")
+        if need in ("sample", "decode"):
+            self._look_at_training()
         message, tried_with = self._missing.get(need, ("", None))
         if message and tried_with == shape:
             raise ValueError(message)
@@ -256,6 +261,8 @@ class ModelParts:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
         if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
             return False
+        if way.latent is not None and self._is_given_other_noise:
+            return False
         return not way.assumes_prior or self.adapter.sample is not None or self._takes_noise(way)
 
     def _found(self, need: Need) -> Iterator[Way]:
@@ -263,6 +270,10 @@ class ModelParts:
             for way in recogniser(self.module, self.context):
                 if way.need == need:
                     yield from _forms(way, self.context)
+        shape, maker = self.context.shape, None if self._fakes is None else self._fakes.maker
+        if need == "sample" and shape is not None and maker is not None and (step := self._training_step()) is not None:
+            name = f"self.{maker[0] or 'forward'} as training_step calls it"
+            yield Way("sample", name, partial(fakes_of, step, maker, shape))
         if need != "reconstruct" or (self.context.is_paired and is_adversarial(self.module)):
             return
         if self.has("encode") and self.has("decode") and not self.way("encode").takes_labels:
@@ -336,6 +347,8 @@ class ModelParts:
         return x.to(self.context.device, torch.float64 if double else torch.float32)
 
     def _try_sample(self, way: Way) -> None:
+        if way.latent is not None and self._is_given_other_noise:
+            raise ValueError("training_step gives it other noise than that of N(0, 1)")
         if way.assumes_prior and self.adapter.sample is None and not self._takes_noise(way):
             raise ValueError("nothing shows that normal noise is the prior of its latents")
         try:
@@ -394,13 +407,37 @@ class ModelParts:
 
     def _is_trained_otherwise(self) -> bool:
         """Whether a training step shows that nothing is trained to return images, looked for once; inside ``isolated``."""
-        if self._reconstructs is None and self.real.batch is not None:
-            data = self.adapter.find_data(self.real.batch)
-            if data is not None and len(data) > 1:
-                batch = first_rows(self.real.batch, len(data), len(data), self.context.device)
-                step = TrainingStep(self.module, batch, len(data), self._seed)
-                self._reconstructs = reconstructs(step, self.as_input(as_data(data)), self.adapter.seed) is not False
+        if self._reconstructs is None and (step := self._training_step()) is not None:
+            data = self.adapter.find_data(step.batch)
+            assert data is not None
+            self._reconstructs = reconstructs(step, self.as_input(as_data(data)), self.adapter.seed) is not False
         return self._reconstructs is False
+
+    def _training_step(self) -> TrainingStep | None:
+        """A training step of the copy for the first rows of the first batch; None where there are not two of them."""
+        data = None if self.real.batch is None else self.adapter.find_data(self.real.batch)
+        if data is None or len(data) < 2:
+            return None
+        batch = first_rows(self.real.batch, len(data), len(data), self.context.device)
+        return TrainingStep(self.module, batch, len(data), self._seed)
+
+    def _look_at_training(self) -> None:
+        """Looks once what a training step shows of the generator of a module with a discriminator."""
+        shape = self.context.shape
+        if self._fakes is not None or shape is None or self.real.batch is None or self.adapter.sample is not None:
+            return
+        self._fakes = Fakes(None, None)
+        if is_adversarial(self.module):
+            # what cannot be run shows nothing
+            with suppress(Exception), self.isolated(True):
+                step = self._training_step()
+                self._fakes = self._fakes if step is None else find_fakes(step, shape, self.adapter.seed)
+
+    @property
+    def _is_given_other_noise(self) -> bool:
+        """Whether training gives a generator other noise than that of N(0, 1), such as one-hot rows beside it."""
+        noise = None if self._fakes is None else self._fakes.noise
+        return noise is not None and not self.has("encode") and is_normal(noise) is False
 
     def _seed(self, seed: int) -> None:
         seed_all(seed, self.context.device, self.module, self.adapter, *self.subject.surrounding)
@@ -439,6 +476,8 @@ class ModelParts:
         example = self._example
         if self._states_prior(way):
             return True
+        if self._is_given_other_noise:
+            return False
         encodes = example is not None and self.has("encode")
         # a generator alone takes noise in any case
         if self._sampler_fails and (encodes or way is None or not way.is_generator):
@@ -671,13 +710,16 @@ class ModelParts:
 def _forms(way: Way, context: Context) -> Iterator[Way]:
     """Yields the forms of a way that the batches suggest.
 
-    These are with one-hot labels, where the batches have such, and the first of as many outputs as there are images in a batch,
-    as of generators of several domains (https://arxiv.org/abs/1606.07536).
+    These are with one-hot labels, where the batches have such, of images without an axis for their channel, where the batches
+    have such, and the first of as many outputs as there are images in a batch, as of generators of several domains
+    (https://arxiv.org/abs/1606.07536).
     """
     ways = [way]
     if way.need in ("sample", "encode") and way.takes_labels and context.one_hot:
         call = partial(_called_with_rows, way.call, context.one_hot)
         ways.append(replace(way, name=f"{way.name} as one-hot rows", call=call))
+    if way.need in ("encode", "reconstruct") and context.is_gray:
+        ways += [replace(w, name=f"{w.name} without channels", call=partial(_without_channels, w.call)) for w in ways]
     for form in ways:
         yield form
         if way.need in ("sample", "decode") and context.count > 1:
@@ -690,6 +732,10 @@ def _first_of(call: Callable[..., Any], count: int, *given: Any) -> Any:
     if number_alike(output) != count:
         raise ValueError(f"it must return {count} batches of data, as many as a training batch holds")
     return output[0]
+
+
+def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor) -> Any:
+    return call(images[:, 0], *labels)
 
 
 def _called_with_rows(call: Callable[..., Any], classes: int, first: Any, labels: Tensor) -> Any:

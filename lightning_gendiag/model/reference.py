@@ -28,6 +28,7 @@ from lightning_gendiag.model.batches import (
     count_of_images,
     first_rows,
     holds_others,
+    images_of,
     known,
     shape_of,
 )
@@ -83,6 +84,8 @@ class Reference:
         """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
         self.is_paired = False
         """Whether a training batch holds other images of the same shape."""
+        self.is_gray = False
+        """Whether the images of the batches are (N, H, H), without an axis for their channel."""
         self.batch: Any = None
         """The first rows of the first batch, as the trainer passes it, on the CPU; None before it."""
         self._rows = Rows()
@@ -183,6 +186,8 @@ class Reference:
             self.conditions = labels.conditions.detach()[:SEEN].cpu().clone()
         self.count = count_of_images(batch) if self.adapter.images is None else 0
         self.is_paired = isinstance(images, Tensor) and holds_others(batch, images)
+        found = isinstance(images, Tensor) and images.ndim == 4
+        self.is_gray = found and self.adapter.images is None and images_of(batch) is None
         if self._seen is None and isinstance(images, Tensor) and images.isfinite().all():
             self._seen = images.detach()[:SEEN].cpu().clone()
             self.batch = first_rows(batch, len(images), STEP_ROWS)
@@ -408,6 +413,7 @@ class Reference:
         """Returns the images that were collected; those that were given are read again instead."""
         state: dict[str, Any] = {"epoch_seen": self._epoch_seen, "one_hot": self.one_hot, "count": self.count}
         state["is_paired"] = self.is_paired
+        state["is_gray"] = self.is_gray
         if self.adapter.reference is None and self.images is not None:
             state |= {"images": self.images.images, "labels": self.images.labels, "conditions": self.conditions}
         elif self._held and self.trainer.world_size == 1:
@@ -423,6 +429,7 @@ class Reference:
             return
         self._epoch_seen, self.one_hot, self.count = state["epoch_seen"], state["one_hot"], state["count"]
         self.is_paired = state.get("is_paired", False)
+        self.is_gray = state.get("is_gray", False)
         if "images" in state:
             self.images, self.conditions = Images(state["images"], state["labels"]), state["conditions"]
             self.doubt()

@@ -64,6 +64,10 @@ class Context:
     """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
     is_paired: bool = False
     """Whether a training batch holds other images of the same shape, such as those of another domain."""
+    is_gray: bool = False
+    """Whether the images of a training batch are (N, H, H), without an axis for their channel."""
+    noise: int | None = None
+    """Length of the noise that a training step gives its generator; None where it is not known."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]

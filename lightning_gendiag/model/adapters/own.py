@@ -550,15 +550,16 @@ def decoder_ways(
     shapes: list[tuple[int, ...]] = []
     if context.latent is not None and length in (None, context.latent[0], math.prod(context.latent)):
         shapes.append(context.latent)
-    if length is not None:
-        shapes += [shape for shape in ((length,), (length, 1, 1)) if shape not in shapes]
+    for known in (length, context.noise):
+        if known is not None:
+            shapes += [shape for shape in ((known,), (known, 1, 1)) if shape not in shapes]
     last = name.rpartition(".")[2]
     is_generator = given or last == "forward" or GENERATORS.fullmatch(last) is not None
     for shape in shapes:
         # without an image to compare with, any convolution takes latents of one pixel
         if shape[1:] == (1, 1) and context.shape is None and not is_generator:
             continue
-        text = f"{name}{f' of latents {shape}' if len(shape) > 1 else ''}"
+        text = f"{name}{f' of latents {shape}' if len(shape) > 1 or (length or shape[0]) != shape[0] else ''}"
         decode = partial(_with_one_label, target, context.condition) if labels else target
         label = f" with {'class 0' if context.condition is None else 'the attributes of one image'}" if labels else ""
         yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator)
