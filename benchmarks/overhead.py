@@ -317,6 +317,7 @@ def main() -> None:
                 "peak_memory_ratio": found["default"]["peak_mib"] / none["peak_mib"],
                 "measured_over_none": 1 + found["default"]["evaluating"] / none["seconds"],
                 "none_again_over_none": found.get("none, again", none)["seconds"] / none["seconds"],
+                "none_again_memory_ratio": found.get("none, again", none)["peak_mib"] / none["peak_mib"],
                 **{f"{name}_events_mib": found[name]["events_mib"] for name in ("none", "fid", "default")},
             }
     if options.json:

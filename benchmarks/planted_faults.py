@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import plateau
+from benchmarks.measuring import plateau, rounded
 from benchmarks.planting import FAMILIES, monitors_for, record
 from benchmarks.today import as_today
 from lightning_gendiag import Alarm, Evaluation, ModelAdapter, Monitor, Observation, RegionMap, Series
@@ -259,6 +259,33 @@ def summary(runs: Sequence[Run], **options: Any) -> tuple[dict[str, float], list
     return figures, wrong, faults
 
 
+def by_fault(faults: Sequence[Judged]) -> dict[str, dict[str, float]]:
+    """Returns for each fault the number of runs, the shares found and named, and the median and longest delay."""
+    kinds: dict[str, list[Judged]] = {}
+    for one in faults:
+        kinds.setdefault(one.fault, []).append(one)
+    return {
+        fault: {
+            "runs": len(some),
+            "found": mean(one.found for one in some),
+            "named": mean(one.named for one in some),
+            "overlap": middle(one.overlap for one in some),
+            "delay": middle(one.delay for one in some),
+            "longest": max((one.delay for one in some if not math.isnan(one.delay)), default=math.nan),
+        }
+        for fault, some in kinds.items()
+    }
+
+
+def without_nan(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns what was found without the numbers that JSON cannot hold."""
+    return {
+        name: without_nan(own) if isinstance(own, dict) else own
+        for name, own in found.items()
+        if not (isinstance(own, float) and math.isnan(own))
+    }
+
+
 def table(runs: Sequence[Run], wrong: list[str], faults: list[Judged]) -> None:
     """Prints what is found, how soon, and how many alarms are false."""
     evaluations = sum(len(run["healthy"]["loss"]) for run in runs)
@@ -266,38 +293,38 @@ def table(runs: Sequence[Run], wrong: list[str], faults: list[Judged]) -> None:
     for message in wrong:
         print(f"  {message}")
     print(f"{'fault':26s} {'runs':>5s} {'found':>6s} {'named':>6s} {'overlap':>8s} {'delay':>6s} {'longest':>8s}")
-    for fault in dict.fromkeys(one.fault for one in faults):
-        some = [one for one in faults if one.fault == fault]
-        delays = [one.delay for one in some]
-        longest = max((d for d in delays if not math.isnan(d)), default=math.nan)
+    for fault, own in by_fault(faults).items():
         print(
-            f"{fault:26s} {len(some):5d} {mean(one.found for one in some):6.0%} {mean(one.named for one in some):6.0%} "
-            f"{middle(one.overlap for one in some):8.2f} {middle(delays):6.1f} {longest:8.0f}"
+            f"{fault:26s} {own['runs']:5d} {own['found']:6.0%} {own['named']:6.0%} {own['overlap']:8.2f} {own['delay']:6.1f} "
+            f"{own['longest']:8.0f}"
         )
     kinds = [(family, kind) for family in FAMILIES for kind in ("scenes", "digits")]
     shares = {kind: mean(one.named for one in faults if one.run[:2] == kind) for kind in kinds}
     print("named, by model:", ", ".join(f"{family} on {kind} {share:.0%}" for (family, kind), share in shares.items()))
 
 
-def against_baselines(runs: Sequence[Run], tuning: Sequence[Run]) -> dict[str, float]:
+def against_baselines(runs: Sequence[Run], tuning: Sequence[Run]) -> dict[str, Any]:
     """Prints what people use today on the same runs, each at the setting that does best on the tuning runs."""
     print(f"{'baseline':30s} {'setting':>8s} {'regional faults found':>22s} {'healthy runs stopped':>21s}")
-    results = []
+    results = {}
     for name in BASELINES:
         setting = tuned(tuning, name)
         found, wrong = rates(runs, name, setting)
         print(f"{name:30s} {setting:8g} {found:22.0%} {wrong:21.0%}")
-        results.append((found - wrong, found, wrong))
-    _, found, wrong = max(results)
-    return {"baseline_found": found, "baseline_false_alarms": wrong}
+        results[name] = {"setting": setting, "found": found, "stopped": wrong}
+    best = max(results.values(), key=lambda own: own["found"] - own["stopped"])
+    return {"baseline_found": best["found"], "baseline_false_alarms": best["stopped"], "baselines": results}
 
 
-def before_loss(runs: Sequence[Run], faults: list[Judged], tuning: Sequence[Run]) -> float:
-    """Prints and returns how often the alarm on a learning rate that is too high comes before the loss stops the run."""
+def before_loss(runs: Sequence[Run], faults: list[Judged], tuning: Sequence[Run]) -> dict[int, float]:
+    """Prints and returns how often the alarm on a learning rate that is too high comes before the loss stops the run.
+
+    Returns:
+        The share by the patience of ``EarlyStopping``: Lightning's default, and the one that does best.
+    """
     name, fault = "EarlyStopping on the loss", "learning rate too high"
     ours = {one.run: one.delay for one in faults if one.fault == fault}
     shares = {}
-    # as Lightning has it by default, and as it does best
     for setting in (3, tuned(tuning, name)):
         sooner = []
         for run in (run for run in runs if fault in run["faults"]):
@@ -308,7 +335,7 @@ def before_loss(runs: Sequence[Run], faults: list[Judged], tuning: Sequence[Run]
         shares[setting] = mean(sooner)
     print(f"{fault}: the alarm comes before {name}", end=" ")
     print(", ".join(f"in {share:.0%} of the runs with patience {setting}" for setting, share in shares.items()))
-    return min(shares.values())
+    return shares
 
 
 # ---- the command ----
@@ -368,10 +395,16 @@ def main() -> None:
         print(f"false_alarm_rate {rate:g}: {', '.join(f'{name} {value:.2f}' for name, value in figures.items())}")
     figures, wrong, faults = summary(runs)
     table(runs, wrong, faults)
-    figures |= against_baselines(runs, tuning)
-    figures["before_loss"] = before_loss(runs, faults, tuning)
+    sooner = before_loss(runs, faults, tuning)
+    found = {
+        **figures,
+        **against_baselines(runs, tuning),
+        "before_loss": min(sooner.values()),
+        "before_loss_by_patience": sooner,
+        "faults": by_fault(faults),
+    }
     if options.json:
-        print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
+        print(json.dumps(rounded(without_nan(found))))
 
 
 if __name__ == "__main__":

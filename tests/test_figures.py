@@ -13,10 +13,7 @@ from tests.helpers.figures import OUTPUTS, ROOT, SENTENCES, sentence, sources_of
 MEASURED = re.compile(r"\d[\d.,]* (?:m?s|seconds|[KMG]i?B)\b|\b[\d,]+ of [\d,]+ (?:runs|trainings)|found in [\d,]+ of")
 """Times, memory and counts of runs, which are measured where they are no limits."""
 
-GUIDES = sorted(
-    {page for page in TABLES if page != "docs/costs.md"}
-    | {f"docs/{name}.md" for name in ("codebook_usage", "cosine_mean_similarity", "how_it_is_built", "posterior_kl")}
-)
+GUIDES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md") if "site" not in path.parts)
 
 DECLARED = ("95 % bounds",)
 """What README says of how it was measured."""
