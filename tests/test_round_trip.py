@@ -245,6 +245,15 @@ class Adding(Scale):
         return out, log_det + own
 
 
+class Writing(Adding):
+    """Adds to the log-determinant in place."""
+
+    def forward(self, x: Tensor, log_det: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        out, own = self.apply_to(x, reverse)
+        log_det += own
+        return out, log_det
+
+
 class Listed(Scale):
     """Takes and returns tuples of tensors, as FrEIA's modules do."""
 
@@ -264,7 +273,7 @@ class Chain(LightningModule):
     def run(self, x: Tensor, back: bool) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))
         for layer in reversed(self.layers) if back else self.layers:
-            if self.kind is Adding:
+            if issubclass(self.kind, Adding):
                 x, total = layer(x, total, reverse=back)
                 continue
             if self.kind is Listed:
@@ -318,6 +327,7 @@ FLOWS: dict[str, tuple[Any, str]] = {
     "two methods": (lambda: Chain(TwoMethods), ""),
     "an inverse without determinant": (lambda: Chain(OnlyValues), ""),
     "a direction and a sum": (lambda: Chain(Adding), ""),
+    "a sum in place": (lambda: Chain(Writing), ""),
     "tuples": (lambda: Chain(Listed), ""),
     "sampling forward": (lambda: Backwards(TwoMethods), ""),
     "a pair": (lambda: WithPair(TwoMethods), "what encodes"),

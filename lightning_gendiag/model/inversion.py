@@ -199,9 +199,9 @@ def _again(
     part: Callable[..., Any], call: _Call, n: int, x: Tensor, row: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Calls a layer as before, with another input, for all rows or for one."""
-    given = _replaced((call.args, call.kwargs), x, n, row, [])
-    output = part(*given[0], **given[1])
-    return _read(output, given, len(x))
+    args, kwargs = _replaced((call.args, call.kwargs), x, n, row, [])
+    start = _start_in((args, kwargs), len(x))
+    return _read(part(*args, **kwargs), start, len(x))
 
 
 def _with_rest(
@@ -210,17 +210,22 @@ def _with_rest(
     """Calls the method that inverts a layer, with what else its forward was given where the method takes as much."""
     given = _replaced((call.args, call.kwargs), x, n, row, [])
     args, kwargs = given if accepts(inverse, len(call.args)) else (given[0][:1], {})
-    output = inverse(*args, **kwargs)
-    return _read(output, (args, kwargs), len(x))
+    start = _start_in((args, kwargs), len(x))
+    return _read(inverse(*args, **kwargs), start, len(x))
 
 
-def _read(output: Any, given: Any, n: int) -> tuple[Tensor, Tensor | None]:
+def _start_in(given: Any, n: int) -> Tensor | None:
+    """Returns a copy of the log-determinants (n,) that a layer is given to add to, which it may do in place."""
+    start = next((t for t in _tensors(given) if t.is_floating_point() and t.shape == (n,)), None)
+    return None if start is None else start.clone()
+
+
+def _read(output: Any, start: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
     """Returns the values and the log-determinant in what a layer returned, less the one that it was given to add to."""
     values = _first(output, n)
     if values is None:
         raise ValueError("it must return values of the rows that it is given")
     volume = _volume(output, n)
-    start = next((t for t in _tensors(given) if t.is_floating_point() and t.shape == (n,)), None)
     return values, volume if volume is None or start is None else volume - start
 
 
@@ -256,7 +261,8 @@ def _replaced(value: Any, x: Tensor, n: int, row: int | None, done: list[bool]) 
         if not done and value.ndim > 1 and len(value) == n and value.is_floating_point():
             done.append(True)
             return x
-        return value[row : row + 1] if row is not None and value.ndim and len(value) == n else value
+        # a layer may write into what it is given
+        return (value[row : row + 1] if row is not None and value.ndim and len(value) == n else value).clone()
     if isinstance(value, Mapping):
         return {name: _replaced(part, x, n, row, done) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
@@ -296,7 +302,7 @@ def log_det_ways(
     own = encode(images)
     latents = latents_in(own, n).flatten(1)
     if _volume(own, n) is not None:
-        yield "what encodes", lambda x: _read(encode(x), (), len(x))
+        yield "what encodes", lambda x: _read(encode(x), None, len(x))
     _, transforms = _recorded(module, {}, partial(encode, images), n)
     if transforms is not None:
         yield f"the transform of {transforms.name}", partial(_through_all, module, encode)
@@ -323,7 +329,7 @@ def log_det_ways(
 
 
 def _called(method: Callable[..., Any], flat: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    return _read(method(x.flatten(1) if flat else x), (), len(x))
+    return _read(method(x.flatten(1) if flat else x), None, len(x))
 
 
 def _through_all(module: nn.Module, encode: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor | None]:
