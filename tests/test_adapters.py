@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from example_models.data import digits
 from lightning_gendiag import ManifoldEntropyMonitor, ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.model.adapters.own import inverse_of
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.running import attached, batches, trainer
 
@@ -108,6 +109,91 @@ def test_a_multiscale_flow_is_given_the_shape_of_its_latents() -> None:
     view = view_of(Squeezing())
     assert name_of(view, "sample") == "self.sample(shape of latents (4, 4, 4))"
     assert view.samples().images.shape == (8, 1, 8, 8)
+
+
+class Scaling(nn.Module):
+    """A flow whose latents are half of its data, inverted by ``backward``; both directions call their argument z."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z / self.scale, -z[0].numel() * self.scale.log().expand(len(z))
+
+    def backward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z * self.scale, z[0].numel() * self.scale.log().expand(len(z))
+
+
+def test_a_flow_may_be_inverted_by_a_method_called_backward() -> None:
+    view = view_of(Wrapper("net", Scaling()))
+    assert name_of(view, "encode") == "self.net.forward(images)"
+    assert name_of(view, "sample") == "self.net.backward from normal noise (n, 1, 8, 8)"
+    assert torch.allclose(view.parts.latents_of(IMAGES[:2]), IMAGES[:2].flatten(1) / 2)
+
+
+def test_backward_of_a_lightning_module_is_no_inverse() -> None:
+    class Model(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.flatten(1)).view_as(x)
+
+    assert inverse_of(Model()) is None
+
+
+class Multiscale(nn.Module):
+    """A flow of two scales, of which the first has a learned prior where ``learns``, as Glow has."""
+
+    def __init__(self, learns: bool = False) -> None:
+        super().__init__()
+        self.learns, self.mean = learns, nn.Parameter(torch.full((1,), 3.0))
+
+    def forward(self, x: Tensor) -> Any:
+        squeezed = nn.functional.pixel_unshuffle(2 * x, 2)
+        zs, zeros = [squeezed[:, :2], nn.functional.pixel_unshuffle(squeezed[:, 2:], 2)], torch.zeros(len(x))
+        return (zeros - 7, zeros + 1, zs) if self.learns else (zs, zeros + 1)
+
+    def merged(self, first: Tensor, second: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(torch.cat([first, nn.functional.pixel_shuffle(second, 2)], 1), 2) / 2
+
+    def inverse(self, zs: list[Tensor]) -> Tensor:
+        return self.merged(*zs)
+
+
+class Learned(Multiscale):
+    def __init__(self) -> None:
+        super().__init__(learns=True)
+
+    def inverse(self, zs: list[Tensor], reconstruct: bool = False) -> Tensor:
+        return self.merged(zs[0] if reconstruct else zs[0] + self.mean, zs[1])
+
+
+def test_the_scales_of_a_flow_are_one_row_of_latents() -> None:
+    view = view_of(Wrapper("net", Multiscale()), num_samples=256)
+    assert name_of(view, "encode") == "self.net.forward(images)"
+    assert name_of(view, "sample") == "self.net.inverse from normal noise (n, 64)"
+    latents = view.parts.latents_of(IMAGES[:3])
+    assert latents.shape == (3, 64)
+    assert torch.allclose(latents.norm(dim=1), 2 * IMAGES[:3].flatten(1).norm(dim=1))
+    assert torch.allclose(view.parts.decode(latents), IMAGES[:3], atol=1e-6)
+    assert view.parts.has_prior
+    assert float(view.samples().images.std()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_flow_with_a_learned_prior_is_sampled_from_it() -> None:
+    view = view_of(Wrapper("net", Learned()), num_samples=256)
+    assert name_of(view, "decode") == "self.net.inverse(reconstruct=True)"
+    assert name_of(view, "sample") == "self.net.inverse from normal noise (n, 64)"
+    assert torch.allclose(view.parts.decode(view.parts.latents_of(IMAGES[:3])), IMAGES[:3], atol=1e-6)
+    # half of the pixels are of the scale with a mean of 3
+    assert float(view.samples().images.mean()) == pytest.approx(3 / 4, abs=0.05)
+    # latents that are decoded as they are have that prior, too
+    assert not view.parts.has_prior
+    # the log-likelihood is not mistaken for the log-determinant
+    assert isinstance(view.parts.encode(IMAGES[:3]), Tensor)
 
 
 class OfCodes(LightningModule):

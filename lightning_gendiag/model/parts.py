@@ -435,6 +435,8 @@ class ModelParts:
         example = self._example
         if self._states_prior(way):
             return True
+        if way is not None and way.has_other_prior:
+            return False
         encodes = example is not None and self.has("encode")
         # a generator alone takes noise in any case
         if self._sampler_fails and (encodes or way is None or not way.is_generator):
