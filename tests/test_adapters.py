@@ -196,6 +196,38 @@ def test_a_flow_with_a_learned_prior_is_sampled_from_it() -> None:
     assert isinstance(view.parts.encode(IMAGES[:3]), Tensor)
 
 
+class Quantizing(LightningModule):
+    """A VQ-VAE whose encoder has twice as many channels as its decoder takes, and whose codes are all alike at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 6, 4, 4), nn.ReLU())
+        self.quantizer = VectorQuantizer()
+        self.decoder = nn.ConvTranspose2d(3, 1, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.quantizer(self.encoder(x)))
+
+
+class VectorQuantizer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.codebook = nn.Conv2d(6, 3, 1), nn.Embedding(4, 3)
+        nn.init.constant_(self.codebook.weight, 9.0)
+        nn.init.zeros_(self.codebook.weight[0].data)
+
+    def forward(self, z: Tensor) -> Tensor:
+        rows = self.proj(z).permute(0, 2, 3, 1)
+        codes = torch.cdist(rows.flatten(0, 2), self.codebook.weight).argmin(1)
+        return self.codebook(codes).view_as(rows).permute(0, 3, 1, 2)
+
+
+def test_twice_as_many_channels_before_a_quantizer_are_no_posterior() -> None:
+    view = view_of(Quantizing())
+    assert view.parts.stated_length is None
+    assert view.parts.latents_of(IMAGES[:2]).shape == (2, 24)
+
+
 class OfCodes(LightningModule):
     """A generator as in InfoGAN, which notes what it is given."""
 

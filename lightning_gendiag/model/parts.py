@@ -46,6 +46,7 @@ from lightning_gendiag.model.denoising import TrainingStep
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, number_alike, scaled_like
 from lightning_gendiag.model.posterior import all_positive, posterior_in
+from lightning_gendiag.model.quantizers import quantizers_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -404,7 +405,9 @@ class ModelParts:
     @property
     def stated_length(self) -> int | None:
         """Length of the latents that the user, an attribute of the module, or its encoder beside its decoder states."""
-        return latent_length(self.module, None, self.context) or packed_length(self.module)
+        stated = latent_length(self.module, None, self.context)
+        # what quantizes may stand between an encoder and a decoder of half as many channels
+        return stated or (None if quantizers_in(self.module) else packed_length(self.module))
 
     @property
     def prior(self) -> torch.distributions.Distribution | None:
