@@ -228,6 +228,12 @@ def test_twice_as_many_channels_before_a_quantizer_are_no_posterior() -> None:
     assert view.parts.latents_of(IMAGES[:2]).shape == (2, 24)
 
 
+def test_what_a_new_codebook_reconstructs_may_be_the_same_for_all_images() -> None:
+    view = view_of(Quantizing())
+    assert name_of(view, "reconstruct") == "self.forward(images)"
+    assert len(view.reconstructions().images.unique(dim=0)) == 1
+
+
 class OfCodes(LightningModule):
     """A generator as in InfoGAN, which notes what it is given."""
 
