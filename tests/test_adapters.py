@@ -132,6 +132,24 @@ def test_a_flow_may_be_inverted_by_a_method_called_backward() -> None:
     assert torch.allclose(view.parts.latents_of(IMAGES[:2]), IMAGES[:2].flatten(1) / 2)
 
 
+class Clamping(Scaling):
+    """Takes the logit of data in 0 to 1, whose ends it clamps."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.add(1).div(2).clamp(0.01, 0.99).logit() / self.scale
+
+    def backward(self, z: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * (z * self.scale).sigmoid() - 1
+
+
+def test_a_flow_that_clamps_its_data_has_a_normal_prior() -> None:
+    view = view_of(Wrapper("net", Clamping()))
+    with torch.no_grad():
+        error = view.parts.decode(view.parts.latents_of(IMAGES)) - IMAGES
+    assert float(error.norm()) > 0.01 * float(IMAGES.norm())
+    assert name_of(view, "sample") == "self.net.backward from normal noise (n, 1, 8, 8)"
+
+
 def test_backward_of_a_lightning_module_is_no_inverse() -> None:
     class Model(LightningModule):
         def __init__(self) -> None:

@@ -453,9 +453,14 @@ class ModelParts:
         if not self.has("decode"):
             return False
         with suppress(Exception):
-            again = self.decode(self.as_input(self.latents_of(example)))
-            return float((again - example).norm()) < LARGEST_ERROR * float(example.norm())
+            again = self._returned(example)
+            # a flow that clamps data, as to take their logit, returns what it has clamped
+            clamps = self.way("encode").is_inverted and math.prod(self._latent or ()) == example[0].numel()
+            return _is_same(again, example) or (clamps and _is_same(self._returned(again), again))
         return False
+
+    def _returned(self, images: Tensor) -> Tensor:
+        return self.decode(self.as_input(self.latents_of(images)))
 
     def _states_prior(self, way: Way | None) -> bool:
         """Whether the user states the length of the noise, and a way decodes latents of that length."""
@@ -665,6 +670,10 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
         if way.need in ("sample", "decode") and context.count > 1:
             first = partial(_first_of, form.call, context.count)
             yield replace(form, name=f"the first of {context.count} outputs of {form.name}", call=first)
+
+
+def _is_same(after: Tensor, before: Tensor) -> bool:
+    return float((after - before).norm()) < LARGEST_ERROR * float(before.norm())
 
 
 def _first_of(call: Callable[..., Any], count: int, *given: Any) -> Any:
