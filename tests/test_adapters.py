@@ -111,6 +111,18 @@ def test_a_multiscale_flow_is_given_the_shape_of_its_latents() -> None:
     assert view.samples().images.shape == (8, 1, 8, 8)
 
 
+class OfTwoMaps(nn.Module):
+    """Decodes two maps of latents, as a quantizer of two levels does (https://arxiv.org/abs/1906.00446)."""
+
+    def decode(self, top: Tensor, bottom: Tensor) -> Tensor:
+        return top + bottom
+
+
+def test_a_method_of_a_part_that_takes_more_is_named() -> None:
+    with pytest.raises(ValueError, match=r"decode must be known, but self.model.decode takes \(top: 'Tensor', bottom: 'Tens"):
+        view_of(Wrapper("model", OfTwoMaps())).parts.way("decode")
+
+
 class Scaling(nn.Module):
     """A flow whose latents are half of its data, inverted by ``backward``; both directions call their argument z."""
 

@@ -503,8 +503,14 @@ class ModelParts:
         """Names of methods that are not called, since it is not known with what."""
         if need in ("sample", "reconstruct") and self.context.is_paired:
             return ["a batch holds two batches of images, of which forward may make one of the other"]
-        found = ((name, attribute(self.module, name)) for name in NAMES[need])
-        return [f"self.{name} takes {signature_of(target)}" for name, target in found if target is not None]
+        found = (
+            (f"{path}.{name}", target)
+            for path, part in with_children(self.module).items()
+            for name in NAMES[need]
+            # every part has a forward
+            if (part is self.module or name != "forward") and (target := attribute(part, name)) is not None
+        )
+        return [f"{name} takes {signature_of(target)}" for name, target in found]
 
     def _fix(self, need: Need) -> str:
         """A line that was run in place of one that the user gave and that does not work, or what that must do."""
