@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from example_models.data import digits
 from lightning_gendiag import ManifoldEntropyMonitor, ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.adapters.own import inverse_of
+from lightning_gendiag.model.posterior import posterior_in
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.running import attached, batches, trainer
 
@@ -119,7 +121,9 @@ class OfTwoMaps(nn.Module):
 
 
 def test_a_method_of_a_part_that_takes_more_is_named() -> None:
-    with pytest.raises(ValueError, match=r"decode must be known, but self.model.decode takes \(top: 'Tensor', bottom: 'Tens"):
+    with pytest.raises(
+        ValueError, match=r"decode must be known, but self.model.decode takes \(top: 'Tensor', bottom: 'Tens"
+    ):
         view_of(Wrapper("model", OfTwoMaps())).parts.way("decode")
 
 
@@ -142,6 +146,26 @@ def test_a_flow_may_be_inverted_by_a_method_called_backward() -> None:
     assert name_of(view, "encode") == "self.net.forward(images)"
     assert name_of(view, "sample") == "self.net.backward from normal noise (n, 1, 8, 8)"
     assert torch.allclose(view.parts.latents_of(IMAGES[:2]), IMAGES[:2].flatten(1) / 2)
+
+
+class ByDimension(Scaling):
+    """Returns the logarithms of the diagonal of its Jacobian, as autoregressive flows do."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x / self.scale, -self.scale.log().expand(x.shape)
+
+    def inverse(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return u * self.scale, self.scale.log().expand(u.shape)
+
+
+def test_a_determinant_of_each_dimension_is_no_spread() -> None:
+    view = view_of(Wrapper("net", ByDimension()))
+    assert name_of(view, "sample") == "self.net.inverse from normal noise (n, 1, 8, 8)"
+    latents, volume = view.parts.encode(IMAGES[:2])
+    assert torch.equal(latents, IMAGES[:2] / 2)
+    torch.testing.assert_close(volume, torch.full((2,), -64 * math.log(2)))
+    with pytest.raises(ValueError, match="encode must return a pair of mean and log variance"):
+        posterior_in((latents, volume), 2)
 
 
 class Clamping(Scaling):

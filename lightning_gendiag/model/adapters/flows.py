@@ -48,7 +48,9 @@ def flows(module: nn.Module, context: Context) -> Iterator[Way]:
         if from_noise or (_takes_data(inverse.call) and not _takes_data(part)):
             there, back = back, there
         yield Way("encode", f"{there[0]}(images)", partial(_encoded, there[1]), is_inverted=True)
-        yield Way("encode", f"{there[0]}(images.flatten(1))", partial(of_rows, there[1]), is_inverted=True)
+        yield Way(
+            "encode", f"{there[0]}(images.flatten(1))", partial(_encoded, partial(of_rows, there[1])), is_inverted=True
+        )
         if context.latent is None:
             continue
         name, decode, scales = back[0], back[1], _Scales(module, there[1], context)
@@ -85,9 +87,7 @@ class _Scales:
 
     def given_to(self, decode: Callable[..., Any], z: Tensor) -> Any:
         """Decodes latents (n, ...), given as one tensor for each scale where there are several."""
-        if not self.shapes:
-            return decode(z)
-        return decode(divided(z.flatten(1), self.shapes))
+        return _summed(decode(divided(z.flatten(1), self.shapes) if self.shapes else z))
 
 
 def scales_in(output: Any, n: int, size: int) -> list[Tensor]:
@@ -106,9 +106,19 @@ def scales_in(output: Any, n: int, size: int) -> list[Tensor]:
     return next((found for part in output if (found := scales_in(part, n, size))), [])
 
 
+def _summed(output: Any) -> Any:
+    """Returns the output of a flow, with a log-determinant that it has for each dimension summed (n,)."""
+    if not isinstance(output, (tuple, list)) or len(output) != 2:
+        return output
+    values, volume = output
+    if not all(isinstance(part, Tensor) and part.ndim > 1 for part in output) or values.shape != volume.shape:
+        return output
+    return values, volume.flatten(1).sum(1)
+
+
 def _encoded(encode: Callable[..., Any], images: Tensor) -> Any:
     """Encodes images; the latents of several scales become rows (n, L), with the log-determinant if it is the only sum."""
-    output = encode(images)
+    output = _summed(encode(images))
     scales = scales_in(output, len(images), images[0].numel())
     if not scales:
         return output
