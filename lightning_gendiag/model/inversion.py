@@ -171,6 +171,8 @@ def _through_transform(transform: Any, h: Tensor, row: int | None = None) -> tup
 def _layer(name: str, part: nn.Module, encoded: _Call | None, decoded: _Call | None, n: int) -> Layer | None:
     """Returns a layer from how it was called in each direction; None where no call is known for one of them."""
     inverse = _inverse_of(part)
+    if any(call is not None and _takes_two(call, n) for call in (encoded, decoded)):
+        return None
     if encoded is not None and decoded is not None:
         before = _first((encoded.args, encoded.kwargs), n)
         there, back = partial(_again, part, encoded, n), partial(_again, part, decoded, n)
@@ -186,6 +188,12 @@ def _layer(name: str, part: nn.Module, encoded: _Call | None, decoded: _Call | N
     if before is None:
         return None
     return Layer(name, before.detach(), there, lambda y: back(y)[0])
+
+
+def _takes_two(call: _Call, n: int) -> bool:
+    """Whether two of the values that a layer was given are alike, so that nothing tells which of them it transforms."""
+    shapes = [t.shape for t in _tensors((call.args, call.kwargs)) if _are_values(t, n)]
+    return bool(shapes) and shapes.count(shapes[0]) > 1
 
 
 def _works(layer: Layer) -> bool:
@@ -231,7 +239,11 @@ def _read(output: Any, start: Tensor | None, n: int) -> tuple[Tensor, Tensor | N
 
 def _first(value: Any, n: int) -> Tensor | None:
     """The first tensor (n, ...) of two axes or more in a container."""
-    return next((t for t in _tensors(value) if t.ndim > 1 and len(t) == n and t.is_floating_point()), None)
+    return next((t for t in _tensors(value) if _are_values(t, n)), None)
+
+
+def _are_values(tensor: Tensor, n: int) -> bool:
+    return tensor.ndim > 1 and len(tensor) == n and tensor.is_floating_point()
 
 
 def _volume(value: Any, n: int) -> Tensor | None:
@@ -258,7 +270,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _replaced(value: Any, x: Tensor, n: int, row: int | None, done: list[bool]) -> Any:
     """The same container with x in place of its first tensor (n, ...), and of other tensors of n rows one row."""
     if isinstance(value, Tensor):
-        if not done and value.ndim > 1 and len(value) == n and value.is_floating_point():
+        if not done and _are_values(value, n):
             done.append(True)
             return x
         # a layer may write into what it is given
