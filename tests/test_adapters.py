@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from example_models.data import digits
 from lightning_gendiag import ManifoldEntropyMonitor, ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
+from lightning_gendiag.model.adapters.own import inverse_of
+from lightning_gendiag.model.posterior import posterior_in
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.running import attached, batches, trainer
 
@@ -109,6 +112,181 @@ def test_a_multiscale_flow_is_given_the_shape_of_its_latents() -> None:
     view = view_of(Squeezing())
     assert name_of(view, "sample") == "self.sample(shape of latents (4, 4, 4))"
     assert view.samples().images.shape == (8, 1, 8, 8)
+
+
+class OfTwoMaps(nn.Module):
+    """Decodes two maps of latents, as a quantizer of two levels does (https://arxiv.org/abs/1906.00446)."""
+
+    def decode(self, top: Tensor, bottom: Tensor) -> Tensor:
+        return top + bottom
+
+
+def test_a_method_of_a_part_that_takes_more_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"decode must be known, but self.model.decode takes \(top: 'Tensor', bottom: 'Tens"
+    ):
+        view_of(Wrapper("model", OfTwoMaps())).parts.way("decode")
+
+
+class Scaling(nn.Module):
+    """A flow whose latents are half of its data, inverted by ``backward``; both directions call their argument z."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z / self.scale, -z[0].numel() * self.scale.log().expand(len(z))
+
+    def backward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z * self.scale, z[0].numel() * self.scale.log().expand(len(z))
+
+
+def test_a_flow_may_be_inverted_by_a_method_called_backward() -> None:
+    view = view_of(Wrapper("net", Scaling()))
+    assert name_of(view, "encode") == "self.net.forward(images)"
+    assert name_of(view, "sample") == "self.net.backward from normal noise (n, 1, 8, 8)"
+    assert torch.allclose(view.parts.latents_of(IMAGES[:2]), IMAGES[:2].flatten(1) / 2)
+
+
+class ByDimension(Scaling):
+    """Returns the logarithms of the diagonal of its Jacobian, as autoregressive flows do."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x / self.scale, -self.scale.log().expand(x.shape)
+
+    def inverse(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return u * self.scale, self.scale.log().expand(u.shape)
+
+
+def test_a_determinant_of_each_dimension_is_no_spread() -> None:
+    view = view_of(Wrapper("net", ByDimension()))
+    assert name_of(view, "sample") == "self.net.inverse from normal noise (n, 1, 8, 8)"
+    latents, volume = view.parts.encode(IMAGES[:2])
+    assert torch.equal(latents, IMAGES[:2] / 2)
+    torch.testing.assert_close(volume, torch.full((2,), -64 * math.log(2)))
+    with pytest.raises(ValueError, match="encode must return a pair of mean and log variance"):
+        posterior_in((latents, volume), 2)
+
+
+class Clamping(Scaling):
+    """Takes the logit of data in 0 to 1, whose ends it clamps."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.add(1).div(2).clamp(0.01, 0.99).logit() / self.scale
+
+    def backward(self, z: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * (z * self.scale).sigmoid() - 1
+
+
+def test_a_flow_that_clamps_its_data_has_a_normal_prior() -> None:
+    view = view_of(Wrapper("net", Clamping()))
+    with torch.no_grad():
+        error = view.parts.decode(view.parts.latents_of(IMAGES)) - IMAGES
+    assert float(error.norm()) > 0.01 * float(IMAGES.norm())
+    assert name_of(view, "sample") == "self.net.backward from normal noise (n, 1, 8, 8)"
+
+
+def test_backward_of_a_lightning_module_is_no_inverse() -> None:
+    class Model(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.flatten(1)).view_as(x)
+
+    assert inverse_of(Model()) is None
+
+
+class Multiscale(nn.Module):
+    """A flow of two scales, of which the first has a learned prior where ``learns``, as Glow has."""
+
+    def __init__(self, learns: bool = False) -> None:
+        super().__init__()
+        self.learns, self.mean = learns, nn.Parameter(torch.full((1,), 3.0))
+
+    def forward(self, x: Tensor) -> Any:
+        squeezed = nn.functional.pixel_unshuffle(2 * x, 2)
+        zs, zeros = [squeezed[:, :2], nn.functional.pixel_unshuffle(squeezed[:, 2:], 2)], torch.zeros(len(x))
+        return (zeros - 7, zeros + 1, zs) if self.learns else (zs, zeros + 1)
+
+    def merged(self, first: Tensor, second: Tensor) -> Tensor:
+        return nn.functional.pixel_shuffle(torch.cat([first, nn.functional.pixel_shuffle(second, 2)], 1), 2) / 2
+
+    def inverse(self, zs: list[Tensor]) -> Tensor:
+        return self.merged(*zs)
+
+
+class Learned(Multiscale):
+    def __init__(self) -> None:
+        super().__init__(learns=True)
+
+    def inverse(self, zs: list[Tensor], reconstruct: bool = False) -> Tensor:
+        return self.merged(zs[0] if reconstruct else zs[0] + self.mean, zs[1])
+
+
+def test_the_scales_of_a_flow_are_one_row_of_latents() -> None:
+    view = view_of(Wrapper("net", Multiscale()), num_samples=256)
+    assert name_of(view, "encode") == "self.net.forward(images)"
+    assert name_of(view, "sample") == "self.net.inverse from normal noise (n, 64)"
+    latents = view.parts.latents_of(IMAGES[:3])
+    assert latents.shape == (3, 64)
+    assert torch.allclose(latents.norm(dim=1), 2 * IMAGES[:3].flatten(1).norm(dim=1))
+    assert torch.allclose(view.parts.decode(latents), IMAGES[:3], atol=1e-6)
+    assert view.parts.has_prior
+    assert float(view.samples().images.std()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_flow_with_a_learned_prior_is_sampled_from_it() -> None:
+    view = view_of(Wrapper("net", Learned()), num_samples=256)
+    assert name_of(view, "decode") == "self.net.inverse(reconstruct=True)"
+    assert name_of(view, "sample") == "self.net.inverse from normal noise (n, 64)"
+    assert torch.allclose(view.parts.decode(view.parts.latents_of(IMAGES[:3])), IMAGES[:3], atol=1e-6)
+    # half of the pixels are of the scale with a mean of 3
+    assert float(view.samples().images.mean()) == pytest.approx(3 / 4, abs=0.05)
+    # latents that are decoded as they are have that prior, too
+    assert not view.parts.has_prior
+    # the log-likelihood is not mistaken for the log-determinant
+    assert isinstance(view.parts.encode(IMAGES[:3]), Tensor)
+
+
+class Quantizing(LightningModule):
+    """A VQ-VAE whose encoder has twice as many channels as its decoder takes, and whose codes are all alike at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 6, 4, 4), nn.ReLU())
+        self.quantizer = VectorQuantizer()
+        self.decoder = nn.ConvTranspose2d(3, 1, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.quantizer(self.encoder(x)))
+
+
+class VectorQuantizer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.codebook = nn.Conv2d(6, 3, 1), nn.Embedding(4, 3)
+        nn.init.constant_(self.codebook.weight, 9.0)
+        nn.init.zeros_(self.codebook.weight[0].data)
+
+    def forward(self, z: Tensor) -> Tensor:
+        rows = self.proj(z).permute(0, 2, 3, 1)
+        codes = torch.cdist(rows.flatten(0, 2), self.codebook.weight).argmin(1)
+        return self.codebook(codes).view_as(rows).permute(0, 3, 1, 2)
+
+
+def test_twice_as_many_channels_before_a_quantizer_are_no_posterior() -> None:
+    view = view_of(Quantizing())
+    assert view.parts.stated_length is None
+    assert view.parts.latents_of(IMAGES[:2]).shape == (2, 24)
+
+
+def test_what_a_new_codebook_reconstructs_may_be_the_same_for_all_images() -> None:
+    view = view_of(Quantizing())
+    assert name_of(view, "reconstruct") == "self.forward(images)"
+    assert len(view.reconstructions().images.unique(dim=0)) == 1
 
 
 class OfCodes(LightningModule):

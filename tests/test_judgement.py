@@ -259,6 +259,24 @@ def test_what_is_wrong_from_the_beginning_is_found_and_stops_nothing(script: Any
     assert words in state["summary"]
 
 
+class Constant(Learning):
+    """Reconstructs all images alike."""
+
+    def __init__(self) -> None:
+        super().__init__(alike)
+
+    sample = None
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return 0.001 * images
+
+
+def test_a_rule_names_what_it_judges() -> None:
+    monitor = CosineMeanSimilarityMonitor(QUADRANTS, adapter=ModelAdapter(reference=digits(16)[0], num_samples=200))
+    with pytest.warns(CollapseWarning, match="all reconstructions are alike"):
+        trainer(monitor, CollapseStopping("warn"), max_epochs=8).fit(Constant(), batches(16, 32))
+
+
 def test_a_healthy_run_breaks_no_rule() -> None:
     _, stopping = run_with_fault(None, epochs=16)
     assert stopping.alarms == []

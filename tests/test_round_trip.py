@@ -245,6 +245,15 @@ class Adding(Scale):
         return out, log_det + own
 
 
+class Writing(Adding):
+    """Adds to the log-determinant in place."""
+
+    def forward(self, x: Tensor, log_det: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+        out, own = self.apply_to(x, reverse)
+        log_det += own
+        return out, log_det
+
+
 class Listed(Scale):
     """Takes and returns tuples of tensors, as FrEIA's modules do."""
 
@@ -264,7 +273,7 @@ class Chain(LightningModule):
     def run(self, x: Tensor, back: bool) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))
         for layer in reversed(self.layers) if back else self.layers:
-            if self.kind is Adding:
+            if issubclass(self.kind, Adding):
                 x, total = layer(x, total, reverse=back)
                 continue
             if self.kind is Listed:
@@ -318,6 +327,7 @@ FLOWS: dict[str, tuple[Any, str]] = {
     "two methods": (lambda: Chain(TwoMethods), ""),
     "an inverse without determinant": (lambda: Chain(OnlyValues), ""),
     "a direction and a sum": (lambda: Chain(Adding), ""),
+    "a sum in place": (lambda: Chain(Writing), ""),
     "tuples": (lambda: Chain(Listed), ""),
     "sampling forward": (lambda: Backwards(TwoMethods), ""),
     "a pair": (lambda: WithPair(TwoMethods), "what encodes"),
@@ -380,6 +390,43 @@ def test_a_layer_inside_another_one_is_taken_alone() -> None:
     with torch.no_grad():
         layers = layers_of(module, module.encode, module.decode, digits(8)[0][:4])
     assert [layer.name for layer in layers] == ["self.layers.0.first (TwoMethods)", "self.layers.0.second (TwoMethods)"]
+
+
+class Conditional(nn.Module):
+    """Makes the second of two halves normal by what the first one says, as a split of Glow does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(32, 64)
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_scale = self.net(first).chunk(2, 1)
+        return (second - mean) * (-log_scale).exp(), -log_scale.sum(1)
+
+    def inverse(self, first: Tensor, z: Tensor) -> Tensor:
+        mean, log_scale = self.net(first).chunk(2, 1)
+        return z * log_scale.exp() + mean
+
+
+class Split(Chain):
+    def __init__(self) -> None:
+        super().__init__(TwoMethods, 2)
+        self.split = Conditional()
+
+    def encode(self, x: Tensor) -> Tensor:
+        first, second = super().encode(x).chunk(2, 1)
+        return torch.cat([first, self.split(first, second)[0]], 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        first, second = z.chunk(2, 1)
+        return super().decode(torch.cat([first, self.split.inverse(first, second)], 1))
+
+
+def test_a_layer_that_is_given_two_values_alike_is_not_judged_alone() -> None:
+    module = Split()
+    with torch.no_grad():
+        layers = layers_of(module, module.encode, module.decode, digits(8)[0][:4])
+    assert [layer.name for layer in layers] == ["self.layers.0 (TwoMethods)", "self.layers.1 (TwoMethods)"]
 
 
 # ---- the monitor ----

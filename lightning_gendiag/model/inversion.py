@@ -171,6 +171,8 @@ def _through_transform(transform: Any, h: Tensor, row: int | None = None) -> tup
 def _layer(name: str, part: nn.Module, encoded: _Call | None, decoded: _Call | None, n: int) -> Layer | None:
     """Returns a layer from how it was called in each direction; None where no call is known for one of them."""
     inverse = _inverse_of(part)
+    if any(call is not None and _takes_two(call, n) for call in (encoded, decoded)):
+        return None
     if encoded is not None and decoded is not None:
         before = _first((encoded.args, encoded.kwargs), n)
         there, back = partial(_again, part, encoded, n), partial(_again, part, decoded, n)
@@ -188,6 +190,12 @@ def _layer(name: str, part: nn.Module, encoded: _Call | None, decoded: _Call | N
     return Layer(name, before.detach(), there, lambda y: back(y)[0])
 
 
+def _takes_two(call: _Call, n: int) -> bool:
+    """Whether two of the values that a layer was given are alike, so that nothing tells which of them it transforms."""
+    shapes = [t.shape for t in _tensors((call.args, call.kwargs)) if _are_values(t, n)]
+    return bool(shapes) and shapes.count(shapes[0]) > 1
+
+
 def _works(layer: Layer) -> bool:
     """Whether a layer can be called alone in both directions and keeps the number of values."""
     y, _ = layer.forward(layer.before, None)
@@ -199,9 +207,9 @@ def _again(
     part: Callable[..., Any], call: _Call, n: int, x: Tensor, row: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Calls a layer as before, with another input, for all rows or for one."""
-    given = _replaced((call.args, call.kwargs), x, n, row, [])
-    output = part(*given[0], **given[1])
-    return _read(output, given, len(x))
+    args, kwargs = _replaced((call.args, call.kwargs), x, n, row, [])
+    start = _start_in((args, kwargs), len(x))
+    return _read(part(*args, **kwargs), start, len(x))
 
 
 def _with_rest(
@@ -210,23 +218,32 @@ def _with_rest(
     """Calls the method that inverts a layer, with what else its forward was given where the method takes as much."""
     given = _replaced((call.args, call.kwargs), x, n, row, [])
     args, kwargs = given if accepts(inverse, len(call.args)) else (given[0][:1], {})
-    output = inverse(*args, **kwargs)
-    return _read(output, (args, kwargs), len(x))
+    start = _start_in((args, kwargs), len(x))
+    return _read(inverse(*args, **kwargs), start, len(x))
 
 
-def _read(output: Any, given: Any, n: int) -> tuple[Tensor, Tensor | None]:
+def _start_in(given: Any, n: int) -> Tensor | None:
+    """Returns a copy of the log-determinants (n,) that a layer is given to add to, which it may do in place."""
+    start = next((t for t in _tensors(given) if t.is_floating_point() and t.shape == (n,)), None)
+    return None if start is None else start.clone()
+
+
+def _read(output: Any, start: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
     """Returns the values and the log-determinant in what a layer returned, less the one that it was given to add to."""
     values = _first(output, n)
     if values is None:
         raise ValueError("it must return values of the rows that it is given")
     volume = _volume(output, n)
-    start = next((t for t in _tensors(given) if t.is_floating_point() and t.shape == (n,)), None)
     return values, volume if volume is None or start is None else volume - start
 
 
 def _first(value: Any, n: int) -> Tensor | None:
     """The first tensor (n, ...) of two axes or more in a container."""
-    return next((t for t in _tensors(value) if t.ndim > 1 and len(t) == n and t.is_floating_point()), None)
+    return next((t for t in _tensors(value) if _are_values(t, n)), None)
+
+
+def _are_values(tensor: Tensor, n: int) -> bool:
+    return tensor.ndim > 1 and len(tensor) == n and tensor.is_floating_point()
 
 
 def _volume(value: Any, n: int) -> Tensor | None:
@@ -253,10 +270,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _replaced(value: Any, x: Tensor, n: int, row: int | None, done: list[bool]) -> Any:
     """The same container with x in place of its first tensor (n, ...), and of other tensors of n rows one row."""
     if isinstance(value, Tensor):
-        if not done and value.ndim > 1 and len(value) == n and value.is_floating_point():
+        if not done and _are_values(value, n):
             done.append(True)
             return x
-        return value[row : row + 1] if row is not None and value.ndim and len(value) == n else value
+        # a layer may write into what it is given
+        return (value[row : row + 1] if row is not None and value.ndim and len(value) == n else value).clone()
     if isinstance(value, Mapping):
         return {name: _replaced(part, x, n, row, done) for name, part in value.items()}
     if isinstance(value, (tuple, list)):
@@ -296,7 +314,7 @@ def log_det_ways(
     own = encode(images)
     latents = latents_in(own, n).flatten(1)
     if _volume(own, n) is not None:
-        yield "what encodes", lambda x: _read(encode(x), (), len(x))
+        yield "what encodes", lambda x: _read(encode(x), None, len(x))
     _, transforms = _recorded(module, {}, partial(encode, images), n)
     if transforms is not None:
         yield f"the transform of {transforms.name}", partial(_through_all, module, encode)
@@ -323,7 +341,7 @@ def log_det_ways(
 
 
 def _called(method: Callable[..., Any], flat: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    return _read(method(x.flatten(1) if flat else x), (), len(x))
+    return _read(method(x.flatten(1) if flat else x), None, len(x))
 
 
 def _through_all(module: nn.Module, encode: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -50,6 +50,7 @@ from lightning_gendiag.model.fakes import Fakes, fakes_of, find_fakes, is_normal
 from lightning_gendiag.model.generators import seed_all
 from lightning_gendiag.model.outputs import data_in, fields_of, number_alike, scaled_like
 from lightning_gendiag.model.posterior import all_positive, posterior_in
+from lightning_gendiag.model.quantizers import quantizers_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -402,7 +403,9 @@ class ModelParts:
             raise ValueError("it returns the images themselves")
         if way.is_guess and self._is_trained_otherwise():
             raise ValueError("training does not compare what it returns with the images")
-        if torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1]):
+        is_constant = torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1])
+        # a codebook that is not trained yet gives most images the same codes
+        if is_constant and not quantizers_in(self.module):
             raise ValueError("it returns the same for all images")
 
     def _is_trained_otherwise(self) -> bool:
@@ -445,7 +448,9 @@ class ModelParts:
     @property
     def stated_length(self) -> int | None:
         """Length of the latents that the user, an attribute of the module, or its encoder beside its decoder states."""
-        return latent_length(self.module, None, self.context) or packed_length(self.module)
+        stated = latent_length(self.module, None, self.context)
+        # what quantizes may stand between an encoder and a decoder of half as many channels
+        return stated or (None if quantizers_in(self.module) else packed_length(self.module))
 
     @property
     def prior(self) -> torch.distributions.Distribution | None:
@@ -476,7 +481,7 @@ class ModelParts:
         example = self._example
         if self._states_prior(way):
             return True
-        if self._is_given_other_noise:
+        if self._is_given_other_noise or (way is not None and way.has_other_prior):
             return False
         encodes = example is not None and self.has("encode")
         # a generator alone takes noise in any case
@@ -489,9 +494,14 @@ class ModelParts:
         if not self.has("decode"):
             return False
         with suppress(Exception):
-            again = self.decode(self.as_input(self.latents_of(example)))
-            return float((again - example).norm()) < LARGEST_ERROR * float(example.norm())
+            again = self._returned(example)
+            # a flow that clamps data, as to take their logit, returns what it has clamped
+            clamps = self.way("encode").is_inverted and math.prod(self._latent or ()) == example[0].numel()
+            return _is_same(again, example) or (clamps and _is_same(self._returned(again), again))
         return False
+
+    def _returned(self, images: Tensor) -> Tensor:
+        return self.decode(self.as_input(self.latents_of(images)))
 
     def _states_prior(self, way: Way | None) -> bool:
         """Whether the user states the length of the noise, and a way decodes latents of that length."""
@@ -534,18 +544,19 @@ class ModelParts:
         """Says of methods that were not called which of their parameters are not known."""
         if need in ("sample", "reconstruct") and self.context.is_paired:
             return ["a batch holds two batches of images, of which forward may make one of the other"]
-        found = [(f"self.{name}", attribute(self.module, name)) for name in NAMES[need]]
-        if need == "sample":
-            others = {**with_children(self.module), **helpers_of(self.module)}
-            others.pop("self")
-            found += [
-                (f"{path}.{name}", attribute(part, name)) for path, part in others.items() for name in SAMPLE_NAMES
-            ]
-        tried = tuple(failures)
+        parts = with_children(self.module) | (helpers_of(self.module) if need == "sample" else {})
+        # every part has a forward, and the decoder of another part samples nothing
+        others = SAMPLE_NAMES if need == "sample" else [name for name in NAMES[need] if name != "forward"]
+        found = (
+            (f"{path}.{name}", target)
+            for path, part in parts.items()
+            for name in (NAMES[need] if part is self.module else others)
+            if (target := attribute(part, name)) is not None
+        )
         return [
             f"{name} takes {signature_of(target)}{self._unknown(need, target)}"
             for name, target in found
-            if target is not None and not any(failure.startswith((f"{name}(", f"{name} ")) for failure in tried)
+            if not any(failure.startswith((f"{name}(", f"{name} ")) for failure in failures)
         ]
 
     def _unknown(self, need: Need, target: Callable[..., Any]) -> str:
@@ -725,6 +736,10 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
         if way.need in ("sample", "decode") and context.count > 1:
             first = partial(_first_of, form.call, context.count)
             yield replace(form, name=f"the first of {context.count} outputs of {form.name}", call=first)
+
+
+def _is_same(after: Tensor, before: Tensor) -> bool:
+    return float((after - before).norm()) < LARGEST_ERROR * float(before.norm())
 
 
 def _first_of(call: Callable[..., Any], count: int, *given: Any) -> Any:

@@ -140,6 +140,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
     _map_logged = False
     _quantity = QUANTITY
     _whole = ""
+    _compared = "samples"
     _before: tuple[float, float] | None = None
     """Sums of the weights and of the generated images at the last evaluation."""
     _is_unchanged = False
@@ -218,7 +219,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             self.region_map, self.bandwidth, self.unbiased, num_classes=classes, null_splits=self.null_splits,
             reset_real_features=False,
         ).to(view.device)  # fmt: skip
-        self._quantity = f"{QUANTITY}{' of reconstructions' * (view.source(self.images) == 'reconstructions')}"
+        self._compared = view.source(self.images)
+        self._quantity = f"{QUANTITY}{' of reconstructions' * (self._compared == 'reconstructions')}"
         own, classes_of_own = view.compared_with(self.images, rows=True)
         metric.update(
             own.to(view.device), real=True, labels=None if classes_of_own is None else classes_of_own.to(view.device)
@@ -273,6 +275,11 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         whole = replace(IMAGE, quantity=self._quantity, label=self._whole)
         # a border that never varies is similar from the beginning
         best = max([x for r, x in enumerate(result.regions.tolist()) if r != background] or [image])
+        made = self._compared
+        how = "sampled" if made == "samples" else "reconstructed"
+        alike, still, unreaching, unlike = (
+            replace(series, label=series.label.replace("samples", made)) for series in (ALIKE, UNCHANGED, UNREACHED, FLOOR)
+        )
         return [
             *(
                 Observation(
@@ -284,31 +291,31 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             Observation(whole, image, _distance(image, image_std)),
             Observation(
                 SAMPLES, invalid, math.inf if invalid and not never_valid else 0.0,
-                message=f"samples collapsed: share with nan or inf is {invalid:.1%}", is_bad=invalid > 0,
+                message=f"{made} collapsed: share with nan or inf is {invalid:.1%}", is_bad=invalid > 0,
             ),
             _rule(
                 SAMPLING, invalid, never_valid,
-                f"samples have been nan or inf since the first evaluation, now {invalid:.1%} of them, although the weights are "
-                "finite, so it is how they are sampled that is broken, such as by a division by zero or a low precision",
+                f"{made} have been nan or inf since the first evaluation, now {invalid:.1%} of them, although the weights are "
+                f"finite, so it is how they are {how} that is broken, such as by a division by zero or a low precision",
             ),
             _rule(
-                ALIKE, spread, spread < LEAST_SPREAD,
-                f"all samples are alike: they vary {spread:.2g} times as much as real images, for "
+                alike, spread, spread < LEAST_SPREAD,
+                f"all {made} are alike: they vary {spread:.2g} times as much as real images, for "
                 "{evaluations} evaluations",
             ),
             _rule(
-                UNCHANGED, unchanged, unchanged == 1,
-                "samples do not change: they have been the same in {evaluations} evaluations although training went on, so "
-                "what is sampled is not what is trained, such as an average that is never updated",
+                still, unchanged, unchanged == 1,
+                f"{made} do not change: they have been the same in {{evaluations}} evaluations although training went on, so "
+                f"what is {how} is not what is trained, such as an average that is never updated",
             ),
             _rule(
-                UNREACHED, unreached, unreached > MOST_UNREACHED,
-                f"the range of samples does not reach that of real images: {unreached:.0%} of the real "
+                unreaching, unreached, unreached > MOST_UNREACHED,
+                f"the range of {made} does not reach that of real images: {unreached:.0%} of the real "
                 "values were outside it in {evaluations} evaluations",
             ),
             _rule(
-                FLOOR, best, best < LOW_SIMILARITY,
-                f"samples are not similar to real images anywhere: {self._quantity} is at most {best:.2f} in any region, "
+                unlike, best, best < LOW_SIMILARITY,
+                f"{made} are not similar to real images anywhere: {self._quantity} is at most {best:.2f} in any region, "
                 "for {evaluations} evaluations",
             ),
         ]  # fmt: skip

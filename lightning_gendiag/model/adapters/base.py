@@ -39,6 +39,8 @@ class Way:
     """Whether its parameters show that it samples. Where it fails, it is not known which prior it draws from."""
     is_inverted: bool = False
     """Whether what decodes inverts this encoder, so that latents may have the shape of images."""
+    has_other_prior: bool = False
+    """Whether the latents that a decoder takes have another prior than N(0, 1), also where it inverts the encoder."""
     is_guess: bool = False
     """Whether only the shape of what it returns says that it reconstructs."""
 

@@ -80,8 +80,8 @@ LABEL_KEYWORDS = ("labels", "y")
 AVERAGED = re.compile(r"(^|_)(ema|average|averaged|shadow)(_|$)")
 """Names of averaged copies, which come last: their weights are those of the copy, unless raw ones are asked for."""
 
-INVERSE_NAMES = ("inverse", "reverse", "inv", "invert", "backward_transform")
-"""Methods that invert ``forward``, best first."""
+INVERSE_NAMES = ("inverse", "reverse", "inv", "invert", "backward_transform", "backward")
+"""Methods that invert ``forward``, best first; ``backward`` of a ``LightningModule`` computes gradients instead."""
 
 INVERTED = re.compile(r"rev|reverse|inverse|invert|inv")
 """Parameters of ``forward`` that invert it where they are true."""
@@ -257,7 +257,9 @@ class Inverse(NamedTuple):
 
 def inverting_method(part: nn.Module) -> str | None:
     """Returns the name of the method that inverts ``forward`` of a module, or None."""
-    return next((name for name in INVERSE_NAMES if callable(getattr(type(part), name, None))), None)
+    is_lightning = any(base.__name__ == "LightningModule" for base in type(part).__mro__)
+    names = INVERSE_NAMES[:-1] if is_lightning else INVERSE_NAMES
+    return next((name for name in names if callable(getattr(type(part), name, None))), None)
 
 
 def inverse_of(part: nn.Module) -> Inverse | None:
