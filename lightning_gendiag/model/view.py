@@ -74,7 +74,7 @@ Source = Literal["auto", "samples", "reconstructions"]
 CODES_ADVICE = "CodebookUsageMonitor(indices=lambda module, images: ...)"
 
 EIGHT_BITS = 13.0
-"""Real images with values above this are in 0 to 255."""
+"""Real images with values above this are in 0 to 255, or those above 255 in another range of integers."""
 
 WITHIN = 3
 """Number of evaluations in which the ranges of generated and real images must differ before a warning."""
@@ -682,6 +682,8 @@ class ModelView:
         reason = ""
         if bounded and low >= 0 and high > EIGHT_BITS:
             reason = "To fix this, divide the real images by 255"
+            if high > 255:
+                reason = "To fix this, scale the real images as the training step does"
         elif len(self._outside) >= WITHIN and self._outside[-1] >= SHRINKS * self._outside[0]:
             reason = "To fix this, bring both to one range"
         # a generator that ends in tanh or sigmoid
