@@ -229,7 +229,9 @@ class ModelView:
         return self.as_images(self.reference)
 
     def as_images(self, data: Images, rows: bool = False) -> Images:
-        """Returns images, or the middle slices of volumes; of rows (N, F), images (N, 1, 1, F) where ``rows`` are taken.
+        """Returns images, or the middle slices of volumes.
+
+        Where ``rows`` are taken, images (N, 1, 1, F) of rows (N, F), and (N, C, 1, T) of series (N, C, T), as well.
 
         Raises:
             InapplicableError: If the data are anything else.
@@ -240,6 +242,9 @@ class ModelView:
                 f"{self.adapter.images_advice}."
             )
             return Images(data.images[:, None, None], data.labels)
+        if rows and data.images.ndim == 3:
+            self.say("Series (C, T) are compared by groups of positions along the last axis.")
+            return Images(data.images[:, :, None], data.labels)
         if data.images.ndim not in (4, 5):
             raise InapplicableError(
                 f"the data must be images (N, C, H, W) or volumes (N, C, D, H, W), got {tuple(data.images.shape)}. "
