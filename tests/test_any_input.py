@@ -140,6 +140,33 @@ def test_every_kind_of_data_is_measured_by_closed_forms(shape: tuple[int, ...]) 
     assert ("latent_regions/fid_prior" in scalars) == (len(shape) > 2)
 
 
+class Tokens(Still):
+    """A VAE of tokens, whose encoder embeds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 6)
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.embedding(tokens).mean(1).chunk(2, 1)
+        return mean, log_variance
+
+
+def test_tokens_that_are_named_as_the_data_have_a_posterior() -> None:
+    tokens = torch.randint(8, (64, 5), generator=torch.Generator().manual_seed(0))
+    own = DataLoader([{"tokens": row} for row in tokens], 16)  # type: ignore[arg-type]
+    diagnostics = GenerativeDiagnostics(max_overhead=None)
+    with pytest.warns(DiagnosticWarning, match="no images or other floating-point data; pass ModelAdapter"):
+        trainer(diagnostics, max_epochs=1).fit(Tokens(), own)
+    diagnostics = GenerativeDiagnostics(
+        max_overhead=None,
+        images=lambda batch: batch["tokens"],
+        encode=lambda module, tokens: module.encode(tokens.long()),
+    )
+    trainer(diagnostics, max_epochs=1).fit(Tokens(), own)
+    assert "posterior_kl" in diagnostics.attached
+
+
 @every_shape
 def test_what_needs_images_is_attached_to_images_and_volumes_alone(shape: tuple[int, ...]) -> None:
     diagnostics = GenerativeDiagnostics(max_overhead=None, num_regions=2)
