@@ -243,7 +243,10 @@ class ModelView:
             )
             return Images(data.images[:, None, None], data.labels)
         if rows and data.images.ndim == 3:
-            self.say("Series (C, T) are compared by groups of positions along the last axis.")
+            self.say(
+                "Series (C, T) are compared by groups of positions along the last axis. If they are flattened images, "
+                f"{self.adapter.images_advice}."
+            )
             return Images(data.images[:, :, None], data.labels)
         if data.images.ndim not in (4, 5):
             raise InapplicableError(
