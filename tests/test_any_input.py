@@ -140,16 +140,41 @@ def test_every_kind_of_data_is_measured_by_closed_forms(shape: tuple[int, ...]) 
     assert ("latent_regions/fid_prior" in scalars) == (len(shape) > 2)
 
 
+class Tokens(Still):
+    """A VAE of tokens, whose encoder embeds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 6)
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.embedding(tokens).mean(1).chunk(2, 1)
+        return mean, log_variance
+
+
+def test_tokens_that_are_named_as_the_data_have_a_posterior() -> None:
+    tokens = torch.randint(8, (64, 5), generator=torch.Generator().manual_seed(0))
+    own = DataLoader([{"tokens": row} for row in tokens], 16)  # type: ignore[arg-type]
+    diagnostics = GenerativeDiagnostics(max_overhead=None)
+    with pytest.warns(DiagnosticWarning, match="no images or other floating-point data; pass ModelAdapter"):
+        trainer(diagnostics, max_epochs=1).fit(Tokens(), own)
+    diagnostics = GenerativeDiagnostics(
+        max_overhead=None,
+        images=lambda batch: batch["tokens"],
+        encode=lambda module, tokens: module.encode(tokens.long()),
+    )
+    trainer(diagnostics, max_epochs=1).fit(Tokens(), own)
+    assert "posterior_kl" in diagnostics.attached
+
+
 @every_shape
 def test_what_needs_images_is_attached_to_images_and_volumes_alone(shape: tuple[int, ...]) -> None:
     diagnostics = GenerativeDiagnostics(max_overhead=None, num_regions=2)
     run(LinearVAE(shape), diagnostics, shape)
     assert {"k_star", "manifold_entropy", "posterior_kl", "latent_regions"} <= set(diagnostics.attached)
     for name in ("cms", "generation_balance"):
-        takes_rows = name == "cms"
-        assert (name in diagnostics.attached) == (len(shape) > 2 or (takes_rows and len(shape) == 1))
-        rows = ", or rows (N, F) of at most 1,024 features" * takes_rows
-        reason = f"it needs images (N, C, H, W) or volumes (N, C, D, H, W){rows}, and the data are {(16, *shape)}"
+        assert (name in diagnostics.attached) == (len(shape) > 2 or name == "cms")
+        reason = f"it needs images (N, C, H, W) or volumes (N, C, D, H, W), and the data are {(16, *shape)}"
         assert diagnostics.left_out.get(name, reason) == reason
 
 
@@ -169,6 +194,39 @@ def test_rows_are_compared_by_groups_of_features_as_images_of_one_row_of_pixels(
     expected = cosine_mean_similarity(other[:, None, None], real[:, None, None], regions)
     assert scalars["cms/image"] == pytest.approx(float(expected.image), rel=1e-5)
     assert scalars["cms/worst"] == pytest.approx(float(expected.regions.min()), rel=1e-5)
+
+
+def test_series_are_compared_by_groups_of_positions_as_images_of_one_row_of_pixels() -> None:
+    shape = (2, 6)
+    real, other = data(shape)[0], torch.randn(64, *shape, generator=torch.Generator().manual_seed(2))
+    regions = torch.tensor([[0, 1, 1, 1, 0, 0]])
+    adapter = ModelAdapter(sample=lambda module, n: other[:n], num_samples=64, chunk_size=64)
+    scalars = run(Still(), CosineMeanSimilarityMonitor(regions, adapter=adapter, on_error="raise"), shape)
+    expected = cosine_mean_similarity(other[:, :, None], real[:, :, None], regions)
+    assert scalars["cms/image"] == pytest.approx(float(expected.image), rel=1e-5)
+    assert scalars["cms/worst"] == pytest.approx(float(expected.regions.min()), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 30), (30, 2), (1, 2000)])
+def test_what_samples_series_is_compared_and_checked_for_copies(shape: tuple[int, ...]) -> None:
+    real = data(shape)[0]
+    diagnostics = GenerativeDiagnostics(
+        max_overhead=None, on_error="raise", sample=lambda module, n: real[torch.arange(n) % 8], num_samples=64
+    )
+    scalars = run(Still(), diagnostics, shape, epochs=5)
+    assert {"cms", "memorization"} <= set(diagnostics.attached)
+    assert scalars["memorization/copied"] == scalars["memorization/repeated"] == 1
+
+
+def test_positions_of_series_that_break_are_named_beside_the_series() -> None:
+    real = data((2, 6))[0]
+    stuck = ModelAdapter(sample=lambda module, n: real[:n] * torch.tensor([1.0, 1, 1, 0, 0, 0]), num_samples=64)
+    monitor = CosineMeanSimilarityMonitor(num_regions=6, adapter=stuck, on_error="raise")
+    run(Still(), monitor, (2, 6))
+    series = {o.series.name: o for o in monitor.observations(monitor.metric.compute())}
+    for position in (3, 4, 5):
+        assert series[f"position {position}"].severity > series["position 0"].severity + 1
+    assert series["image"].series.label == "the series"
 
 
 def test_features_of_rows_that_depend_on_each_other_are_found_and_named() -> None:

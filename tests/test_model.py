@@ -675,6 +675,10 @@ def test_warnings_about_ranges_say_what_may_be_wrong(recwarn: pytest.WarningsRec
     view = attached(TinyGAN(), ModelAdapter(reference=255 * torch.rand(20, 1, 8, 8)))
     view._check_range(generated.abs(), 1)
     assert "divide the real images by 255" in str(recwarn.pop(UserWarning).message)
+    # of 16 bits
+    view = attached(TinyGAN(), ModelAdapter(reference=65535 * torch.rand(20, 1, 8, 8)))
+    view._check_range(generated.abs(), 1)
+    assert "scale the real images as the training step does" in str(recwarn.pop(UserWarning).message)
 
 
 class Averaging(WeightAveraging):

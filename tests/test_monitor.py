@@ -257,7 +257,9 @@ class TestFailures:
             trainer(monitor, max_epochs=3).fit(TinyGAN(), batches())
         assert monitor.evaluations == 3
 
-    def test_batches_without_images_raise_a_warning_and_not_an_error(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_batches_of_flattened_images_are_compared_and_say_what_to_pass(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         class OfDicts(TinyGAN):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 return super().training_step(batch["picture"], batch_idx)
@@ -268,8 +270,9 @@ class TestFailures:
         series = torch.utils.data.DataLoader(
             [{"picture": image.flatten(1)} for image in digits(8)[0][:64]], batch_size=16
         )
-        with pytest.warns(DiagnosticWarning, match=r"the data must be images .* got \(\d+, 1, 64\). To fix this"):
+        with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
             trainer(make_monitor(), max_epochs=2).fit(OfDicts(), series)
+        assert "positions along the last axis. If they are flattened images, pass" in caplog.text
         # flattened images are rows
         with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
             trainer(make_monitor(), max_epochs=2).fit(OfDicts(), loader)

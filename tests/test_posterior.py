@@ -139,6 +139,14 @@ def test_two_positive_parameters_are_no_mean_and_spread(argument: str) -> None:
     torch.testing.assert_close(posterior_in([alpha, beta], N, "std").std, beta.double())
 
 
+@pytest.mark.parametrize("spread", ["auto", "log_variance"])
+def test_a_standard_deviation_is_known_beside_its_log_variance(spread: str) -> None:
+    for output in ((MEAN, STD, 2 * STD.log()), (MEAN, 2 * STD.log(), STD)):
+        posterior = posterior_in(output, N, spread)
+        torch.testing.assert_close(posterior.std, STD.double())
+        torch.testing.assert_close(posterior.mean, MEAN.double())
+
+
 def test_what_was_given_as_the_posterior_is_not_suggested_again() -> None:
     with pytest.raises(
         ValueError, match=r"posterior must return a pair .* got \(4, 3\). To fix this, let it return one"

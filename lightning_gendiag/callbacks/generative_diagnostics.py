@@ -433,9 +433,9 @@ def _check_batch(
         data, unlabelled = found_in(view.real)
     if monitor.needs_reference and data is None:
         raise ValueError(f"the batches hold no images or other floating-point data; {view.adapter.images_advice}")
-    is_row = monitor.takes_rows and data is not None and has_short_rows(data)
+    is_row = monitor.takes_rows and data is not None and (data.ndim == 3 or has_short_rows(data))
     if monitor.needs_images and data is not None and data.ndim not in (4, 5) and not is_row:
-        rows = f", or rows (N, F) of at most {LONGEST_ROW:,} features" if monitor.takes_rows else ""
+        rows = f", or series (N, C, T) or rows (N, F) of at most {LONGEST_ROW:,} features" if monitor.takes_rows else ""
         raise ValueError(
             f"it needs images (N, C, H, W) or volumes (N, C, D, H, W){rows}, and the data are {tuple(data.shape)}"
         )

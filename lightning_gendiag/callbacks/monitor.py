@@ -304,20 +304,20 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Returns the regions of the reference's first images, found once for all monitors and all ranks."""
         key = num_regions, num_images
         if key not in view.region_maps:
-            is_row = self.takes_rows and view.reference.images.ndim == 2
+            what = {2: "feature", 3: "position"}.get(view.reference.images.ndim, "") if self.takes_rows else ""
             data = view.as_images(view.reference, self.takes_rows).images
             most = max(LEAST_MAP_IMAGES, 0 if view.real.is_short else MAP_NUMBERS // data[0].numel())
             images = as_images(data[: min(num_images, most)]).to(view.device)
             positions = images[0, 0].numel()
             if num_regions is not None and num_regions > positions:
-                what = f"{'rows' if is_row else 'images'} have no more {'features' if is_row else 'positions'}"
-                view.say(f"Regions: {positions} in place of {num_regions}, since the {what}.")
+                those = f"{'data' if what else 'images'} have no more {what or 'position'}s"
+                view.say(f"Regions: {positions} in place of {num_regions}, since the {those}.")
                 num_regions = positions
             cells = max(SHORT_CELLS if view.real.is_short else MAX_CELLS, num_regions or 1)
             state = view.broadcast(
-                lambda: find_regions(images, num_regions, connected=not is_row, max_pixels=cells).state_dict()
+                lambda: find_regions(images, num_regions, connected=not what, max_pixels=cells).state_dict()
             )
-            names = {"names": features_in(state["labels"][0])} if is_row else {}
+            names = {"names": features_in(state["labels"][0], what)} if what else {}
             view.region_maps[key] = RegionMap.from_state_dict(state | names)
         return view.region_maps[key]
 

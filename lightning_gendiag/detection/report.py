@@ -65,7 +65,7 @@ def report(
         if most:
             summary = (
                 f"there {'was' if most == 1 else 'were'} {counted(most, 'evaluation')}, and an alarm needs {least}. "
-                f"To evaluate more often, pass max_overhead=None or every_n_train_steps.{now}"
+                f"For more of them, train longer, or pass max_overhead=None or every_n_train_steps.{now}"
             )
         elif any(evaluations.values()):
             summary = "there was no evaluation of the model, only of its training data."

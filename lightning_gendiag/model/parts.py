@@ -365,8 +365,8 @@ class ModelParts:
         labels = (self.sample_labels(2),) if way.takes_labels else ()
         shape = self.context.shape
         output, self.seconds_of_two = timed(partial(way.call, 2, *labels), self.context.device)
-        # rows may fill the shape of the images, which the first batch shows
-        rows = shape is None and data_in(output, 2, None).ndim == 2
+        # rows may fill the shape of the images, and series be the data, which the first batch shows
+        rows = shape is None and data_in(output, 2, None).ndim in (2, 3)
         classes = labels[0] if labels and not self.has_conditions else None
         self.tried = None if rows else Images(self.images_in(output, 2), classes)
 

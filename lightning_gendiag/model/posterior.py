@@ -86,8 +86,9 @@ def posterior_in(
     """Returns the posterior in what an encoder returned.
 
     It is a distribution, an object or a dictionary with usual names, or a mean beside a spread of the same shape, with
-    features before or a sample before or after them. What the spread is, names state; of a plain pair, negative values
-    state a logarithm, which is taken for that of the variance, as are zeros alone, an encoder's usual start.
+    features before or a sample before or after them, or beside a standard deviation and its log variance. What the spread
+    is, names state; of a plain pair, negative values state a logarithm, which is taken for that of the variance, as are
+    zeros alone, an encoder's usual start.
 
     Args:
         output: What the encoder returned.
@@ -253,10 +254,19 @@ def _positional(parts: tuple[Any, ...] | list[Any], n: int, spread: str) -> _Pai
     rows = [p for p in parts if isinstance(p, Tensor) and p.is_floating_point() and p.ndim > 1 and len(p) == n]
     pairs = [(first, second) for first, second in pairwise(rows) if first.shape == second.shape]
     if len(pairs) == 2 and len(rows) == 3:
+        # a logarithm of the other spread itself could be one of variances as well as of standard deviations
+        for std, logs in (rows[1:], rows[:0:-1]):
+            if spread in ("auto", "log_variance") and _is_log_variance(logs, std):
+                return _Pair(rows[0], logs, "log_variance", "a mean beside a standard deviation and its")
         if _sample_is_last(*rows, spread=spread):
             return _Pair(*pairs[0], "auto", "a sample after a mean and its")
         return _Pair(*pairs[1], "auto", "a sample before a mean and its")
     return _Pair(*pairs[0], "auto", "a mean and its") if len(pairs) == 1 else None
+
+
+def _is_log_variance(values: Tensor, std: Tensor) -> bool:
+    """Returns whether values are the logarithm of the square of others, number by number."""
+    return bool((std > 0).all()) and torch.allclose(2 * std.double().log(), values.double(), rtol=1e-3, atol=1e-4)
 
 
 def _sample_is_last(first: Tensor, second: Tensor, third: Tensor, *, spread: str) -> bool:

@@ -74,7 +74,7 @@ Source = Literal["auto", "samples", "reconstructions"]
 CODES_ADVICE = "CodebookUsageMonitor(indices=lambda module, images: ...)"
 
 EIGHT_BITS = 13.0
-"""Real images with values above this are in 0 to 255."""
+"""Real images with values above this are in 0 to 255, or those above 255 in another range of integers."""
 
 WITHIN = 3
 """Number of evaluations in which the ranges of generated and real images must differ before a warning."""
@@ -229,7 +229,9 @@ class ModelView:
         return self.as_images(self.reference)
 
     def as_images(self, data: Images, rows: bool = False) -> Images:
-        """Returns images, or the middle slices of volumes; of rows (N, F), images (N, 1, 1, F) where ``rows`` are taken.
+        """Returns images, or the middle slices of volumes.
+
+        Where ``rows`` are taken, images (N, 1, 1, F) of rows (N, F), and (N, C, 1, T) of series (N, C, T), as well.
 
         Raises:
             InapplicableError: If the data are anything else.
@@ -240,6 +242,12 @@ class ModelView:
                 f"{self.adapter.images_advice}."
             )
             return Images(data.images[:, None, None], data.labels)
+        if rows and data.images.ndim == 3:
+            self.say(
+                "Series (C, T) are compared by groups of positions along the last axis. If they are flattened images, "
+                f"{self.adapter.images_advice}."
+            )
+            return Images(data.images[:, :, None], data.labels)
         if data.images.ndim not in (4, 5):
             raise InapplicableError(
                 f"the data must be images (N, C, H, W) or volumes (N, C, D, H, W), got {tuple(data.images.shape)}. "
@@ -682,6 +690,8 @@ class ModelView:
         reason = ""
         if bounded and low >= 0 and high > EIGHT_BITS:
             reason = "To fix this, divide the real images by 255"
+            if high > 255:
+                reason = "To fix this, scale the real images as the training step does"
         elif len(self._outside) >= WITHIN and self._outside[-1] >= SHRINKS * self._outside[0]:
             reason = "To fix this, bring both to one range"
         # a generator that ends in tanh or sigmoid

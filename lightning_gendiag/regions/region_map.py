@@ -195,8 +195,8 @@ def _names(labels: Tensor, num_regions: int, background: int | None) -> tuple[st
     return tuple(names)
 
 
-def features_in(labels: Tensor) -> list[str]:
-    """Returns a name for each region of rows, which are numbered features (F,).
+def features_in(labels: Tensor, what: str = "feature") -> list[str]:
+    """Returns a name for each region of rows, which are numbered features (F,), or positions of series.
 
     Example:
         >>> features_in(torch.tensor([0, 1, 1, 1, 2, 0, 2, 0]))
@@ -206,10 +206,10 @@ def features_in(labels: Tensor) -> list[str]:
     for region in range(int(labels.max()) + 1):
         numbers = (labels == region).nonzero()[:, 0].tolist()
         if len(numbers) == 1:
-            names.append(f"feature {numbers[0]}")
+            names.append(f"{what} {numbers[0]}")
         elif len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
-            names.append(f"features {numbers[0]} to {numbers[-1]}")
+            names.append(f"{what}s {numbers[0]} to {numbers[-1]}")
         else:
             more = f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
-            names.append(f"features {', '.join(map(str, numbers[:4]))}{more}")
+            names.append(f"{what}s {', '.join(map(str, numbers[:4]))}{more}")
     return names

@@ -104,7 +104,8 @@ noise reaches 0.2 to 0.4 on digits."""
 class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimilarityResult]):
     """Monitors :class:`CosineMeanSimilarity` of a model's samples or reconstructions, region by region.
 
-    Rows (N, F) of at most 1,024 features are compared as images of one row of pixels, whose regions are groups of features.
+    Rows (N, F) of at most 1,024 features are compared as images of one row of pixels, whose regions are groups of features,
+    and series (N, C, T) as images (N, C, 1, T), whose regions are groups of positions.
 
     TensorBoard shows a curve for each region, one chart with all of them and one with the worst, median and best (Custom
     Scalars), the region map, and a panel with the mean real and the mean generated image and each region's distance from
@@ -194,7 +195,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         if self.region_map is None:
             self.region_map = self.find_regions(view, self.num_regions, self.map_images)
         images, labels = as_images(view.as_images(view.reference, rows=True).images), view.reference.labels
-        self._whole = "the row" if view.reference.images.ndim == 2 else ""
+        self._whole = {2: "the row", 3: "the series"}.get(view.reference.images.ndim, "")
         low, high = images.amin(0), images.amax(0)
         self._real = plots.RealImages(images.mean(0), float(low.min()), float(high.max()), plots.some_of(images))
         varies = (high > low).any(0)
