@@ -175,7 +175,7 @@ def test_an_alarm_is_logged_under_its_own_tag(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("cut", [9, 15, 16])
+@pytest.mark.parametrize("cut", [9, 16])
 def test_a_run_resumed_in_the_middle_of_a_slide_alarms_at_the_same_step(tmp_path: Path, cut: int) -> None:
     script = planted("slide", "top left", 14)
     with pytest.warns(CollapseWarning):

@@ -21,11 +21,11 @@ def test_digits_are_in_the_range_of_the_generator() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:GPU available")
 def test_the_faulty_gan_is_stopped_and_the_alarm_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stopping = gan.main(["--fault", "noise", "--start", "20", "--epochs", "26", "--runs", str(tmp_path)])
+    stopping = gan.main(["--fault", "noise", "--start", "15", "--epochs", "19", "--runs", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "The run stopped in epoch" in printed
     assert re.search(r"bottom right( \(2\))? collapsed", printed)
-    assert "A fault was planted from epoch 20 on: noise" in printed
+    assert "A fault was planted from epoch 15 on: noise" in printed
     assert "tensorboard --logdir" in printed
     assert stopping.alarms[0].label.startswith("bottom right")
     accumulator = events(next(tmp_path.rglob("events*")).parent)

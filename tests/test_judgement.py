@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,42 @@ def test_a_class_stops_a_run_whose_images_become_worse_with_it() -> None:
     stops, judge = judged([*calm(20), *[5.0] * 20], FALLEN)
     assert stops == [21]
     assert [alarm.is_critical for alarm in judge.alarms if alarm.label == "class 3"] == [True]
+
+
+RULE = Series("use", "rule", "KL in nats", confirm=6, progress=0.02, stop="alone")
+
+
+def of_rule(series: Series, values: list[float], holds: list[bool]) -> tuple[list[int], list[int]]:
+    """Returns at which evaluations a rule raises an alarm, and at which it stops the run."""
+    judge, history, raised, stops = Judge(3e-4, 6), History(), [], []
+    for i, (value, wrong) in enumerate(zip(values, holds, strict=True)):
+        evaluation = Evaluation(
+            i + 1, i, i, [Observation(series, value, math.inf if wrong else 0.0, message="none is used")]
+        )
+        history.append("posterior_kl", evaluation)
+        raised += [i] * bool(judge.update("posterior_kl", evaluation, history))
+        stops += [i] * bool(judge.stopping(history))
+    return raised, stops
+
+
+def test_a_rule_that_holds_from_the_first_evaluation_on_stops_the_run_only_once_it_has_lasted() -> None:
+    constant = [0.01] * 40
+    assert of_rule(RULE, constant, [True] * 40) == ([5], [23])
+    # a model that had used it does not recover in a few evaluations
+    assert of_rule(RULE, constant, [False, *[True] * 39]) == ([6], [6])
+    # one that recovers is not stopped
+    assert of_rule(RULE, constant, [*[True] * 20, *[False] * 20]) == ([5], [])
+    # nor does what is known at once wait
+    assert of_rule(replace(RULE, confirm=1), constant, [True] * 40) == ([0], [0])
+
+
+def test_a_rule_raises_no_alarm_while_its_value_doubles_or_grows_by_a_fixed_amount() -> None:
+    holds = [True] * 30
+    small = [1e-4 * 1.3**i for i in range(30)]
+    assert small[12] < RULE.progress
+    assert of_rule(RULE, small, holds) == ([], [])
+    assert of_rule(RULE, [5 + 0.01 * i for i in range(30)], holds) == ([], [])
+    assert of_rule(RULE, [1e-4 * (1 + 0.3 * (i % 2)) for i in range(30)], holds)[0] == [5]
 
 
 def test_an_open_alarm_stops_the_run_when_the_whole_becomes_worse_later() -> None:

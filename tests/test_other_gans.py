@@ -229,14 +229,55 @@ class Unusual(Playing):
         return torch.randn(len(labels), NOISE), torch.rand(len(labels), 3)
 
 
-class Joined(Playing):
-    """One-hot labels of the batch beside the noise, in one tensor."""
+class OfRows(nn.Module):
+    """A generator of noise and one-hot rows, whose images are as bright as their class says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.scale = generator(), nn.Linear(10, 1, bias=False)
+        with torch.no_grad():
+            self.scale.weight[0] = torch.arange(10.0)
+
+    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+        images: Tensor = self.layers(z)
+        return 1e-3 * images + self.scale(labels)[..., None, None] / 5 - 1
+
+
+class OfJoined(OfRows):
+    def __init__(self, classes_first: bool) -> None:
+        super().__init__()
+        self.classes_first = classes_first
+
+    def forward(self, z: Tensor) -> Tensor:  # type: ignore[override]
+        z = z.flatten(1)
+        rows, z = (z[:, :10], z[:, 10:]) if self.classes_first else (z[:, NOISE:], z[:, :NOISE])
+        return super().forward(z, rows)
+
+
+class Rows(Playing):
+    """One-hot labels of the batch in one tensor with the noise, before or behind it, or beside it."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(OfRows() if place == "beside" else OfJoined(classes_first=place == "before"))
+        self.place = place
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        noise, rows = torch.randn(len(labels), NOISE), F.one_hot(labels, 10).float()
+        if self.place == "beside":
+            return noise, rows
+        parts = [rows, noise] if self.place == "before" else [noise, rows]
+        return (torch.cat(parts, 1)[..., None, None] if self.place == "behind, as maps" else torch.cat(parts, 1),)
+
+
+class Codes(Playing):
+    """Binary codes of the batch beside the noise, in one tensor."""
 
     def __init__(self) -> None:
         super().__init__(generator(NOISE + 10))
 
     def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
-        return (torch.cat([torch.randn(len(labels), NOISE), F.one_hot(labels, 10)], 1),)
+        codes = (labels[:, None] >> torch.arange(10)) % 2
+        return (torch.cat([torch.randn(len(labels), NOISE), codes], 1),)
 
 
 def test_a_training_step_shows_the_length_of_the_noise() -> None:
@@ -258,9 +299,22 @@ def test_a_training_step_samples_where_its_generator_takes_other_noise(make: Cal
     assert "manifold_entropy" in diagnostics.left_out
 
 
+@pytest.mark.parametrize("place", ["before", "behind", "behind, as maps", "beside"])
+def test_a_generator_is_given_one_hot_labels_where_a_training_step_gives_it_such(place: str) -> None:
+    diagnostics = fitted(Rows(place), TensorDataset(IMAGES, LABELS))
+    assert {"cms", "generation_balance", "memorization"} <= set(diagnostics.attached)
+    joined = f"self.gen from normal noise (n, {NOISE})"
+    beside = f"{joined} and labels as one-hot rows"
+    assert places(diagnostics)[0] == (beside if place == "beside" else f"{joined} joined with one-hot labels")
+    view: Any = diagnostics.monitors["cms"].view  # type: ignore[attr-defined]
+    brightness = 5 * (view.samples().images.flatten(1).mean(1) + 1)
+    assert len(brightness.round().unique()) > 5
+    assert (brightness - brightness.round()).abs().max() < 0.1
+
+
 def test_a_generator_of_what_a_batch_holds_gets_no_noise_in_its_place() -> None:
     with pytest.warns(DiagnosticWarning, match="watches the training data only"):
-        diagnostics = fitted(Joined(), TensorDataset(IMAGES, LABELS))
+        diagnostics = fitted(Codes(), TensorDataset(IMAGES, LABELS))
     assert "training_step gives it other noise than that of N(0, 1)" in diagnostics.left_out["cms"]
 
 

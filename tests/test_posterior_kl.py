@@ -256,7 +256,8 @@ def test_a_latent_that_was_never_used_is_reported() -> None:
     ):
         own = trainer(monitor, stopping, max_epochs=30)
         own.fit(Posterior(lambda epoch: range(6)), batches(16))
-    assert own.current_epoch == 5
+    # a model that is not trained yet may begin to use it
+    assert own.current_epoch == 24
 
 
 @pytest.mark.parametrize(("kl", "expected"), [([0.001] * 30, 20), ([0.001 + 0.004 * i for i in range(30)], None)])

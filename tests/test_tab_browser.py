@@ -48,6 +48,10 @@ def board(request: pytest.FixtureRequest, browser: Any, logdir: Path) -> Iterato
         own.close()
 
 
+on_one_back_end = pytest.mark.parametrize("board", ["--load_fast=true"], indirect=True)
+"""What the page does by itself is the same on both."""
+
+
 def test_the_tab_opens_on_what_is_wrong(board: Board) -> None:
     assert "broken" in board.text("run-picker")
     assert board.attribute("state-badge", "data-state") == "unhealthy"
@@ -85,6 +89,7 @@ def test_the_slider_moves_map_curves_and_samples_together(board: Board) -> None:
     board.click("map-region")
 
 
+@on_one_back_end
 def test_a_region_highlights_its_curve_and_the_other_way_round(board: Board) -> None:
     board.choose("broken")
     panel = "panel-CosineMeanSimilarity"
@@ -110,6 +115,7 @@ def test_a_region_highlights_its_curve_and_the_other_way_round(board: Board) -> 
     until(lambda: board.pixels("region-map") != before, "the region in the map")
 
 
+@on_one_back_end
 def test_an_alarm_jumps_to_its_step_and_region(board: Board) -> None:
     board.choose("broken")
     board.move(100)
@@ -123,6 +129,7 @@ def shown(board: Board, panel: str) -> None:
     board.browser.execute_script("arguments[0].scrollIntoView()", board.one(panel))
 
 
+@on_one_back_end
 def test_a_unit_is_named_once(board: Board) -> None:
     board.choose("broken")
     board.move(600)
@@ -130,6 +137,7 @@ def test_a_unit_is_named_once(board: Board) -> None:
     assert board.text("spectrum-title", "panel-ManifoldEntropy") == "Entropy in nats of each dimension, step 600"
 
 
+@on_one_back_end
 def test_the_codes_that_died_are_named_at_the_step_and_not_before(board: Board) -> None:
     board.choose("broken")
     board.move(600)
@@ -155,6 +163,7 @@ def test_the_codes_that_died_are_named_at_the_step_and_not_before(board: Board) 
     assert board.text("codes-title") == "Codes used at step 200: 60 of 60"
 
 
+@on_one_back_end
 def test_copies_are_shown_beside_their_training_images_with_the_share(board: Board) -> None:
     board.choose("broken")
     board.move(600)
@@ -172,6 +181,7 @@ def test_copies_are_shown_beside_their_training_images_with_the_share(board: Boa
     assert board.browser.find_elements(By.CSS_SELECTOR, ".captions .in-alarm") == []
 
 
+@on_one_back_end
 def test_keys_move_by_evaluations_and_play(board: Board) -> None:
     board.choose("broken")
     board.move(300)
@@ -187,6 +197,7 @@ def test_keys_move_by_evaluations_and_play(board: Board) -> None:
     body.send_keys(Keys.SPACE)
 
 
+@on_one_back_end
 def test_a_hostile_name_stays_text(board: Board) -> None:
     board.choose(HOSTILE)
     assert HOSTILE in board.text("run-picker")
@@ -196,6 +207,7 @@ def test_a_hostile_name_stays_text(board: Board) -> None:
     assert board.browser.find_elements(By.CSS_SELECTOR, "img[src='x']") == []
 
 
+@on_one_back_end
 def test_two_runs_are_compared(board: Board) -> None:
     board.choose("broken")
     board.choose("healthy", "compare")

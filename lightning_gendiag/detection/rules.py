@@ -21,7 +21,11 @@ WORSE = 2.0
 rises again by that much. For other aggregates, once what they fluctuate is enough."""
 
 MOVING = 24
-"""Number of the newest evaluations over which a value must move to show that a model is learning."""
+"""Number of the newest evaluations over which a value must move to show that a model is learning. What has been wrong since
+the first evaluation stops a run only once it has lasted for so many."""
+
+GROWING = 2.0
+"""A model is learning as well where a value that is to rise has become so many times as large."""
 
 LEAST_BEFORE = 3
 """With fewer evaluations before a change, nothing is said about the whole."""
@@ -277,12 +281,13 @@ def _follows(alarm: Alarm, cause: Alarm) -> bool:
 
 
 def _moves(entries: list[Entry], progress: float) -> bool:
-    """Whether values move by more than ``progress`` from the first third of the newest ones to the last third."""
+    """Whether values move by more than ``progress``, or grow by a factor, from the first third of the newest to the last."""
     values = [entry.value for entry in entries[-MOVING:]]
     third = len(values) // 3
     if progress == 0 or third == 0:
         return False
-    return (median(values[-third:]) - median(values[:third])) / progress > 1
+    first, last = median(values[:third]), median(values[-third:])
+    return (last - first) / progress > 1 or (progress > 0 and last > GROWING * first > 0)
 
 
 def _is_worse(entries: list[Entry], since: int, whole: Series) -> bool:
@@ -383,6 +388,10 @@ class _Grouping:
         called = about[:1] if first.series.role == "aggregate" else about
         decided_by_rule = first.severity == math.inf and first.message
         steps = {entry.number: entry.step for entry in self.history.entries(self.monitor, by)}
+        patience = first.series.patience
+        if first.series.role == "rule" and first.series.confirm > 1 and in_a_row == self.evaluation.number:
+            # a model that is not trained yet may recover from what takes several evaluations to tell
+            patience = max(patience, MOVING - in_a_row)
         return Alarm(
             step=self.evaluation.step,
             epoch=self.evaluation.epoch,
@@ -404,7 +413,7 @@ class _Grouping:
             rule=first.message.replace("{evaluations}", str(in_a_row)) if decided_by_rule else "",
             number=self.evaluation.number,
             stop=first.series.stop,
-            patience=first.series.patience,
+            patience=patience,
         )
 
     def _level(self, name: str, since: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lightning_gendiag.model.adapters.own import is_discriminator
 from lightning_gendiag.model.denoising import TrainingStep
@@ -33,6 +34,24 @@ class Fake(NamedTuple):
     given: tuple[Any, ...]
 
 
+class Joined(NamedTuple):
+    """A part that is given noise and the one-hot rows of classes as one tensor."""
+
+    path: str
+    length: int
+    """Of the noise."""
+    classes: int
+    classes_first: bool
+    is_map: bool
+    """Whether it is given maps of one pixel."""
+
+    def __call__(self, module: nn.Module, noise: Tensor, labels: Tensor) -> Any:
+        """Returns what the part makes of noise (n, L) and labels (n,)."""
+        rows = [noise, functional.one_hot(labels, self.classes).to(noise)]
+        given = torch.cat(rows[::-1] if self.classes_first else rows, 1)
+        return module.get_submodule(self.path)(given[..., None, None] if self.is_map else given)
+
+
 class Fakes(NamedTuple):
     """What a training step of a module with a discriminator shows of its generator."""
 
@@ -40,6 +59,10 @@ class Fakes(NamedTuple):
     """Path of the part that makes data of the draws of a step, and the number of its call; None where there is none."""
     noise: Tensor | None
     """(rows, L) noise that a generator is given; None where it is not known."""
+    classes: int = 0
+    """Number of classes of the one-hot rows that it is given beside its noise; 0 where there are none."""
+    joined: Joined | None = None
+    """Where it is given normal noise joined with one-hot rows."""
 
 
 def find_fakes(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Fakes:
@@ -58,7 +81,11 @@ def find_fakes(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Fakes:
     again = {fake[:2]: fake.data for fake in _fakes_in(turned, shape, seed)}
     other = {fake[:2]: fake.data for fake in _fakes_in(step, shape, seed + 1)}
     makers = (fake[:2] for fake in fakes if _is_drawn(fake.data, again.get(fake[:2]), other.get(fake[:2])))
-    return Fakes(next(makers, None), next((z for fake in fakes if (z := _noise_in(fake)) is not None), None))
+    drawn = next((fake for fake in fakes if _noise_in(fake) is not None), None)
+    if drawn is None:
+        return Fakes(next(makers, None), None)
+    classes = max(map(_classes_in, drawn.given[1:]), default=0)
+    return Fakes(next(makers, None), _noise_in(drawn), classes, _joined_in(drawn))
 
 
 def fakes_of(step: TrainingStep, maker: tuple[str, int], shape: tuple[int, ...], n: int) -> Tensor:
@@ -102,7 +129,8 @@ def _fakes_in(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Iterator
         counts[call.path] += 1
         if not _judges(step.module, call.path):
             with suppress(ValueError):
-                yield Fake(call.path, number, data_in(call.output, step.rows, shape), call.args)
+                data = data_in(call.output, step.rows, shape)
+                yield Fake(call.path, number, data, (*call.args, *call.kwargs.values()))
 
 
 def _judges(module: nn.Module, path: str) -> bool:
@@ -117,3 +145,26 @@ def _noise_in(fake: Fake) -> Tensor | None:
     if not isinstance(z, Tensor) or not z.is_floating_point() or z.ndim < 2 or len(z) != len(fake.data):
         return None
     return z.detach().flatten(1) if z.shape[1:].numel() == z.shape[1] else None
+
+
+def _classes_in(given: Any) -> int:
+    """The number of columns of one-hot rows (rows, K) of at least two classes; 0 for anything else."""
+    is_rows = isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] > 1
+    return given.shape[1] if is_rows and bool(((given == 0) | (given == 1)).all() and (given.sum(1) == 1).all()) else 0
+
+
+def _joined_in(fake: Fake) -> Joined | None:
+    """What a part is given, where it is normal noise and one-hot rows side by side."""
+    z = _noise_in(fake)
+    if z is None:
+        return None
+    is_noise = ~((z == 0) | (z == 1)).all(0)
+    places = is_noise.nonzero().flatten().tolist()
+    if not places:
+        return None
+    for classes_first, columns in ((False, slice(places[-1] + 1, None)), (True, slice(0, places[0]))):
+        classes = _classes_in(z[:, columns])
+        noise = z[:, classes:] if classes_first else z[:, : z.shape[1] - classes]
+        if classes and is_normal(noise) is not False:
+            return Joined(fake.path, noise.shape[1], classes, classes_first, fake.given[0].ndim > 2)
+    return None

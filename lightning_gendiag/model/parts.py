@@ -136,9 +136,10 @@ class ModelParts:
         """What is known of the data now."""
         example, adapter = self.real.example, self.adapter
         shape = None if example is None else tuple(example.shape[1:])
-        noise = None if self._fakes is None else self._fakes.noise
+        noise, classes = (None, 0) if self._fakes is None else (self._fakes.noise, self._fakes.classes)
         return Context(
-            self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional, self.real.one_hot,
+            self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional,
+            self.real.one_hot or classes,
             None if self.real.conditions is None else self.real.conditions[0],
             self.real.count, self.real.is_paired, self.real.is_gray, None if noise is None else noise.shape[1],
         )  # fmt: skip
@@ -271,15 +272,27 @@ class ModelParts:
             for way in recogniser(self.module, self.context):
                 if way.need == need:
                     yield from _forms(way, self.context)
-        shape, maker = self.context.shape, None if self._fakes is None else self._fakes.maker
-        if need == "sample" and shape is not None and maker is not None and (step := self._training_step()) is not None:
-            name = f"self.{maker[0] or 'forward'} as training_step calls it"
-            yield Way("sample", name, partial(fakes_of, step, maker, shape))
+        if need == "sample" and self._fakes is not None:
+            yield from self._ways_of_training(self._fakes)
         if need != "reconstruct" or (self.context.is_paired and is_adversarial(self.module)):
             return
         if self.has("encode") and self.has("decode") and not self.way("encode").takes_labels:
             name = f"{self.way('decode').name} of {self.way('encode').name}"
             yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
+
+    def _ways_of_training(self, fakes: Fakes) -> Iterator[Way]:
+        """Yields samplers that a training step shows."""
+        joined, maker, shape = fakes.joined, fakes.maker, self.context.shape
+        if joined is not None:
+            name = f"self.{joined.path or 'forward'} from normal noise (n, {joined.length}) joined with one-hot labels"
+
+            def call(n: int, labels: Tensor) -> Any:
+                return joined(self.module, normal(self.module, n, (joined.length,)), labels)
+
+            yield Way("sample", name, call, takes_labels=True)
+        if maker is not None and shape is not None and (step := self._training_step()) is not None:
+            name = f"self.{maker[0] or 'forward'} as training_step calls it"
+            yield Way("sample", name, partial(fakes_of, step, maker, shape))
 
     def _given(self, need: Need) -> list[Way]:
         """The ways that the user's argument leaves; empty where none was given."""
@@ -418,7 +431,9 @@ class ModelParts:
 
     def _training_step(self) -> TrainingStep | None:
         """A training step of the copy for the first rows of the first batch; None where there are not two of them."""
-        data = None if self.real.batch is None else self.adapter.find_data(self.real.batch)
+        # what finds the data may draw random numbers
+        with self.isolated(True):
+            data = None if self.real.batch is None else self.adapter.find_data(self.real.batch)
         if data is None or len(data) < 2:
             return None
         batch = first_rows(self.real.batch, len(data), len(data), self.context.device)
@@ -754,7 +769,8 @@ def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor)
 
 
 def _called_with_rows(call: Callable[..., Any], classes: int, first: Any, labels: Tensor) -> Any:
-    return call(first, functional.one_hot(labels, classes))
+    rows = functional.one_hot(labels, classes)
+    return call(first, rows.to(first) if isinstance(first, Tensor) and first.is_floating_point() else rows.float())
 
 
 def _mean_in(output: Any) -> Tensor | None:

@@ -279,7 +279,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         made = self._compared
         how = "sampled" if made == "samples" else "reconstructed"
         alike, still, unreaching, unlike = (
-            replace(series, label=series.label.replace("samples", made)) for series in (ALIKE, UNCHANGED, UNREACHED, FLOOR)
+            replace(series, label=series.label.replace("samples", made))
+            for series in (ALIKE, UNCHANGED, UNREACHED, FLOOR)
         )
         return [
             *(
