@@ -672,20 +672,26 @@ class ModelView:
         real = self.real.range
         if self._warned_range or real is None or not self.has_reference or not self.has_images:
             return
-        finite = generated[generated.isfinite()]
-        if step == self._checked_at or not finite.numel():
+        if step == self._checked_at:
+            return
+        finite = generated.flatten()
+        if finite.numel() and not torch.stack(finite.aminmax()).isfinite().all():
+            finite = finite[finite.isfinite()]
+        if not finite.numel():
             return
         self._checked_at = step
-        least, most = float(finite.min()), float(finite.max())
-        low, high = real
+        (least, most), (low, high) = torch.stack(finite.aminmax()).tolist(), real
         slack, bounded = (high - low) / 4, least >= -1 and most <= 1
-        # torch's quantile takes 16 million numbers at most
-        some = finite[:: 1 + finite.numel() // (1 << 20)].float()
-        edges = some.quantile(
-            torch.tensor([(1 - BULK) / 2, (1 + BULK) / 2], dtype=some.dtype, device=some.device)
-        ).tolist()
-        outside = max(low - edges[0], edges[1] - high)
-        is_other = high > low and (outside > slack or (low < -slack and least >= 0 and most > slack))
+        lacks_half = low < -slack and least >= 0 and most > slack
+        is_other, outside = False, max(low - least, most - high)
+        if high > low and (outside > slack or lacks_half):
+            # torch's quantile takes 16 million numbers at most
+            some = finite[:: 1 + finite.numel() // (1 << 20)].float()
+            edges = some.quantile(
+                torch.tensor([(1 - BULK) / 2, (1 + BULK) / 2], dtype=some.dtype, device=some.device)
+            ).tolist()
+            outside = max(low - edges[0], edges[1] - high)
+            is_other = outside > slack or lacks_half
         self._outside = [*self._outside, max(outside, 0.0)] if is_other else []
         reason = ""
         if bounded and low >= 0 and high > EIGHT_BITS:
