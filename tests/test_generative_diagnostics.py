@@ -290,3 +290,11 @@ def test_a_callable_of_the_user_that_fails_costs_what_needs_it_and_not_the_run()
     assert own.current_epoch == 2
     assert diagnostics.attached == ["manifold_entropy"]
     assert diagnostics.left_out["cms"]
+
+
+def test_nothing_is_attached_before_the_first_batch() -> None:
+    diagnostics = GenerativeDiagnostics()
+    assert diagnostics.attached == []
+    own = trainer(diagnostics, limit_train_batches=0)
+    own.fit(GAN(16, width=4), batches(32))
+    assert diagnostics.attached == []

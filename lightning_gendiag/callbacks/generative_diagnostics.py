@@ -202,8 +202,9 @@ class GenerativeDiagnostics(Member, Callback):
 
     @property
     def attached(self) -> list[str]:
-        """Names of the diagnostics that evaluate the module."""
-        return [name for name, monitor in self.monitors.items() if name not in self.left_out and monitor.enabled]
+        """Names of the diagnostics that evaluate the module; none before the first batch, which shows what applies."""
+        known = self.monitors.items() if self._inspected else ()
+        return [name for name, monitor in known if name not in self.left_out and monitor.enabled]
 
     @property
     def _active(self) -> list[Monitor[Any, Any]]:
