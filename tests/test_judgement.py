@@ -330,7 +330,8 @@ def test_noise_is_not_called_healthy_before_any_rule_has_held_for_long() -> None
     _, stopping = run_with_fault(noise, epochs=3)
     state = stopping.report()
     assert state["state"] == "not judged"
-    assert "Bad at the newest evaluation" in state["summary"]
+    newest = max(monitor.last_step or 0 for monitor in stopping.session.monitors)
+    assert f"Bad at the newest evaluation, at step {newest}: " in state["summary"]
 
 
 def test_the_spread_is_a_ratio_of_variances_and_what_is_unreached_a_share_of_values() -> None:
@@ -353,19 +354,20 @@ def test_the_spread_is_a_ratio_of_variances_and_what_is_unreached_a_share_of_val
 @pytest.mark.parametrize(
     ("alarms", "evaluations", "bad", "state"),
     [
-        ([], 20, [], "healthy"),
-        ([alarm(recovered=9)], 20, [], "healthy"),
-        ([], 3, [], "not judged"),
-        ([], 3, ["x of y is 0.1"], "not judged"),
-        ([], 20, ["x of y is 0.1"], "unhealthy"),
-        ([alarm()], 20, [], "getting worse"),
-        ([alarm(is_critical=True)], 20, [], "unhealthy"),
-        ([alarm(rule="all samples are alike")], 20, [], "unhealthy"),
-        ([alarm(recovered=9, is_critical=True)], 20, [], "healthy"),
+        ([], 20, {}, "healthy"),
+        ([alarm(recovered=9)], 20, {}, "healthy"),
+        ([], 3, {}, "not judged"),
+        ([], 3, {"x of y is 0.1": 7}, "not judged"),
+        ([], 20, {"x of y is 0.1": 7}, "unhealthy"),
+        ([alarm()], 20, {}, "getting worse"),
+        ([alarm(is_critical=True)], 20, {}, "unhealthy"),
+        ([alarm(rule="all samples are alike")], 20, {}, "unhealthy"),
+        ([alarm(recovered=9, is_critical=True)], 20, {}, "healthy"),
     ],
 )
-def test_a_run_is_in_one_of_four_states(alarms: list[Alarm], evaluations: int, bad: list[str], state: str) -> None:
+def test_a_run_is_in_one_of_four_states(alarms: list[Alarm], evaluations: int, bad: dict[str, int], state: str) -> None:
     found = report(alarms, {"cms": evaluations}, {"cms": 15}, bad=bad)
     assert found["state"] == state
     assert found["summary"].startswith(f"{state.capitalize()}: ")
     assert all(clause in found["summary"] for clause in bad)
+    assert ("at step 7" in found["summary"]) is bool(bad)

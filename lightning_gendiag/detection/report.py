@@ -21,7 +21,7 @@ def report(
     evaluations: Mapping[str, int],
     needed: Mapping[str, int],
     checkpoint: str | None = None,
-    bad: Sequence[str] = (),
+    bad: Mapping[str, int] | None = None,
     of_data: Collection[str] = (DATA,),
 ) -> dict[str, Any]:
     """Returns the state of a run as plain Python that JSON takes.
@@ -39,7 +39,7 @@ def report(
         evaluations: Number of evaluations of each monitor.
         needed: Number of evaluations of each monitor with which an alarm is possible.
         checkpoint: Path of the newest checkpoint from before the first alarm that has not recovered.
-        bad: What is bad in itself at the newest evaluation, in clauses.
+        bad: What is bad in itself at the newest evaluation, in clauses, with the step of that evaluation.
         of_data: Names of the monitors that watch the training data and not the model.
 
     Returns:
@@ -53,7 +53,8 @@ def report(
     most = max(of_model.values(), default=0)
     is_bad = bool(bad) and max(evaluations.values(), default=0) >= LEAST_EVALUATIONS
     messages = " ".join(alarm.message for alarm in alarms)
-    now = f" Bad at the newest evaluation: {listed(list(bad))}." if bad else ""
+    bad = bad or {}
+    now = f" Bad at the newest evaluation, at step {max(bad.values()):,}: {listed(list(bad))}." if bad else ""
     if open_alarms or is_bad:
         matters = is_bad or any(alarm.is_critical or alarm.rule for alarm in open_alarms)
         state = "unhealthy" if matters else "getting worse"

@@ -82,7 +82,7 @@ class Judge:
         self._detectors: dict[str, dict[str, Detector]] = {}
         self._states: dict[str, dict[str, Any]] = {}
         self._deviations: dict[str, dict[str, float]] = {}
-        self._latest: dict[str, list[Observation]] = {}
+        self._latest: dict[str, Evaluation] = {}
 
     def update(
         self, monitor: str, evaluation: Evaluation, history: History, contributions: Contributions = lambda *_: {}
@@ -99,7 +99,7 @@ class Judge:
             New alarms, those first that account for most of the drop; they are also added to ``alarms``.
         """
         self.evaluations[monitor] = evaluation.number
-        self._latest[monitor] = evaluation.observations
+        self._latest[monitor] = evaluation
         judged = {o.series.name: o for o in evaluation.observations if o.series.role != "record"}
         count = sum(o.series.role != "rule" for o in judged.values())
         detections = {
@@ -165,10 +165,13 @@ class Judge:
             entries = history.entries(alarm.diagnostic, alarm.series)
             return sum(entry.step < alarm.since and entry.severity == 0 for entry in entries) >= LEAST_BEFORE
         wholes = [
-            (monitor, o.series) for monitor, latest in self._latest.items() for o in latest if o.series.is_quality
+            (monitor, o.series)
+            for monitor, latest in self._latest.items()
+            for o in latest.observations
+            if o.series.is_quality
         ] or [
             (alarm.diagnostic, o.series)
-            for o in self._latest.get(alarm.diagnostic, [])
+            for o in (self._latest[alarm.diagnostic].observations if alarm.diagnostic in self._latest else ())
             if o.series.role == "aggregate"
         ]  # fmt: skip
         return any(_is_worse(history.entries(monitor, series.name), alarm.since, series) for monitor, series in wholes)
@@ -180,14 +183,14 @@ class Judge:
         moved = [alarm.rule or f"{alarm.label} {alarm.event}" for alarm in self.open_alarms(DATA)]
         return f"The training data changed as well: {listed(moved)}." if moved else "The training data did not change."
 
-    def bad_now(self) -> list[str]:
-        """Returns what is bad in itself at the newest evaluations, whatever it was before, the worst first."""
-        return [
-            f"{o.series.quantity} of {o.title} is {o.value:.3f}"
+    def bad_now(self) -> dict[str, int]:
+        """Returns what is bad in itself at the newest evaluations, the worst first, with the steps of these."""
+        return {
+            f"{o.series.quantity} of {o.title} is {o.value:.3f}": latest.step
             for latest in self._latest.values()
-            for o in sorted(latest, key=lambda o: -o.severity)
+            for o in sorted(latest.observations, key=lambda o: -o.severity)
             if o.is_bad
-        ]
+        }
 
     def open_alarms(self, monitor: str | None = None) -> list[Alarm]:
         """Returns the alarms, of one monitor or of all, that have not recovered."""
