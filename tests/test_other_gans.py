@@ -312,6 +312,46 @@ def test_a_generator_is_given_one_hot_labels_where_a_training_step_gives_it_such
     assert (brightness - brightness.round()).abs().max() < 0.1
 
 
+class TwoHeads(nn.Module):
+    """A generator of two domains whose heads are given features that are no noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(nn.Linear(NOISE, 64), nn.ReLU())
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Unflatten(1, (1, 16, 16))) for _ in "ab"
+        )
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.shared(z)
+        return self.heads[0](features), self.heads[1](features)
+
+
+class OfTwoDomains(Trained):
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"latent_dim": NOISE})
+        self.gen, self.dis = TwoHeads(), critic()
+
+    def networks(self) -> list[nn.Module]:
+        return [self.gen, self.dis]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        fakes = self.gen(torch.randn(len(batch[0]), NOISE))
+        for optimizer, sign in zip(self.optimizers(), (-1, 1), strict=True):
+            optimizer.zero_grad()
+            scores = [self.dis(images).mean() for images in fakes]
+            self.manual_backward(sign * (scores[0] + scores[1]), retain_graph=True)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_what_a_part_makes_of_noise_is_no_noise() -> None:
+    diagnostics = fitted(OfTwoDomains(), TensorDataset(IMAGES, -IMAGES))
+    assert set(diagnostics.attached) >= SAMPLED - {"training_data"}
+    assert places(diagnostics)[0] == f"the first of 2 outputs of self.gen from normal noise (n, {NOISE})"
+
+
 def test_a_generator_of_what_a_batch_holds_gets_no_noise_in_its_place() -> None:
     with pytest.warns(DiagnosticWarning, match="watches the training data only"):
         diagnostics = fitted(Codes(), TensorDataset(IMAGES, LABELS))

@@ -32,6 +32,7 @@ class Fake(NamedTuple):
     data: Tensor
     """(rows, *shape)."""
     given: tuple[Any, ...]
+    """Its arguments; empty where the first one was made by another part, and so is no noise."""
 
 
 class Joined(NamedTuple):
@@ -123,6 +124,8 @@ def _is_drawn(data: Tensor, again: Tensor | None, other: Tensor | None) -> bool:
 def _fakes_in(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Iterator[Fake]:
     """Yields the calls of a training step that return data, without those of discriminators, the outermost first."""
     calls, _ = step.calls(seed, may_fail=True)
+    # all of them are held, so that no two share an address
+    made = [(call.path, tensor.data_ptr()) for call in calls for tensor in _tensors(call.output)]
     counts: Counter[str] = Counter()
     for call in sorted(calls, key=lambda call: len(call.path.split(".")) if call.path else 0):
         number = counts[call.path]
@@ -130,13 +133,23 @@ def _fakes_in(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Iterator
         if not _judges(step.module, call.path):
             with suppress(ValueError):
                 data = data_in(call.output, step.rows, shape)
-                yield Fake(call.path, number, data, (*call.args, *call.kwargs.values()))
+                given = (*call.args, *call.kwargs.values())
+                # a part inside may return a view of what the whole is given
+                others = {address for path, address in made if not f"{path}.".startswith(f"{call.path}.")}
+                is_made = call.path and any(tensor.data_ptr() in others for tensor in _tensors(given[:1]))
+                yield Fake(call.path, number, data, () if is_made else given)
 
 
 def _judges(module: nn.Module, path: str) -> bool:
     """Whether a part is a discriminator, or belongs to one."""
     name, parent = path.rpartition(".")[2], path.rpartition(".")[0]
     return bool(path) and (is_discriminator(name, module.get_submodule(path)) or _judges(module, parent))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    apply_to_collection(value, Tensor, found.append)
+    return found
 
 
 def _noise_in(fake: Fake) -> Tensor | None:

@@ -85,6 +85,8 @@ NAMES: dict[Need, tuple[str, ...]] = {
 ORDER: tuple[Need, ...] = ("encode", "decode", "sample", "reconstruct")
 """Each is chosen by what was chosen for those before it."""
 
+OTHER_NOISE = "training_step gives it other noise than that of N(0, 1)"
+
 LARGEST_ERROR = 1e-3
 """What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
 
@@ -165,6 +167,11 @@ class ModelParts:
         """Why a sampler of the module's own does not work, where another one or nothing took its place."""
         failures = (text for name, text in self.failed.get("sample", {}).items() if "normal noise" not in name)
         return next((text for text in failures if text), "")
+
+    @property
+    def why_no_prior(self) -> str:
+        """Why it is not known what noise a decoder beside no encoder takes."""
+        return OTHER_NOISE if self._is_given_other_noise else self.failed_sampler
 
     def ways(self, need: Need) -> list[Way]:
         """Returns all ways that are known, the chosen one first; others may fail, or return what is not needed."""
@@ -362,7 +369,7 @@ class ModelParts:
 
     def _try_sample(self, way: Way) -> None:
         if way.latent is not None and self._is_given_other_noise:
-            raise ValueError("training_step gives it other noise than that of N(0, 1)")
+            raise ValueError(OTHER_NOISE)
         if way.assumes_prior and self.adapter.sample is None and not self._takes_noise(way):
             raise ValueError("nothing shows that normal noise is the prior of its latents")
         try:

@@ -761,7 +761,7 @@ class ModelView:
         self.parts.way("decode")
         if not self.parts.has("encode"):
             raise ValueError(
-                f"the prior of the latents must be known, but {self.parts.failed_sampler}. "
+                f"the prior of the latents must be known, but {self.parts.why_no_prior}. "
                 "To fix this, pass ModelAdapter(latent_dim=...) if it is N(0, 1), or ModelAdapter(encode=...)."
             )
         data = self.real.example if self.real.images is None else self.real.images.images
