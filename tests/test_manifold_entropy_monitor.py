@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from example_models import flow, vae
 from example_models.data import digits
 from lightning_gendiag import CollapseStopping, ManifoldEntropy, ManifoldEntropyMonitor, ModelAdapter, decoder_gram
+from lightning_gendiag.detection.detector import Detector
+from lightning_gendiag.diagnostics.manifold_entropy.monitor import PAIR, entanglement
 from tests.helpers.logs import events
 from tests.helpers.models import TinyGAN
 from tests.helpers.recorded_runs import RecordedDimensions
@@ -205,6 +208,33 @@ def test_latents_of_images_are_the_posteriors_mean() -> None:
         latents = view.latents_of(digits(32)[0][:5])
     model.eval()
     assert torch.equal(latents, model.encode(digits(32)[0][:5])[0])
+
+
+class TestEntanglement:
+    """The pair of dimensions that shares most, of 32 dimensions and three other series."""
+
+    @staticmethod
+    def opened(shared: list[float]) -> list[int]:
+        detector = Detector(3e-4 / 36, min_std=PAIR.min_std, min_delta=PAIR.min_delta)
+        return [i for i, nats in enumerate(shared) if detector.update(i, entanglement(nats)).opened]
+
+    @pytest.mark.parametrize("width", [1.5, 2.0, 2.5, 3.0, 4.0])
+    def test_a_smooth_rise_from_the_start_on_is_how_a_generator_learns(self, width: float) -> None:
+        assert self.opened([2.1 / (1 + math.exp((7 - i) / width)) for i in range(40)]) == []
+
+    @pytest.mark.parametrize("before", [0.1, 0.5, 0.9])
+    def test_a_sudden_rise_is_found_at_its_second_value(self, before: float) -> None:
+        assert self.opened([before + 0.02 * (i % 3) for i in range(20)] + [2.0] * 5) == [21]
+
+    def test_a_pair_that_shares_less_than_a_nat_is_no_news(self) -> None:
+        assert self.opened([0.1] * 20 + [0.99] * 20) == []
+
+    def test_the_severity_is_what_is_shared_beyond_a_nat(self) -> None:
+        assert entanglement(3.0) == pytest.approx(2.0, abs=1e-3)
+        assert entanglement(0.0) == pytest.approx(0.0, abs=0.02)
+        assert entanglement(1.0) == pytest.approx(PAIR.min_delta)
+        assert math.isnan(entanglement(math.nan))
+        assert entanglement(math.inf) == math.inf
 
 
 class TestRecorded:

@@ -243,6 +243,13 @@ class OfRows(nn.Module):
         return 1e-3 * images + self.scale(labels)[..., None, None] / 5 - 1
 
 
+class OfConditions(OfRows):
+    """Its second parameter has a name that says nothing of classes."""
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(z, c)
+
+
 class OfJoined(OfRows):
     def __init__(self, classes_first: bool) -> None:
         super().__init__()
@@ -258,12 +265,13 @@ class Rows(Playing):
     """One-hot labels of the batch in one tensor with the noise, before or behind it, or beside it."""
 
     def __init__(self, place: str) -> None:
-        super().__init__(OfRows() if place == "beside" else OfJoined(classes_first=place == "before"))
+        beside = {"beside": OfRows, "beside, as c": OfConditions}
+        super().__init__(beside[place]() if place in beside else OfJoined(classes_first=place == "before"))
         self.place = place
 
     def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
         noise, rows = torch.randn(len(labels), NOISE), F.one_hot(labels, 10).float()
-        if self.place == "beside":
+        if self.place.startswith("beside"):
             return noise, rows
         parts = [rows, noise] if self.place == "before" else [noise, rows]
         return (torch.cat(parts, 1)[..., None, None] if self.place == "behind, as maps" else torch.cat(parts, 1),)
@@ -299,13 +307,13 @@ def test_a_training_step_samples_where_its_generator_takes_other_noise(make: Cal
     assert "manifold_entropy" in diagnostics.left_out
 
 
-@pytest.mark.parametrize("place", ["before", "behind", "behind, as maps", "beside"])
+@pytest.mark.parametrize("place", ["before", "behind", "behind, as maps", "beside", "beside, as c"])
 def test_a_generator_is_given_one_hot_labels_where_a_training_step_gives_it_such(place: str) -> None:
     diagnostics = fitted(Rows(place), TensorDataset(IMAGES, LABELS))
     assert {"cms", "generation_balance", "memorization"} <= set(diagnostics.attached)
     joined = f"self.gen from normal noise (n, {NOISE})"
-    beside = f"{joined} and labels as one-hot rows"
-    assert places(diagnostics)[0] == (beside if place == "beside" else f"{joined} joined with one-hot labels")
+    given = {"beside": "and labels as one-hot rows", "beside, as c": "and one-hot labels"}
+    assert places(diagnostics)[0] == f"{joined} {given.get(place, 'joined with one-hot labels')}"
     view: Any = diagnostics.monitors["cms"].view  # type: ignore[attr-defined]
     brightness = 5 * (view.samples().images.flatten(1).mean(1) + 1)
     assert len(brightness.round().unique()) > 5

@@ -36,7 +36,7 @@ class Fake(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """A part that is given noise and the one-hot rows of classes as one tensor."""
+    """A part that is given noise and the one-hot rows of classes, as one tensor or beside each other."""
 
     path: str
     length: int
@@ -45,12 +45,21 @@ class Joined(NamedTuple):
     classes_first: bool
     is_map: bool
     """Whether it is given maps of one pixel."""
+    is_beside: bool = False
+    """Whether the rows are a second argument, of any name, and rows."""
+
+    @property
+    def described(self) -> str:
+        """Says what samples are made of."""
+        rows = "and one-hot labels" if self.is_beside else "joined with one-hot labels"
+        return f"self.{self.path or 'forward'} from normal noise (n, {self.length}) {rows}"
 
     def __call__(self, module: nn.Module, noise: Tensor, labels: Tensor) -> Any:
         """Returns what the part makes of noise (n, L) and labels (n,)."""
         rows = [noise, functional.one_hot(labels, self.classes).to(noise)]
-        given = torch.cat(rows[::-1] if self.classes_first else rows, 1)
-        return module.get_submodule(self.path)(given[..., None, None] if self.is_map else given)
+        beside = rows[1:] if self.is_beside else []
+        given = noise if self.is_beside else torch.cat(rows[::-1] if self.classes_first else rows, 1)
+        return module.get_submodule(self.path)(given[..., None, None] if self.is_map else given, *beside)
 
 
 class Fakes(NamedTuple):
@@ -63,7 +72,7 @@ class Fakes(NamedTuple):
     classes: int = 0
     """Number of classes of the one-hot rows that it is given beside its noise; 0 where there are none."""
     joined: Joined | None = None
-    """Where it is given normal noise joined with one-hot rows."""
+    """Where it is given normal noise and one-hot rows."""
 
 
 def find_fakes(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Fakes:
@@ -167,10 +176,12 @@ def _classes_in(given: Any) -> int:
 
 
 def _joined_in(fake: Fake) -> Joined | None:
-    """What a part is given, where it is normal noise and one-hot rows side by side."""
+    """What a part is given, where it is normal noise and one-hot rows."""
     z = _noise_in(fake)
     if z is None:
         return None
+    if len(fake.given) == 2 and (classes := _classes_in(fake.given[1])) and is_normal(z) is not False:
+        return Joined(fake.path, z.shape[1], classes, False, fake.given[0].ndim > 2, is_beside=True)
     is_noise = ~((z == 0) | (z == 1)).all(0)
     places = is_noise.nonzero().flatten().tolist()
     if not places:

@@ -291,12 +291,11 @@ class ModelParts:
         """Yields samplers that a training step shows."""
         joined, maker, shape = fakes.joined, fakes.maker, self.context.shape
         if joined is not None:
-            name = f"self.{joined.path or 'forward'} from normal noise (n, {joined.length}) joined with one-hot labels"
 
             def call(n: int, labels: Tensor) -> Any:
                 return joined(self.module, normal(self.module, n, (joined.length,)), labels)
 
-            yield Way("sample", name, call, takes_labels=True)
+            yield Way("sample", joined.described, call, takes_labels=True)
         if maker is not None and shape is not None and (step := self._training_step()) is not None:
             name = f"self.{maker[0] or 'forward'} as training_step calls it"
             yield Way("sample", name, partial(fakes_of, step, maker, shape))

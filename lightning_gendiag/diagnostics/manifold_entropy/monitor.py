@@ -87,8 +87,19 @@ ENTANGLED, PAIR_MIN_STD = 1.0, 0.1
 """Nats. Pairs that share no more are no news: in healthy models of many kinds the strongest pair shares 0.3 to 1, and
 fluctuates by 0.01 to 0.13. At 1 the effects of two dimensions have a correlation of 0.93, and at 1.5 of 0.97."""
 
+BEND = 0.3
+"""Nats over which the severity of a pair bends from none to what it shares beyond ``ENTANGLED``. A generator begins with
+pairs that share 0.1 and may come to 2 in one smooth rise; a severity with a corner would show it as a sudden change."""
+
 PAIR = Series(
-    "pair", "standalone", "mutual information in nats", "nats", event="became entangled", min_std=PAIR_MIN_STD
+    "pair",
+    "standalone",
+    "mutual information in nats",
+    "nats",
+    event="became entangled",
+    min_std=PAIR_MIN_STD,
+    # the severity of a pair that shares as much as is no news
+    min_delta=BEND * math.log(2),
 )
 IN_USE = Series("dimensions in use", "record", "dimensions in use")
 
@@ -334,5 +345,6 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
 
 
 def entanglement(shared: float) -> float:
-    """Returns how much more than a nat two dimensions share; nan stays nan."""
-    return math.nan if math.isnan(shared) else max(0.0, shared - ENTANGLED)
+    """Returns about how much more than a nat two dimensions share, and nearly 0 for less; nan stays nan."""
+    beyond = (shared - ENTANGLED) / BEND
+    return BEND * (max(beyond, 0.0) + math.log1p(math.exp(-abs(beyond))))
