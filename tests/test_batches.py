@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gendiag import GenerationBalanceMonitor, GenerativeDiagnostics, KStarMonitor, ModelAdapter
 from lightning_gendiag.callbacks.logging import DiagnosticWarning
-from lightning_gendiag.model.batches import data_of, images_of, read_labels, shape_of
+from lightning_gendiag.model.batches import data_of, images_of, one_hot_rows, read_labels, shape_of
 from tests.helpers.models import TinyGAN
 from tests.helpers.running import attached, trainer
 
@@ -364,3 +364,9 @@ def test_the_reference_holds_images_and_classes_in_one_form() -> None:
     assert torch.equal(images, (255 * X).to(torch.uint8))
     assert labels is not None
     assert torch.equal(labels, Y)
+
+
+def test_labels_beyond_the_classes_of_one_hot_rows_raise_an_error() -> None:
+    torch.testing.assert_close(one_hot_rows(torch.tensor([0, 2]), 3), torch.tensor([[1, 0, 0], [0, 0, 1]]))
+    with pytest.raises(ValueError, match="it takes 3 classes, got a label 3"):
+        one_hot_rows(torch.tensor([0, 3]), 3)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lightning_gendiag.metric import Diagnostic
 
@@ -177,6 +178,18 @@ def judge_labels(found: Any, rows: int | None = None) -> Labels:
     if (labels < 0).any():
         return _no_labels(f"{name} have negative values, which are no classes")
     return Labels(labels if labels.ndim == 1 else labels[:, 0], "")
+
+
+def one_hot_rows(labels: Tensor, classes: int) -> Tensor:
+    """Returns one-hot rows (N, K) of labels (N,) from 0.
+
+    Raises:
+        ValueError: If a label is too large. On a GPU, torch does not check it, and its failure would end the run.
+    """
+    largest = int(labels.max()) if len(labels) else 0
+    if largest >= classes:
+        raise ValueError(f"it takes {classes} classes, got a label {largest}")
+    return functional.one_hot(labels, classes)
 
 
 def known(labels: Tensor | None, reason: str = "") -> Tensor:

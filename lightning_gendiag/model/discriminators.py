@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapters.own import AVERAGED, DISCRIMINATOR_KINDS, DISCRIMINATORS
-from lightning_gendiag.model.batches import Images
+from lightning_gendiag.model.batches import Images, one_hot_rows
 from lightning_gendiag.model.isolation import normalizing_by_batch
 from lightning_gendiag.model.outputs import MAX_DEPTH, fields_of
 
@@ -120,11 +119,7 @@ def _inputs(part: nn.Module) -> int:
 def _hot(labels: Tensor | None, classes: int, like: Tensor) -> Tensor:
     if classes < 2:
         raise ValueError("there is no room for labels")
-    known = _known(labels)
-    # on a GPU, one_hot does not check it, and its failure would end the run
-    if int(known.max()) >= classes:
-        raise ValueError(f"it takes {classes} classes, got a label {int(known.max())}")
-    return F.one_hot(known, classes).to(like)
+    return one_hot_rows(_known(labels), classes).to(like)
 
 
 # ---- scores ----

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_gendiag.model.adapters.own import is_discriminator
+from lightning_gendiag.model.batches import one_hot_rows
 from lightning_gendiag.model.denoising import TrainingStep
 from lightning_gendiag.model.outputs import data_in
 
@@ -56,7 +56,7 @@ class Joined(NamedTuple):
 
     def __call__(self, module: nn.Module, noise: Tensor, labels: Tensor) -> Any:
         """Returns what the part makes of noise (n, L) and labels (n,)."""
-        rows = [noise, functional.one_hot(labels, self.classes).to(noise)]
+        rows = [noise, one_hot_rows(labels, self.classes).to(noise)]
         beside = rows[1:] if self.is_beside else []
         given = noise if self.is_beside else torch.cat(rows[::-1] if self.classes_first else rows, 1)
         return module.get_submodule(self.path)(given[..., None, None] if self.is_map else given, *beside)

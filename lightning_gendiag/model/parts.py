@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
 from lightning_gendiag.functional.text import without_full_stop
@@ -44,7 +43,7 @@ from lightning_gendiag.model.adapters.own import (
 )
 from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.amounts import timed
-from lightning_gendiag.model.batches import Images, first_rows, known
+from lightning_gendiag.model.batches import Images, first_rows, known, one_hot_rows
 from lightning_gendiag.model.denoising import TrainingStep
 from lightning_gendiag.model.fakes import Fakes, fakes_of, find_fakes, is_normal
 from lightning_gendiag.model.generators import seed_all
@@ -775,7 +774,7 @@ def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor)
 
 
 def _called_with_rows(call: Callable[..., Any], classes: int, first: Any, labels: Tensor) -> Any:
-    rows = functional.one_hot(labels, classes)
+    rows = one_hot_rows(labels, classes)
     return call(first, rows.to(first) if isinstance(first, Tensor) and first.is_floating_point() else rows.float())
 
 
