@@ -331,7 +331,7 @@ def test_noise_is_not_called_healthy_before_any_rule_has_held_for_long() -> None
     state = stopping.report()
     assert state["state"] == "not judged"
     newest = max(monitor.last_step or 0 for monitor in stopping.session.monitors)
-    assert f"Bad at the newest evaluation, at step {newest}: " in state["summary"]
+    assert f"The newest evaluation, at step {newest}, was bad: " in state["summary"]
 
 
 def test_the_spread_is_a_ratio_of_variances_and_what_is_unreached_a_share_of_values() -> None:

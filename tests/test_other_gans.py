@@ -363,7 +363,7 @@ def test_what_a_part_makes_of_noise_is_no_noise() -> None:
 def test_a_generator_of_what_a_batch_holds_gets_no_noise_in_its_place() -> None:
     with pytest.warns(DiagnosticWarning, match="watches the training data only"):
         diagnostics = fitted(Codes(), TensorDataset(IMAGES, LABELS))
-    assert "training_step gives it other noise than that of N(0, 1)" in diagnostics.left_out["cms"]
+    assert "training_step gives the generator other noise than N(0, 1)" in diagnostics.left_out["cms"]
 
 
 def test_training_is_the_same_where_its_steps_make_the_samples() -> None:

@@ -23,8 +23,7 @@ from lightning_gendiag import (
     PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
 )
-from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import canonical_order
-from lightning_gendiag.diagnostics.memorization.functional import canonical_order as order_of_images
+from lightning_gendiag.functional.arrays import canonical_order
 from lightning_gendiag.model.features import FeatureExtractor
 from tests.helpers.running import batches, trainer
 from tests.helpers.versions import needs_bfloat16
@@ -80,9 +79,9 @@ def test_every_monitor_runs_where_torch_makes_float64(make: type[Monitor[Any, An
 
 def test_what_is_drawn_does_not_depend_on_what_torch_makes_by_default(float64_by_default: None) -> None:
     images = digits(8)[0][:64].float()
-    found = FeatureExtractor(images), canonical_order(images), order_of_images(images)
+    found = FeatureExtractor(images), canonical_order(images)
     torch.set_default_dtype(torch.float32)
-    expected = FeatureExtractor(images), canonical_order(images), order_of_images(images)
+    expected = FeatureExtractor(images), canonical_order(images)
     assert found[0].first.dtype == torch.float32
     for a, b in zip(found, expected, strict=True):
         a, b = (part if isinstance(part, Tensor) else part(images) for part in (a, b))

@@ -54,7 +54,7 @@ def report(
     is_bad = bool(bad) and max(evaluations.values(), default=0) >= LEAST_EVALUATIONS
     messages = " ".join(alarm.message for alarm in alarms)
     bad = bad or {}
-    now = f" Bad at the newest evaluation, at step {max(bad.values()):,}: {listed(list(bad))}." if bad else ""
+    now = f" The newest evaluation, at step {max(bad.values()):,}, was bad: {listed(list(bad))}." if bad else ""
     if open_alarms or is_bad:
         matters = is_bad or any(alarm.is_critical or alarm.rule for alarm in open_alarms)
         state = "unhealthy" if matters else "getting worse"

@@ -164,16 +164,12 @@ class Judge:
             # a rule about the whole did not hold before
             entries = history.entries(alarm.diagnostic, alarm.series)
             return sum(entry.step < alarm.since and entry.severity == 0 for entry in entries) >= LEAST_BEFORE
-        wholes = [
-            (monitor, o.series)
-            for monitor, latest in self._latest.items()
-            for o in latest.observations
-            if o.series.is_quality
-        ] or [
-            (alarm.diagnostic, o.series)
-            for o in (self._latest[alarm.diagnostic].observations if alarm.diagnostic in self._latest else ())
-            if o.series.role == "aggregate"
-        ]  # fmt: skip
+        latest = [(monitor, o.series) for monitor, newest in self._latest.items() for o in newest.observations]
+        wholes = [(monitor, series) for monitor, series in latest if series.is_quality] or [
+            (monitor, series)
+            for monitor, series in latest
+            if monitor == alarm.diagnostic and series.role == "aggregate"
+        ]
         return any(_is_worse(history.entries(monitor, series.name), alarm.since, series) for monitor, series in wholes)
 
     def data_moved(self) -> str:

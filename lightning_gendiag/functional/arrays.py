@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -174,6 +175,14 @@ def pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
         [2, 2, 1]
     """
     yield from torch.split(rows, size)
+
+
+def canonical_order(data: Tensor) -> Tensor:
+    """Returns the (N,) order of data (N, ...) by a random projection, which does not depend on the order in which they come."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(math.prod(data.shape[1:]), generator=generator, dtype=torch.float32).to(data.device)
+    keys = [(as_data(piece).flatten(1) * direction).sum(1, dtype=torch.float64) for piece in pieces(data, 64)]
+    return torch.cat(keys).argsort(stable=True)
 
 
 def median(values: Tensor) -> Tensor:

@@ -90,13 +90,10 @@ class ModelAdapter:
     def find_data(self, batch: Any) -> Tensor | None:
         """Returns the images (N, C, H, W) or other data (N, ...) of a batch, or None where there are none."""
         given = batch if self.images is None else self.images(batch)
-        data = data_of(given)
-        # what the user names is data, also where it holds integers
+        # what the user names is data, also where it holds integers, and squares are then what they are
         named = self.images is not None and isinstance(given, Tensor) and given.ndim > 1
-        if data is None or not named:
-            return given if named else data
-        # squares that the user names are no images
-        return data[:, 0] if given.ndim == 3 and data.ndim == 4 else data
+        data = data_of(given, squares=not named)
+        return given if data is None and named else data
 
     def find_labels(self, batch: Any, images: Tensor | None) -> Labels:
         """Returns the labels (N,) of the images of a batch, or the reason why there are none."""

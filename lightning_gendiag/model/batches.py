@@ -75,17 +75,20 @@ def images_of(batch: Any) -> Tensor | None:
     return None if found is None else _as_images(found.tensor)
 
 
-def data_of(batch: Any) -> Tensor | None:
+def data_of(batch: Any, squares: bool = True) -> Tensor | None:
     """Returns the data (N, ...) of a batch: its images (N, C, H, W), else rows, series or volumes, or None.
 
     Data that are no images are the first floating-point tensor of two axes or more with the batch's number of rows, where
-    known names go before others, as in :func:`images_of`. Squares (N, H, H) are gray images (N, 1, H, H) without an axis
-    for the channel.
+    known names go before others, as in :func:`images_of`.
+
+    Args:
+        batch: The batch.
+        squares: Whether squares (N, H, H) are gray images (N, 1, H, H) without an axis for the channel, and no series.
     """
     images, data = images_of(batch), _find_data(list(_walk(batch)))
     if images is not None or data is None:
         return images
-    return data.tensor[:, None] if is_square(data.tensor) else data.tensor
+    return data.tensor[:, None] if squares and is_square(data.tensor) else data.tensor
 
 
 def is_square(data: Tensor) -> bool:

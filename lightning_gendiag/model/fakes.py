@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_gendiag.model.adapters.own import is_discriminator
 from lightning_gendiag.model.batches import one_hot_rows
 from lightning_gendiag.model.denoising import TrainingStep
-from lightning_gendiag.model.outputs import data_in
+from lightning_gendiag.model.outputs import data_in, tensors_in
 
 LEAST_NUMBERS = 32
 """Number of values of noise below which its distribution is not judged."""
@@ -134,7 +134,7 @@ def _fakes_in(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Iterator
     """Yields the calls of a training step that return data, without those of discriminators, the outermost first."""
     calls, _ = step.calls(seed, may_fail=True)
     # all of them are held, so that no two share an address
-    made = [(call.path, tensor.data_ptr()) for call in calls for tensor in _tensors(call.output)]
+    made = [(call.path, tensor.data_ptr()) for call in calls for tensor in tensors_in(call.output)]
     counts: Counter[str] = Counter()
     for call in sorted(calls, key=lambda call: len(call.path.split(".")) if call.path else 0):
         number = counts[call.path]
@@ -145,7 +145,7 @@ def _fakes_in(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Iterator
                 given = (*call.args, *call.kwargs.values())
                 # a part inside may return a view of what the whole is given
                 others = {address for path, address in made if not f"{path}.".startswith(f"{call.path}.")}
-                is_made = call.path and any(tensor.data_ptr() in others for tensor in _tensors(given[:1]))
+                is_made = call.path and any(tensor.data_ptr() in others for tensor in tensors_in(given[:1]))
                 yield Fake(call.path, number, data, () if is_made else given)
 
 
@@ -153,12 +153,6 @@ def _judges(module: nn.Module, path: str) -> bool:
     """Whether a part is a discriminator, or belongs to one."""
     name, parent = path.rpartition(".")[2], path.rpartition(".")[0]
     return bool(path) and (is_discriminator(name, module.get_submodule(path)) or _judges(module, parent))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(value, Tensor, found.append)
-    return found
 
 
 def _noise_in(fake: Fake) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from lightning_gendiag.model.adapters.own import accepts, has_forward, inverting_method
+from lightning_gendiag.model.outputs import tensors_in
 
 Through = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From data (n, ...) to latents (n, ...) and the log-determinant (n,), or None where none is reported."""
@@ -192,7 +193,7 @@ def _layer(name: str, part: nn.Module, encoded: _Call | None, decoded: _Call | N
 
 def _takes_two(call: _Call, n: int) -> bool:
     """Whether two of the values that a layer was given are alike, so that nothing tells which of them it transforms."""
-    shapes = [t.shape for t in _tensors((call.args, call.kwargs)) if _are_values(t, n)]
+    shapes = [t.shape for t in tensors_in((call.args, call.kwargs)) if _are_values(t, n)]
     return bool(shapes) and shapes.count(shapes[0]) > 1
 
 
@@ -224,7 +225,7 @@ def _with_rest(
 
 def _start_in(given: Any, n: int) -> Tensor | None:
     """Returns a copy of the log-determinants (n,) that a layer is given to add to, which it may do in place."""
-    start = next((t for t in _tensors(given) if t.is_floating_point() and t.shape == (n,)), None)
+    start = next((t for t in tensors_in(given) if t.is_floating_point() and t.shape == (n,)), None)
     return None if start is None else start.clone()
 
 
@@ -239,7 +240,7 @@ def _read(output: Any, start: Tensor | None, n: int) -> tuple[Tensor, Tensor | N
 
 def _first(value: Any, n: int) -> Tensor | None:
     """The first tensor (n, ...) of two axes or more in a container."""
-    return next((t for t in _tensors(value) if _are_values(t, n)), None)
+    return next((t for t in tensors_in(value) if _are_values(t, n)), None)
 
 
 def _are_values(tensor: Tensor, n: int) -> bool:
@@ -248,23 +249,12 @@ def _are_values(tensor: Tensor, n: int) -> bool:
 
 def _volume(value: Any, n: int) -> Tensor | None:
     """The first tensor (n,) or () of floats behind the values in a container, as (n,)."""
-    for tensor in _tensors(value):
+    for tensor in tensors_in(value):
         if tensor.is_floating_point() and tensor.shape in ((n,), ()):
             return tensor.expand(n)
         if tensor.is_floating_point() and tensor.shape == (n, 1) and tensor is not _first(value, n):
             return tensor[:, 0]
     return None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
 
 
 def _replaced(value: Any, x: Tensor, n: int, row: int | None, done: list[bool]) -> Any:

@@ -155,6 +155,18 @@ def number_alike(output: Any) -> int:
     return len(output) if plain and len({part.shape for part in output}) == 1 else 0
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yields all tensors in mappings, tuples and lists within each other, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from tensors_in(part)
+
+
 def _tensors(output: Any, n: int, depth: int = 0) -> Iterator[Tensor]:
     """Yields what may be the data, best first."""
     if isinstance(output, Tensor):

@@ -84,7 +84,7 @@ NAMES: dict[Need, tuple[str, ...]] = {
 ORDER: tuple[Need, ...] = ("encode", "decode", "sample", "reconstruct")
 """Each is chosen by what was chosen for those before it."""
 
-OTHER_NOISE = "training_step gives it other noise than that of N(0, 1)"
+OTHER_NOISE = "training_step gives the generator other noise than N(0, 1)"
 
 LARGEST_ERROR = 1e-3
 """What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
@@ -269,9 +269,15 @@ class ModelParts:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
         if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
             return False
+        return not self._noise_refused(way)
+
+    def _noise_refused(self, way: Way) -> str:
+        """Why normal noise is not what a sampler should be given; empty where it may be, or none is given."""
         if way.latent is not None and self._is_given_other_noise:
-            return False
-        return not way.assumes_prior or self.adapter.sample is not None or self._takes_noise(way)
+            return OTHER_NOISE
+        if way.assumes_prior and self.adapter.sample is None and not self._takes_noise(way):
+            return "nothing shows that normal noise is the prior of its latents"
+        return ""
 
     def _found(self, need: Need) -> Iterator[Way]:
         for recogniser in RECOGNISERS:
@@ -366,10 +372,8 @@ class ModelParts:
         return x.to(self.context.device, torch.float64 if double else torch.float32)
 
     def _try_sample(self, way: Way) -> None:
-        if way.latent is not None and self._is_given_other_noise:
-            raise ValueError(OTHER_NOISE)
-        if way.assumes_prior and self.adapter.sample is None and not self._takes_noise(way):
-            raise ValueError("nothing shows that normal noise is the prior of its latents")
+        if refused := self._noise_refused(way):
+            raise ValueError(refused)
         try:
             self._sample_two(way)
         except NotImplementedError:

@@ -674,9 +674,7 @@ class ModelView:
             return
         if step == self._checked_at:
             return
-        finite = generated.flatten()
-        if finite.numel() and not torch.stack(finite.aminmax()).isfinite().all():
-            finite = finite[finite.isfinite()]
+        finite = generated[generated.isfinite()]
         if not finite.numel():
             return
         self._checked_at = step

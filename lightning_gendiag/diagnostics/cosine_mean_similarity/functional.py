@@ -203,14 +203,6 @@ def _cosine(xy: Tensor, xx: Tensor, yy: Tensor, m: Tensor, n: Tensor, unbiased: 
     return xy / (m * n) / (norm(xx, m) * norm(yy, n)).sqrt()
 
 
-def canonical_order(images: Tensor) -> Tensor:
-    """Returns the (N,) order of images by a random projection, which does not depend on the order in which they come."""
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(images[0].numel(), generator=generator, dtype=torch.float32).to(images.device)
-    keys = [(as_images(piece).flatten(1) * direction).sum(1, dtype=torch.float64) for piece in pieces(images, PIECE)]
-    return torch.cat(keys).argsort()
-
-
 class RealSide(NamedTuple):
     """Everything that depends on the real images alone."""
 

@@ -13,13 +13,12 @@ from lightning_gendiag.diagnostics.cosine_mean_similarity.functional import (
     Bandwidth,
     CosineMeanSimilarityResult,
     RealSide,
-    canonical_order,
     check_bandwidth,
     check_shape,
     compare,
     real_side,
 )
-from lightning_gendiag.functional.arrays import as_images
+from lightning_gendiag.functional.arrays import as_images, canonical_order
 from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 from lightning_gendiag.regions.clustering import check_num_regions, find_regions
 from lightning_gendiag.regions.region_map import RegionMap

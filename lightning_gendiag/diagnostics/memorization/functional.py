@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_gendiag.functional.arrays import as_data, exact_matmul, kth_smallest, pieces
+from lightning_gendiag.functional.arrays import as_data, canonical_order, exact_matmul, kth_smallest, pieces
 from lightning_gendiag.functional.distances import squared_distances
 from lightning_gendiag.functional.intervals import binomial_interval
 from lightning_gendiag.functional.results import loggable
@@ -353,14 +353,6 @@ def _vendi(rows: Tensor, n: int, width: float) -> Tensor:
     with exact_matmul():
         squares = squared_distances(some, some).fill_diagonal_(0)
     return vendi_score((squares.double() / (-2 * width**2)).exp())
-
-
-def canonical_order(images: Tensor) -> Tensor:
-    """Returns the (N,) order of images by a random projection, which does not depend on the order in which they come."""
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(math.prod(images.shape[1:]), generator=generator, dtype=torch.float32).to(images.device)
-    keys = [(as_data(piece).flatten(1) * direction).sum(1, dtype=torch.float64) for piece in pieces(images, 256)]
-    return torch.cat(keys).argsort(stable=True)
 
 
 def summarise(

@@ -12,14 +12,13 @@ from lightning_gendiag.diagnostics.memorization.functional import (
     MemorizationResult,
     TrainingSide,
     as_rows,
-    canonical_order,
     check_images,
     check_ratio,
     check_side,
     summarise,
     training_side,
 )
-from lightning_gendiag.functional.arrays import as_data
+from lightning_gendiag.functional.arrays import as_data, canonical_order
 from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
 
 SIDES = ("generated", "real", "held_out")

@@ -82,7 +82,8 @@ class _Scales:
         if self.shape is None or self.latent != (math.prod(self.shape),):
             return []
         # any data do, without a step of the generators that samples are drawn from
-        data = torch.randn(2, *self.shape, generator=torch.Generator().manual_seed(0)).to(normal(self.module, 0, ()))
+        generator = torch.Generator().manual_seed(0)
+        data = torch.randn(2, *self.shape, generator=generator, dtype=torch.float32).to(normal(self.module, 0, ()))
         # a flow of rows, which have one scale, takes no images
         with suppress(Exception):
             return [tuple(scale.shape[1:]) for scale in scales_in(self.encode(data), 2, math.prod(self.shape))]
