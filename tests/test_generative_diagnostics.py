@@ -298,3 +298,14 @@ def test_nothing_is_attached_before_the_first_batch() -> None:
     own = trainer(diagnostics, limit_train_batches=0)
     own.fit(GAN(16, width=4), batches(32))
     assert diagnostics.attached == []
+
+
+@pytest.mark.parametrize("first", ["cms", "adversary", "user"])
+def test_each_batch_is_counted_once_whichever_monitor_is_the_first(first: str) -> None:
+    skip = [name for name in ALL if first == "adversary"]
+    own = [CosineMeanSimilarityMonitor(num_regions=2, every_n_epochs=2)] if first == "user" else []
+    diagnostics = GenerativeDiagnostics("warn", adapter=small(), skip=skip, max_overhead=None, log_images=False)
+    trainer(*own, diagnostics, max_epochs=3).fit(GAN(8, width=4), batches(32, 64, batch_size=16))
+    assert diagnostics.session.monitors[0].name == {"user": "cms"}.get(first, first)
+    assert diagnostics.session.batches == 12
+    assert [monitor.evaluations for monitor in own] == [1] * len(own)

@@ -239,6 +239,19 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     assert {len(curve.steps) for curve in monitor.session.history.curves("cms").values()} == {1}
 
 
+def test_a_rehearsal_of_the_size_that_is_chosen_is_the_first_evaluation() -> None:
+    monitor = Priced(0.6, 1e-3, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
+    run(monitor, 1)
+    # set up, and measured
+    assert monitor.sizes == [64, 64]
+    assert monitor.evaluations == 1
+    alike = Priced(0.6, 1e-3, adapter=ModelAdapter(num_samples=64, num_reference=64))
+    run(alike, 1)
+    assert alike.sizes == [64]
+    curves, expected = (m.session.history.curves("cms") for m in (monitor, alike))
+    assert {name: curve.values for name, curve in curves.items()} == {n: c.values for n, c in expected.items()}
+
+
 def test_a_resumed_run_keeps_the_number_of_samples(tmp_path: Any) -> None:
     before = Priced(0.01, 4e-4, adapter=ModelAdapter(num_reference=64), max_overhead=0.05)
     own = run(before, 100)

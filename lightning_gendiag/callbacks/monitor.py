@@ -171,6 +171,8 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._failures = 0
         self._unseen: Exception | None = None
         self._noted: Any = None
+        self._rehearsed: object = None
+        """The view's occasion of a rehearsal, after which nothing else was evaluated."""
         self._next_panel = 0
         self._logged: list[Observation] | None = None
         self._page = self._new_page()
@@ -531,14 +533,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
                 unseen, self._unseen = self._unseen, None
                 if unseen is not None:
                     raise unseen
-                view.agree(*self.needs)
-                held = None if self.depends_on_model(view) else self._metric
-                metric = held or self.build_metric(view)
-                # to move it to where it is takes a millisecond
-                self._metric = metric if metric is held and held.device == view.device else metric.to(view.device)
-                self._metric.reset()
-                with exits_as_errors():
-                    self.update(view)
+                # a rehearsal of the same size has added the same already, but for what is only shown
+                if purpose != "series" or view.thorough or self._rehearsed is not view.occasion:
+                    self._fill_metric(view)
         except Exception as caught:
             error = unreadable or caught
         if not self._agreed(error) or not ready:
@@ -560,6 +557,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         if not self._agreed(error) or evaluation is None:
             return ready
         self._failures = 0
+        self._rehearsed = view.occasion if purpose == "rehearsal" else None
         if purpose == "rehearsal":
             return ready
         draws = self.draws
@@ -577,6 +575,17 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._write_page(evaluation, self.session.logger(evaluation.step, self.name))
         self._publish(evaluation, scalars, draws, started)
         return ready
+
+    def _fill_metric(self, view: ModelView) -> None:
+        """Adds what the module generates now to the metric, which is made where there is none."""
+        view.agree(*self.needs)
+        held = None if self.depends_on_model(view) else self._metric
+        metric = held or self.build_metric(view)
+        # to move it to where it is takes a millisecond
+        self._metric = metric if metric is held and held.device == view.device else metric.to(view.device)
+        self._metric.reset()
+        with exits_as_errors():
+            self.update(view)
 
     def _agreed(self, error: Exception | None) -> bool:
         """Whether no rank failed."""

@@ -150,6 +150,8 @@ class ModelView:
         self._said_weights = self._warned_weights = False
         self.sampling_seconds = 0.0
         """What the newest samples took."""
+        self.occasion = object()
+        """Another one each time that what was drawn is forgotten."""
         self._samples: dict[bool, Images] = {}
         self._timed_samples: Images | None = None
         self._reconstructions: Images | None = None
@@ -300,6 +302,7 @@ class ModelView:
 
     def expire(self) -> None:
         """Forgets what was drawn and found, since the module may have changed."""
+        self.occasion = object()
         self._samples.clear()
         self._codes.clear()
         self._reconstructions = self._encoded = self._generators = self._copied_generators = None
