@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import json
 import tempfile
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.defaults import EXAMPLES
+from benchmarks.pictures import events_of, picture, said
 from benchmarks.zoo.faults import FAULTS, FROM_THE_START, Planting
-from lightning_gendiag import Alarm, GenerativeDiagnostics
+from lightning_gendiag import GenerativeDiagnostics
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "gallery.md"
@@ -73,7 +71,7 @@ class Failure(NamedTuple):
         return f"python -m example_models.{self.model} --fault {self.fault}"
 
 
-CMS, BALANCE, MANIFOLD = "cosine_mean_similarity", "generation_balance", "manifold_entropy"
+CMS, MANIFOLD = "cosine_mean_similarity", "manifold_entropy"
 KL, DATA, ALARMS, ADVERSARY = "posterior_kl", "training_data", "alarms", "adversary"
 """Guides that explain the pictures."""
 
@@ -81,7 +79,8 @@ FAILURES = [
     Failure("gan", "frozen", "A region that is frozen", "All images show one patch in the bottom right.", CMS),
     Failure("gan", "noise", "A region of noise", "Uniform noise takes the place of the image in the bottom right.", CMS),
     Failure(
-        "diffusion", "still", "A diffusion model that repeats a part", "All samples show the first one in a box.", BALANCE
+        "diffusion", "dark", "A diffusion model that draws a part too dark",
+        "Samples are half as bright in a box of 4 x 6 pixels at the bottom right.", CMS,
     ),
     Failure("gan", "latent ignored", "A generator that ignores its noise", "The generator is given zeros.", CMS, "alike"),
     Failure(
@@ -145,8 +144,8 @@ class Begin(Callback):
             FAULTS[self.fault].plant(self.planting)
 
 
-def train_with_fault_of_the_zoo(failure: Failure, folder: Path) -> list[Alarm]:
-    """Trains an example with a fault that it cannot plant itself, and returns its alarms."""
+def train_with_fault_of_the_zoo(failure: Failure, folder: Path) -> None:
+    """Trains an example with a fault that it cannot plant itself."""
     seed_everything(failure.seed, verbose=False)
     example = EXAMPLES[failure.model]
     module, batches = example.make(), example.batches(failure.seed)
@@ -161,26 +160,16 @@ def train_with_fault_of_the_zoo(failure: Failure, folder: Path) -> list[Alarm]:
         max_epochs=EPOCHS, accelerator="cpu", callbacks=callbacks, logger=TensorBoardLogger(folder, name=""),
         enable_checkpointing=False, enable_model_summary=False,
     ).fit(module, batches)  # fmt: skip
-    assert diagnostics.stopping is not None
-    return diagnostics.stopping.alarms
 
 
 def train(failure: Failure, folder: Path) -> None:
-    """Trains an example, and notes what its alarms say beside the run."""
+    """Trains an example into a folder."""
     if failure.is_of_the_zoo:
-        alarms = train_with_fault_of_the_zoo(failure, folder)
+        train_with_fault_of_the_zoo(failure, folder)
     else:
-        main = importlib.import_module(f"example_models.{failure.model}").main
-        alarms = main(["--fault", failure.fault, "--runs", str(folder)]).alarms
-    (folder / "alarms.json").write_text(json.dumps([alarm.message for alarm in alarms]))
-
-
-def picture(folder: Path, number: int) -> Image.Image:
-    """Returns the picture of an alarm."""
-    events = EventAccumulator(str(next(folder.rglob("events*")).parent), size_guidance={"images": 0})
-    events.Reload()
-    encoded = events.Images(f"gendiag/alarm_{number}/picture")[-1].encoded_image_string
-    return Image.open(io.BytesIO(encoded)).convert("RGB")
+        importlib.import_module(f"example_models.{failure.model}").main(
+            ["--fault", failure.fault, "--runs", str(folder)]
+        )
 
 
 def section(failure: Failure, message: str) -> str:
@@ -198,27 +187,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="folder of runs that are used again where they are there")
     parser.add_argument("--only", help="words of titles; trains these, and writes no page")
+    parser.add_argument("--json", action="store_true", help="writes what the alarms of the page say")
     options = parser.parse_args()
     folder = options.runs or Path(tempfile.mkdtemp())
     PICTURES.mkdir(exist_ok=True)
-    sections = []
+    sections, messages = [], {}
     for failure in FAILURES:
         if options.only and options.only not in failure.title:
             continue
         own = folder / failure.name
-        if not (own / "alarms.json").exists():
+        if not own.exists():
             train(failure, own)
-        messages = json.loads((own / "alarms.json").read_text())
+        events = events_of(own)
         if options.only:
-            print(failure.title, *messages, f"tensorboard --logdir {own}", sep="\n")
+            print(failure.title, *said(events), f"tensorboard --logdir {own}", sep="\n")
             continue
-        number, message = next((n, text) for n, text in enumerate(messages, 1) if failure.words in text)
-        picture(own, number).save(PICTURES / f"{failure.name}.png", optimize=True)
+        image, text = picture(events, failure.words)
+        # some runs are only watched
+        message, _, _ = text.partition(" Training ")
+        image.save(PICTURES / f"{failure.name}.png", optimize=True)
         sections.append(section(failure, message))
+        messages[failure.name] = message
         print(failure.name, message)
     if not options.only:
-        text, _, _ = PAGE.read_text().partition(MARK)
-        PAGE.write_text(f"{text}{MARK}\n" + "\n".join(sections))
+        above, _, _ = PAGE.read_text().partition(MARK)
+        PAGE.write_text(f"{above}{MARK}\n" + "\n".join(sections))
+    if options.json:
+        print(json.dumps(messages))
 
 
 if __name__ == "__main__":

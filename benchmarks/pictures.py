@@ -1,14 +1,16 @@
 """Makes the pictures of the guides from runs of the examples: ``python -m benchmarks.pictures``.
 
-Each picture is what TensorBoard shows: the newest panel, or the picture of the first alarm, of one monitor. About five
-minutes on two cores. ``--tab RUNS`` takes screenshots and an animation of the tab, and ``--power FILE`` draws
-``docs/power.png`` from the last line of ``python -m benchmarks.defaults --json --samples ...``.
+Each picture is what TensorBoard shows: the newest panel of a monitor, or the picture of the first alarm with some words. About
+eight minutes on two cores. ``--json`` writes what the alarms of all runs say, which the guides quote. ``--tab RUNS`` takes
+screenshots and an animation of the tab, and ``--power FILE`` draws ``docs/power.png`` from the last line of
+``python -m benchmarks.defaults --json --samples ...``.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import tempfile
@@ -38,15 +40,20 @@ from lightning_gendiag import (
     AdversaryMonitor,
     CodebookUsageMonitor,
     CollapseStopping,
+    GenerationBalanceMonitor,
     KStarMonitor,
+    LatentRegionsMonitor,
     MemorizationMonitor,
     Monitor,
+    PosteriorKLMonitor,
     RegionalPrimitivesMonitor,
+    RegionMap,
     RoundTripMonitor,
     TimestepLossMonitor,
     TrainingDataMonitor,
 )
 from lightning_gendiag.plots import canvas, charts
+from tests.helpers.codebooks import Planted
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -62,23 +69,54 @@ def fit(model: LightningModule, monitor: Monitor[Any, Any], folder: Path) -> Non
     Trainer(max_epochs=40, accelerator="cpu", callbacks=callbacks, logger=logger).fit(model, digit_batches())
 
 
-class ClassRemoved(vae.VAE):
-    """A VAE whose training data lose class 3 at epoch 4."""
+class OtherData(vae.VAE):
+    """A VAE whose training data change at epoch 4: class 3 is removed, or one image is nan.
+
+    Args:
+        change: ``removed`` or ``nan``.
+    """
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.change = change
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns other data from epoch 4 on."""
         images, labels = digits(32)
-        kept = labels != 3 if self.current_epoch >= 4 else labels >= 0
-        return DataLoader(TensorDataset(images[kept], labels[kept]), batch_size=64, shuffle=True)
+        if self.current_epoch >= 4 and self.change == "removed":
+            images, labels = images[labels != 3], labels[labels != 3]
+        elif self.current_epoch >= 4:
+            images[0] = math.nan
+        return DataLoader(TensorDataset(images, labels), batch_size=64, shuffle=True)
 
 
-def fit_with_class_removed(folder: Path) -> None:
-    """Trains on the digits, of which one class is removed."""
+def fit_with_other_data(change: str, folder: Path) -> None:
+    """Trains on the digits, which change."""
     seed_everything(0, verbose=False)
     Trainer(
         max_epochs=6, accelerator="cpu", callbacks=[TrainingDataMonitor(), CollapseStopping("warn")],
         logger=TensorBoardLogger(folder, name=""), reload_dataloaders_every_n_epochs=1,
-    ).fit(ClassRemoved())  # fmt: skip
+    ).fit(OtherData(change))  # fmt: skip
+
+
+class EmptyImages(vae.VAE):
+    """A VAE whose encoder receives empty images from epoch 10 on."""
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the mean and the log variance (N, L) of the posterior."""
+        return super().encode(images * 0 if self.current_epoch >= 10 else images)
+
+
+def fit_with_a_corner(folder: Path) -> None:
+    """Trains the example GAN, of which the corner that will be frozen is a region of its own."""
+    labels = torch.zeros(32, 32, dtype=torch.long)
+    top, left, bottom, right = gan.BOX
+    labels[top:bottom, left:right] = 1
+    labels[:16, :16] = 2
+    labels[:16, 16:] = 3
+    regions = RegionMap(labels, names=("rest", "corner", "top left", "top right"))
+    seed_everything(0, verbose=False)
+    fit(gan.FaultyGAN("frozen", start=20), RegionalPrimitivesMonitor(regions=regions, every_n_epochs=1), folder)
 
 
 class AtOnePoint(VQVAE):
@@ -87,6 +125,18 @@ class AtOnePoint(VQVAE):
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the nearest vectors of these latents, and the loss of the codebook."""
         return super().quantize(z * 1e-3 if self.current_epoch >= 12 else z)
+
+
+def fit_with_codes_far_away(folder: Path) -> None:
+    """Trains a tokenizer of the digits whose codes lie far from its latents."""
+    seed_everything(0, verbose=False)
+    images, labels = digits(16)
+    rows = torch.randperm(len(images))[:256]
+    batches = DataLoader(TensorDataset(images[rows], labels[rows]), 32, shuffle=True)
+    Trainer(
+        max_epochs=12, accelerator="cpu", logger=TensorBoardLogger(folder, name=""),
+        callbacks=[CodebookUsageMonitor(), CollapseStopping("warn")],
+    ).fit(Planted("far", 0), batches)  # fmt: skip
 
 
 def fit_at_one_point(folder: Path) -> None:
@@ -192,10 +242,16 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "vae two": lambda folder: vae.main(["--latent-dim", "2", "--runs", str(folder)]),
     "vae dead": lambda folder: vae.main(["--fault", "dead", "--runs", str(folder)]),
     "vae ignored": lambda folder: vae.main(["--fault", "ignored", "--runs", str(folder)]),
+    "balance": lambda folder: fit(vae.FaultyVAE("ignored", start=20), GenerationBalanceMonitor(), folder),
     "k_star": lambda folder: fit(vae.FaultyVAE("ignored", start=20), KStarMonitor(), folder),
     "primitives": lambda folder: fit(vae.VAE(), RegionalPrimitivesMonitor(), folder),
-    "data": fit_with_class_removed,
+    "primitives corner": fit_with_a_corner,
+    "never used": lambda folder: fit(vae.VAE(beta=10_000), PosteriorKLMonitor(), folder),
+    "empty": lambda folder: fit(EmptyImages(), LatentRegionsMonitor(every_n_epochs=1), folder),
+    "data": lambda folder: fit_with_other_data("removed", folder),
+    "data nan": lambda folder: fit_with_other_data("nan", folder),
     "codebook": fit_at_one_point,
+    "codebook far": fit_with_codes_far_away,
     "memorizing": fit_on_few_images,
     "overfitted": fit_discriminator_of_few_images,
     "inverse": fit_with_scale_near_zero,
@@ -203,51 +259,47 @@ RUNS: dict[str, Callable[[Path], Any]] = {
 }
 """What is trained into a folder."""
 
-PICTURES: dict[str, list[tuple[str, str, str]]] = {
-    "adversary": [("overfitted", "adversary", "alarm")],
-    "codebook_usage": [("codebook", "codebook", "alarm")],
-    "cosine_mean_similarity": [("gan frozen", "cms", "panel")],
-    "generation_balance": [("vae two", "generation_balance", "alarm")],
-    "k_star": [("k_star", "k_star", "alarm")],
-    "latent_regions": [("vae two", "latent_regions", "panel"), ("vae two", "generation_balance", "panel")],
-    "manifold_entropy": [("vae dead", "manifold_entropy", "alarm")],
-    "memorization": [("memorizing", "memorization", "alarm")],
-    "posterior_kl": [("vae ignored", "posterior_kl", "alarm")],
-    "regional_primitives": [("primitives", "regional_primitives", "panel"), ("gan", "regional_primitives", "panel")],
-    "round_trip": [("inverse", "round_trip", "alarm")],
-    "timestep_loss": [("noise levels", "timestep_loss", "alarm")],
-    "training_data": [("data", "training_data", "alarm")],
+PICTURES: dict[str, list[tuple[str, str]]] = {
+    "adversary": [("overfitted", "the discriminator overfits")],
+    "codebook_usage": [("codebook", "perplexity")],
+    "cosine_mean_similarity": [("gan frozen", "cms/panel")],
+    "generation_balance": [("vae two", "share of generated images")],
+    "k_star": [("k_star", "mean k*")],
+    "latent_regions": [("vae two", "latent_regions/panel"), ("vae two", "generation_balance/panel")],
+    "manifold_entropy": [("vae dead", "entropy in nats")],
+    "memorization": [("memorizing", "copies")],
+    "posterior_kl": [("vae ignored", "KL in nats")],
+    "regional_primitives": [("primitives", "regional_primitives/panel"), ("gan", "regional_primitives/panel")],
+    "round_trip": [("inverse", "inverse of the flow")],
+    "timestep_loss": [("noise levels", "noise levels")],
+    "training_data": [("data", "training images")],
 }
-"""For each page the runs, monitors and kinds of its pictures, side by side."""
+"""For each page its pictures, side by side: the runs, and the tag of a panel or words of an alarm."""
 
 
-def logged(folder: Path, monitor: str, kind: str) -> Image.Image:
-    """Returns the newest panel of a monitor, or the picture of its first alarm where there was one."""
-    path = next(folder.rglob("events*")).parent
-    events = EventAccumulator(str(path), size_guidance={"images": 0, "tensors": 0})
+def events_of(folder: Path) -> EventAccumulator:
+    """Returns what a run has logged."""
+    events = EventAccumulator(str(next(folder.rglob("events*")).parent), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
-    tag = f"gendiag/{monitor}/panel"
-    if kind == "alarm":
-        numbers = range(1, 100)
-        texts = {number: f"gendiag/alarm_{number}/message/text_summary" for number in numbers}
-        for number, text in texts.items():
-            if text in events.Tags()["tensors"] and _is_of(events, text, number, monitor):
-                tag = f"gendiag/alarm_{number}/picture"
-                break
-    return Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)).convert("RGB")
+    return events
 
 
-def _is_of(events: EventAccumulator, text: str, number: int, monitor: str) -> bool:
-    """Whether an alarm is of a monitor, by the size of its picture, which is the monitor's panel and a note."""
-    width = events.Images(f"gendiag/{monitor}/panel")[-1].width
-    message = events.Tensors(text)[0].tensor_proto.string_val[0].decode()
-    quantities = {
-        "generation_balance": "share of generated images", "k_star": "mean k*", "manifold_entropy": "entropy in nats",
-        "posterior_kl": "KL", "training_data": "training images", "codebook": "perplexity",
-        "memorization": "copies", "adversary": "discriminator", "round_trip": "inverse of the flow",
-        "timestep_loss": "noise levels",
-    }  # fmt: skip
-    return events.Images(f"gendiag/alarm_{number}/picture")[-1].width == width and quantities[monitor] in message
+def said(events: EventAccumulator) -> list[str]:
+    """Returns what the alarms of a run say, in their order."""
+    tags = (f"gendiag/alarm_{number}/message/text_summary" for number in itertools.count(1))
+    known = itertools.takewhile(set(events.Tags()["tensors"]).__contains__, tags)
+    texts = (events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in known)
+    # below it is a table
+    return [text.partition("\n")[0].replace("**", "") for text in texts]
+
+
+def picture(events: EventAccumulator, shown: str) -> tuple[Image.Image, str]:
+    """Returns the newest panel of a tag, or the picture of the first alarm with some words and what it says."""
+    tag, text = f"gendiag/{shown}", ""
+    if not shown.endswith("/panel"):
+        number, text = next((number, text) for number, text in enumerate(said(events), 1) if shown in text)
+        tag = f"gendiag/alarm_{number}/picture"
+    return Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)).convert("RGB"), text
 
 
 def beside(pictures: list[Image.Image]) -> Image.Image:
@@ -361,6 +413,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder of runs that are used again where they are there")
     parser.add_argument("--page", choices=sorted(PICTURES), help="the page whose picture is made; by default all")
     parser.add_argument("--power", type=Path, help="what benchmarks.defaults --json wrote; draws docs/power.png alone")
+    parser.add_argument("--json", action="store_true", help="writes what the alarms of all runs say")
     parser.add_argument(
         "--tab",
         type=Path,
@@ -378,11 +431,14 @@ def main() -> None:
     folder = options.runs or Path(tempfile.mkdtemp())
     pages = {page: parts for page, parts in PICTURES.items() if options.page in (None, page)}
     for name, train in RUNS.items():
-        if not (folder / name).exists() and any(run == name for parts in pages.values() for run, *_ in parts):
+        shown = any(run == name for parts in pages.values() for run, *_ in parts)
+        if not (folder / name).exists() and (shown or options.page is None):
             train(folder / name)
     for page, parts in pages.items():
-        beside([logged(folder / run, monitor, kind) for run, monitor, kind in parts]).save(DOCS / f"{page}.png")
+        beside([picture(events_of(folder / run), what)[0] for run, what in parts]).save(DOCS / f"{page}.png")
         print(f"docs/{page}.png")
+    if options.json:
+        print(json.dumps({name: said(events_of(folder / name)) for name in RUNS}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pages import TABLES, page
-from tests.helpers.figures import OUTPUTS, ROOT, SENTENCES, sentence, sources_of, text_of
+from benchmarks.pictures import PICTURES
+from lightning_gendiag.callbacks.generative_diagnostics import MONITORS
+from tests.helpers.figures import OUTPUTS, ROOT, SAID, SENTENCES, alarms, quotes, sentence, sources_of, text_of
 
 MEASURED = re.compile(r"\d[\d.,]* (?:m?s|seconds|[KMG]i?B)\b|\b[\d,]+ of [\d,]+ (?:runs|trainings)|found in [\d,]+ of")
 """Times, memory and counts of runs, which are measured where they are no limits."""
@@ -52,9 +54,23 @@ def test_times_memory_and_counts_in_a_guide_were_measured(path: str) -> None:
     assert not re.findall(rf".{{0,40}}(?:{MEASURED.pattern})", re.sub(limits, "", text))
 
 
+@pytest.mark.parametrize("path", ["README.md", *GUIDES])
+def test_what_alarms_say_in_a_page_was_said(path: str) -> None:
+    said = alarms()
+    for quote in quotes((ROOT / path).read_text()):
+        for part in quote.split("..."):
+            assert any(part.strip() in text for text in said), quote
+
+
+def test_a_page_quotes_an_alarm_of_each_diagnostic_that_has_a_picture() -> None:
+    quoting = {path for path in GUIDES if quotes((ROOT / path).read_text())}
+    assert {f"docs/{page}.md" for page in PICTURES} <= quoting
+    assert len(quotes((ROOT / "README.md").read_text())) == len(MONITORS) + 1
+
+
 def test_each_output_is_shown_somewhere() -> None:
     shown = {name for some in SENTENCES.values() for one in some for name in sources_of(one)}
     sources = {source for tables in TABLES.values() for table in tables.values() for source in table.sources}
-    shown |= {Path(source).stem for source in sources if source.startswith("outputs/")}
+    shown |= {Path(source).stem for source in sources if source.startswith("outputs/")} | set(SAID)
     assert {path.stem for path in OUTPUTS.glob("*.json")} == shown
     assert all((ROOT / page).exists() for page in SENTENCES)

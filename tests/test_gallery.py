@@ -10,6 +10,7 @@ from PIL import Image
 from benchmarks.defaults import EXAMPLES
 from benchmarks.gallery import BEGIN, DOCS, FAILURES, MARK, PAGE, PICTURES, Failure, section
 from example_models import diffusion, flow, gan, vae
+from tests.helpers.figures import output
 
 SECTIONS = PAGE.read_text().split(MARK)[1].split("\n## ")
 every_failure = pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
@@ -30,9 +31,9 @@ def test_the_page_shows_faults_that_the_examples_can_plant() -> None:
 @every_failure
 def test_the_page_has_an_alarm_and_its_picture(failure: Failure) -> None:
     (written,) = (part for part in SECTIONS if part.lstrip("\n# ").startswith(f"{failure.title}\n"))
-    message = re.findall(r"^> (.*)$", written, re.M)
-    assert re.search(r"detected at epoch \d+, step \d+", message[0])
-    assert section(failure, message[0]).strip() == f"## {written.strip().removeprefix('## ')}"
+    message = output("gallery")[failure.name]
+    assert re.search(r"detected at epoch \d+, step \d+", message)
+    assert section(failure, message).strip() == f"## {written.strip().removeprefix('## ')}"
     with Image.open(PICTURES / f"{failure.name}.png") as picture:
         assert min(picture.size) > 300
     assert (DOCS / f"{failure.guide}.md").exists()

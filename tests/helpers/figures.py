@@ -300,3 +300,22 @@ def sentence(template: str) -> str:
 def text_of(page: str) -> str:
     """Returns the text of a page with spaces for line breaks."""
     return " ".join((ROOT / page).read_text().split())
+
+
+SAID = ("pictures", "gallery")
+"""Outputs of what alarms said."""
+
+
+def alarms() -> list[str]:
+    """Returns what alarms of the runs of the guides and of the gallery said."""
+    pictures, gallery = map(output, SAID)
+    return [text for texts in pictures.values() for text in texts] + list(gallery.values())
+
+
+def quotes(page: str) -> list[str]:
+    """Returns what alarms say in the Markdown of a page: its block quotes, a column of README, and what rose or fell."""
+    page = re.sub(r"^```[\s\S]*?^```", "", page, flags=re.M)
+    blocks = re.findall(r"(?:^>.*\n)+", page, re.M)
+    cells = [row.split(" | ")[3] for row in re.findall(r"^\| \[`.*", page, re.M) if row.count(" | ") == 4]
+    inline = re.findall(r'"([^"]*\b(?:fell|rose) from [^"]*)"', re.sub(r"`[^`]*`|^>.*", "", page, flags=re.M))
+    return [" ".join(re.sub(r"^> ?", "", text, flags=re.M).split()) for text in (*blocks, *cells, *inline)]
