@@ -77,6 +77,9 @@ def test_too_few_evaluations_are_not_judged(tmp_path: Path, caplog: pytest.LogCa
 
 def test_a_single_evaluation_is_reported_in_the_singular() -> None:
     assert report([], {"cms": 1}, {"cms": 15})["summary"].startswith("Not judged: there was 1 evaluation, and an alarm")
+    # of the most frequent one, as the plan counts them
+    of_two = report([], {"cms": 2, "memorization": 1}, {"cms": 10, "memorization": 9})
+    assert of_two["summary"].startswith("Not judged: there were 2 evaluations, and an alarm needs 10.")
     assert report([], {"cms": 1}, {"cms": 1})["summary"].endswith(
         "left its level in 1 evaluation, and none is bad in itself."
     )

@@ -61,8 +61,8 @@ def report(
         summary = _details(open_alarms, checkpoint) + now
     elif not any(name in judged for name in of_model):
         state = "not judged"
-        # of those that were never evaluated, the number of series is not known
-        least = min((needed[name] for name, count in of_model.items() if count), default=0)
+        # as the plan says, which counts the evaluations of the most frequent one
+        least = next((needed[name] for name, count in of_model.items() if count == most), 0)
         if most:
             summary = (
                 f"there {'was' if most == 1 else 'were'} {counted(most, 'evaluation')}, and an alarm needs {least}. "
