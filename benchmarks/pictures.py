@@ -16,6 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ GIF_WIDTH = 980
 """Pixels."""
 
 
-def fit(model: LightningModule, monitor: Monitor[Any, Any], folder: Path) -> None:
-    """Trains a model of the examples with a single monitor, as the guides do."""
+def fit(make: Callable[[], LightningModule], monitor: Monitor[Any, Any], folder: Path) -> None:
+    """Trains a model of digits with a single monitor, as the guides do."""
     seed_everything(0, verbose=False)
     logger = TensorBoardLogger(folder, name="")
     callbacks = [monitor, CollapseStopping()]
-    Trainer(max_epochs=40, accelerator="cpu", callbacks=callbacks, logger=logger).fit(model, digit_batches())
+    Trainer(max_epochs=40, accelerator="cpu", callbacks=callbacks, logger=logger).fit(make(), digit_batches())
 
 
 class OtherData(vae.VAE):
@@ -115,8 +116,8 @@ def fit_with_a_corner(folder: Path) -> None:
     labels[:16, :16] = 2
     labels[:16, 16:] = 3
     regions = RegionMap(labels, names=("rest", "corner", "top left", "top right"))
-    seed_everything(0, verbose=False)
-    fit(gan.FaultyGAN("frozen", start=20), RegionalPrimitivesMonitor(regions=regions, every_n_epochs=1), folder)
+    monitor = RegionalPrimitivesMonitor(regions=regions, every_n_epochs=1)
+    fit(partial(gan.FaultyGAN, "frozen", start=20), monitor, folder)
 
 
 class AtOnePoint(VQVAE):
@@ -137,12 +138,6 @@ def fit_with_codes_far_away(folder: Path) -> None:
         max_epochs=12, accelerator="cpu", logger=TensorBoardLogger(folder, name=""),
         callbacks=[CodebookUsageMonitor(), CollapseStopping("warn")],
     ).fit(Planted("far", 0), batches)  # fmt: skip
-
-
-def fit_at_one_point(folder: Path) -> None:
-    """Trains a VQ-VAE on the digits, whose weights are seeded too."""
-    seed_everything(0, verbose=False)
-    fit(AtOnePoint(12, 1e-3, codes=64), CodebookUsageMonitor(), folder)
 
 
 class Transport(LightningModule):
@@ -242,15 +237,15 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "vae two": lambda folder: vae.main(["--latent-dim", "2", "--runs", str(folder)]),
     "vae dead": lambda folder: vae.main(["--fault", "dead", "--runs", str(folder)]),
     "vae ignored": lambda folder: vae.main(["--fault", "ignored", "--runs", str(folder)]),
-    "balance": lambda folder: fit(vae.FaultyVAE("ignored", start=20), GenerationBalanceMonitor(), folder),
-    "k_star": lambda folder: fit(vae.FaultyVAE("ignored", start=20), KStarMonitor(), folder),
-    "primitives": lambda folder: fit(vae.VAE(), RegionalPrimitivesMonitor(), folder),
+    "balance": lambda folder: fit(partial(vae.FaultyVAE, "ignored"), GenerationBalanceMonitor(), folder),
+    "k_star": lambda folder: fit(partial(vae.FaultyVAE, "ignored"), KStarMonitor(), folder),
+    "primitives": lambda folder: fit(vae.VAE, RegionalPrimitivesMonitor(), folder),
     "primitives corner": fit_with_a_corner,
-    "never used": lambda folder: fit(vae.VAE(beta=10_000), PosteriorKLMonitor(), folder),
-    "empty": lambda folder: fit(EmptyImages(), LatentRegionsMonitor(every_n_epochs=1), folder),
+    "never used": lambda folder: fit(partial(vae.VAE, beta=10_000), PosteriorKLMonitor(), folder),
+    "empty": lambda folder: fit(EmptyImages, LatentRegionsMonitor(every_n_epochs=1), folder),
     "data": lambda folder: fit_with_other_data("removed", folder),
     "data nan": lambda folder: fit_with_other_data("nan", folder),
-    "codebook": fit_at_one_point,
+    "codebook": lambda folder: fit(partial(AtOnePoint, 12, 1e-3, codes=64), CodebookUsageMonitor(), folder),
     "codebook far": fit_with_codes_far_away,
     "memorizing": fit_on_few_images,
     "overfitted": fit_discriminator_of_few_images,
