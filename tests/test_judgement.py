@@ -334,6 +334,22 @@ def test_noise_is_not_called_healthy_before_any_rule_has_held_for_long() -> None
     assert f"The newest evaluation, at step {newest}, was bad: " in state["summary"]
 
 
+def test_what_is_bad_now_is_said_in_sentences() -> None:
+    similarity = Series("region_0", "component", "cosine mean similarity", label="top left")
+    volume, sentence = (
+        Series("log-determinant", "rule", "error", stop="never"),
+        "the log-determinant of self.flow is wrong",
+    )
+    observations = [
+        Observation(similarity, 0.25, 0.0, is_bad=True),
+        Observation(volume, 1.5, math.inf, sentence, f"{sentence}: for {{evaluations}} evaluations", is_bad=True),
+    ]
+    judge, history, evaluation = Judge(3e-4, 6), History(), Evaluation(1, 7, 0, observations)
+    history.append("any", evaluation)
+    judge.update("any", evaluation, history)
+    assert judge.bad_now() == {f"{sentence}: error is 1.500": 7, "cosine mean similarity of top left is 0.250": 7}
+
+
 def test_the_spread_is_a_ratio_of_variances_and_what_is_unreached_a_share_of_values() -> None:
     generator = torch.Generator().manual_seed(0)
     real = torch.rand(400, 2, 4, 4, generator=generator, dtype=torch.float64)

@@ -182,7 +182,10 @@ class Judge:
     def bad_now(self) -> dict[str, int]:
         """Returns what is bad in itself at the newest evaluations, the worst first, with the steps of these."""
         return {
-            f"{o.series.quantity} of {o.title} is {o.value:.3f}": latest.step
+            # what a rule calls it may be a sentence
+            f"{o.title}: {o.series.quantity} is {o.value:.3f}"
+            if o.label and o.message.startswith(o.label)
+            else f"{o.series.quantity} of {o.title} is {o.value:.3f}": latest.step
             for latest in self._latest.values()
             for o in sorted(latest.observations, key=lambda o: -o.severity)
             if o.is_bad
