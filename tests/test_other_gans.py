@@ -366,6 +366,19 @@ def test_a_generator_of_what_a_batch_holds_gets_no_noise_in_its_place() -> None:
     assert "training_step gives the generator other noise than N(0, 1)" in diagnostics.left_out["cms"]
 
 
+class JudgingFirst(Uniform):
+    """Its discriminator judges real images before the generator makes any."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.dis(batch[0])
+        super().training_step(batch, batch_idx)
+
+
+def test_a_discriminator_is_found_where_a_training_step_that_makes_samples_calls_it_first() -> None:
+    diagnostics = fitted(JudgingFirst(), TensorDataset(IMAGES, LABELS))
+    assert places(diagnostics) == ("self.gen as training_step calls it", "self.dis(images)")
+
+
 def test_training_is_the_same_where_its_steps_make_the_samples() -> None:
     weights = []
     for watched in (True, False):

@@ -288,6 +288,9 @@ def _candidates(view: ModelView) -> list[tuple[str, ...]]:
     generating = set(_called_paths(view, "samples")) if found and view.parts.has("sample") else set()
     return [paths for paths in found if not generating & set(paths)]
 
+    # a training step that makes them calls the discriminator as well
+    maker = view.parts.way("sample").path if generating else ""
+    generating = {path for path in generating if not maker or f"{path}.".startswith(f"{maker}.")}
 
 def _has_optimizer(view: ModelView, path: str) -> bool:
     """Whether one of several optimizers trains all weights of a part, and nothing else."""

@@ -303,7 +303,7 @@ class ModelParts:
             yield Way("sample", joined.described, call, takes_labels=True)
         if maker is not None and shape is not None and (step := self._training_step()) is not None:
             name = f"self.{maker[0] or 'forward'} as training_step calls it"
-            yield Way("sample", name, partial(fakes_of, step, maker, shape))
+            yield Way("sample", name, partial(fakes_of, step, maker, shape), path=maker[0])
 
     def _given(self, need: Need) -> list[Way]:
         """The ways that the user's argument leaves; empty where none was given."""

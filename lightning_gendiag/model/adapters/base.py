@@ -43,6 +43,8 @@ class Way:
     """Whether the latents that a decoder takes have another prior than N(0, 1), also where it inverts the encoder."""
     is_guess: bool = False
     """Whether only the shape of what it returns says that it reconstructs."""
+    path: str = ""
+    """Of the part that makes the samples, where a sampler calls others for other ends."""
 
 
 @dataclass(frozen=True)
