@@ -245,7 +245,9 @@ def find_discriminator(view: ModelView, path: str = "") -> Discriminator | None:
     images = view.as_input(as_data(example))
     labels = _example_labels(view, len(images))
     for paths in tried:
-        for form, call in FORMS.items():
+        # classes of a projection discriminator are often optional, and without them it gives other scores
+        is_labelled = not view.parts.context.labelled.isdisjoint(paths)
+        for form, call in sorted(FORMS.items(), key=lambda named: is_labelled and named[1] is not _with_labels):
             with suppress(Exception), view.isolated(exact=True):
                 view.seed()
                 parts = [part_of(view.module, path) for path in paths]
@@ -286,11 +288,11 @@ def _candidates(view: ModelView) -> list[tuple[str, ...]]:
     found = [*named, *alone]
     # what makes the samples does not judge them; a fully convolutional generator takes images as well
     generating = set(_called_paths(view, "samples")) if found and view.parts.has("sample") else set()
-    return [paths for paths in found if not generating & set(paths)]
-
     # a training step that makes them calls the discriminator as well
     maker = view.parts.way("sample").path if generating else ""
     generating = {path for path in generating if not maker or f"{path}.".startswith(f"{maker}.")}
+    return [paths for paths in found if not generating & set(paths)]
+
 
 def _has_optimizer(view: ModelView, path: str) -> bool:
     """Whether one of several optimizers trains all weights of a part, and nothing else."""

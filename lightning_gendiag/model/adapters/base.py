@@ -72,6 +72,10 @@ class Context:
     """Whether the images of a training batch are (N, H, H), without an axis for their channel."""
     noise: int | None = None
     """Length of the noise that a training step gives its generator; None where it is not known."""
+    labelled: frozenset[str] = frozenset()
+    """Paths of the parts that a training step gives classes as a second argument."""
+    listed: frozenset[str] = frozenset()
+    """Paths of the parts that a training step gives noise in a list."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]
