@@ -484,6 +484,26 @@ def test_noise_as_long_as_latents_is_their_prior() -> None:
     assert view.parts.has_prior
 
 
+class Joint(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Linear(256 + NOISE, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        scores: Tensor = self.layers(torch.cat([x.flatten(1), z], 1))
+        return scores
+
+
+def test_a_discriminator_of_images_and_latents_is_left_out_with_what_it_takes() -> None:
+    module = Bidirectional()
+    module.dis = Joint()
+    diagnostics = fitted(module, TensorDataset(IMAGES, LABELS))
+    assert (
+        "discriminator must be known, but self.dis takes (x: 'Tensor', z: 'Tensor')"
+        in diagnostics.left_out["adversary"]
+    )
+
+
 class JudgingFirst(Uniform):
     """Its discriminator judges real images before the generator makes any."""
 
