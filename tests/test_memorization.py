@@ -644,3 +644,15 @@ def test_it_is_attached_where_something_samples(caplog: pytest.LogCaptureFixture
         "Memorization: samples are compared with about 600 training images; fresh real images are held out."
         in caplog.text
     )
+
+
+def test_a_rehearsal_leaves_its_samples_to_the_first_evaluation() -> None:
+    def values(**options: Any) -> dict[str, list[float]]:
+        seed_everything(0, verbose=False)
+        monitor = MemorizationMonitor(adapter=ModelAdapter(num_samples=64), log_images=False, **options)
+        trainer(monitor, max_epochs=1).fit(GAN(8, width=4), batches(32, 64, batch_size=16))
+        return {name: curve.values for name, curve in monitor.session.history.curves("memorization").items()}
+
+    planned = values(max_overhead=0.05)
+    assert planned == values() != {}
+    assert all(math.isfinite(value) for curve in planned.values() for value in curve)

@@ -366,6 +366,157 @@ def test_a_generator_of_what_a_batch_holds_gets_no_noise_in_its_place() -> None:
     assert "training_step gives the generator other noise than N(0, 1)" in diagnostics.left_out["cms"]
 
 
+class OfTexts(nn.Module):
+    """A generator of embeddings and noise, which joins them for layers under a generator's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.netG = nn.Sequential(nn.Linear(32, 8), nn.LeakyReLU(0.2)), generator(NOISE + 8)
+
+    def forward(self, embedding: Tensor, z: Tensor) -> Tensor:
+        return self.netG(torch.cat([self.project(embedding), z], 1))
+
+
+class Texts(Playing):
+    def __init__(self) -> None:
+        super().__init__(OfTexts())
+        self.register_buffer("embeddings", torch.randn(10, 32))
+
+    def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
+        return self.embeddings[labels], torch.randn(len(labels), NOISE)
+
+
+def test_layers_of_a_generator_of_texts_get_no_noise_in_their_place() -> None:
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
+        diagnostics = fitted(Texts(), TensorDataset(IMAGES, LABELS))
+    assert "training_step gives the generator rows of its batch" in diagnostics.left_out["cms"]
+
+
+class Projecting(nn.Module):
+    """A projection discriminator (https://arxiv.org/abs/1802.05637), whose classes are optional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.of_class = critic(), nn.Embedding(10, 256)
+
+    def forward(self, images: Tensor, y: Tensor | None = None) -> Tensor:
+        scores: Tensor = self.layers(images)
+        return scores if y is None else scores + (self.of_class(y) * images.flatten(1)).sum(1, keepdim=True)
+
+
+class OfOptionalClasses(OfClasses):
+    """Without a class, its layers get rows of another width, as a normalization by class would fail."""
+
+    def forward(self, noise: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.layers(noise) if y is None else super().forward(noise, y)
+
+
+class Projected(Playing):
+    """Its discriminator judges real images first."""
+
+    def __init__(self, by_name: bool) -> None:
+        super().__init__(OfOptionalClasses())
+        self.dis, self.by_name = Projecting(), by_name
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        classes = {"y": labels} if self.by_name else {}
+        given = () if self.by_name else (labels,)
+        noise = torch.randn(len(images), NOISE)
+        self.dis(images, *given, **classes)
+        self.dis(self.gen(noise, *given, **classes), *given, **classes)
+        super(Playing, self).training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_optional_classes_are_given_where_a_training_step_gives_them(by_name: bool) -> None:
+    diagnostics = fitted(Projected(by_name), TensorDataset(IMAGES, LABELS))
+    assert set(diagnostics.attached) >= SAMPLED | {"generation_balance"}
+    assert places(diagnostics) == (f"self.gen from normal noise (n, {NOISE}) and labels", "self.dis(images, labels)")
+
+
+class OfStyles(nn.Module):
+    """A generator of a list of noise, which it mixes, and which returns no latents unless it is asked for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = generator()
+
+    def forward(self, styles: list[Tensor], return_latents: bool = False) -> tuple[Tensor, Tensor | None]:
+        z = torch.stack([self.normalized(style) for style in styles]).mean(0)
+        return self.layers(z), z if return_latents else None
+
+    def normalized(self, z: Tensor) -> Tensor:
+        return z * z.square().mean(1, keepdim=True).rsqrt()
+
+
+class Styles(Playing):
+    def __init__(self) -> None:
+        super().__init__(OfStyles())
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.gen([torch.randn(len(batch[0]), NOISE) for _ in range(2)])
+        super(Playing, self).training_step(batch, batch_idx)
+
+
+def test_a_generator_gets_a_list_of_noise_where_a_training_step_gives_it_one() -> None:
+    diagnostics = fitted(Styles(), TensorDataset(IMAGES, LABELS))
+    assert set(diagnostics.attached) >= SAMPLED
+    assert places(diagnostics)[0] == f"self.gen from normal noise (n, {NOISE})"
+
+
+class Bidirectional(Drawing):
+    """A bidirectional GAN (https://arxiv.org/abs/1605.09782): its encoder and its generator meet in the discriminator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gen, self.encoder = generator(), nn.Sequential(nn.Flatten(), nn.Linear(256, NOISE))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.encoder(batch[0])
+        self.gen(torch.randn(len(batch[0]), NOISE))
+        super(Playing, self).training_step(batch, batch_idx)
+
+
+def test_noise_as_long_as_latents_is_their_prior() -> None:
+    diagnostics = fitted(Bidirectional(), TensorDataset(IMAGES, LABELS))
+    view: Any = diagnostics.monitors["cms"].view  # type: ignore[attr-defined]
+    assert view.parts.has_prior
+
+
+class Joint(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Linear(256 + NOISE, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        scores: Tensor = self.layers(torch.cat([x.flatten(1), z], 1))
+        return scores
+
+
+def test_a_discriminator_of_images_and_latents_is_left_out_with_what_it_takes() -> None:
+    module = Bidirectional()
+    module.dis = Joint()
+    diagnostics = fitted(module, TensorDataset(IMAGES, LABELS))
+    assert (
+        "discriminator must be known, but self.dis takes (x: 'Tensor', z: 'Tensor')"
+        in diagnostics.left_out["adversary"]
+    )
+
+
+class JudgingFirst(Uniform):
+    """Its discriminator judges real images before the generator makes any."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.dis(batch[0])
+        super().training_step(batch, batch_idx)
+
+
+def test_a_discriminator_is_found_where_a_training_step_that_makes_samples_calls_it_first() -> None:
+    diagnostics = fitted(JudgingFirst(), TensorDataset(IMAGES, LABELS))
+    assert places(diagnostics) == ("self.gen as training_step calls it", "self.dis(images)")
+
+
 def test_training_is_the_same_where_its_steps_make_the_samples() -> None:
     weights = []
     for watched in (True, False):

@@ -273,6 +273,31 @@ class OfNoise(torch.nn.Module):
         return noise * labels
 
 
+class Growing(torch.nn.Module):
+    """A GAN whose networks take the step of growth, and noise of their layers, which are no times."""
+
+    class Layers(torch.nn.Linear):
+        def forward(self, z: torch.Tensor, step: int = 0, input_noise: Any = None, randomize_noise: bool = True) -> Any:  # type: ignore[override]
+            return super().forward(z)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.discriminator = self.Layers(4, 8), self.Layers(8, 1)
+
+
+class OfNoisyImages(Growing):
+    """A diffusion GAN (https://arxiv.org/abs/2112.07804), whose generator denoises."""
+
+    class Layers(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x) * t
+
+
+def test_steps_of_growth_in_a_gan_are_no_times() -> None:
+    assert not takes_times(Growing())
+    assert takes_times(OfNoisyImages())
+
+
 def test_the_first_rows_of_nested_batches_are_kept() -> None:
     batch = {"x": (torch.arange(6), [torch.arange(12).view(6, 2)]), "text": list("abcdef"), "scale": torch.tensor(2.0)}
     kept = first_rows(batch, 6, 2)

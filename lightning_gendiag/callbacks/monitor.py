@@ -224,6 +224,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Returns the result with what can be computed only once it is there; on every rank alike."""
         return result
 
+    def release(self) -> None:
+        """Drops what the metric holds and the next evaluation does not need; not after a rehearsal, which it may need."""
+
     def scalars(self, result: ResultT) -> dict[str, Tensor]:
         """Returns what is logged, by name."""
         return result.scalars()
@@ -560,6 +563,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._rehearsed = view.occasion if purpose == "rehearsal" else None
         if purpose == "rehearsal":
             return ready
+        self.release()
         draws = self.draws
         self.evaluations, self.latest = evaluation.number, evaluation
         self.session.history.append(self.name, evaluation)

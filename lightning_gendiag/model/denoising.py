@@ -30,6 +30,9 @@ TIMES = re.compile(
 )
 """Names of parameters that take times or levels of noise; the noise itself is what generators take."""
 
+OF_GANS = re.compile(r"ts?|\w*time\w*|\w*sigmas?|noise_levels?", re.IGNORECASE)
+"""The same beside a discriminator, where a step is one of growing images, and noise that of a generator's layers."""
+
 KINDS = re.compile(r"diffus|denois|flow_?match|ddpm|score_?(net|model|based)|schedul|unet", re.IGNORECASE)
 """Names of classes of such networks, or of what belongs to them."""
 
@@ -404,12 +407,13 @@ def takes_times(module: nn.Module) -> bool:
     """
     held = [value for part in (module, *module.children()) for value in vars(part).values()]
     named = any(KINDS.search(type(value).__name__) for value in (*module.modules(), *held))
-    if named and not is_adversarial(module):
+    adversarial = is_adversarial(module)
+    if named and not adversarial:
         return True
     for part in module.modules():
         signature = signature_of(part) if type(part).__module__.partition(".")[0] != "torch" else None
         names = [] if signature is None else list(signature.parameters)
-        if len(names) > 1 and any(TIMES.fullmatch(name) for name in names):
+        if len(names) > 1 and any((OF_GANS if adversarial else TIMES).fullmatch(name) for name in names):
             return True
     return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model import compat
-from lightning_gendiag.model.adapters.own import AVERAGED, DISCRIMINATOR_KINDS, DISCRIMINATORS
+from lightning_gendiag.model.adapters.own import (
+    AVERAGED,
+    DISCRIMINATOR_KINDS,
+    DISCRIMINATORS,
+    accepts,
+    has_forward,
+    signature_of,
+    takes_classes,
+)
 from lightning_gendiag.model.batches import Images, one_hot_rows
 from lightning_gendiag.model.isolation import normalizing_by_batch
 from lightning_gendiag.model.outputs import MAX_DEPTH, fields_of
@@ -245,7 +253,9 @@ def find_discriminator(view: ModelView, path: str = "") -> Discriminator | None:
     images = view.as_input(as_data(example))
     labels = _example_labels(view, len(images))
     for paths in tried:
-        for form, call in FORMS.items():
+        # classes of a projection discriminator are often optional, and without them it gives other scores
+        is_labelled = not view.parts.context.labelled.isdisjoint(paths)
+        for form, call in sorted(FORMS.items(), key=lambda named: is_labelled and named[1] is not _with_labels):
             with suppress(Exception), view.isolated(exact=True):
                 view.seed()
                 parts = [part_of(view.module, path) for path in paths]
@@ -257,11 +267,17 @@ def find_discriminator(view: ModelView, path: str = "") -> Discriminator | None:
                     found = Discriminator(paths[:1] if view.parts.context.count > 1 else paths, form)
                     view.say(f"Discriminator: {found.name}. To choose another, pass {ADVICE}.")
                     return found
-    names = ", ".join(f"self.{paths[0]}" for paths in tried[:4])
-    raise ValueError(
-        f"discriminator must be known, but {names} return{'s' * (len(tried) == 1)} no score for each image. "
-        f"To fix this, pass {ADVICE}."
-    )
+    raise ValueError(f"discriminator must be known, but {_unsuitable(view, tried[:4])}. To fix this, pass {ADVICE}.")
+
+
+def _unsuitable(view: ModelView, tried: Sequence[tuple[str, ...]]) -> str:
+    """Says why parts are no discriminator of images: those that take something beside them, and those without a score."""
+    parts = {f"self.{path}": part_of(view.module, path) for path, *_ in tried}
+    more = [name for name, part in parts.items() if not accepts(part, 1) and not takes_classes(part)]
+    rest = [name for name in parts if name not in more]
+    reasons = [f"{name} takes {signature_of(parts[name])}" for name in more]
+    reasons += [f"{', '.join(rest)} return{'s' * (len(rest) == 1)} no score for each image"] if rest else []
+    return "; ".join(reasons)
 
 
 def _example_labels(view: ModelView, n: int) -> Tensor | None:
@@ -277,16 +293,26 @@ def _candidates(view: ModelView) -> list[tuple[str, ...]]:
     parts = [(path, part) for path, part in view.module.named_modules() if path and path.count(".") < DEEPEST]
     for path, part in sorted(parts, key=lambda one: one[0].count(".")):
         name = path.rpartition(".")[2]
-        if AVERAGED.search(name) or not list(part.parameters()):
+        if AVERAGED.search(name) or not list(part.parameters()) or _is_layer_of(view.module, path, named):
             continue
         if DISCRIMINATORS.fullmatch(name) or DISCRIMINATOR_KINDS.search(type(part).__name__):
             is_list = isinstance(part, nn.ModuleList)
             named.append(tuple(f"{path}.{child}" for child, _ in part.named_children()) if is_list else (path,))
-    alone = [(path,) for path, part in parts if (path,) not in named and _has_optimizer(view, path)]
+    others = [path for path, _ in parts if (path,) not in named and not _is_layer_of(view.module, path, named)]
+    alone = [(path,) for path in others if _has_optimizer(view, path)]
     found = [*named, *alone]
     # what makes the samples does not judge them; a fully convolutional generator takes images as well
     generating = set(_called_paths(view, "samples")) if found and view.parts.has("sample") else set()
+    # a training step that makes them calls the discriminator as well
+    maker = view.parts.way("sample").path if generating else ""
+    generating = {path for path in generating if not maker or f"{path}.".startswith(f"{maker}.")}
     return [paths for paths in found if not generating & set(paths)]
+
+
+def _is_layer_of(module: nn.Module, path: str, named: list[tuple[str, ...]]) -> bool:
+    """Whether a part is in a discriminator, whose other arguments it would be given something else in place of."""
+    owners = [owner for owner, *_ in named if path.startswith(f"{owner}.")]
+    return any(has_forward(part_of(module, owner)) for owner in owners)
 
 
 def _has_optimizer(view: ModelView, path: str) -> bool:

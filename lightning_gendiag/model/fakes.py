@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -11,9 +11,9 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_gendiag.model.adapters.own import is_discriminator
+from lightning_gendiag.model.adapters.own import is_discriminator, signature_of
 from lightning_gendiag.model.batches import one_hot_rows
-from lightning_gendiag.model.denoising import TrainingStep
+from lightning_gendiag.model.denoising import Call, TrainingStep
 from lightning_gendiag.model.outputs import data_in, tensors_in
 
 LEAST_NUMBERS = 32
@@ -73,6 +73,12 @@ class Fakes(NamedTuple):
     """Number of classes of the one-hot rows that it is given beside its noise; 0 where there are none."""
     joined: Joined | None = None
     """Where it is given normal noise and one-hot rows."""
+    is_of_batch: bool = False
+    """Whether what stands for noise are rows of the batch, such as an embedding of a text."""
+    labelled: frozenset[str] = frozenset()
+    """Paths of the parts, discriminators among them, that are given classes (rows,) as a second argument."""
+    listed: frozenset[str] = frozenset()
+    """Paths of the parts that are given noise in a list, as generators that mix styles are."""
 
 
 def find_fakes(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Fakes:
@@ -87,15 +93,24 @@ def find_fakes(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Fakes:
         seed: Of the step.
     """
     turned = TrainingStep(step.module, apply_to_collection(step.batch, Tensor, _turned), step.rows, step.seed)
-    fakes = list(_fakes_in(step, shape, seed))
-    again = {fake[:2]: fake.data for fake in _fakes_in(turned, shape, seed)}
-    other = {fake[:2]: fake.data for fake in _fakes_in(step, shape, seed + 1)}
-    makers = (fake[:2] for fake in fakes if _is_drawn(fake.data, again.get(fake[:2]), other.get(fake[:2])))
-    drawn = next((fake for fake in fakes if _noise_in(fake) is not None), None)
+    calls, _ = step.calls(seed, may_fail=True)
+    fakes = list(_fakes_in(step, shape, calls))
+    again = {fake[:2]: fake for fake in _fakes_in(turned, shape, turned.calls(seed, may_fail=True)[0])}
+    other = {fake[:2]: fake for fake in _fakes_in(step, shape, step.calls(seed + 1, may_fail=True)[0])}
+    makers = (fake[:2] for fake in fakes if _is_drawn(fake, again.get(fake[:2]), other.get(fake[:2])))
+    noises = [fake for fake in fakes if _noise_in(fake) is not None]
+    drawn = next((fake for fake in noises if not _is_of_batch(fake, again.get(fake[:2]))), None)
+    seen = Fakes(
+        next(makers, None),
+        _noise_in(noises[0]) if noises else None,
+        is_of_batch=bool(noises),
+        labelled=frozenset(call.path for call in calls if _is_given_classes(step.module, call)),
+        listed=frozenset(fake.path for fake in noises if not isinstance(fake.given[0], Tensor)),
+    )
     if drawn is None:
-        return Fakes(next(makers, None), None)
+        return seen
     classes = max(map(_classes_in, drawn.given[1:]), default=0)
-    return Fakes(next(makers, None), _noise_in(drawn), classes, _joined_in(drawn))
+    return seen._replace(noise=_noise_in(drawn), classes=classes, joined=_joined_in(drawn), is_of_batch=False)
 
 
 def fakes_of(step: TrainingStep, maker: tuple[str, int], shape: tuple[int, ...], n: int) -> Tensor:
@@ -123,16 +138,38 @@ def _turned(rows: Tensor) -> Tensor:
     return rows.flip(0) if rows.ndim else rows
 
 
-def _is_drawn(data: Tensor, again: Tensor | None, other: Tensor | None) -> bool:
+def _is_drawn(fake: Fake, again: Fake | None, other: Fake | None) -> bool:
     """Whether data are the same with the same draws and another batch, and differ with other draws."""
     if again is None or other is None:
         return False
-    return torch.allclose(data, again, atol=1e-5) and not torch.allclose(data, other, atol=1e-5)
+    return torch.allclose(fake.data, again.data, atol=1e-5) and not torch.allclose(fake.data, other.data, atol=1e-5)
 
 
-def _fakes_in(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Iterator[Fake]:
+def _is_of_batch(fake: Fake, again: Fake | None) -> bool:
+    """Whether numbers that a part is given as noise are others with the same draws and another batch.
+
+    Zeros and ones are not meant, which are one-hot rows beside noise.
+    """
+    z, turned = _noise_in(fake), None if again is None else _noise_in(again)
+    if z is None or turned is None or z.shape != turned.shape:
+        return False
+    differ = ~torch.isclose(z, turned, atol=1e-5).all(0)
+    return bool(((z != 0) & (z != 1))[:, differ].any())
+
+
+def _is_given_classes(module: nn.Module, call: Call) -> bool:
+    """Whether a part is given one integer for each of its rows, as its second argument or under the name of that."""
+    signature = signature_of(module.get_submodule(call.path))
+    second = list(signature.parameters)[1:2] if signature is not None else []
+    given = call.args[1] if len(call.args) > 1 else next((call.kwargs.get(name) for name in second), None)
+    rows = call.args[0] if call.args else None
+    if not isinstance(given, Tensor) or not isinstance(rows, Tensor) or given.ndim != 1 or given.dtype == torch.bool:
+        return False
+    return not given.is_floating_point() and len(given) == len(rows)
+
+
+def _fakes_in(step: TrainingStep, shape: tuple[int, ...], calls: Sequence[Call]) -> Iterator[Fake]:
     """Yields the calls of a training step that return data, without those of discriminators, the outermost first."""
-    calls, _ = step.calls(seed, may_fail=True)
     # all of them are held, so that no two share an address
     made = [(call.path, tensor.data_ptr()) for call in calls for tensor in tensors_in(call.output)]
     counts: Counter[str] = Counter()
@@ -156,8 +193,9 @@ def _judges(module: nn.Module, path: str) -> bool:
 
 
 def _noise_in(fake: Fake) -> Tensor | None:
-    """The noise (rows, L) that a part is given first, also as maps of one pixel."""
+    """The noise (rows, L) that a part is given first, also as maps of one pixel, or the first in a list."""
     z = fake.given[0] if fake.given else None
+    z = z[0] if isinstance(z, (list, tuple)) and z else z
     if not isinstance(z, Tensor) or not z.is_floating_point() or z.ndim < 2 or len(z) != len(fake.data):
         return None
     return z.detach().flatten(1) if z.shape[1:].numel() == z.shape[1] else None
@@ -172,7 +210,7 @@ def _classes_in(given: Any) -> int:
 def _joined_in(fake: Fake) -> Joined | None:
     """What a part is given, where it is normal noise and one-hot rows."""
     z = _noise_in(fake)
-    if z is None:
+    if z is None or not isinstance(fake.given[0], Tensor):
         return None
     if len(fake.given) == 2 and (classes := _classes_in(fake.given[1])) and is_normal(z) is not False:
         return Joined(fake.path, z.shape[1], classes, False, fake.given[0].ndim > 2, is_beside=True)

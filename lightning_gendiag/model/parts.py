@@ -85,6 +85,7 @@ ORDER: tuple[Need, ...] = ("encode", "decode", "sample", "reconstruct")
 """Each is chosen by what was chosen for those before it."""
 
 OTHER_NOISE = "training_step gives the generator other noise than N(0, 1)"
+OF_BATCH = "training_step gives the generator rows of its batch"
 
 LARGEST_ERROR = 1e-3
 """What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
@@ -137,12 +138,13 @@ class ModelParts:
         """What is known of the data now."""
         example, adapter = self.real.example, self.adapter
         shape = None if example is None else tuple(example.shape[1:])
-        noise, classes = (None, 0) if self._fakes is None else (self._fakes.noise, self._fakes.classes)
+        fakes = Fakes(None, None) if self._fakes is None else self._fakes
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional,
-            self.real.one_hot or classes,
+            self.real.one_hot or fakes.classes,
             None if self.real.conditions is None else self.real.conditions[0],
-            self.real.count, self.real.is_paired, self.real.is_gray, None if noise is None else noise.shape[1],
+            self.real.count, self.real.is_paired, self.real.is_gray, None if fakes.noise is None else fakes.noise.shape[1],
+            fakes.labelled, fakes.listed,
         )  # fmt: skip
 
     # ---- choosing ----
@@ -170,7 +172,7 @@ class ModelParts:
     @property
     def why_no_prior(self) -> str:
         """Why it is not known what noise a decoder beside no encoder takes."""
-        return OTHER_NOISE if self._is_given_other_noise else self.failed_sampler
+        return self._given_instead or self.failed_sampler
 
     def ways(self, need: Need) -> list[Way]:
         """Returns all ways that are known, the chosen one first; others may fail, or return what is not needed."""
@@ -273,8 +275,8 @@ class ModelParts:
 
     def _noise_refused(self, way: Way) -> str:
         """Why normal noise is not what a sampler should be given; empty where it may be, or none is given."""
-        if way.latent is not None and self._is_given_other_noise:
-            return OTHER_NOISE
+        if way.latent is not None and self._given_instead:
+            return self._given_instead
         if way.assumes_prior and self.adapter.sample is None and not self._takes_noise(way):
             return "nothing shows that normal noise is the prior of its latents"
         return ""
@@ -303,7 +305,7 @@ class ModelParts:
             yield Way("sample", joined.described, call, takes_labels=True)
         if maker is not None and shape is not None and (step := self._training_step()) is not None:
             name = f"self.{maker[0] or 'forward'} as training_step calls it"
-            yield Way("sample", name, partial(fakes_of, step, maker, shape))
+            yield Way("sample", name, partial(fakes_of, step, maker, shape), path=maker[0])
 
     def _given(self, need: Need) -> list[Way]:
         """The ways that the user's argument leaves; empty where none was given."""
@@ -461,10 +463,22 @@ class ModelParts:
                 self._fakes = self._fakes if step is None else find_fakes(step, shape, self.adapter.seed)
 
     @property
-    def _is_given_other_noise(self) -> bool:
-        """Whether training gives a generator other noise than that of N(0, 1), such as one-hot rows beside it."""
-        noise = None if self._fakes is None else self._fakes.noise
-        return noise is not None and not self.has("encode") and is_normal(noise) is False
+    def _given_instead(self) -> str:
+        """What training gives a generator in place of noise of N(0, 1), such as one-hot rows beside it; or nothing."""
+        fakes = self._fakes
+        if fakes is None or fakes.noise is None or self.has("encode"):
+            return ""
+        if fakes.is_of_batch:
+            return OF_BATCH
+        return OTHER_NOISE if is_normal(fakes.noise) is False else ""
+
+    @property
+    def _draws_latents(self) -> bool:
+        """Whether training gives a generator normal noise as long as the latents of an encoder, as in bidirectional GANs."""
+        fakes = self._fakes
+        if fakes is None or fakes.noise is None or fakes.is_of_batch or self._latent is None:
+            return False
+        return fakes.noise.shape[1] == math.prod(self._latent) and is_normal(fakes.noise) is True
 
     def _seed(self, seed: int) -> None:
         seed_all(seed, self.context.device, self.module, self.adapter, *self.subject.surrounding)
@@ -505,13 +519,15 @@ class ModelParts:
         example = self._example
         if self._states_prior(way):
             return True
-        if self._is_given_other_noise or (way is not None and way.has_other_prior):
+        if self._given_instead or (way is not None and way.has_other_prior):
             return False
         encodes = example is not None and self.has("encode")
         # a generator alone takes noise in any case
         if self._sampler_fails and (encodes or way is None or not way.is_generator):
             return False
         if example is None or not encodes:
+            return True
+        if self._draws_latents:
             return True
         if self._has_posterior:
             return self._latent is not None and math.prod(self._latent[1:]) == 1

@@ -298,10 +298,9 @@ class MemorizationMonitor(Monitor[Memorization, MemorizationResult]):
             features = self._features(view, images.where(finite.view(-1, *[1] * (images.ndim - 1)), 0.0))
         self.metric.update(images, real=False, features=features)
 
-    def postprocess(self, view: ModelView, result: MemorizationResult) -> MemorizationResult:
+    def release(self) -> None:
         """Drops the samples, which would be held until the next evaluation."""
         self.metric.reset()
-        return result
 
     def observations(self, result: MemorizationResult) -> list[Observation]:
         """The shares of copies and of near-duplicates, and rules about each."""

@@ -43,6 +43,8 @@ class Way:
     """Whether the latents that a decoder takes have another prior than N(0, 1), also where it inverts the encoder."""
     is_guess: bool = False
     """Whether only the shape of what it returns says that it reconstructs."""
+    path: str = ""
+    """Of the part that makes the samples, where a sampler calls others for other ends."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Context:
     """Whether the images of a training batch are (N, H, H), without an axis for their channel."""
     noise: int | None = None
     """Length of the noise that a training step gives its generator; None where it is not known."""
+    labelled: frozenset[str] = frozenset()
+    """Paths of the parts that a training step gives classes as a second argument."""
+    listed: frozenset[str] = frozenset()
+    """Paths of the parts that a training step gives noise in a list."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]

@@ -545,7 +545,8 @@ def decoder_ways(
     """Yields how a decoder or generator decodes latents, and how it samples from normal noise; ``given`` by the user."""
     signature = signature_of(target)
     yield from _of_codes(target, name, module, part)
-    labels = takes_classes(target)
+    own_path = name.removeprefix("self.")
+    labels = takes_classes(target) or own_path in context.labelled
     if signature is not None and not labels and not accepts(target, 1):
         return
     length = latent_length(part, target, context) or latent_length(module, None, context)
@@ -562,7 +563,8 @@ def decoder_ways(
         if shape[1:] == (1, 1) and context.shape is None and not is_generator:
             continue
         text = f"{name}{f' of latents {shape}' if len(shape) > 1 or (length or shape[0]) != shape[0] else ''}"
-        decode = partial(_with_one_label, target, context.condition) if labels else target
+        called = partial(_listed, target) if own_path in context.listed else target
+        decode = partial(_with_one_label, called, context.condition) if labels else called
         label = f" with {'class 0' if context.condition is None else 'the attributes of one image'}" if labels else ""
         yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator)
         is_map, is_stated = len(shape) > 1 and shape[1:] != (1, 1), math.prod(shape) == context.latent_dim
@@ -571,7 +573,7 @@ def decoder_ways(
             continue
         yield Way(
             "sample", f"{name} from {noise_of(shape)}{' and labels' if labels else ''}",
-            partial(sampled_by, target, module, shape), takes_labels=labels, latent=shape,
+            partial(sampled_by, called, module, shape), takes_labels=labels, latent=shape,
             assumes_prior=not is_generator or name == "self.forward", is_generator=is_generator,
         )  # fmt: skip
 
@@ -602,6 +604,10 @@ def _of_codes(target: Callable[..., Any], name: str, module: nn.Module, part: nn
 
         drawn = f"normal noise (n, {length}), {'one-hot ' * one_hot}classes of {classes} and codes (n, {codes})"
         yield Way("sample", f"{name} from {drawn}", call)
+
+
+def _listed(target: Callable[..., Any], z: Tensor, *labels: Tensor) -> Any:
+    return target([z], *labels)
 
 
 def takes_noise(target: Callable[..., Any]) -> bool:
