@@ -379,7 +379,7 @@ class ModelParts:
         except NotImplementedError:
             # of a base class
             raise
-        except (Exception, SystemExit):
+        except BaseException:
             self._sampler_fails |= way.is_sampler
             raise
 
