@@ -84,6 +84,10 @@ SAMPLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "shape": (lambda self, img_shape, z_init=None: torch.rand(*img_shape), "self.sample(shape)"),
     "default": (lambda self, batch_size=16, steps=5: noise(batch_size), "self.sample(n)"),
     "labels": (lambda self, n, y: noise(n) + y.view(-1, 1, 1, 1), "self.sample(n, labels)"),
+    "device of another machine": (
+        lambda self, n, clip=True, device="cuda:7": noise(n).to(device).clamp(0, 1),
+        "self.sample(n, device)",
+    ),
     "only keywords": (lambda self, *, num_images, device=None: noise(num_images), "self.sample(n, device)"),
 }
 
