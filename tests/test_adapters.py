@@ -519,6 +519,29 @@ def test_latents_of_another_size_are_no_images_that_noise_is_denoised_to() -> No
         view_of(Latent()).source("samples")
 
 
+def steps_of_langevin(self: Any, n: int) -> list[Tensor]:
+    steps = [torch.randn(n, 1, 8, 8)]
+    for _ in range(5):
+        steps.append(steps[-1] * 0.9 + 0.2 * torch.randn(n, 1, 8, 8))
+    return steps
+
+
+def one_batch_for_each_class(self: Any, n: int) -> list[Tensor]:
+    return [torch.randn(n, 1, 8, 8) for _ in range(10)]
+
+
+def test_the_last_of_all_steps_of_a_sampler_is_taken() -> None:
+    view = view_of(type("Model", (LightningModule,), {"sample": steps_of_langevin})())
+    assert name_of(view, "sample") == "the last step of self.sample(n)"
+    # noise has a deviation of 1
+    assert view.samples().images.std() < 0.9
+
+
+def test_batches_that_do_not_go_on_from_each_other_are_no_steps() -> None:
+    with pytest.raises(ValueError, match=r"got 10 of \(2, 1, 8, 8\)\)\. To fix this"):
+        name_of(view_of(type("Model", (LightningModule,), {"sample": one_batch_for_each_class})()), "sample")
+
+
 class Process:
     """A plain object beside a network, which returns all steps from noise to data, as many diffusion processes do."""
 

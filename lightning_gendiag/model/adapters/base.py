@@ -43,6 +43,8 @@ class Way:
     """Whether the latents that a decoder takes have another prior than N(0, 1), also where it inverts the encoder."""
     is_guess: bool = False
     """Whether only the shape of what it returns says that it reconstructs."""
+    is_reading: bool = False
+    """Whether it only reads the output of the way before it differently, so that its failure says nothing more."""
 
 
 @dataclass(frozen=True)
