@@ -84,6 +84,10 @@ SAMPLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "shape": (lambda self, img_shape, z_init=None: torch.rand(*img_shape), "self.sample(shape)"),
     "default": (lambda self, batch_size=16, steps=5: noise(batch_size), "self.sample(n)"),
     "labels": (lambda self, n, y: noise(n) + y.view(-1, 1, 1, 1), "self.sample(n, labels)"),
+    "device of another machine": (
+        lambda self, n, clip=True, device="cuda:7": noise(n).to(device).clamp(0, 1),
+        "self.sample(n, device)",
+    ),
     "only keywords": (lambda self, *, num_images, device=None: noise(num_images), "self.sample(n, device)"),
 }
 
@@ -513,6 +517,29 @@ def test_latents_of_another_size_are_no_images_that_noise_is_denoised_to() -> No
 
     with pytest.raises(ValueError, match="sample must be known"):
         view_of(Latent()).source("samples")
+
+
+def steps_of_langevin(self: Any, n: int) -> list[Tensor]:
+    steps = [torch.randn(n, 1, 8, 8)]
+    for _ in range(5):
+        steps.append(steps[-1] * 0.9 + 0.2 * torch.randn(n, 1, 8, 8))
+    return steps
+
+
+def one_batch_for_each_class(self: Any, n: int) -> list[Tensor]:
+    return [torch.randn(n, 1, 8, 8) for _ in range(10)]
+
+
+def test_the_last_of_all_steps_of_a_sampler_is_taken() -> None:
+    view = view_of(type("Model", (LightningModule,), {"sample": steps_of_langevin})())
+    assert name_of(view, "sample") == "the last step of self.sample(n)"
+    # noise has a deviation of 1
+    assert view.samples().images.std() < 0.9
+
+
+def test_batches_that_do_not_go_on_from_each_other_are_no_steps() -> None:
+    with pytest.raises(ValueError, match=r"got 10 of \(2, 1, 8, 8\)\)\. To fix this"):
+        name_of(view_of(type("Model", (LightningModule,), {"sample": one_batch_for_each_class})()), "sample")
 
 
 class Process:

@@ -576,6 +576,24 @@ def test_a_schedule_that_ends_before_pure_noise_is_named() -> None:
         fitted(Short(), epochs=3)
 
 
+def test_a_schedule_of_langevin_dynamics_need_not_end_in_pure_noise() -> None:
+    class Score(DDPM):
+        """As NCSN, whose highest standard deviation is 1 for images in 0 to 1."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x = batch[0]
+            t = torch.randint(0, 10, (len(x),))
+            sigma = torch.logspace(0, -2, 10)[t][:, None, None, None]
+            noisy = x + sigma * torch.randn_like(x)
+            target = (x - noisy) / sigma**2
+            return ((self.unet(noisy, t) - target).square() * sigma**2).mean()
+
+    monitor, stopping = fitted(Score(), epochs=4)
+    assert monitor.result is not None
+    assert float(monitor.result.highest_level) < 3
+    assert not stopping.alarms
+
+
 def test_averaged_weights_that_are_never_updated_are_named() -> None:
     seed_everything(0, verbose=False)
     with pytest.warns(

@@ -753,6 +753,32 @@ def test_a_sampler_that_ends_the_process_is_left_out(times: int) -> None:
     assert times or "no images today" in diagnostics.left_out["cms"]
 
 
+class FoundNoNumbers(BaseException):
+    """What some samplers raise where they find nan, which is no ``Exception``."""
+
+
+class Raising(Leaving):
+    """Raises what is no error when it is sampled, after as many times as are given."""
+
+    def sample(self, n: int) -> Tensor:
+        try:
+            return super().sample(n)
+        except SystemExit as exit_:
+            raise FoundNoNumbers(exit_.code) from exit_
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_a_sampler_that_raises_what_is_no_error_is_left_out(times: int) -> None:
+    alone = trained(Raising, [])
+    diagnostics = GenerativeDiagnostics(
+        adapter=ModelAdapter(sample="sample", num_samples=32, num_reference=64), max_overhead=None
+    )
+    Raising.left = times
+    with pytest.warns(DiagnosticWarning, match="raised FoundNoNumbers: no images today") if times else nullcontext():
+        assert trained(Raising, [diagnostics]) == alone
+    assert times or "no images today" in diagnostics.left_out["cms"]
+
+
 @pytest.mark.parametrize("images", [lambda batch: sys.exit(3), lambda batch: batch[0] * NUMPY.uniform(1, 1)])
 def test_a_callable_for_batches_neither_ends_the_process_nor_moves_generators(images: Any) -> None:
     alone = trained(WithGeneratorsOfItsFile, [])

@@ -54,7 +54,9 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds that some work takes; 0 where it fails, since it fails again where failures are reported."""
     try:
         return timed(work, device)[1]
-    except (Exception, SystemExit):
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return 0.0
 
 

@@ -93,17 +93,21 @@ def switches_kept() -> Iterator[None]:
 
 @contextmanager
 def exits_as_errors() -> Iterator[None]:
-    """Raises an error in place of the ``SystemExit`` of a user's code, which would end the run.
+    """Raises an error in place of what a user's code raises beside errors, such as ``SystemExit``, which would end the run.
 
     Raises:
-        RuntimeError: In place of ``SystemExit``.
+        RuntimeError: In place of ``SystemExit``, or of an own class that derives from ``BaseException``.
     """
     try:
         yield
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
     except SystemExit as exit_:
         raise RuntimeError(
             f"the code that was called wanted to end the process by SystemExit({exit_.code!r})"
         ) from exit_
+    except BaseException as other:
+        raise RuntimeError(f"the code that was called raised {type(other).__name__}: {other}") from other
 
 
 @contextmanager
@@ -115,7 +119,7 @@ def contained(device: torch.device, *owners: object) -> Iterator[None]:
         owners: Objects whose generators are restored.
 
     Raises:
-        RuntimeError: In place of ``SystemExit``.
+        RuntimeError: In place of ``SystemExit``, or of an own class that derives from ``BaseException``.
     """
     with exits_as_errors(), switches_kept(), random_state_kept(device, *owners):
         yield

@@ -90,6 +90,10 @@ OF_BATCH = "training_step gives the generator rows of its batch"
 LARGEST_ERROR = 1e-3
 """What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
 
+FEWEST_STEPS, LARGEST_CHANGE = 3, 0.9
+"""A list of so many batches holds all steps from noise to data if the last step changes samples by less than this fraction of
+the distance between two samples. Batches that have nothing to do with each other are about 1 apart."""
+
 MEANS = ("mean", "mu", "loc", "embedding", "z_mean", "latent", "latents", "z", "probs")
 """Names under which encoders return latents, best first."""
 
@@ -251,7 +255,7 @@ class ModelParts:
                     self._sampler_fails = False
                 return way
             failures[way.name] = failure
-        self._missing[need] = self._message(need, list(failures.values())), shape
+        self._missing[need] = self._message(need, [failures[way.name] for way in ways if not way.is_reading]), shape
         raise ValueError(self._missing[need][0])
 
     def _failure(self, way: Way) -> str:
@@ -381,7 +385,7 @@ class ModelParts:
         except NotImplementedError:
             # of a base class
             raise
-        except (Exception, SystemExit):
+        except BaseException:
             self._sampler_fails |= way.is_sampler
             raise
 
@@ -762,8 +766,8 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
     """Yields the forms of a way that the batches suggest.
 
     These are with one-hot labels, where the batches have such, of images without an axis for their channel, where the batches
-    have such, and the first of as many outputs as there are images in a batch, as of generators of several domains
-    (https://arxiv.org/abs/1606.07536).
+    have such, the first of as many outputs as there are images in a batch, as of generators of several domains
+    (https://arxiv.org/abs/1606.07536), and the last of all steps from noise to data.
     """
     ways = [way]
     if way.need in ("sample", "encode") and way.takes_labels and context.one_hot:
@@ -776,6 +780,9 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
         if way.need in ("sample", "decode") and context.count > 1:
             first = partial(_first_of, form.call, context.count)
             yield replace(form, name=f"the first of {context.count} outputs of {form.name}", call=first)
+        if way.need == "sample" and way.is_sampler:
+            last = partial(_last_step_of, form.call)
+            yield replace(form, name=f"the last step of {form.name}", call=last, is_reading=True)
 
 
 def _is_same(after: Tensor, before: Tensor) -> bool:
@@ -787,6 +794,16 @@ def _first_of(call: Callable[..., Any], count: int, *given: Any) -> Any:
     if number_alike(output) != count:
         raise ValueError(f"it must return {count} batches of data, as many as a training batch holds")
     return output[0]
+
+
+def _last_step_of(call: Callable[..., Any], n: int, *labels: Tensor) -> Any:
+    """Returns the last of all steps from noise to data, else the output; the two samples that are tried show which it is."""
+    output = call(n, *labels)
+    if type(output) is not list or number_alike(output) < FEWEST_STEPS:
+        return output
+    before, last = (step.float() for step in output[-2:])
+    apart = float((last - before.flip(0)).norm())
+    return output if n == 2 and float((last - before).norm()) > LARGEST_CHANGE * apart else output[-1]
 
 
 def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor) -> Any:

@@ -654,7 +654,9 @@ class ModelView:
         try:
             output = way.call(n) if labels is None else way.call(n, labels)
             return Images(self.parts.images_in(output, n), None if self.parts.has_conditions else labels)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise ValueError(
                 f"sample must make {n} images, but {way.name} raised {type(error).__name__}: {error}. "
                 f"To fix this, {self.parts.advice('sample')}."

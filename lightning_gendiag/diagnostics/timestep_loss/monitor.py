@@ -436,8 +436,10 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         """What is wrong in itself, the causes before their consequences."""
         lags = result.lags & (result.counts[2] > 0)
         fails, level = result.fails, float(result.highest_level)
-        # of the user's own loss, levels are times
-        ends_early = self._denoiser is not None and bool(self._denoiser.schedule) and level < NOISIEST
+        # of the user's own loss, levels are times; where noise is only added, what is left of the signal depends on the
+        # variance of the data, and Langevin dynamics starts from anything
+        schedule = "" if self._denoiser is None else self._denoiser.schedule
+        ends_early = schedule not in ("", "variance-exploding") and level < NOISIEST
         noisiest = torch.arange(len(result.loss)) == len(result.loss) - 1
         signal = 1 / (1 + math.exp(min(level, 700.0)))
         return [

@@ -45,6 +45,8 @@ class Way:
     """Whether only the shape of what it returns says that it reconstructs."""
     path: str = ""
     """Of the part that makes the samples, where a sampler calls others for other ends."""
+    is_reading: bool = False
+    """Whether it only reads the output of the way before it differently, so that its failure says nothing more."""
 
 
 @dataclass(frozen=True)

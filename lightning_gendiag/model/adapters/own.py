@@ -483,7 +483,8 @@ def role_of(parameter: inspect.Parameter, context: Context) -> str | None:
         return "n"
     if SHAPES.fullmatch(name) and context.shape is not None and required:
         return "shape"
-    if "device" in name and (required or parameter.default is None):
+    if "device" in name and (required or isinstance(parameter.default, (str, torch.device, type(None)))):
+        # a default is often that of another machine
         return "device"
     if LABELS.fullmatch(name) and (required or context.conditional):
         return "labels"
