@@ -86,6 +86,12 @@ INVERSE_NAMES = ("inverse", "reverse", "inv", "invert", "backward_transform", "b
 INVERTED = re.compile(r"rev|reverse|inverse|invert|inv")
 """Parameters of ``forward`` that invert it where they are true."""
 
+DIRECTION = re.compile(r"mode|direction")
+"""Parameters of ``forward`` that name its direction in a word."""
+
+OTHER_DIRECTION = re.compile(r"""["'](rev|reverse|inverse|inv|backward)["']""")
+"""Words in its code for the direction that inverts it."""
+
 NO_AUTOENCODERS = re.compile(
     r"score|diffus|denois|ddpm|energy|flow|nvp|glow|pixel_?cnn|autoregress|^(made|maf|iaf)$", re.IGNORECASE
 )
@@ -268,10 +274,14 @@ def inverse_of(part: nn.Module) -> Inverse | None:
         return None
     if (name := inverting_method(part)) is not None:
         return Inverse(name, getattr(part, name))
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OSError):
         for parameter in list(inspect.signature(part.forward).parameters.values())[1:]:
             if INVERTED.fullmatch(parameter.name.lower()) and parameter.default is False:
                 return Inverse(f"forward({parameter.name}=True)", partial(part, **{parameter.name: True}))
+            if isinstance(parameter.default, str) and DIRECTION.fullmatch(parameter.name.lower()):
+                words = OTHER_DIRECTION.findall(inspect.getsource(part.forward))
+                for word in words[: parameter.default not in words]:
+                    return Inverse(f"forward({parameter.name}={word!r})", partial(part, **{parameter.name: word}))
     return None
 
 
