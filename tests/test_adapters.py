@@ -84,6 +84,10 @@ SAMPLERS: dict[str, tuple[Callable[..., Any], str]] = {
     "shape": (lambda self, img_shape, z_init=None: torch.rand(*img_shape), "self.sample(shape)"),
     "default": (lambda self, batch_size=16, steps=5: noise(batch_size), "self.sample(n)"),
     "labels": (lambda self, n, y: noise(n) + y.view(-1, 1, 1, 1), "self.sample(n, labels)"),
+    "labels alone": (
+        lambda self, labels, steps=5: noise(len(labels)) + labels.view(-1, 1, 1, 1),
+        "self.sample(labels)",
+    ),
     "only keywords": (lambda self, *, num_images, device=None: noise(num_images), "self.sample(n, device)"),
 }
 
@@ -94,7 +98,7 @@ def test_a_sampler_is_called_by_the_names_of_its_parameters(kind: str) -> None:
     view = view_of(type("Model", (LightningModule,), {"sample": sample})())
     assert name_of(view, "sample") == name
     assert view.samples().images.shape == (8, 1, 8, 8)
-    assert (view.samples().labels is not None) == (kind == "labels")
+    assert (view.samples().labels is not None) == kind.startswith("labels")
 
 
 class Squeezing(LightningModule):

@@ -383,7 +383,9 @@ def sampler_ways(
             given[parameter.name] = role
     if named and not {"n", "shape", "noise"} & set(given.values()) and isinstance(named[0].default, int):
         given[named[0].name] = "n"
-    if not named or not {"n", "shape", "noise"} & set(given.values()):
+    # labels alone say how many samples there are, but no noise from which they are made
+    states = {"n", "shape", "noise"} | ({"labels"} if noise is None else set())
+    if not named or not states & set(given.values()):
         return
     length = latent_length(part, None, context) or latent_length(module, None, context)
     latent = noise or (None if length is None else (length,))
