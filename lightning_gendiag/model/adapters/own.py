@@ -679,8 +679,9 @@ def packed_length(module: nn.Module) -> int | None:
 
     That is where a decoder beside it takes half as many features as the encoder's last layer returns.
     """
-    for part in (module, *module.children()):
-        encoder, decoder = (getattr(part, name, None) for name in ("encoder", "decoder"))
+    names = (("encoder", "decoder"), ("encode", "decode"))
+    pairs = [[getattr(part, name, None) for name in pair] for part in (module, *module.children()) for pair in names]
+    for encoder, decoder in pairs:
         if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module):
             continue
         width, _ = _first_layer(decoder)
