@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from example_models.data import digits
-from lightning_gendiag import ManifoldEntropyMonitor, ModelAdapter
+from lightning_gendiag import GenerativeDiagnostics, ManifoldEntropyMonitor, ModelAdapter
 from lightning_gendiag.model.adapters.base import Need
 from lightning_gendiag.model.adapters.own import inverse_of
+from lightning_gendiag.model.denoising import TrainingStep
+from lightning_gendiag.model.fakes import find_fakes
 from lightning_gendiag.model.posterior import posterior_in
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.running import attached, batches, trainer
@@ -88,6 +92,10 @@ SAMPLERS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda self, n, clip=True, device="cuda:7": noise(n).to(device).clamp(0, 1),
         "self.sample(n, device)",
     ),
+    "labels alone": (
+        lambda self, labels, steps=5: noise(len(labels)) + labels.view(-1, 1, 1, 1),
+        "self.sample(labels)",
+    ),
     "only keywords": (lambda self, *, num_images, device=None: noise(num_images), "self.sample(n, device)"),
 }
 
@@ -98,7 +106,7 @@ def test_a_sampler_is_called_by_the_names_of_its_parameters(kind: str) -> None:
     view = view_of(type("Model", (LightningModule,), {"sample": sample})())
     assert name_of(view, "sample") == name
     assert view.samples().images.shape == (8, 1, 8, 8)
-    assert (view.samples().labels is not None) == (kind == "labels")
+    assert (view.samples().labels is not None) == kind.startswith("labels")
 
 
 class Squeezing(LightningModule):
@@ -1207,3 +1215,60 @@ def test_a_sampler_that_works_without_labels_is_given_none() -> None:
     assert name_of(view_of(Free()), "sample") == "self.sample(n)"
     assert view_of(Free()).samples().labels is None
     assert name_of(view_of(Free(), conditional=True), "sample") == "self.sample(n, labels=labels)"
+
+
+class OfPackedLayers(nn.Module):
+    """A VAE whose encoder and decoder are layers under the names of methods, with mean and log variance in one tensor."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.encode = nn.Sequential(nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 4, 4), nn.Conv2d(16, 6, 1))
+        self.decode = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.ConvTranspose2d(16, 1, 8))
+        for weight in self.parameters():
+            nn.init.normal_(weight, 0.0, std)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, log_variance = self.encode(x).chunk(2, 1)
+        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        return self.decode(z), mean, log_variance, z.flatten(1)
+
+
+class WithCritic(LightningModule):
+    """Its discriminator compares latents with permuted ones (https://arxiv.org/abs/1802.05983)."""
+
+    def __init__(self, std: float = 0.02) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.vae, self.discriminator = OfPackedLayers(std), nn.Linear(3, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, again = batch
+        made, mean, log_variance, z = self.vae(images)
+        divergence = -0.5 * (1 + log_variance - mean**2 - log_variance.exp()).sum(1).mean()
+        loss = F.mse_loss(made, images) + 0.01 * divergence + self.discriminator(z).mean()
+        others = self.vae(again)[3].detach()
+        critic = F.softplus(self.discriminator(z.detach())).mean() + F.softplus(-self.discriminator(others)).mean()
+        for optimizer, value in zip(self.optimizers(), (loss, critic), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(value)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), 1e-3) for part in (self.vae, self.discriminator)]
+
+
+def test_a_vae_with_a_critic_of_its_latents_is_sampled_from_its_prior() -> None:
+    diagnostics = GenerativeDiagnostics(adapter=ModelAdapter(num_samples=32, num_reference=64), max_overhead=None)
+    data = DataLoader(TensorDataset(IMAGES, IMAGES.flip(0)), batch_size=32)
+    trainer(diagnostics, max_epochs=1).fit(WithCritic(), data)
+    assert {"cms", "posterior_kl", "manifold_entropy", "memorization"} <= set(diagnostics.attached)
+    view = diagnostics.monitors["cms"].view
+    assert name_of(view, "decode") == "self.vae.decode of latents (3, 1, 1)"
+    assert name_of(view, "sample") == "self.vae.decode from normal noise (n, 3, 1, 1)"
+
+
+def test_what_encodes_images_is_no_maker_of_samples_before_it_is_trained() -> None:
+    module = WithCritic(0.01)
+    module.optimizers = list
+    step = TrainingStep(module, (IMAGES[:8], IMAGES[8:16]), 8, lambda seed: torch.manual_seed(seed))
+    assert find_fakes(step, (1, 8, 8), 0).maker is None

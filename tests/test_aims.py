@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from example_models.data import digits
 from lightning_gendiag import GenerativeDiagnostics
+from lightning_gendiag.model.adapters.own import inverse_of
 from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.denoising import TrainingStep
 from tests.helpers.running import trainer
@@ -215,6 +216,25 @@ class ByArgument(Likelihood):
         return self.chain.inverse(x) if reverse else self.latents(x)
 
 
+class ByWord(Likelihood):
+    def forward(self, x: Tensor, mode: str = "direct") -> Any:
+        if mode not in ["direct", "inverse"]:
+            raise ValueError(mode)
+        return self.chain.inverse(x) if mode == "inverse" else self.latents(x)
+
+
+class OfOneDirection(Likelihood):
+    """A module whose mode is no direction."""
+
+    def forward(self, x: Tensor, mode: str = "train") -> Any:
+        return self.latents(x) if mode == "train" else x
+
+
+def test_a_word_for_another_mode_is_no_direction() -> None:
+    assert inverse_of(OfOneDirection(6)) is None
+    assert inverse_of(ByWord(6)) is not None
+
+
 @pytest.mark.parametrize(
     ("make", "encoder", "decoder"),
     [
@@ -222,6 +242,7 @@ class ByArgument(Likelihood):
         (Both, "self.forward(images)", "self.inverse"),
         (Reversed, "self.inverse(images)", "self.forward"),
         (ByArgument, "self.forward(images)", "self.forward(reverse=True)"),
+        (ByWord, "self.forward(images)", "self.forward(mode='inverse')"),
     ],
 )
 @pytest.mark.parametrize("rows", [False, True])

@@ -24,6 +24,7 @@ X = torch.rand(N, 3, 8, 8)
 Y = torch.tensor([0, 2, 1, 1, 0])
 OTHER = torch.rand(N, 3, 8, 8)
 LAST = X.permute(0, 2, 3, 1)
+TOKENS = torch.arange(4).repeat(N, 1)
 ROWS, SERIES, VOLUMES = torch.rand(N, 7), torch.rand(N, 2, 9), torch.rand(N, 1, 4, 6, 5)
 
 
@@ -130,6 +131,11 @@ def test_images_and_labels_of_a_batch(name: str) -> None:
         ({"label": F.one_hot(Y).float(), "series": SERIES}, SERIES),
         ({"weights": torch.rand(2, 3), "features": ROWS, "y": Y}, ROWS),
         ({"tokens": Y[:, None].repeat(1, 4), "embedding": ROWS}, ROWS),
+        ({"input_ids": TOKENS, "attention_mask": torch.ones(N, 4)}, None),
+        ((TOKENS, (TOKENS > 1).float()), None),
+        ({"input_ids": TOKENS, "attention_mask": torch.ones(N, 4), "speaker": ROWS}, ROWS),
+        ({"visits": (TOKENS > 1).float(), "is_known": (TOKENS > 0).long()}, (TOKENS > 1).float()),
+        ({"counts": TOKENS.float(), "tokens": TOKENS}, TOKENS.float()),
         ({"image": VOLUMES.as_subclass(Recorded), "label": VOLUMES}, VOLUMES),
         (ROWS.numpy(), ROWS),
         ((torch.rand(N), Y), None),

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.metrics import r2_score
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.zoo.autoencoders import VQVAE
 from example_models.data import digits
@@ -504,6 +505,69 @@ def test_a_flow_that_returns_pictures_in_8_bits_is_not_judged_by_its_latents() -
     assert "latent_error" not in monitor.result.scalars()
     assert "latents" not in [o.series.name for o in monitor.latest.observations]
     assert len(monitor.result.layer_error) == 4
+
+
+class Dequantizing(Chain):
+    """A flow of pixels of 5 bits, which adds noise to them and takes their logit, in the module as its users write it."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__(kind)
+        for layer in self.layers:
+            nn.init.normal_(layer.net.weight, 0.0, 0.005)
+
+    def encode(self, x: Tensor) -> Any:
+        noisy = ((x.flatten(1) + 1) * 15.5 + torch.rand_like(x.flatten(1))) / 32
+        squeezed = 0.05 + 0.9 * noisy
+        volume = torch.log(0.9 / 32 * 15.5 / (squeezed * (1 - squeezed))).sum(1)
+        z, log_det = self.run(torch.logit(squeezed), False)
+        return z, log_det + volume
+
+    def decode(self, z: Tensor) -> Tensor:
+        noisy = (torch.sigmoid(self.run(z, True)[0]) - 0.05) / 0.9
+        return (noisy * 32 / 15.5 - 1).clamp(-1, 1).view(-1, 1, 8, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z, log_det = self.encode(batch[0])
+        return (0.5 * z.square().sum(1) - log_det).mean() / self.latent_dim
+
+
+def five_bits() -> DataLoader[Any]:
+    values = (digits(8)[0].clamp(-1, 1) * 15.5 + 15.5).round() / 15.5 - 1
+    return DataLoader(TensorDataset(values), batch_size=64)
+
+
+def test_a_flow_that_adds_noise_to_its_data_is_not_called_one_that_does_not_invert_itself() -> None:
+    monitor, stopping = RoundTripMonitor(on_error="raise"), CollapseStopping("warn")
+    trainer(monitor, stopping, max_epochs=4).fit(Dequantizing(TwoMethods), five_bits())
+    assert stopping.alarms == []
+    assert {o.series.name for o in monitor.latest.observations} >= {"data", "noise"}
+    assert "latent_error" not in monitor.result.scalars()
+    with monitor.view.isolated(exact=True):
+        assert monitor.view.parts.has_prior
+    # what explodes is found all the same, and the layers are looked at alone
+    assert len(monitor.result.layer_error) == 4
+    worse = monitor.result._replace(data_error=torch.full_like(monitor.result.data_error, 3.0))
+    assert any(o.series.name == "data" and o.is_bad for o in monitor.observations(worse))
+
+
+@pytest.mark.filterwarnings("ignore:the log-determinant")
+@pytest.mark.parametrize(("asked", "wrong"), [(False, False), (True, True)])
+def test_zeros_that_were_not_asked_for_are_no_log_determinants(asked: bool, wrong: bool) -> None:
+    class Optional(Chain):
+        def flow(self, x: Tensor, reverse: bool = False, with_volume: bool = False) -> tuple[Tensor, Tensor]:
+            z, log_det = self.run(x.flatten(1), reverse)
+            return z, log_det if with_volume else torch.zeros_like(log_det)
+
+    class Forgotten(Chain):
+        def flow(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z, log_det = self.run(x.flatten(1), False)
+            return z, torch.zeros_like(log_det)
+
+    monitor, stopping = RoundTripMonitor(on_error="raise"), CollapseStopping("warn")
+    module = (Forgotten if asked else Optional)(TwoMethods)
+    trainer(monitor, stopping, max_epochs=5).fit(module, loader())
+    assert bool(stopping.alarms) == wrong
+    assert bool(monitor.result.log_det.numel()) == wrong
 
 
 def test_scalars_and_panels_are_logged(tmp_path: Any) -> None:

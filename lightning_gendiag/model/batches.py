@@ -79,7 +79,7 @@ def data_of(batch: Any, squares: bool = True) -> Tensor | None:
     """Returns the data (N, ...) of a batch: its images (N, C, H, W), else rows, series or volumes, or None.
 
     Data that are no images are the first floating-point tensor of two axes or more with the batch's number of rows, where
-    known names go before others, as in :func:`images_of`.
+    known names go before others, as in :func:`images_of`. A mask of tokens is no data.
 
     Args:
         batch: The batch.
@@ -339,7 +339,16 @@ def _find_data(tensors: list[_Found]) -> _Found | None:
     lengths = Counter(len(found.tensor) for found in tensors if found.tensor.ndim)
     rows = lengths.most_common(1)[0][0] if lengths else 0
     data = [found for found in tensors if found.tensor.ndim >= 2 and found.tensor.is_floating_point()]
-    return _first([found for found in data if len(found.tensor) == rows])
+    return _first([found for found in data if len(found.tensor) == rows and not _is_mask(found.tensor, tensors)])
+
+
+def _is_mask(tensor: Tensor, tensors: list[_Found]) -> bool:
+    """Whether zeros and ones say which integers of the same shape beside them count, as the mask of tokens does."""
+    whole = (found.tensor for found in tensors if not found.tensor.is_floating_point())
+    alike = [other for other in whole if other.shape == tensor.shape and other.dtype != torch.bool]
+    # integers that are no more than zeros and ones may be the mask themselves
+    counts = any(bool((other > 1).any()) for other in alike)
+    return counts and bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _first(tensors: list[_Found]) -> _Found | None:

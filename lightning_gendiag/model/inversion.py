@@ -303,7 +303,9 @@ def log_det_ways(
     prepare()
     own = encode(images)
     latents = latents_in(own, n).flatten(1)
-    if _volume(own, n) is not None:
+    volume = _volume(own, n)
+    # of zeros, the method below tells whether they were asked for
+    if volume is not None and bool(volume.any()):
         yield "what encodes", lambda x: _read(encode(x), None, len(x))
     _, transforms = _recorded(module, {}, partial(encode, images), n)
     if transforms is not None:
@@ -325,9 +327,16 @@ def log_det_ways(
                 with suppress(Exception):
                     prepare()
                     found, volume = through(images)
-                    if volume is not None and _agrees(found.flatten(1), latents):
+                    if volume is not None and _agrees(found.flatten(1), latents) and _is_asked_for(bound, volume):
                         yield f"{owner}.{name}".removesuffix(".forward") or owner, through
                         break
+
+
+def _is_asked_for(method: Callable[..., Any], volume: Tensor) -> bool:
+    """Whether zeros are the log-determinants, and not what a method returns where an option does not ask for them."""
+    parameters = inspect.signature(method).parameters.values()
+    options = (p for p in parameters if p.default in (None, False) and not DIRECTIONS.fullmatch(p.name.lower()))
+    return bool(volume.any()) or next(options, None) is None
 
 
 def _called(method: Callable[..., Any], flat: bool, x: Tensor) -> tuple[Tensor, Tensor | None]:

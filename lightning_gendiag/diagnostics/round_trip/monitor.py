@@ -170,7 +170,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         self._shape: tuple[int, ...] = ()
         self._offsets: dict[int, float] = {}
         self._kept: ByStep[tuple[Tensor, Tensor]] = ByStep()
-        self._is_rounded = False
+        self._is_rounded = self._adds_noise = False
         self._most = MOST_ROWS
 
     def reset(self) -> None:
@@ -353,6 +353,8 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         drawn = torch.rand(self._most, *images.shape[1:], generator=self._generator(view, 1), dtype=torch.float32)
         noise = (low + (high - low) * drawn)[view.rank :: view.world_size].to(images)
         with view.isolated(exact=True):
+            view.seed()
+            self._adds_noise = not _are_alike(*(view.latents_of(images[:2]) for _ in range(2)))
             again = self._decoded(view, images)
             self.metric.update(self._rows(images)[: len(real)], self._rows(again)[: len(real)])
             noise_again = self._decoded(view, noise)
@@ -449,7 +451,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         if through is not None:
             (first, log_det), (second, again) = (through(images) for _ in range(2))
             # an estimate, or of noise that is added to the data, for which what is reported may hold the density too
-            is_random = not torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True)
+            is_random = not _are_alike(first, second)
             if log_det is None or again is None or is_random or not torch.allclose(log_det, again, equal_nan=True):
                 log_det = None
         nothing = images[:0]
@@ -464,9 +466,10 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         return data if data.ndim in (2, 4) else data.flatten(1)
 
     def postprocess(self, view: ModelView, result: RoundTripResult) -> RoundTripResult:
-        """Adds what earlier evaluations showed, and leaves out latents that decode to rounded data."""
+        """Adds what earlier evaluations showed, and leaves out latents that decode to rounded data or get noise."""
         result = RoundTripResult(*(value.cpu() for value in result))
-        if view.agreed(self._is_rounded):
+        self._adds_noise = view.agreed(self._adds_noise)
+        if view.agreed(self._is_rounded) or self._adds_noise:
             result = result._replace(latent_error=torch.full_like(result.latent_error, math.nan))
         step = self.last_step or 0
         kept = self._kept.before(step) or (result.kept, result.latents_kept)
@@ -504,7 +507,7 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
         invalid = result.invalid.nan_to_num(0.0).tolist()
         most = self.tolerance
         observations = [
-            self._inverse(DATA, error, invalid[0], most,
+            self._inverse(DATA, error, invalid[0], max(1.0, most) if self._adds_noise else most,
                           f"the inverse of the flow does not return data that it encodes, least of all {positions}", layer),
             self._inverse(NOISE, noise, invalid[3], max(1.0, most),
                           "the inverse of the flow explodes on noise in the range of the data", layer),
@@ -675,6 +678,11 @@ def severity(unexplained: float) -> float:
 def _by_channel(latents: Tensor) -> Tensor:
     """Returns latents (n, L), or spatial ones (n, C, ...) as (n, positions, C), so that channels are told apart."""
     return latents if latents.ndim == 2 else latents.flatten(2).transpose(1, 2)
+
+
+def _are_alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two calls with other random numbers return the same."""
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def _worst(data: Tensor, before: Tensor, after: Tensor, most: int) -> Tensor:

@@ -86,6 +86,12 @@ INVERSE_NAMES = ("inverse", "reverse", "inv", "invert", "backward_transform", "b
 INVERTED = re.compile(r"rev|reverse|inverse|invert|inv")
 """Parameters of ``forward`` that invert it where they are true."""
 
+DIRECTION = re.compile(r"mode|direction")
+"""Parameters of ``forward`` that name its direction in a word."""
+
+OTHER_DIRECTION = re.compile(r"""["'](rev|reverse|inverse|inv|backward)["']""")
+"""Words in its code for the direction that inverts it."""
+
 NO_AUTOENCODERS = re.compile(
     r"score|diffus|denois|ddpm|energy|flow|nvp|glow|pixel_?cnn|autoregress|^(made|maf|iaf)$", re.IGNORECASE
 )
@@ -268,10 +274,14 @@ def inverse_of(part: nn.Module) -> Inverse | None:
         return None
     if (name := inverting_method(part)) is not None:
         return Inverse(name, getattr(part, name))
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OSError):
         for parameter in list(inspect.signature(part.forward).parameters.values())[1:]:
             if INVERTED.fullmatch(parameter.name.lower()) and parameter.default is False:
                 return Inverse(f"forward({parameter.name}=True)", partial(part, **{parameter.name: True}))
+            if isinstance(parameter.default, str) and DIRECTION.fullmatch(parameter.name.lower()):
+                words = OTHER_DIRECTION.findall(inspect.getsource(part.forward))
+                for word in words[: parameter.default not in words]:
+                    return Inverse(f"forward({parameter.name}={word!r})", partial(part, **{parameter.name: word}))
     return None
 
 
@@ -373,7 +383,9 @@ def sampler_ways(
             given[parameter.name] = role
     if named and not {"n", "shape", "noise"} & set(given.values()) and isinstance(named[0].default, int):
         given[named[0].name] = "n"
-    if not named or not {"n", "shape", "noise"} & set(given.values()):
+    # labels alone say how many samples there are, but no noise from which they are made
+    states = {"n", "shape", "noise"} | ({"labels"} if noise is None else set())
+    if not named or not states & set(given.values()):
         return
     length = latent_length(part, None, context) or latent_length(module, None, context)
     latent = noise or (None if length is None else (length,))
@@ -674,8 +686,9 @@ def packed_length(module: nn.Module) -> int | None:
 
     That is where a decoder beside it takes half as many features as the encoder's last layer returns.
     """
-    for part in (module, *module.children()):
-        encoder, decoder = (getattr(part, name, None) for name in ("encoder", "decoder"))
+    names = (("encoder", "decoder"), ("encode", "decode"))
+    pairs = [[getattr(part, name, None) for name in pair] for part in (module, *module.children()) for pair in names]
+    for encoder, decoder in pairs:
         if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module):
             continue
         width, _ = _first_layer(decoder)
