@@ -242,6 +242,27 @@ class TrainingStep:
                 _, draws = self.run(seed)
         return calls, draws
 
+    def entries(self, seed: int, ends: Callable[[Call], bool]) -> list[Call]:
+        """Returns the calls of parts of the module, before what they call and without outputs; an error ends the step.
+
+        Args:
+            seed: Of all generators.
+            ends: Returns whether the step ends at a call.
+        """
+        calls: list[Call] = []
+
+        def note(path: str, part: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(Call(path, args, kwargs, None))
+            if ends(calls[-1]):
+                raise _ReachedError
+
+        with ExitStack() as stack:
+            for path, part in self.module.named_modules():
+                stack.callback(part.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
+            with suppress(Exception):
+                self.run(seed)
+        return calls
+
     def output(self, path: str, number: int, seed: int) -> Any:
         """Returns what a part returns at one of its calls in a training step, which ends there.
 

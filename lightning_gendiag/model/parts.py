@@ -44,6 +44,7 @@ from lightning_gendiag.model.adapters.own import (
 from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, first_rows, known, one_hot_rows
+from lightning_gendiag.model.conditions import classes_always_given
 from lightning_gendiag.model.denoising import TrainingStep
 from lightning_gendiag.model.fakes import Fakes, fakes_of, find_fakes, is_normal
 from lightning_gendiag.model.generators import seed_all
@@ -134,6 +135,7 @@ class ModelParts:
         self._has_posterior = self._sampler_fails = False
         self._reconstructs: bool | None = None
         self._fakes: Fakes | None = None
+        self._classes: int | None = None
 
     @property
     def module(self) -> LightningModule:
@@ -148,10 +150,10 @@ class ModelParts:
         fakes = Fakes(None, None) if self._fakes is None else self._fakes
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional,
-            self.real.one_hot or fakes.classes,
+            self.real.one_hot or fakes.classes or self._classes or 0,
             None if self.real.conditions is None else self.real.conditions[0],
             self.real.count, self.real.is_paired, self.real.is_gray, None if fakes.noise is None else fakes.noise.shape[1],
-            fakes.labelled, fakes.listed,
+            self._classes is not None, fakes.labelled, fakes.listed,
         )  # fmt: skip
 
     # ---- choosing ----
@@ -289,10 +291,8 @@ class ModelParts:
         return ""
 
     def _found(self, need: Need) -> Iterator[Way]:
-        for recogniser in RECOGNISERS:
-            for way in recogniser(self.module, self.context):
-                if way.need == need:
-                    yield from _forms(way, self.context)
+        for way in self._recognised(need, self.context):
+            yield from _forms(way, self.context)
         if need == "sample" and self._fakes is not None:
             yield from self._ways_of_training(self._fakes)
         if need != "reconstruct" or (self.context.is_paired and is_adversarial(self.module)):
@@ -300,6 +300,10 @@ class ModelParts:
         if self.has("encode") and self.has("decode") and not self.way("encode").takes_labels:
             name = f"{self.way('decode').name} of {self.way('encode').name}"
             yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
+
+    def _recognised(self, need: Need, context: Context) -> Iterator[Way]:
+        for recogniser in RECOGNISERS:
+            yield from (way for way in recogniser(self.module, context) if way.need == need)
 
     def _ways_of_training(self, fakes: Fakes) -> Iterator[Way]:
         """Yields samplers that a training step shows."""
@@ -458,7 +462,7 @@ class ModelParts:
         return TrainingStep(self.module, batch, len(data), self._seed)
 
     def _look_at_training(self) -> None:
-        """Looks once what a training step shows of the generator of a module with a discriminator."""
+        """Looks once what training steps show of a generator beside a discriminator, and of the classes that are given."""
         shape = self.context.shape
         if self._fakes is not None or shape is None or self.real.batch is None or self.adapter.sample is not None:
             return
@@ -468,6 +472,25 @@ class ModelParts:
             with suppress(Exception), self.isolated(True):
                 step = self._training_step()
                 self._fakes = self._fakes if step is None else find_fakes(step, shape, self.adapter.seed)
+        with suppress(Exception):
+            self._look_at_conditions()
+
+    def _look_at_conditions(self) -> None:
+        """Looks whether training always gives classes, where a sampler may be given them and need not be."""
+        conditioned = replace(self.context, is_conditioned=True)
+        plain, others = (
+            [way.name for way in self._recognised("sample", context)] for context in (self.context, conditioned)
+        )
+        if plain == others or (step := self._training_step()) is None:
+            return
+        with self.isolated(True):
+            labels = self.adapter.find_labels(step.batch, self.adapter.find_data(step.batch)).labels
+            if labels is not None:
+                self._classes = classes_always_given(step, labels, self.adapter.seed)
+        if self._classes is not None:
+            # it may have been chosen before the first batch, without classes
+            self._chosen.pop("sample", None)
+            self._ways.pop("sample", None)
 
     @property
     def _given_instead(self) -> str:

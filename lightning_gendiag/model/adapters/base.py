@@ -74,6 +74,8 @@ class Context:
     """Whether the images of a training batch are (N, H, H), without an axis for their channel."""
     noise: int | None = None
     """Length of the noise that a training step gives its generator; None where it is not known."""
+    is_conditioned: bool = False
+    """Whether training steps show that the model is always given the classes of its batch."""
     labelled: frozenset[str] = frozenset()
     """Paths of the parts that a training step gives classes as a second argument."""
     listed: frozenset[str] = frozenset()
