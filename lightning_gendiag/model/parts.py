@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
@@ -98,6 +99,10 @@ MOST_NOISE, LARGEST_NOISE = 2.0, 0.1
 """What adds noise from 0 to a width to data returns them with a root mean squared error of 0.58 widths, and two draws differ
 by 0.41. Beyond the second number, relative to the data, the latents are rather those of a random encoder."""
 
+LEAST_ROUNDS, MOST_CLASSES = 2, 128
+"""A sampler of all classes in turn is asked for so many rounds or more, since one that always makes a single round makes no
+number that is asked for; of more classes, it is not tried."""
+
 MEANS = ("mean", "mu", "loc", "embedding", "z_mean", "latent", "latents", "z", "probs")
 """Names under which encoders return latents, best first."""
 
@@ -150,7 +155,7 @@ class ModelParts:
         fakes = Fakes(None, None) if self._fakes is None else self._fakes
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional,
-            self.real.one_hot or fakes.classes or self._classes or 0,
+            self.real.one_hot or fakes.classes or self._classes or 0, self.real.num_classes,
             None if self.real.conditions is None else self.real.conditions[0],
             self.real.count, self.real.is_paired, self.real.is_gray, None if fakes.noise is None else fakes.noise.shape[1],
             self._classes is not None, fakes.labelled, fakes.listed,
@@ -800,7 +805,7 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
 
     These are with one-hot labels, where the batches have such, of images without an axis for their channel, where the batches
     have such, the first of as many outputs as there are images in a batch, as of generators of several domains
-    (https://arxiv.org/abs/1606.07536), and the last of all steps from noise to data.
+    (https://arxiv.org/abs/1606.07536), the last of all steps from noise to data, and some of whole rounds of all classes.
     """
     ways = [way]
     if way.need in ("sample", "encode") and way.takes_labels and context.one_hot:
@@ -816,6 +821,9 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
         if way.need == "sample" and way.is_sampler:
             last = partial(_last_step_of, form.call)
             yield replace(form, name=f"the last step of {form.name}", call=last, is_reading=True)
+    if way.need == "sample" and way.is_sampler and not way.takes_labels and 1 < context.classes <= MOST_CLASSES:
+        rounds = partial(_of_rounds, way.call, context.classes)
+        yield replace(way, name=f"{way.name} for multiples of the number of classes", call=rounds, is_reading=True)
 
 
 def _is_same(after: Tensor, before: Tensor) -> bool:
@@ -837,6 +845,17 @@ def _last_step_of(call: Callable[..., Any], n: int, *labels: Tensor) -> Any:
     before, last = (step.float() for step in output[-2:])
     apart = float((last - before.flip(0)).norm())
     return output if n == 2 and float((last - before).norm()) > LARGEST_CHANGE * apart else output[-1]
+
+
+def _of_rounds(call: Callable[..., Any], classes: int, n: int) -> Any:
+    """Returns n of as many samples as a sampler makes of all classes in turn, evenly spaced."""
+    made = max(LEAST_ROUNDS, math.ceil(n / classes)) * classes
+    rows = torch.arange(n) * made // n
+
+    def chosen(part: Tensor) -> Tensor:
+        return part[rows.to(part.device)] if part.ndim and len(part) == made else part
+
+    return apply_to_collection(call(made), Tensor, chosen)
 
 
 def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor) -> Any:

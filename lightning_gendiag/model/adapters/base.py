@@ -64,6 +64,8 @@ class Context:
     """Whether the user says that the sampler takes labels."""
     one_hot: int = 0
     """Number of columns of the batches' one-hot labels; 0 where labels are given otherwise, or there are none."""
+    classes: int = 0
+    """Number of classes that the batches are known to have; 0 where they have no labels."""
     condition: Tensor | None = None
     """(K,) row that stands for the label of a real image and is no class, such as its attributes; None for classes."""
     count: int = 0
