@@ -621,7 +621,10 @@ def test_what_makes_images_of_images_is_no_autoencoder_and_gets_no_noise(
     assert not {"cms", "round_trip", "memorization"} & set(diagnostics.attached)
     assert "sample must be known" in diagnostics.left_out["cms"]
     assert "reconstruct must be known" in diagnostics.left_out["round_trip"]
-    assert "no part of Translation takes times or levels of noise" in diagnostics.left_out["timestep_loss"]
+    assert (
+        "no name says that a part of Translation takes times or levels of noise"
+        in diagnostics.left_out["timestep_loss"]
+    )
 
 
 def test_the_images_that_a_translator_makes_of_given_ones_are_compared_with_those_that_are_wanted() -> None:

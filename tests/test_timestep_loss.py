@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,70 @@ def test_other_models_are_refused_with_a_reason(make: Any, match: str) -> None:
         find_denoiser(step_of(make()), 0)
 
 
+class OtherNoise(DDPM):
+    """Gives its network noisy data in another way than alone, or first."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.unet = Joint({"condition": 2, "classes": 11, "mask beside it": 2}.get(way, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, labels = batch
+        noise = torch.randn_like(x)
+        if self.way == "centred":
+            noise = noise - noise.mean((1, 2, 3), keepdim=True)
+        t = torch.rand(len(x))
+        noisy = x + (t + 0.1)[:, None, None, None] * noise
+        mask = (torch.rand_like(x) < 0.5).to(x)
+        classes = F.one_hot(labels, 10)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        given = {
+            "condition": lambda: torch.cat([x.flip(0), noisy], 1),
+            "classes": lambda: torch.cat([classes, noisy], 1),
+            "mask": lambda: noisy * mask + x * (1 - mask),
+            "mask beside it": lambda: torch.cat([noisy * mask + x * (1 - mask), mask], 1),
+            "centred": lambda: noisy,
+        }[self.way]()
+        return F.mse_loss(self.unet(given, t), noise)
+
+
+class Joint(torch.nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Conv2d(channels, 1, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x) * t[:, None, None, None]
+
+
+class Sliced(DDPM):
+    """Sliced score matching (https://arxiv.org/abs/1905.07088)."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        t = torch.rand(len(batch[0]))
+        x = (batch[0] + t[:, None, None, None] * torch.randn_like(batch[0])).requires_grad_()
+        score, v = self.unet(x, t), torch.randn_like(x)
+        [slope] = torch.autograd.grad((score * v).sum(), x, create_graph=True)
+        return (score.square() / 2 + slope * v).mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (partial(OtherNoise, "condition"), "they are joined with other data, which come first"),
+        (partial(OtherNoise, "classes"), "they are joined with other data, which come first"),
+        (partial(OtherNoise, "mask"), "only a part of the data is noisy, as behind a mask"),
+        (partial(OtherNoise, "mask beside it"), "only a part of the data is noisy, as behind a mask"),
+        (partial(OtherNoise, "centred"), "the draw is changed before, as where its mean is subtracted"),
+        (Sliced, "must run without gradients, but it takes some itself"),
+    ],
+)
+def test_reasons_say_what_is_other_about_noisy_data(make: Any, reason: str) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad(), pytest.raises(ValueError, match=reason):
+        find_denoiser(step_of(make()), 0)
+
+
 def test_nothing_is_run_of_modules_whose_names_show_no_times() -> None:
     assert all(takes_times(make()) for make in (DDPM, Flow, Diffusion, EDM))
     assert not any(takes_times(make()) for make in (SmallVAE, TinyGAN, Rows, OfNoise))
@@ -451,12 +516,12 @@ def test_it_is_attached_to_diffusion_models_and_left_out_elsewhere() -> None:
     assert left_out(DDPM()) == ""
     assert "steps its optimizers itself" in left_out(Manual())
     assert "several levels" in left_out(OneLevel())
-    assert "no part of SmallVAE takes times or levels of noise" in left_out(SmallVAE())
-    assert "no part of TinyGAN takes times or levels of noise" in left_out(TinyGAN())
+    assert "no name says that a part of SmallVAE takes times or levels of noise" in left_out(SmallVAE())
+    assert "no name says that a part of TinyGAN takes times or levels of noise" in left_out(TinyGAN())
 
 
 def test_alone_on_another_model_it_says_so_before_training() -> None:
-    with pytest.raises(ValueError, match="no part of SmallVAE takes times or levels of noise"):
+    with pytest.raises(ValueError, match="no name says that a part of SmallVAE takes times or levels of noise"):
         trainer(TimestepLossMonitor()).fit(SmallVAE(), batches(8))
     with pytest.raises(ValueError, match="that of Manual steps its optimizers itself"):
         trainer(TimestepLossMonitor()).fit(Manual(), batches(8))

@@ -242,6 +242,27 @@ class TrainingStep:
                 _, draws = self.run(seed)
         return calls, draws
 
+    def entries(self, seed: int, ends: Callable[[Call], bool]) -> list[Call]:
+        """Returns the calls of parts of the module, before what they call and without outputs; an error ends the step.
+
+        Args:
+            seed: Of all generators.
+            ends: Returns whether the step ends at a call.
+        """
+        calls: list[Call] = []
+
+        def note(path: str, part: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(Call(path, args, kwargs, None))
+            if ends(calls[-1]):
+                raise _ReachedError
+
+        with ExitStack() as stack:
+            for path, part in self.module.named_modules():
+                stack.callback(part.register_forward_pre_hook(partial(note, path), with_kwargs=True).remove)
+            with suppress(Exception):
+                self.run(seed)
+        return calls
+
     def output(self, path: str, number: int, seed: int) -> Any:
         """Returns what a part returns at one of its calls in a training step, which ends there.
 
@@ -427,9 +448,18 @@ def find_denoiser(step: TrainingStep, seed: int) -> tuple[Denoiser, Any]:
     Raises:
         ValueError: If there is none, with the reason.
     """
-    calls, draws = step.calls(seed)
+    try:
+        calls, draws = step.calls(seed)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise ValueError(
+            "training_step must run without gradients, but it takes some itself, as losses of sliced score matching and "
+            f"gradient penalties do. {TO_FIX}"
+        ) from error
     # what wraps a network comes before what it wraps
-    for call in sorted(calls, key=lambda call: len(call.path.split(".")) if call.path else 0):
+    calls.sort(key=lambda call: len(call.path.split(".")) if call.path else 0)
+    for call in calls:
         for number, draw in enumerate(draws):
             for place, noisy in _places(call, draw):
                 found = Denoiser(call.path, place, number, draw.shape[1])
@@ -437,10 +467,49 @@ def find_denoiser(step: TrainingStep, seed: int) -> tuple[Denoiser, Any]:
                     return _settled(step, found, seed, call.output), call.output
                 if _is_matched(noisy, draw):
                     return _settled(step, found._replace(is_paired=False), seed, call.output), call.output
+    for call in calls:
+        for number, draw in enumerate(draws):
+            if reason := _other_noise(step, call, number, draw, seed):
+                name = Denoiser(call.path, 0, number, draw.shape[1]).name
+                raise ValueError(
+                    f"training_step must give {name} data plus a multiple of a normal draw, but {reason}. {TO_FIX}"
+                )
     raise ValueError(
         "training_step must add normal noise of several levels to data and let a part of the module predict from them, "
-        f"but nothing in it does. To fix this, pass {LOSS_ADVICE}."
+        f"but no such part was found. To fix this, pass {LOSS_ADVICE}."
     )
+
+
+def _other_noise(step: TrainingStep, call: Call, number: int, draw: Tensor, seed: int) -> str:
+    """How a part that returns data of the shape of a draw is given this draw in another way; empty where it is not."""
+    if tensor_like(call.output, draw, len(draw)) is None:
+        return ""
+    without, _ = step.reach(call.path, seed, number)
+    width = draw.shape[1]
+    given, others = ((*one.args, *one.kwargs.values()) for one in (call, without))
+    for value, other in zip(given, others, strict=False):
+        if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.shape != other.shape:
+            continue
+        if value.ndim != draw.ndim or value.shape[2:] != draw.shape[2:] or value.shape[1] < width:
+            continue
+        noise = (value - other).detach()
+        noisy = noise.transpose(0, 1).flatten(1).any(1).nonzero().flatten().tolist()
+        if not noisy:
+            continue
+        start = noisy[0]
+        if start and _is_multiple(noise[:, start : start + width], draw):
+            return "they are joined with other data, which come first"
+        noise = noise[:, :width]
+        if not noise.all() and _is_multiple(noise, draw * (noise != 0)):
+            return "only a part of the data is noisy, as behind a mask"
+        # without times beside it, this may be any layer behind others
+        if not start and len(given) > 1 and not _is_multiple(noise, draw):
+            return "the draw is changed before, as where its mean is subtracted or its rows are paired with others"
+    return ""
+
+
+def _is_multiple(rows: Tensor, of: Tensor) -> bool:
+    return rows.shape == of.shape and float(_multiple(rows, of)[1].double().mean()) >= LEAST_EXACT
 
 
 def _is_noised(step: TrainingStep, found: Denoiser, seed: int, noisy: Tensor, draw: Tensor) -> bool:

@@ -137,6 +137,12 @@ def is_normal(noise: Tensor) -> bool | None:
     return bool((noise.abs() > 1).any()) and float(((noise == 0) | (noise == 1)).double().mean()) <= MOST_EQUAL
 
 
+def is_of_discriminator(module: nn.Module, path: str) -> bool:
+    """Returns whether a part is a discriminator, or belongs to one."""
+    name, parent = path.rpartition(".")[2], path.rpartition(".")[0]
+    return bool(path) and (is_discriminator(name, module.get_submodule(path)) or is_of_discriminator(module, parent))
+
+
 def _turned(rows: Tensor) -> Tensor:
     return rows.flip(0) if rows.ndim else rows
 
@@ -181,7 +187,7 @@ def _fakes_in(step: TrainingStep, shape: tuple[int, ...], calls: Sequence[Call])
     for call in sorted(calls, key=lambda call: len(call.path.split(".")) if call.path else 0):
         number = counts[call.path]
         counts[call.path] += 1
-        if not _judges(step.module, call.path):
+        if not is_of_discriminator(step.module, call.path):
             with suppress(ValueError):
                 data = data_in(call.output, step.rows, shape)
                 given = (*call.args, *call.kwargs.values())
@@ -189,12 +195,6 @@ def _fakes_in(step: TrainingStep, shape: tuple[int, ...], calls: Sequence[Call])
                 others = {address for path, address in made if not f"{path}.".startswith(f"{call.path}.")}
                 is_made = call.path and any(tensor.data_ptr() in others for tensor in tensors_in(given[:1]))
                 yield Fake(call.path, number, data, () if is_made else given)
-
-
-def _judges(module: nn.Module, path: str) -> bool:
-    """Whether a part is a discriminator, or belongs to one."""
-    name, parent = path.rpartition(".")[2], path.rpartition(".")[0]
-    return bool(path) and (is_discriminator(name, module.get_submodule(path)) or _judges(module, parent))
 
 
 def _noise_in(fake: Fake) -> Tensor | None:

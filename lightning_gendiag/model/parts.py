@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
@@ -44,6 +45,7 @@ from lightning_gendiag.model.adapters.own import (
 from lightning_gendiag.model.aims import reconstructs
 from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, first_rows, known, one_hot_rows
+from lightning_gendiag.model.conditions import classes_always_given
 from lightning_gendiag.model.denoising import TrainingStep
 from lightning_gendiag.model.fakes import Fakes, fakes_of, find_fakes, is_normal
 from lightning_gendiag.model.generators import seed_all
@@ -97,6 +99,10 @@ MOST_NOISE, LARGEST_NOISE = 2.0, 0.1
 """What adds noise from 0 to a width to data returns them with a root mean squared error of 0.58 widths, and two draws differ
 by 0.41. Beyond the second number, relative to the data, the latents are rather those of a random encoder."""
 
+LEAST_ROUNDS, MOST_CLASSES = 2, 128
+"""A sampler of all classes in turn is asked for so many rounds or more, since one that always makes a single round makes no
+number that is asked for; of more classes, it is not tried."""
+
 MEANS = ("mean", "mu", "loc", "embedding", "z_mean", "latent", "latents", "z", "probs")
 """Names under which encoders return latents, best first."""
 
@@ -134,6 +140,7 @@ class ModelParts:
         self._has_posterior = self._sampler_fails = False
         self._reconstructs: bool | None = None
         self._fakes: Fakes | None = None
+        self._classes: int | None = None
 
     @property
     def module(self) -> LightningModule:
@@ -148,10 +155,10 @@ class ModelParts:
         fakes = Fakes(None, None) if self._fakes is None else self._fakes
         return Context(
             self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional,
-            self.real.one_hot or fakes.classes,
+            self.real.one_hot or fakes.classes or self._classes or 0, self.real.num_classes,
             None if self.real.conditions is None else self.real.conditions[0],
             self.real.count, self.real.is_paired, self.real.is_gray, None if fakes.noise is None else fakes.noise.shape[1],
-            fakes.labelled, fakes.listed,
+            self._classes is not None, fakes.labelled, fakes.listed,
         )  # fmt: skip
 
     # ---- choosing ----
@@ -289,10 +296,8 @@ class ModelParts:
         return ""
 
     def _found(self, need: Need) -> Iterator[Way]:
-        for recogniser in RECOGNISERS:
-            for way in recogniser(self.module, self.context):
-                if way.need == need:
-                    yield from _forms(way, self.context)
+        for way in self._recognised(need, self.context):
+            yield from _forms(way, self.context)
         if need == "sample" and self._fakes is not None:
             yield from self._ways_of_training(self._fakes)
         if need != "reconstruct" or (self.context.is_paired and is_adversarial(self.module)):
@@ -300,6 +305,10 @@ class ModelParts:
         if self.has("encode") and self.has("decode") and not self.way("encode").takes_labels:
             name = f"{self.way('decode').name} of {self.way('encode').name}"
             yield Way("reconstruct", name, lambda images: self.decode(self.as_input(self.latents_of(images))))
+
+    def _recognised(self, need: Need, context: Context) -> Iterator[Way]:
+        for recogniser in RECOGNISERS:
+            yield from (way for way in recogniser(self.module, context) if way.need == need)
 
     def _ways_of_training(self, fakes: Fakes) -> Iterator[Way]:
         """Yields samplers that a training step shows."""
@@ -458,7 +467,7 @@ class ModelParts:
         return TrainingStep(self.module, batch, len(data), self._seed)
 
     def _look_at_training(self) -> None:
-        """Looks once what a training step shows of the generator of a module with a discriminator."""
+        """Looks once what training steps show of a generator beside a discriminator, and of the classes that are given."""
         shape = self.context.shape
         if self._fakes is not None or shape is None or self.real.batch is None or self.adapter.sample is not None:
             return
@@ -468,6 +477,25 @@ class ModelParts:
             with suppress(Exception), self.isolated(True):
                 step = self._training_step()
                 self._fakes = self._fakes if step is None else find_fakes(step, shape, self.adapter.seed)
+        with suppress(Exception):
+            self._look_at_conditions()
+
+    def _look_at_conditions(self) -> None:
+        """Looks whether training always gives classes, where a sampler may be given them and need not be."""
+        conditioned = replace(self.context, is_conditioned=True)
+        plain, others = (
+            [way.name for way in self._recognised("sample", context)] for context in (self.context, conditioned)
+        )
+        if plain == others or (step := self._training_step()) is None:
+            return
+        with self.isolated(True):
+            labels = self.adapter.find_labels(step.batch, self.adapter.find_data(step.batch)).labels
+            if labels is not None:
+                self._classes = classes_always_given(step, labels, self.adapter.seed)
+        if self._classes is not None:
+            # it may have been chosen before the first batch, without classes
+            self._chosen.pop("sample", None)
+            self._ways.pop("sample", None)
 
     @property
     def _given_instead(self) -> str:
@@ -777,7 +805,7 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
 
     These are with one-hot labels, where the batches have such, of images without an axis for their channel, where the batches
     have such, the first of as many outputs as there are images in a batch, as of generators of several domains
-    (https://arxiv.org/abs/1606.07536), and the last of all steps from noise to data.
+    (https://arxiv.org/abs/1606.07536), the last of all steps from noise to data, and some of whole rounds of all classes.
     """
     ways = [way]
     if way.need in ("sample", "encode") and way.takes_labels and context.one_hot:
@@ -793,6 +821,9 @@ def _forms(way: Way, context: Context) -> Iterator[Way]:
         if way.need == "sample" and way.is_sampler:
             last = partial(_last_step_of, form.call)
             yield replace(form, name=f"the last step of {form.name}", call=last, is_reading=True)
+    if way.need == "sample" and way.is_sampler and not way.takes_labels and 1 < context.classes <= MOST_CLASSES:
+        rounds = partial(_of_rounds, way.call, context.classes)
+        yield replace(way, name=f"{way.name} for multiples of the number of classes", call=rounds, is_reading=True)
 
 
 def _is_same(after: Tensor, before: Tensor) -> bool:
@@ -814,6 +845,17 @@ def _last_step_of(call: Callable[..., Any], n: int, *labels: Tensor) -> Any:
     before, last = (step.float() for step in output[-2:])
     apart = float((last - before.flip(0)).norm())
     return output if n == 2 and float((last - before).norm()) > LARGEST_CHANGE * apart else output[-1]
+
+
+def _of_rounds(call: Callable[..., Any], classes: int, n: int) -> Any:
+    """Returns n of as many samples as a sampler makes of all classes in turn, evenly spaced."""
+    made = max(LEAST_ROUNDS, math.ceil(n / classes)) * classes
+    rows = torch.arange(n) * made // n
+
+    def chosen(part: Tensor) -> Tensor:
+        return part[rows.to(part.device)] if part.ndim and len(part) == made else part
+
+    return apply_to_collection(call(made), Tensor, chosen)
 
 
 def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor) -> Any:

@@ -77,6 +77,7 @@ class Reference:
         """Why the batches seen so far hold no labels; empty where all of them do."""
         self.one_hot = 0
         """Number of columns of one-hot labels in the batches; 0 where labels are given otherwise, or there are none."""
+        self._most_classes = 0
         self.conditions: Tensor | None = None
         """(M, K) rows that stand for labels in the batches and are no classes, such as attributes; None where there are
         none. Before the images are complete, they are those of the first batch."""
@@ -123,6 +124,14 @@ class Reference:
             least, most = as_data(seen).aminmax()
             self._range_of, self._range = seen, (float(least), float(most))
         return self._range
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes by the largest label so far; 0 where there are no labels."""
+        labels = None if self.images is None else self.images.labels
+        return self.one_hot or max(
+            self._most_classes, 0 if labels is None or not len(labels) else int(labels.max()) + 1
+        )
 
     # ---- from training batches ----
 
@@ -182,6 +191,8 @@ class Reference:
             labels = self.adapter.find_labels(batch, images)
         self.unlabelled = self.unlabelled or labels.reason
         self.one_hot = labels.one_hot
+        if self.images is None and labels.labels is not None and len(labels.labels):
+            self._most_classes = max(self._most_classes, int(labels.labels.max()) + 1)
         if self.conditions is None and labels.conditions is not None:
             self.conditions = labels.conditions.detach()[:SEEN].cpu().clone()
         self.count = count_of_images(batch) if self.adapter.images is None else 0

@@ -219,8 +219,8 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         fix = f"To fix this, pass {LOSS_ADVICE}."
         if not takes_times(trained):
             raise ValueError(
-                f"the module must be a diffusion or flow matching model, but no part of {type(trained).__name__} takes "
-                f"times or levels of noise. {fix}"
+                f"the module must be a diffusion or flow matching model, but no name says that a part of "
+                f"{type(trained).__name__} takes times or levels of noise. {fix}"
             )
         if not trained.automatic_optimization:
             raise ValueError(

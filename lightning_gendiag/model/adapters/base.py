@@ -64,6 +64,8 @@ class Context:
     """Whether the user says that the sampler takes labels."""
     one_hot: int = 0
     """Number of columns of the batches' one-hot labels; 0 where labels are given otherwise, or there are none."""
+    classes: int = 0
+    """Number of classes that the batches are known to have; 0 where they have no labels."""
     condition: Tensor | None = None
     """(K,) row that stands for the label of a real image and is no class, such as its attributes; None for classes."""
     count: int = 0
@@ -74,6 +76,8 @@ class Context:
     """Whether the images of a training batch are (N, H, H), without an axis for their channel."""
     noise: int | None = None
     """Length of the noise that a training step gives its generator; None where it is not known."""
+    is_conditioned: bool = False
+    """Whether training steps show that the model is always given the classes of its batch."""
     labelled: frozenset[str] = frozenset()
     """Paths of the parts that a training step gives classes as a second argument."""
     listed: frozenset[str] = frozenset()

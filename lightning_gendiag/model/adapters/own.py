@@ -435,6 +435,12 @@ def sampler_ways(
         for key in LABEL_KEYWORDS
         if takes_any
     ]
+    if context.is_conditioned and not plain.takes_labels:
+        # the network has never been without the classes that the sampler may leave out
+        left_out = [p.name for p in named if p.default is None or given.get(p.name) == "none"]
+        known = (p for kind in (LABELS, CONDITIONS) for p in left_out if kind.fullmatch(p.lower()))
+        for name_of_classes in list(known)[:1]:
+            yield replace(way(given | {name_of_classes: "labels"}, shape), is_reading=True)
     # it may ignore labels, which then say nothing about its images
     yield from (*with_labels, plain) if context.conditional else (plain, *with_labels)
     if "none" in given.values() and not plain.takes_labels:
