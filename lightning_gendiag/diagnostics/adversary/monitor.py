@@ -472,7 +472,8 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         if auc >= SEPARATED and norm < VANISHED * level:
             label = "the discriminator"
             message = (
-                f"{label} is too strong: it ranks real images above generated ones in {auc:.1%} of pairs, and {fell}"
+                f"{label} is too strong: it ranks real {self.data_name} above generated ones in {auc:.1%} of pairs, and "
+                f"{fell}"
             )
             return _rule(GRADIENTS, norm, True, message, label, CONFIRM)
         if norm < LOST * level:
