@@ -525,6 +525,61 @@ def fitted(
     return monitor, stopping
 
 
+class ByClass(OfTwo):
+    """Draws classes in its training step, of which its discriminator gets those of the images; its sampler takes none."""
+
+    def __init__(self, kind: Callable[[], nn.Module] = OfClass) -> None:
+        super().__init__()
+        self.discriminator = kind()  # type: ignore[assignment]
+
+    def loss_d(self, real: Tensor, fake: Tensor) -> Tensor:
+        labels = torch.randint(10, (len(real),))
+        return (
+            F.softplus(-self.discriminator(real, labels)).mean() + F.softplus(self.discriminator(fake, labels)).mean()
+        )
+
+    def loss_g(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-self.discriminator(fake, torch.randint(10, (len(real),)))).mean()
+
+
+class OfNoClass(OfClass):
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(images, torch.zeros_like(labels))
+
+
+def test_samples_of_unknown_classes_are_not_scored_where_classes_matter(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        monitor, stopping = fitted(ByClass(), epochs=2)
+    assert caplog.text.count("generated images are not scored, since its scores depend on classes") == 1
+    result = monitor.result
+    assert (len(result.real), len(result.generated), len(result.held_out)) == (256, 0, 128)
+    assert {"auc", "accuracy_real", "held_out_auc", "overfitting"}.isdisjoint(result.scalars())
+    assert {"train_auc", "invalid", "generator_gradient"} <= result.scalars().keys()
+    assert stopping.alarms == []
+    with caplog.at_level("INFO"):
+        caplog.clear()
+        monitor, _ = fitted(ByClass(OfNoClass), epochs=2)
+    assert len(monitor.result.generated) == 256
+    assert "not scored" not in caplog.text
+
+
+def test_samples_are_scored_with_the_classes_that_their_sampler_was_given() -> None:
+    def sample(module: Any, n: int, labels: Tensor) -> Tensor:
+        return module(torch.randn(n, module.latent_dim))
+
+    adapter = ModelAdapter(sample=sample, num_samples=64, conditional=True)
+    monitor = AdversaryMonitor(on_error="raise", adapter=adapter)
+    trainer(monitor, max_epochs=1).fit(ByClass(), batches(8))
+    assert len(monitor.result.generated) == 64
+
+
+def test_training_is_bit_identical_where_classes_of_samples_are_not_known() -> None:
+    def run(*callbacks: Any) -> Any:
+        return state_after_training(*callbacks, module=ByClass)
+
+    torch.testing.assert_close(run(AdversaryMonitor(on_error="raise")), run(), rtol=0, atol=0)
+
+
 class Rate(Callback):
     """Sets the learning rate of one network at an epoch."""
 

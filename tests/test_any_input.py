@@ -218,6 +218,20 @@ def test_what_samples_series_is_compared_and_checked_for_copies(shape: tuple[int
     assert scalars["memorization/copied"] == scalars["memorization/repeated"] == 1
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_messages_call_rows_and_series_data(shape: tuple[int, ...]) -> None:
+    def sample(module: Any, n: int) -> Tensor:
+        return 0.1 * data(shape)[0][:n]
+
+    monitor = CosineMeanSimilarityMonitor(adapter=ModelAdapter(sample=sample, num_samples=64), on_error="raise")
+    trainer(monitor, max_epochs=1).fit(LinearVAE(shape), loader(shape))
+    word, other = ("data", "images") if len(shape) < 3 else ("images", "data")
+    observed = monitor.observations(monitor.result)
+    said = [text for o in observed for text in (o.message, o.series.event, o.series.quantity)]
+    assert sum(f"real {word}" in text for text in said) == 6
+    assert not any(f"real {other}" in text for text in said)
+
+
 def test_positions_of_series_that_break_are_named_beside_the_series() -> None:
     real = data((2, 6))[0]
     stuck = ModelAdapter(sample=lambda module, n: real[:n] * torch.tensor([1.0, 1, 1, 0, 0, 0]), num_samples=64)

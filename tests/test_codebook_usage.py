@@ -253,6 +253,66 @@ class Residual(nn.Module):
         return total, loss
 
 
+class Levels(nn.Module):
+    """Residual levels written by hand, with their vectors in a list of parameters, a plain list, or one tensor."""
+
+    def __init__(self, held: str = "list", returns: str = "vectors", is_rows: bool = False) -> None:
+        super().__init__()
+        vectors = [nn.Parameter(torch.rand(24, 6) * 2 - 1) for _ in range(3)]
+        embeddings = nn.ModuleList([nn.Embedding(24, 6) for _ in range(3)])
+        self.returns, self.is_rows = returns, is_rows
+        self.codebooks = {
+            "list": lambda: nn.ParameterList(vectors),
+            "plain": lambda: [vector.detach() for vector in vectors],
+            "tensor": lambda: nn.Parameter(torch.stack([vector.detach() for vector in vectors])),
+            "embeddings": lambda: embeddings,
+        }[held]()
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        return [level.weight if isinstance(level, nn.Embedding) else level for level in self.codebooks]
+
+    def forward(self, z: Tensor) -> Any:
+        rows = z.permute(0, 2, 3, 1)
+        rest, codes = rows, []
+        for level in self.vectors:
+            codes.append(torch.cdist(rest, level).argmin(-1))
+            rest = rest - level[codes[-1]]
+        quantized = z + (rows - rest - rows).permute(0, 3, 1, 2).detach()
+        loss = (quantized.detach() - z).square().mean() + rest.square().mean()
+        by_level = {"vectors": [], "first": [torch.stack(codes, 1)], "list": [codes]}[self.returns]
+        return quantized, loss, *by_level
+
+
+class OfOtherLevels(Levels):
+    """Leaves a part of the last level out, so that only its integers show what was chosen."""
+
+    def forward(self, z: Tensor) -> Any:
+        quantized, loss, codes = super().forward(z)
+        return quantized / 2, loss, torch.stack(codes, -1)
+
+
+class LookupFree(nn.Module):
+    """Signs of the latents, whose bits are numbered from the least or from the greatest; nothing states how many there are."""
+
+    def __init__(self, is_reversed: bool = False, scale: float = 1.0) -> None:
+        super().__init__()
+        powers = 2 ** torch.arange(6)
+        self.scale = scale
+        self.register_buffer("powers", powers.flip(0) if is_reversed else powers)
+
+    def forward(self, z: Tensor) -> Any:
+        bits = z > 0
+        quantized = (2.0 * bits - 1) * self.scale
+        return z + (quantized - z).detach(), (bits * self.powers[:, None, None]).sum(1), z.square().mean()
+
+
+class LFQTokenizer(Tokenizer):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        quantized, _, loss = self.quantizer(self.latents(batch[0]))
+        return F.mse_loss(self.decoder(quantized), batch[0]) + loss
+
+
 class Nested(nn.Module):
     """As in MONAI: a quantizer within a quantizer, of which the outer one returns no indices."""
 
@@ -347,6 +407,69 @@ def test_codes_are_those_of_the_nearest_vectors(name: str) -> None:
     assert reader.sizes == [24] * len(expected)
     for found, true in zip(codes, expected, strict=True):
         torch.testing.assert_close(found.long(), true)
+
+
+@pytest.mark.parametrize("returns", ["vectors", "first", "list"])
+@pytest.mark.parametrize("held", ["list", "plain", "tensor", "embeddings"])
+def test_residual_levels_are_read_however_their_vectors_are_held(held: str, returns: str) -> None:
+    seed_everything(0, verbose=False)
+    module = Tokenizer(Levels(held, returns))
+    view = view_of(module)
+    reader = view.find_codebooks()
+    assert [one.read for one in reader.codebooks] == ["residual"]
+    assert reader.sizes == [24] * 3
+    with torch.no_grad():
+        expected = chosen(module, view.local_reference().images[1::2], module.quantizer.vectors)
+    for found, true in zip(view.codes(reader), expected, strict=True):
+        torch.testing.assert_close(found.long(), true)
+
+
+def test_levels_whose_vectors_do_not_add_up_are_read_from_integers_or_not_at_all() -> None:
+    seed_everything(0, verbose=False)
+    reader = view_of(Tokenizer(OfOtherLevels(returns="list"))).find_codebooks()
+    assert [(one.read, one.number) for one in reader.codebooks] == [("output", 3)]
+
+    class Alone(OfOtherLevels):
+        def forward(self, z: Tensor) -> Any:
+            return super().forward(z)[:2]
+
+    with pytest.raises(ValueError, match=r"of the codes of self.quantizer .* show none"):
+        view_of(Tokenizer(Alone(returns="list"))).find_codebooks()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.4])
+@pytest.mark.parametrize("is_reversed", [True, False])
+def test_quantizers_without_a_codebook_show_their_number_of_codes(is_reversed: bool, scale: float) -> None:
+    seed_everything(0, verbose=False)
+    module = LFQTokenizer(LookupFree(is_reversed, scale))
+    view = view_of(module)
+    reader = view.find_codebooks()
+    assert reader.sizes == [64]
+    with torch.no_grad():
+        bits = module.eval().latents(view.local_reference().images[1::2]) > 0
+        expected = (bits * module.quantizer.powers[:, None, None]).sum(1).flatten(1)
+    torch.testing.assert_close(view.codes(reader)[0].long(), expected)
+
+
+def test_integers_that_number_nothing_need_a_stated_number_of_codes() -> None:
+    class Rounding(LookupFree):
+        def forward(self, z: Tensor) -> Any:
+            levels = z.tanh().mul(2).round()
+            return levels, (levels + 2).sum(1).long(), z.square().mean()
+
+    module = LFQTokenizer(Rounding())
+    with pytest.raises(ValueError, match="has no quantizer whose codebook or number of codes is known"):
+        view_of(module).find_codebooks()
+    assert view_of(module).find_codebooks("quantizer", 25).sizes == [25]
+
+
+@pytest.mark.parametrize("quantizer", [Levels, LookupFree])
+def test_training_is_bit_identical_with_quantizers_written_by_hand(quantizer: Any) -> None:
+    def run(*callbacks: Any) -> Any:
+        module = Tokenizer if quantizer is Levels else LFQTokenizer
+        return state_after_training(*callbacks, module=lambda: module(quantizer()), size=16)
+
+    torch.testing.assert_close(run(CodebookUsageMonitor(on_error="raise")), run(), rtol=0, atol=0)
 
 
 def test_what_encodes_is_called_once_for_all_monitors() -> None:
@@ -484,7 +607,7 @@ def test_it_is_attached_where_there_is_a_quantizer_and_left_out_elsewhere() -> N
     assert diagnostics.monitors["codebook"].evaluations == 1
     other = GenerativeDiagnostics(adapter=ModelAdapter(num_samples=32, num_reference=64), max_overhead=None)
     trainer(other, max_epochs=1).fit(TinyGAN(), batches())
-    assert "has no quantizer with a codebook" in other.left_out["codebook"]
+    assert "has no quantizer whose codebook" in other.left_out["codebook"]
 
 
 @pytest.mark.parametrize("quantizer", [Straight, MovingAverage, Residual])

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributions as D
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from example_models.vae import VAE
 from lightning_gendiag import (
@@ -21,7 +24,7 @@ from lightning_gendiag import (
 )
 from tests.helpers.cases import Case
 from tests.helpers.logs import events
-from tests.helpers.models import ScriptedGenerator
+from tests.helpers.models import ScriptedGenerator, SmallVAE
 from tests.helpers.recorded_runs import RecordedPosteriors, Replay
 from tests.helpers.running import batches, state_after_training, trainer
 
@@ -155,6 +158,123 @@ def test_every_form_of_a_posterior_gives_the_same_result(kind: str) -> None:
     trainer(expected, max_epochs=1).fit(Posterior(), batches(16))
     torch.testing.assert_close(monitor.result.per_dimension, expected.result.per_dimension, rtol=1e-4, atol=1e-4)
     assert float(monitor.result.total) > 3
+
+
+class OneTensor(SmallVAE):
+    """A VAE whose encoder returns mean and spread in one tensor, which the training step reads in its own way."""
+
+    def __init__(self, kind: str, how: str = "times", is_augmented: bool = False) -> None:
+        super().__init__()
+        self.kind, self.how, self.is_augmented = kind, how, is_augmented
+
+    def std(self, spread: Tensor) -> Tensor:
+        offset = 1e-4 if self.how == "offset" else 0.0
+        std = {
+            "log_variance": lambda: (spread * 0.5).exp(),
+            "log_std": spread.exp,
+            "softplus_std": lambda: F.softplus(spread),
+            "softplus_variance": lambda: F.softplus(spread).sqrt(),
+            "unknown": lambda: spread.sigmoid(),
+        }[self.kind]()
+        return std + offset
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images = batch[0] * 0.5 if self.is_augmented else batch[0]
+        mean, spread = self.encode(images)
+        std = self.std(spread)
+        if self.how == "normal":
+            z = D.Normal(mean, std).rsample()
+        elif self.how == "function":
+            z = torch.normal(mean.detach(), std.detach())
+        else:
+            z = torch.empty_like(std).normal_().mul(std).add_(mean)
+        kl = D.kl_divergence(D.Normal(mean, std), D.Normal(0.0, 1.0)).sum(1).mean()
+        return (self.decode(z) - images).square().flatten(1).sum(1).mean() + 0.05 * kl
+
+
+KINDS = ["log_variance", "log_std", "softplus_std", "softplus_variance"]
+
+
+@pytest.mark.parametrize("how", ["times", "normal", "function", "offset"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_step_shows_what_the_spread_is(kind: str, how: str) -> None:
+    monitor = PosteriorKLMonitor(on_error="raise", max_overhead=None)
+    module = OneTensor(kind, how)
+    trainer(monitor, max_epochs=2).fit(module, batches(8))
+    images = monitor.view.reference.images
+    with torch.no_grad():
+        mean, spread = module.encode(images)
+        posterior = D.Normal(mean, module.std(spread))
+    expected = D.kl_divergence(posterior, D.Normal(torch.zeros(3), torch.ones(3))).mean(0)
+    torch.testing.assert_close(monitor.result.per_dimension.float(), expected, rtol=2e-3, atol=1e-3)
+
+
+def test_a_training_step_shows_it_where_encoder_and_decoder_are_layers() -> None:
+    class OfLayers(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+            self.decoder = nn.Sequential(nn.Linear(4, 64), nn.Unflatten(1, (1, 8, 8)))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            mean, scale = self.encoder(batch[0]).chunk(2, 1)
+            std = F.softplus(scale) + 1e-4
+            loss = (self.decoder(mean + torch.randn_like(std) * std) - batch[0]).square().sum()
+            return loss + D.kl_divergence(D.Normal(mean, std), D.Normal(0.0, 1.0)).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), 1e-3)
+
+    monitor, module = PosteriorKLMonitor(on_error="raise"), OfLayers()
+    trainer(monitor, max_epochs=2).fit(module, batches(8))
+    with torch.no_grad():
+        mean, scale = module.encoder(monitor.view.reference.images).chunk(2, 1)
+    posterior = D.Normal(mean, F.softplus(scale) + 1e-4)
+    expected = D.kl_divergence(posterior, D.Normal(torch.zeros(4), torch.ones(4))).mean(0)
+    torch.testing.assert_close(monitor.result.per_dimension.float(), expected, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["log_variance", "softplus_std"])
+def test_a_training_step_that_augments_its_images_shows_it_too(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Augmenting(OneTensor):
+        def encode(self, images: Tensor) -> Any:
+            return self.encoder_net(images).chunk(2, 1)
+
+    with caplog.at_level("INFO"):
+        monitor = PosteriorKLMonitor(on_error="raise")
+        trainer(monitor, max_epochs=1).fit(Augmenting(kind, is_augmented=True), batches(8))
+    assert "training does not show" not in caplog.text
+    assert ("whose softplus is the std" in caplog.text) == (kind == "softplus_std")
+
+
+@pytest.mark.parametrize("spread", ["auto", "log_variance"])
+def test_a_spread_that_is_assumed_is_said_once(spread: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        monitor = PosteriorKLMonitor(spread=spread, on_error="raise")
+        trainer(monitor, max_epochs=3).fit(OneTensor("unknown"), batches(8))
+    assert caplog.text.count("taken for a log variance, which training does not show") == (spread == "auto")
+
+
+@pytest.mark.parametrize(("spread", "alarms"), [("auto", False), ("log_variance", True)])
+def test_an_unused_latent_whose_divergence_contradicts_it_is_none_where_the_spread_is_assumed(
+    spread: Any, alarms: bool
+) -> None:
+    class Far(ScriptedGenerator):
+        def encode(self, images: Tensor) -> Any:
+            return torch.zeros(len(images), 4), torch.full((len(images), 4), -6.0)
+
+    monitor, stopping = PosteriorKLMonitor(spread=spread, on_error="raise"), CollapseStopping(action="warn")
+    with pytest.warns(CollapseWarning, match="none of 4") if alarms else nullcontext():
+        trainer(monitor, stopping, max_epochs=8).fit(Far(), batches(16))
+    assert float(monitor.result.total) > 5
+    assert bool(stopping.alarms) == alarms
+
+
+def test_training_is_bit_identical_where_a_training_step_shows_the_spread() -> None:
+    def run(*callbacks: Any) -> Any:
+        return state_after_training(*callbacks, module=lambda: OneTensor("softplus_std"))
+
+    torch.testing.assert_close(run(PosteriorKLMonitor(on_error="raise")), run(), rtol=0, atol=0)
 
 
 def test_an_encoder_with_three_outputs_of_a_positive_spread_raises_a_warning_with_the_fix() -> None:

@@ -305,6 +305,11 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """What the monitor sees of the module."""
         return self.session.view_of(self)
 
+    @property
+    def data_name(self) -> str:
+        """What messages call the data: ``"images"``, or ``"data"`` where they are rows or series."""
+        return "images" if self._session is None or self.view.has_images else "data"
+
     def find_regions(self, view: ModelView, num_regions: int | None, num_images: int) -> RegionMap:
         """Returns the regions of the reference's first images, found once for all monitors and all ranks."""
         key = num_regions, num_images

@@ -319,7 +319,7 @@ class ModelParts:
                 return joined(self.module, normal(self.module, n, (joined.length,)), labels)
 
             yield Way("sample", joined.described, call, takes_labels=True)
-        if maker is not None and shape is not None and (step := self._training_step()) is not None:
+        if maker is not None and shape is not None and (step := self.training_step()) is not None:
             name = f"self.{maker[0] or 'forward'} as training_step calls it"
             yield Way("sample", name, partial(fakes_of, step, maker, shape), path=maker[0])
 
@@ -450,13 +450,13 @@ class ModelParts:
 
     def _is_trained_otherwise(self) -> bool:
         """Whether a training step shows that nothing is trained to return images, looked for once; inside ``isolated``."""
-        if self._reconstructs is None and (step := self._training_step()) is not None:
+        if self._reconstructs is None and (step := self.training_step()) is not None:
             data = self.adapter.find_data(step.batch)
             assert data is not None
             self._reconstructs = reconstructs(step, self.as_input(as_data(data)), self.adapter.seed) is not False
         return self._reconstructs is False
 
-    def _training_step(self) -> TrainingStep | None:
+    def training_step(self) -> TrainingStep | None:
         """A training step of the copy for the first rows of the first batch; None where there are not two of them."""
         # what finds the data may draw random numbers
         with self.isolated(True):
@@ -475,7 +475,7 @@ class ModelParts:
         if is_adversarial(self.module):
             # what cannot be run shows nothing
             with suppress(Exception), self.isolated(True):
-                step = self._training_step()
+                step = self.training_step()
                 self._fakes = self._fakes if step is None else find_fakes(step, shape, self.adapter.seed)
         with suppress(Exception):
             self._look_at_conditions()

@@ -30,8 +30,12 @@ SPREAD_NAMES = {
     "variance": ("var", "variance", "covariance", "v", "sigma2", "sigmasq"),
     "log_std": ("logstd", "logsigma", "logscale", "logs"),
     "std": ("std", "stddev", "sigma", "scale"),
+    "softplus_std": (),
+    "softplus_variance": (),
 }
-"""Names of each kind of spread, best first."""
+"""Names of each kind of spread, best first; no name states that the softplus of it is one."""
+
+SPREADS = "'auto', 'log_variance', 'variance', 'log_std', 'std', 'softplus_std' or 'softplus_variance'"
 
 POSTERIOR_NAMES = ("latent_dist", "posterior", "qz", "qz_x", "q_z", "q")
 """Fields that hold a posterior itself."""
@@ -93,7 +97,7 @@ def posterior_in(
     Args:
         output: What the encoder returned.
         n: Number of inputs.
-        spread: ``"log_variance"``, ``"variance"``, ``"log_std"`` or ``"std"`` where it is known, else ``"auto"``.
+        spread: A key of :data:`SPREAD_NAMES` where it is known, else ``"auto"``.
         mean_dim: L where one tensor (n, 2L, ...) holds mean and spread one after the other.
         owner: Name of the encoder's class, by which MONAI's pairs of a mean and a standard deviation are known.
         argument: What an error calls the encoder; ``"posterior"`` where the user gave it, which no error advises again.
@@ -110,10 +114,7 @@ def posterior_in(
         tensor([[0.3679, 0.3679]], dtype=torch.float64)
     """
     if spread not in ("auto", *SPREAD_NAMES):
-        raise ValueError(
-            f"spread must be 'auto', 'log_variance', 'variance', 'log_std' or 'std', got {spread!r}. "
-            "To fix this, pass one of them."
-        )
+        raise ValueError(f"spread must be {SPREADS}, got {spread!r}. To fix this, pass one of them.")
     found = _found(output, n, spread, mean_dim)
     if len(found) != 1:
         got = f"{len(found)} posteriors" if found else shape_of(output)
@@ -128,9 +129,21 @@ def posterior_in(
     kind = spread if spread != "auto" else posterior.kind
     if kind == "auto":
         kind = "std" if STATES_STD.search(owner) else _kind_of(posterior.mean, posterior.spread, argument)
-    std = _std(posterior.spread, kind).expand_as(posterior.mean)
+    std = std_of(posterior.spread, kind).expand_as(posterior.mean)
     gaussian = Normal(posterior.mean.double(), std, validate_args=False)
     return Posterior(gaussian, f"{posterior.described} {kind.replace('_', ' ')}", kind)
+
+
+def unstated_spread(output: Any, n: int, mean_dim: int | None = None, owner: str = "") -> Tensor | None:
+    """Returns the values beside the mean in what an encoder returned, where no name states what they are; else None.
+
+    Example:
+        >>> unstated_spread((torch.zeros(1, 2), torch.ones(1, 2)), 1)
+        tensor([[1., 1.]])
+    """
+    found = [] if STATES_STD.search(owner) else _found(output, n, "auto", mean_dim)
+    (pair,) = found if len(found) == 1 else (None,)
+    return pair.spread if isinstance(pair, _Pair) and pair.kind == "auto" else None
 
 
 def kl_to_prior(posterior: Posterior, prior: Distribution | None = None) -> Tensor:
@@ -308,9 +321,15 @@ def _kind_of(mean: Tensor, values: Tensor, argument: str) -> str:
     )
 
 
-def _std(values: Tensor, kind: str) -> Tensor:
-    """Returns standard deviations in float64."""
+def std_of(values: Tensor, kind: str) -> Tensor:
+    """Returns the standard deviations, in float64, that values of a kind of spread stand for.
+
+    Raises:
+        ValueError: If a standard deviation or a variance is negative.
+    """
     values = values.double()
+    if kind.startswith("softplus"):
+        values, kind = torch.nn.functional.softplus(values), kind.removeprefix("softplus_")
     if kind.startswith("log"):
         return (values if kind == "log_std" else values / 2).exp()
     if bool((values < 0).any()):

@@ -48,9 +48,12 @@ PAIRS = 1 << 22
 
 INDEX_NAMES = re.compile(r"ind(ex|ices)|codes?|tokens?|ids", re.IGNORECASE)
 
-Read = Literal["output", "input", "vectors", "nearest"]
-"""Where codes are read: integers of an output, integers of an input, the codes whose vectors an output has, or the codes
-nearest to an input."""
+MOST_BITS = 24
+"""Largest number of bits of a code that is looked up nowhere."""
+
+Read = Literal["output", "input", "vectors", "nearest", "residual"]
+"""Where codes are read: integers of an output, integers of an input, the codes whose vectors an output has, the codes
+nearest to an input, or those of several levels, each of which is nearest to what the levels before it leave."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Codebook:
     path: str
     """Of the part that is observed; empty for what is called with the images."""
     size: int
+    """Number of codes; 0 where nothing states it."""
     read: Read = "output"
     number: int = 1
     """Number of codebooks that the last axis of the integers is of."""
@@ -92,13 +96,14 @@ class Call(NamedTuple):
 # ---- which parts may be quantizers ----
 
 
-def quantizers_in(module: nn.Module, path: str = "", size: int | None = None) -> list[Chain]:
+def quantizers_in(module: nn.Module, path: str = "", size: int | None = None, unsized: bool = False) -> list[Chain]:
     """Returns what by its name and its parts may quantize, without calling anything.
 
     Args:
         module: A module.
         path: Of the only part that is looked at; empty for all of them.
         size: Number of codes, where it is stated; by default the parts say it.
+        unsized: Whether parts are returned as well of which nothing says how many codes they have.
 
     Example:
         >>> found = quantizers_in(nn.ModuleDict({"codebook": nn.Embedding(8, 2), "classes": nn.Embedding(10, 2)}))
@@ -118,7 +123,7 @@ def quantizers_in(module: nn.Module, path: str = "", size: int | None = None) ->
             continue
         around = [other for other in found if _is_inside(name, other)]
         alone = [a for a in around if all(o in (name, a) or _is_inside(name, o) for o in found if _is_inside(o, a))]
-        chain = _chain((*alone, name), parts, size)
+        chain = _chain((*alone, name), parts, size, unsized)
         chains += [chain] if chain is not None else []
     return chains
 
@@ -139,7 +144,8 @@ def _may_quantize(path: str, part: nn.Module, parts: dict[str, nn.Module]) -> bo
     if path and _is_called_so(name, part):
         return True
     inside = bool(path) and _is_in_quantizer(path, parts)
-    return any(CODES.fullmatch(key) or (inside and VECTORS.fullmatch(key)) for key in _own_vectors(part))
+    names = (*_own_vectors(part), *_own_levels(part))
+    return any(CODES.fullmatch(key) or (inside and VECTORS.fullmatch(key)) for key in names)
 
 
 def _is_torchs(part: nn.Module) -> bool:
@@ -176,24 +182,46 @@ def _own_vectors(part: nn.Module) -> list[str]:
     ]
 
 
-def _chain(paths: tuple[str, ...], parts: dict[str, nn.Module], size: int | None) -> Chain | None:
+def _own_levels(part: nn.Module) -> list[str]:
+    """Names under which a part holds the vectors of several levels, each of as many codes."""
+    held = {**vars(part), **{name: value for tensors in compat.own_tensors(part) for name, value in tensors.items()}}
+    names = [name for name in held if CODES.fullmatch(name) or VECTORS.fullmatch(name)]
+    return [name for name in names if len({level.shape for level in _levels_in(held[name])}) == 1]
+
+
+def _levels_in(held: Any) -> list[Tensor]:
+    """The vectors (K, D) of each of several levels; nothing where these are none."""
+    levels = list(held) if isinstance(held, (nn.ParameterList, nn.ModuleList, list, tuple)) else []
+    if isinstance(held, Tensor) and not nn.parameter.is_lazy(held) and held.ndim == 3:
+        levels = list(held)
+    levels = [level.weight if isinstance(level, nn.Embedding) else level for level in levels]
+    fit = [isinstance(level, Tensor) and level.ndim == 2 and level.is_floating_point() for level in levels]
+    return [level.detach() for level in levels] if len(fit) > 1 and all(fit) else []
+
+
+def _chain(paths: tuple[str, ...], parts: dict[str, nn.Module], size: int | None, unsized: bool) -> Chain | None:
     number, holder, tensor = 1, "", ""
+    read: Read = "output"
     for path in reversed(paths):
         part = parts[path]
         names = sorted(_own_vectors(part), key=lambda name: CODES.fullmatch(name) is None)
         if names and not tensor:
             holder, tensor = path, names[0]
+        levels = _own_levels(part)
+        if levels and not tensor:
+            vectors = _levels_in(getattr(part, levels[0]))
+            holder, tensor, read, number, size = path, levels[0], "residual", len(vectors), len(vectors[0])
         size = size or stated_size(part, None, SIZES)
         separate = getattr(part, "heads", 1) if getattr(part, "separate_codebook_per_head", False) else 1
         number = max(number, separate, stated_size(part, None, ("num_codebooks",)) or 1)
     if size is None and tensor:
         size = getattr(parts[holder], tensor).shape[-2]
-    if size is None:
+    if size is None and not unsized:
         return None
     outer, _, name = paths[-1].rpartition(".")
     owned = bool(outer) and _is_called_so(outer.rpartition(".")[2], parts[outer])
     is_plain = isinstance(parts[paths[-1]], nn.Embedding) and CODES.fullmatch(name) is None and not owned
-    codebook = Codebook(paths[-1], size, number=number, holder=holder, tensor=tensor)
+    codebook = Codebook(paths[-1], size or 0, read, number, holder, tensor)
     return Chain(tuple(path for path in paths if path), codebook, is_plain)
 
 
@@ -239,6 +267,7 @@ def settled(
     called.update(calls)
     found = []
     for chain in chains:
+        chain = _sized(chain, calls, n)
         ways = list(_ways(chain, module))
         if of_output:
             integers = [replace(chain.codebook, path="")] if len(chains) == 1 else []
@@ -254,8 +283,40 @@ def settled(
     return found
 
 
+def _sized(chain: Chain, calls: dict[str, list[Call]], n: int) -> Chain:
+    """Returns a chain with the number of codes that calls of its parts show, where nothing states it."""
+    shown = [_lookup_free_size(call, n) for path in chain.parts for call in calls.get(path, [])]
+    if chain.codebook.size or not shown or not max(shown):
+        return chain
+    return chain._replace(codebook=replace(chain.codebook, size=max(shown)))
+
+
+def _lookup_free_size(call: Call, n: int) -> int:
+    """Number of codes where integers of an output have the signs of its vectors as their bits, else 0."""
+    codes, vectors = (
+        next(integers_in(call.output, n), None),
+        next((t for t in _floats(call.output) if t.ndim > 1), None),
+    )
+    if codes is None or vectors is None or not bool(torch.isclose(vectors.abs(), vectors.abs().max(), rtol=1e-3).all()):
+        return 0
+    for axis in {1, vectors.ndim - 1}:
+        signs = (vectors.movedim(axis, -1) > 0).long()
+        powers = 2 ** torch.arange(signs.shape[-1], device=signs.device) if signs.shape[-1] <= MOST_BITS else ()
+        for weights in (powers, powers.flip(0)) if isinstance(powers, Tensor) else ():
+            if torch.equal((signs * weights).sum(-1).flatten(), codes.long().flatten()):
+                return int(2 ** signs.shape[-1])
+    return 0
+
+
 def _ways(chain: Chain, module: nn.Module) -> Iterator[Codebook]:
     codebook, parts = chain.codebook, chain.parts
+    if codebook.read == "residual":
+        yield from (replace(codebook, path=path) for path in reversed(parts))
+        yield from (replace(codebook, path=path, read="output") for path in parts)
+        # integers of all levels together, of as many codes as a part states
+        stated = [path for path in parts if stated_size(module.get_submodule(path), None, SIZES) == codebook.size]
+        yield from (replace(codebook, path=path, read="output", number=1) for path in stated)
+        return
     yield from (replace(codebook, path=path) for path in parts)
     if parts and isinstance(module.get_submodule(parts[-1]), nn.Embedding):
         yield replace(codebook, path=parts[-1], read="input")
@@ -271,7 +332,12 @@ def _readable(codebook: Codebook, module: nn.Module, calls: list[Call], n: int, 
             codes = [_integers(codebook, call, n) for call in calls]
             inside = all(bool(((c >= -1) & (c < codebook.size)).all()) for c in codes)
             enough = not chain.is_plain or sum(c[0].numel() for c in codes) >= FEWEST
+            if chain.codebook.read == "residual" and codebook.number > 1:
+                # each level has integers of its own
+                enough = enough and all(c.ndim == 3 for c in codes)
             return codebook if codes and inside and enough else None
+        if codebook.read == "residual":
+            return next((one for one in _along_axes(codebook) if _is_residual(one, module, calls, n)), None)
         vectors = _vectors_of(codebook, module)
         latents = _latents(codebook, calls[0])
     except (ValueError, AttributeError):
@@ -285,6 +351,44 @@ def _readable(codebook: Codebook, module: nn.Module, calls: list[Call], n: int, 
         return (tried[-2] if latents.ndim == 3 else tried[0]) if tried and len(latents) == n else None
     best = min(tried, key=lambda one: _distance(one, latents, vectors), default=None)
     return best if best is not None and len(latents) == n and _distance(best, latents, vectors) < ON_CODES else None
+
+
+def _along_axes(codebook: Codebook) -> list[Codebook]:
+    return [replace(codebook, axis=axis) for axis in (1, -1)]
+
+
+def _is_residual(codebook: Codebook, module: nn.Module, calls: list[Call], n: int) -> bool:
+    """Whether the vectors of all levels add up to what each call returns."""
+    for call in calls:
+        latents = _latents(codebook, call)
+        output = next((t for t in _floats(call.output) if t.shape == latents.shape), None)
+        if (
+            output is None
+            or len(latents) != n
+            or latents.shape[codebook.axis] != _levels_of(codebook, module)[0].shape[1]
+        ):
+            return False
+        _, total = _residual(codebook, latents, _levels_of(codebook, module))
+        length = float(total.norm(dim=-1).max())
+        distance = float((total - output.detach().movedim(codebook.axis, -1)).norm(dim=-1).max())
+        if not distance < ON_CODES * max(length, 1e-12):
+            return False
+    return bool(calls)
+
+
+def _levels_of(codebook: Codebook, module: nn.Module) -> list[Tensor]:
+    return _levels_in(getattr(module.get_submodule(codebook.holder), codebook.tensor))
+
+
+def _residual(codebook: Codebook, latents: Tensor, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The numbers (n, P, levels) of the vectors that are nearest to what is left, and their sum (n, ..., D)."""
+    rest = latents.movedim(codebook.axis, -1)
+    found = []
+    for level in levels:
+        codes, _ = _nearest(replace(codebook, axis=-1), rest, level)
+        found.append(codes)
+        rest = rest - level[codes].view(rest.shape)
+    return torch.stack(found, -1), latents.movedim(codebook.axis, -1) - rest
 
 
 def _integers(codebook: Codebook, call: Call, n: int) -> Tensor:
@@ -327,7 +431,7 @@ def _latents(codebook: Codebook, call: Call) -> Tensor:
     Raises:
         ValueError: If it has none.
     """
-    source = call.inputs if codebook.read == "nearest" else call.output
+    source = call.inputs if codebook.read in ("nearest", "residual") else call.output
     found = next((t for t in _floats(source) if t.ndim > 1), None)
     if found is None:
         raise ValueError("there are no latents")
@@ -434,4 +538,6 @@ class CodebookReader:
 def _codes(codebook: Codebook, module: nn.Module, call: Call, n: int) -> Tensor:
     if codebook.read in ("output", "input"):
         return _integers(codebook, call, n)
+    if codebook.read == "residual":
+        return _residual(codebook, _latents(codebook, call), _levels_of(codebook, module))[0]
     return _nearest(codebook, _latents(codebook, call), _vectors_of(codebook, module))[0]

@@ -820,11 +820,14 @@ class ModelView:
             ValueError: If the module has no quantizer, or none that is called for real images.
         """
         own = type(self.module).__name__
-        chains = quantizers_in(self.module, path, size)
+        sized = quantizers_in(self.module, path, size)
+        chains = sized or quantizers_in(self.module, path, size, unsized=True)
+        unknown = ValueError(
+            f"indices must be known, but {own} has no quantizer whose codebook or number of codes is known. "
+            f"To fix this, pass {CODES_ADVICE}."
+        )
         if not chains:
-            raise ValueError(
-                f"indices must be known, but {own} has no quantizer with a codebook. To fix this, pass {CODES_ADVICE}."
-            )
+            raise unknown
         if self.real.example is None:
             return None
         images = self.as_input(as_data(self.real.example))
@@ -845,6 +848,8 @@ class ModelView:
                 )
                 return reader
             tried += [way.name] if way.name not in tried else []
+        if not sized:
+            raise unknown
         paths = ", ".join(f"self.{chain.codebook.path}".rstrip(".") for chain in chains[:4])
         reason = f"{listed(tried, 4)} show none" if tried else "nothing encodes or reconstructs images"
         raise ValueError(

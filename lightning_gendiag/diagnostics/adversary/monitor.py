@@ -270,15 +270,32 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         held_out = Images(torch.cat(fresh) if fresh else real.images[:0], torch.cat(labels) if labels else None)
         if view.adapter.reference is not None and self._training:
             held_out, real = real if not fresh else held_out, self._training[0]
-        if made.labels is None and real.labels is not None and len(real.labels):
-            # a discriminator of classes may be given samples whose sampler takes none
-            made = Images(made.images, real.labels[torch.arange(len(made.images)) % len(real.labels)])
-        scored = {
-            name: self._scores(view, Images(*(None if part is None else part[:most] for part in images)))  # type: ignore[arg-type]
-            for name, images in (("real", real), ("generated", made), ("held_out", held_out))
-        }
+        real, made, held_out = (
+            Images(*(None if part is None else part[:most] for part in images))  # type: ignore[arg-type]
+            for images in (real, made, held_out)
+        )
+        scored = {"real": self._scores(view, real), "held_out": self._scores(view, held_out)}
+        is_known = made.labels is not None or real.labels is None or not len(real.labels)
+        scored["generated"] = self._scores(view, made) if is_known else self._scores_of_any_class(view, made, real)
         norms = {} if self._gradients is None else {f"{n}_gradients": self._gradients.norms(n) for n in NETWORKS}
         self.metric.update(**scored, **norms)
+
+    def _scores_of_any_class(self, view: ModelView, made: Images, real: Images) -> Tensor:
+        """One score (n,) for each generated image, whose class is not known; none where the scores depend on it."""
+        labels = real.labels
+        assert labels is not None
+        rows = torch.arange(len(made.images))
+        # classes of real images, in two orders
+        scores, again = (
+            self._scores(view, Images(made.images, labels[(rows + shift) % len(labels)])) for shift in (0, 1)
+        )
+        if torch.allclose(scores, again, rtol=1e-4, atol=1e-6, equal_nan=True):
+            return scores
+        view.say(
+            "Discriminator: generated images are not scored, since its scores depend on classes, and those of the samples are "
+            "not known. To score them, pass ModelAdapter(sample=lambda module, n, labels: ..., conditional=True)."
+        )
+        return scores[:0]
 
     def _scores(self, view: ModelView, images: Images) -> Tensor:
         """One score (n,) for each image."""
@@ -455,7 +472,8 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         if auc >= SEPARATED and norm < VANISHED * level:
             label = "the discriminator"
             message = (
-                f"{label} is too strong: it ranks real images above generated ones in {auc:.1%} of pairs, and {fell}"
+                f"{label} is too strong: it ranks real {self.data_name} above generated ones in {auc:.1%} of pairs, and "
+                f"{fell}"
             )
             return _rule(GRADIENTS, norm, True, message, label, CONFIRM)
         if norm < LOST * level:

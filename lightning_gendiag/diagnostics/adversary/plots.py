@@ -32,7 +32,8 @@ def panel(
         (H, W, 3) uint8.
     """
     low, high = _range(result)
-    kinds = [("training images", result.real), ("generated images", result.generated)]
+    kinds = [("training images", result.real)]
+    kinds += [("generated images", result.generated)] if len(result.generated) else []
     kinds += [("held-out images", result.held_out)] if len(result.held_out) else []
     tiles = [canvas.Tile(f"% of {name}, by score", _histogram(scores, low, high)) for name, scores in kinds]
     tiles.append(canvas.Tile("real above generated, %", charts.line([100 * v for v in auc.values], auc.steps, 100.0)))
@@ -48,17 +49,17 @@ def panel(
             shifted = [value - floor for value in logs]
             caption = f"{name}: gradient / {10.0**floor:g}, log10"
             tiles.append(canvas.Tile(caption, charts.line(shifted, curve.steps, max(max(finite) - floor, 1.0))))
-    title = f"Real images score above generated ones in {float(result.auc):.0%} of pairs (step {occasion.step})"
-    return canvas.panel(title, tiles, list(_rows(result)), occasion.note)
+    told = f"Real images score above generated ones in {float(result.auc):.0%} of pairs"
+    title = told if len(result.generated) else "Scores of real images; generated ones have none"
+    return canvas.panel(f"{title} (step {occasion.step})", tiles, list(_rows(result)), occasion.note)
 
 
 def _rows(result: AdversaryResult) -> list[canvas.Row]:
     rows = []
     if len(result.held_out):
         overfitting = float(result.overfitting)
-        rows.append(
-            canvas.Row(canvas.INK, f"training above held-out: {float(result.train_auc):.0%}; r_v {overfitting:.2f}")
-        )
+        r_v = f"; r_v {overfitting:.2f}" if len(result.generated) else ""
+        rows.append(canvas.Row(canvas.INK, f"training above held-out: {float(result.train_auc):.0%}{r_v}"))
     else:
         rows.append(canvas.Row(canvas.FAINT, "no held-out images: overfitting is not judged"))
     sign = float(result.sign)

@@ -206,8 +206,8 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         ]
         if constant:
             warn(
-                f"the reference images never vary in {', '.join(constant)}, so any variation of generated images lowers "
-                "the similarity there.",
+                f"the reference {self.data_name} never vary in {', '.join(constant)}, so any variation of generated ones "
+                "lowers the similarity there.",
                 category=DiagnosticWarning,
             )
         classes = int(labels.max()) + 1 if self.per_class and labels is not None else None
@@ -278,8 +278,14 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
         best = max([x for r, x in enumerate(result.regions.tolist()) if r != background] or [image])
         made = self._compared
         how = "sampled" if made == "samples" else "reconstructed"
+        real = f"real {self.data_name}"
         alike, still, unreaching, unlike = (
-            replace(series, label=series.label.replace("samples", made))
+            replace(
+                series,
+                label=series.label.replace("samples", made),
+                quantity=series.quantity.replace("real images", real),
+                event=series.event.replace("real images", real),
+            )
             for series in (ALIKE, UNCHANGED, UNREACHED, FLOOR)
         )
         return [
@@ -302,7 +308,7 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             ),
             _rule(
                 alike, spread, spread < LEAST_SPREAD,
-                f"all {made} are alike: they vary {spread:.2g} times as much as real images, for "
+                f"all {made} are alike: they vary {spread:.2g} times as much as {real}, for "
                 "{evaluations} evaluations",
             ),
             _rule(
@@ -312,12 +318,12 @@ class CosineMeanSimilarityMonitor(Monitor[CosineMeanSimilarity, CosineMeanSimila
             ),
             _rule(
                 unreaching, unreached, unreached > MOST_UNREACHED,
-                f"the range of {made} does not reach that of real images: {unreached:.0%} of the real "
+                f"the range of {made} does not reach that of {real}: {unreached:.0%} of the real "
                 "values were outside it in {evaluations} evaluations",
             ),
             _rule(
                 unlike, best, best < LOW_SIMILARITY,
-                f"{made} are not similar to real images anywhere: {self._quantity} is at most {best:.2f} in any region, "
+                f"{made} are not similar to {real} anywhere: {self._quantity} is at most {best:.2f} in any region, "
                 "for {evaluations} evaluations",
             ),
         ]  # fmt: skip

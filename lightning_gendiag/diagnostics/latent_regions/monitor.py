@@ -242,7 +242,10 @@ class LatentRegionsMonitor(Monitor[LatentRegions, LatentRegionsResult]):
     def observations(self, result: LatentRegionsResult) -> list[Observation]:
         """The spread of the latents; an alarm where they are one point."""
         spread = float(result.spread)
-        message = f"the latents collapsed: all images have the same latents, with a standard deviation of {spread:.1g}"
+        message = (
+            f"the latents collapsed: all {self.data_name} have the same latents, "
+            f"with a standard deviation of {spread:.1g}"
+        )
         return [Observation(SPREAD, spread, math.inf if result.collapsed else 0.0, message=message)]
 
     def get_extra_state(self) -> dict[str, Any]:

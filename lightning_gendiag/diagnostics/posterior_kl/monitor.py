@@ -19,7 +19,16 @@ from lightning_gendiag.diagnostics.posterior_kl.metric import PosteriorKL
 from lightning_gendiag.functional.arrays import as_data
 from lightning_gendiag.model.isolation import perturbed
 from lightning_gendiag.model.outputs import peeled
-from lightning_gendiag.model.posterior import POSTERIOR_ADVICE, is_of_real_numbers, kl_to_prior, posterior_in
+from lightning_gendiag.model.posterior import (
+    POSTERIOR_ADVICE,
+    SPREAD_NAMES,
+    SPREADS,
+    is_of_real_numbers,
+    kl_to_prior,
+    posterior_in,
+    unstated_spread,
+)
+from lightning_gendiag.model.spreads import scales_in, spread_shown
 
 if TYPE_CHECKING:
     from lightning_gendiag.detection.alarm import Alarm
@@ -40,6 +49,11 @@ TRIALS = 12
 CHUNK = 128
 """Largest number of images that go through the encoder at a time."""
 
+MOST_INPUTS = 4
+"""Largest number of inputs of parts in a training step that may be augmented data."""
+
+SPREAD_ADVICE = 'If it is another spread, pass PosteriorKLMonitor(spread="std"), or another kind.'
+
 MIN_STD, MIN_DELTA = 0.2, 3.2
 """Octaves: a dimension dies only where it surely carries less than a ninth of what it did, or of three nats. One that a VAE
 gives up while it improves often settles at an eighth of a nat, and still changes images half as much as before."""
@@ -52,7 +66,7 @@ TOTAL = Series("the latent", "aggregate", "KL in nats", "nats", event="vanished"
 UNUSED = Series("all of the latent", "rule", "KL in nats", "nats", label=TOTAL.name, progress=0.02, stop="alone")
 """Of the rule that some dimension must be active, unless the total still rises."""
 
-Spread = Literal["auto", "log_variance", "variance", "log_std", "std"]
+Spread = Literal["auto", "log_variance", "variance", "log_std", "std", "softplus_std", "softplus_variance"]
 
 
 class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
@@ -68,7 +82,8 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         posterior: What gives mean and spread, both (N, L) or (N, C, ...), of images: the name of a method of the module,
             or a callable ``(module, images)``; by default the model's encoder. It returns a pair of tensors, or a
             distribution.
-        spread: What the second of the pair is; by default names and values show it.
+        spread: What the second of the pair is; by default a training step, names and values show it. ``"softplus_std"`` is
+            a number whose softplus is the standard deviation.
         threshold: See :class:`PosteriorKL`.
         patience: Number of evaluations without an active dimension after which the latent counts as collapsed.
         kwargs: Arguments of :class:`Monitor`.
@@ -96,18 +111,21 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if spread not in ("auto", "log_variance", "variance", "log_std", "std"):
-            raise ValueError(f"spread must be 'auto', 'log_variance', 'variance', 'log_std' or 'std', got {spread!r}.")
+        if spread not in ("auto", *SPREAD_NAMES):
+            raise ValueError(f"spread must be {SPREADS}, got {spread!r}.")
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}.")
         PosteriorKL(1, threshold=threshold)
         self.posterior, self.spread, self.threshold, self.patience = posterior, spread, threshold, patience
         self._known_spread: str = spread
+        self._shown_spread: str | None = None
+        self._has_looked = self._is_assumed = False
 
     def reset(self) -> None:
         """Forgets how the spread was read as well."""
         super().reset()
-        self._known_spread = self.spread
+        self._known_spread, self._shown_spread = self.spread, None
+        self._has_looked = self._is_assumed = False
 
     def shares(self) -> str:
         """What the encoder gives for real images."""
@@ -128,6 +146,7 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
 
     def _try(self, view: ModelView, images: Tensor) -> tuple[int, ...]:
         """Returns the shape of the posterior of each of some images or other data, and finds what its spread is."""
+        self._look_at_training(view)
         given, encoder = view.as_input(as_data(images)), self._encoder(view)
         with view.isolated(exact=True):
             if self._known_spread == "auto" and not view.subject.in_place:
@@ -136,8 +155,42 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
                     with suppress(ValueError), perturbed(view.module, seed):
                         self._moments(view, encoder(given), len(given))
                         break
-            mean, *_ = self._moments(view, encoder(given), len(given))
+            output = encoder(given)
+            mean, *_ = self._moments(view, output, len(given))
+            is_unstated = unstated_spread(output, len(given), view.parts.stated_length, self._owner(view)) is not None
+        self._is_assumed = self.spread == "auto" and self._shown_spread is None and is_unstated
         return tuple(mean.shape[1:])
+
+    def _look_at_training(self, view: ModelView) -> None:
+        """Finds out once what a training step on the copy takes the spread for, where the user did not say it."""
+        if self.spread != "auto" or self._has_looked or view.real.batch is None or view.subject.in_place:
+            return
+        self._has_looked = True
+        # what cannot be run shows nothing
+        with suppress(Exception):
+            self._shown_spread = self._spread_in_training(view)
+        self._known_spread = self._shown_spread or self._known_spread
+
+    def _spread_in_training(self, view: ModelView) -> str | None:
+        encoder, owner = self._encoder(view), self._owner(view)
+        with view.isolated(exact=True):
+            step = view.parts.training_step()
+            found = None if step is None else view.adapter.find_data(step.batch)
+            if step is None or found is None:
+                return None
+            data = view.as_input(as_data(found))
+            scales, given = scales_in(step, view.adapter.seed, data.shape)
+            # a training step may augment its data
+            for images in (data, *given[:MOST_INPUTS]):
+                values = unstated_spread(encoder(images), len(images), view.parts.stated_length, owner)
+                shown = None if values is None else spread_shown(values, scales)
+                if values is None or shown is not None:
+                    return shown
+        return None
+
+    def _owner(self, view: ModelView) -> str:
+        """Name of the class of the encoder, where it is one of the module."""
+        return view.parts.way("encode").owner if self.posterior is None else ""
 
     def _add(self, view: ModelView, output: Any, n: int) -> None:
         """Adds the posteriors in what the encoder returned for n images."""
@@ -150,8 +203,9 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         Raises:
             ValueError: If the encoder returned no posterior, or one without a closed divergence from its prior.
         """
-        owner, argument = (view.parts.way("encode").owner, "encode") if self.posterior is None else ("", "posterior")
-        posterior = posterior_in(output, n, self._known_spread, view.parts.stated_length, owner, argument)
+        argument = "encode" if self.posterior is None else "posterior"
+        known, length = self._known_spread, view.parts.stated_length
+        posterior = posterior_in(output, n, known, length, self._owner(view), argument)
         if self._known_spread == "auto":
             # later batches alone may not show what the spread is
             self._known_spread = posterior.spread
@@ -177,12 +231,21 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
 
     def build_metric(self, view: ModelView) -> PosteriorKL:
         """Creates a metric with as many dimensions as the posterior has."""
+        self._look_at_training(view)
+        self._known_spread, self._shown_spread = view.broadcast(lambda: (self._known_spread, self._shown_spread))
         shape = self._try(view, view.reference.images[:2])
         by_channel = len(shape) > 1 and math.prod(shape) > WATCHED
         if self._assumes_prior_of:
             view.say(
                 f"Posterior KL: the posterior is {self._assumes_prior_of}, whose prior is taken to be N(0, 1). If it is "
                 f"another, define it as {type(view.module).__name__}.prior, a torch distribution."
+            )
+        kind = self._known_spread.replace("softplus_", "number whose softplus is the ").replace("_", " ")
+        if self._shown_spread not in (None, "log_variance"):
+            view.say(f"Posterior KL: training takes what is beside the mean for a {kind}. {SPREAD_ADVICE}")
+        if self._is_assumed:
+            view.say(
+                f"Posterior KL: what is beside the mean is taken for a {kind}, which training does not show. {SPREAD_ADVICE}"
             )
         if by_channel:
             view.say(f"Posterior KL: channels of the latents {shape} are watched, each the sum over its positions.")
@@ -206,6 +269,8 @@ class PosteriorKLMonitor(Monitor[PosteriorKL, PosteriorKLResult]):
         series = replace(DIMENSION, name=kind)
         watched = divergences.tolist() if len(divergences) <= WATCHED else []
         unused = not math.isnan(total) and int(result.active_units) == 0
+        # an encoder that tells nothing learns the prior, so that a KL far from 0 is rather one of another spread
+        unused = unused and not (self._is_assumed and total > TOTAL_IN_USE)
         message = (
             f"the latent collapsed: KL is {total:.3f} nats and none of {len(result.active)} dimensions has been active for "
             "{evaluations} evaluations"

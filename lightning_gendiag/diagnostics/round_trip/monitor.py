@@ -598,10 +598,11 @@ class RoundTripMonitor(Monitor[RoundTrip, RoundTripResult]):
                 r for r, value in enumerate(result.held_out_unexplained.tolist()) if value > 1 and regions[r] < KEPT
             ]
             message = (
-                f"validation images are not reconstructed in {listed([names[r] for r in lost])}, and training images are: "
+                f"validation {self.data_name} are not reconstructed in {listed([names[r] for r in lost])}, and training "
+                f"{self.data_name} are: "
                 f"{held_out:.0%} of their variance has been lost for {{evaluations}} evaluations"
             )
-            confirmed = replace(ONLY_TRAINING, confirm=self.patience)
+            confirmed = replace(ONLY_TRAINING, confirm=self.patience, label=f"validation {self.data_name}")
             observations.append(
                 Observation(confirmed, held_out, math.inf if lost else 0.0, message=message, is_bad=bool(lost))
             )

@@ -285,7 +285,8 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
         levels = torch.cat([batch.levels for batches in recorded.values() for batch in batches])
         self._edges = view.broadcast(lambda: self._edges or band_edges(levels, self.num_bands).tolist())
         self._times = view.broadcast(lambda: self._times_of(recorded["train"]))
-        of = "validation images" if "held_out" in recorded else f"training images, since {reason}"
+        held_out = "held_out" in recorded
+        of = f"validation {self.data_name}" if held_out else f"training {self.data_name}, since {reason}"
         number = len(levels) * view.world_size
         view.say(f"Timestep loss: about {number:,} predictions at each evaluation; the loss is of {of}.")
         return TimestepLoss(self._edges)
@@ -465,7 +466,7 @@ class TimestepLossMonitor(Monitor[TimestepLoss, TimestepLossResult]):
             self._rule(
                 OVERFITTING, float(result.scalars().get("gap", torch.tensor(math.nan))), result, result.overfits,
                 f"the model overfits in {{bands}}: the loss is {_values(result.losses[1], result.overfits)} on held-out "
-                f"images and {_values(result.losses[0], result.overfits)} on training images",
+                f"{self.data_name} and {_values(result.losses[0], result.overfits)} on training {self.data_name}",
             ),
         ]  # fmt: skip
 
