@@ -41,7 +41,7 @@ from lightning_gendiag.model.adapters.own import (
     with_children,
     with_gradients_if_needed,
 )
-from lightning_gendiag.model.aims import reconstructs
+from lightning_gendiag.model.aims import Activation, activation_of_logits, reconstructs
 from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, first_rows, known, one_hot_rows
 from lightning_gendiag.model.denoising import TrainingStep
@@ -86,6 +86,8 @@ ORDER: tuple[Need, ...] = ("encode", "decode", "sample", "reconstruct")
 
 OTHER_NOISE = "training_step gives the generator other noise than N(0, 1)"
 
+ARE_LOGITS = "training_step takes what it returns for logits"
+
 LARGEST_ERROR = 1e-3
 """What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
 
@@ -129,6 +131,9 @@ class ModelParts:
         self._latent: tuple[int, ...] | None = None
         self._has_posterior = self._sampler_fails = False
         self._reconstructs: bool | None = None
+        self._activation: Activation | None = None
+        """What training applies to the logits that are decoded."""
+        self._knows_activation = False
         self._fakes: Fakes | None = None
 
     @property
@@ -169,7 +174,7 @@ class ModelParts:
     def failed_sampler(self) -> str:
         """Why a sampler of the module's own does not work, where another one or nothing took its place."""
         failures = (text for name, text in self.failed.get("sample", {}).items() if "normal noise" not in name)
-        return next((text for text in failures if text), "")
+        return next((text for text in failures if text and ARE_LOGITS not in text), "")
 
     @property
     def why_no_prior(self) -> str:
@@ -241,6 +246,7 @@ class ModelParts:
         failures = self.failed[need] = {}
         if need == "sample":
             self._sampler_fails = False
+        activation = self._activation
         for way in ways:
             failure = self._barred.get(need, {}).get(way.name, "")
             # on another process
@@ -253,6 +259,9 @@ class ModelParts:
                     self._sampler_fails = False
                 return way
             failures[way.name] = failure
+            if self._activation != activation:
+                # it was seen while this way was tried, and there are more ways now
+                return self._choose(need, shape)
         self._missing[need] = self._message(need, list(failures.values())), shape
         raise ValueError(self._missing[need][0])
 
@@ -273,7 +282,7 @@ class ModelParts:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
         if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
             return False
-        return not self._noise_refused(way)
+        return not (self._noise_refused(way) or self._are_logits(way, self.tried.images))
 
     def _noise_refused(self, way: Way) -> str:
         """Why normal noise is not what a sampler should be given; empty where it may be, or none is given."""
@@ -283,7 +292,44 @@ class ModelParts:
             return "nothing shows that normal noise is the prior of its latents"
         return ""
 
+    def _are_logits(self, way: Way, data: Tensor) -> bool:
+        """Whether a training step shows that what was found to return data returns their logits, looked for once."""
+        is_outside = float(data.amin()) < 0 or float(data.amax()) > 1
+        if not is_outside or way.activation or self.context.shape is None or self._given(way.need):
+            return False
+        if not self._knows_activation and (step := self._training_step()) is not None:
+            self._knows_activation = True
+            with self.isolated(True):
+                found = self.adapter.find_data(step.batch)
+                assert found is not None
+                self._activation = activation_of_logits(step, self.as_input(as_data(found)), self.adapter.seed)
+        return self._activation is not None
+
+    def _refuse_logits(self, way: Way, data: Tensor) -> None:
+        if self._are_logits(way, data):
+            raise ValueError(ARE_LOGITS)
+
     def _found(self, need: Need) -> Iterator[Way]:
+        """Yields ways, and where logits are decoded, each with what training applies to them as well."""
+        for way in self._found_plain(need):
+            yield way
+            if self._activation is not None and need != "encode":
+                yield self._activated(way, self._activation)
+
+    def _activated(self, way: Way, activation: Activation) -> Way:
+        apply = torch.sigmoid if activation == "sigmoid" else partial(torch.softmax, dim=1)
+
+        def call(given: Any, *labels: Tensor) -> Tensor:
+            output = way.call(given, *labels)
+            if way.need == "reconstruct":
+                return apply(self.reconstructed(output, given))
+            n = given if isinstance(given, int) else len(given)
+            return apply(data_in(output, n, self.context.shape, way.need))
+
+        # what training shows is no guess
+        return replace(way, name=f"{activation} of {way.name}", call=call, activation=activation, is_guess=False)
+
+    def _found_plain(self, need: Need) -> Iterator[Way]:
         for recogniser in RECOGNISERS:
             for way in recogniser(self.module, self.context):
                 if way.need == need:
@@ -386,6 +432,8 @@ class ModelParts:
         except (Exception, SystemExit):
             self._sampler_fails |= way.is_sampler
             raise
+        if self.tried is not None:
+            self._refuse_logits(way, self.tried.images)
 
     def _sample_two(self, way: Way) -> None:
         labels = (self.sample_labels(2),) if way.takes_labels else ()
@@ -413,9 +461,9 @@ class ModelParts:
     def _try_decode(self, way: Way) -> None:
         shape, example = self._latent_shape(way), self._example
         if example is not None and self.has("encode"):
-            self._decoded(way, self.as_input(self.latents_of(example)))
+            self._refuse_logits(way, self._decoded(way, self.as_input(self.latents_of(example))))
         elif shape is not None:
-            self._decoded(way, normal(self.module, 2, shape))
+            self._refuse_logits(way, self._decoded(way, normal(self.module, 2, shape)))
 
     def _try_reconstruct(self, way: Way) -> None:
         example = self._example
@@ -427,6 +475,7 @@ class ModelParts:
         self.reconstructed(way.call(three), three)
         if torch.equal(images.to(example), example):
             raise ValueError("it returns the images themselves")
+        self._refuse_logits(way, images)
         if way.is_guess and self._is_trained_otherwise():
             raise ValueError("training does not compare what it returns with the images")
         is_constant = torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1])

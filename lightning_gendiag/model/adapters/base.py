@@ -43,6 +43,8 @@ class Way:
     """Whether the latents that a decoder takes have another prior than N(0, 1), also where it inverts the encoder."""
     is_guess: bool = False
     """Whether only the shape of what it returns says that it reconstructs."""
+    activation: str = ""
+    """What makes data of the logits that its call would return otherwise; empty where it returns data."""
 
 
 @dataclass(frozen=True)
