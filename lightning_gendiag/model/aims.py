@@ -90,6 +90,8 @@ def _returning(step: TrainingStep, images: Tensor, seed: int) -> Iterator[tuple[
     except Exception:
         return
     shapes = [images] if images.ndim < 3 else [images, images.flatten(1)]
+    # gray images may lack the axis of their channel
+    shapes += [images[:, 0]] if images.ndim == 4 and images.shape[1] == 1 else []
     seen: set[str] = set()
     for call in sorted(calls, key=lambda call: len(call.path.split(".")) if call.path else 0):
         for wanted in shapes:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ from lightning_gendiag.model.batches import Images, first_rows, known, one_hot_r
 from lightning_gendiag.model.denoising import TrainingStep
 from lightning_gendiag.model.fakes import Fakes, fakes_of, find_fakes, is_normal
 from lightning_gendiag.model.generators import seed_all
-from lightning_gendiag.model.outputs import data_in, fields_of, number_alike, scaled_like
+from lightning_gendiag.model.outputs import data_in, fields_of, lacks_channels, number_alike, scaled_like
 from lightning_gendiag.model.posterior import all_positive, posterior_in
 from lightning_gendiag.model.quantizers import quantizers_in
 
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from lightning_gendiag.model.adapter import ModelAdapter
     from lightning_gendiag.model.reference import Reference
     from lightning_gendiag.model.subject import Subject
+
+T = TypeVar("T")
 
 MOST_REASONS = 4
 """Number of failed ways that a message names."""
@@ -130,10 +132,8 @@ class ModelParts:
         self._of: nn.Module | None = None
         self._latent: tuple[int, ...] | None = None
         self._has_posterior = self._sampler_fails = False
-        self._reconstructs: bool | None = None
-        self._activation: Activation | None = None
-        """What training applies to the logits that are decoded."""
-        self._knows_activation = False
+        self._shown: dict[Callable[..., Any], Any] = {}
+        """What a training step shows, by what looks for it."""
         self._fakes: Fakes | None = None
 
     @property
@@ -297,13 +297,12 @@ class ModelParts:
         is_outside = float(data.amin()) < 0 or float(data.amax()) > 1
         if not is_outside or way.activation or self.context.shape is None or self._given(way.need):
             return False
-        if not self._knows_activation and (step := self._training_step()) is not None:
-            self._knows_activation = True
-            with self.isolated(True):
-                found = self.adapter.find_data(step.batch)
-                assert found is not None
-                self._activation = activation_of_logits(step, self.as_input(as_data(found)), self.adapter.seed)
-        return self._activation is not None
+        return self._look_for(activation_of_logits) is not None
+
+    @property
+    def _activation(self) -> Activation | None:
+        """What training applies to the logits that are decoded; None as well where it was not looked for."""
+        return self._shown.get(activation_of_logits)
 
     def _refuse_logits(self, way: Way, data: Tensor) -> None:
         if self._are_logits(way, data):
@@ -469,27 +468,44 @@ class ModelParts:
         example = self._example
         if example is None:
             return
-        images = self.reconstructed(way.call(example), example)
+        output = way.call(example)
+        images = self.reconstructed(output, example)
         # of two images, another axis of two may seem to be that of the images
         three = torch.cat([example, example[:1]])
         self.reconstructed(way.call(three), three)
         if torch.equal(images.to(example), example):
             raise ValueError("it returns the images themselves")
         self._refuse_logits(way, images)
-        if way.is_guess and self._is_trained_otherwise():
-            raise ValueError("training does not compare what it returns with the images")
+        # where nothing is known, the shape decides, unless it fits patches as well
+        may_be_patches = self._may_be_patches(way, output)
+        if may_be_patches or way.is_guess:
+            shown = self._look_for(reconstructs)
+            if shown is False or (may_be_patches and shown is None):
+                raise ValueError("training does not compare what it returns with the images")
         is_constant = torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1])
         # a codebook that is not trained yet gives most images the same codes
         if is_constant and not quantizers_in(self.module):
             raise ValueError("it returns the same for all images")
 
-    def _is_trained_otherwise(self) -> bool:
-        """Whether a training step shows that nothing is trained to return images, looked for once; inside ``isolated``."""
-        if self._reconstructs is None and (step := self._training_step()) is not None:
-            data = self.adapter.find_data(step.batch)
-            assert data is not None
-            self._reconstructs = reconstructs(step, self.as_input(as_data(data)), self.adapter.seed) is not False
-        return self._reconstructs is False
+    def _may_be_patches(self, way: Way, output: Any) -> bool:
+        """Whether what was returned for two images (1, p², p²) may be their p² patches of p² numbers, and not (p², p²) images.
+
+        Masked autoencoders return such patches.
+        """
+        shape = self.context.shape
+        if shape is None or self.real.is_gray or way.activation or self._given(way.need):
+            return False
+        side = math.isqrt(shape[-1])
+        return shape == (1, side**2, side**2) and lacks_channels(output, 2, shape)
+
+    def _look_for(self, look: Callable[[TrainingStep, Tensor, int], T]) -> T | None:
+        """Returns what a training step shows, looked for once; None where it cannot be run."""
+        if look not in self._shown and (step := self._training_step()) is not None:
+            with self.isolated(True):
+                data = self.adapter.find_data(step.batch)
+                assert data is not None
+                self._shown[look] = look(step, self.as_input(as_data(data)), self.adapter.seed)
+        return self._shown.get(look)
 
     def _training_step(self) -> TrainingStep | None:
         """A training step of the copy for the first rows of the first batch; None where there are not two of them."""
