@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,3 +278,23 @@ def test_forward_reconstructs_by_the_sigmoid_where_nothing_encodes() -> None:
 def test_a_run_of_a_decoder_of_logits_is_healthy(make: type[LightningModule]) -> None:
     report = fitted(make(), 12).stopping.report()
     assert report["state"] == "healthy", report["summary"]
+
+
+@pytest.mark.parametrize("make", [LogitVAE, Autoencoder])
+def test_a_run_that_is_resumed_or_has_a_reference_of_its_own_takes_the_same_ways(
+    make: type[LightningModule], tmp_path: Path
+) -> None:
+    loader = DataLoader(TensorDataset(IMAGES, LABELS), 64)
+    runs = {"first": 1, "resumed": 2, "of a tensor": 1, "of a dataset": 1}
+    references = {"of a tensor": IMAGES, "of a dataset": TensorDataset(IMAGES, LABELS)}
+    chosen = {}
+    for name, epochs in runs.items():
+        diagnostics = GenerativeDiagnostics(
+            "warn", max_overhead=None, num_samples=64, log_images=False, reference=references.get(name)
+        )
+        own = trainer(diagnostics, max_epochs=epochs)
+        own.fit(make(), loader, ckpt_path=tmp_path / "first.ckpt" if name == "resumed" else None)
+        own.save_checkpoint(tmp_path / f"{name}.ckpt")
+        chosen[name] = diagnostics.monitors["cms"].view.parts.choices(("sample", "decode", "reconstruct"))
+    assert chosen["first"]["reconstruct"] == "sigmoid of self.forward(images)"
+    assert all(ways == chosen["first"] for ways in chosen.values()), chosen

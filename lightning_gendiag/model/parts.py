@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Known = tuple[tuple[int, ...] | None, bool]
+"""The shape of one real image, and whether there is a training batch, by which ways are chosen."""
+
 MOST_REASONS = 4
 """Number of failed ways that a message names."""
 
@@ -102,7 +105,7 @@ MEANS = ("mean", "mu", "loc", "embedding", "z_mean", "latent", "latents", "z", "
 
 
 class ModelParts:
-    """Chooses one way for each need, on two samples, and again once real images show which shape fits.
+    """Chooses one way for each need, on two samples, and again once real images and a training batch show which one fits.
 
     Args:
         adapter: The user's choices.
@@ -123,8 +126,8 @@ class ModelParts:
         """The two samples by which the sampler was chosen; None where they are not known to be images yet."""
         self.seconds_of_two = 0.0
         """Seconds that these took."""
-        self._chosen: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
-        self._missing: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
+        self._chosen: dict[Need, tuple[str, Known]] = {}
+        self._missing: dict[Need, tuple[str, Known]] = {}
         self._ways: dict[Need, Way] = {}
         self.failed: dict[Need, dict[str, str]] = {}
         """Names of the ways that failed when one was chosen, and why."""
@@ -165,9 +168,9 @@ class ModelParts:
         if self._of is not self.module:
             # another copy, whose parts are other objects
             self._of, self._ways = self.module, {}
-        shape = self.context.shape
-        if need not in self._ways or self._chosen[need][1] != shape:
-            self._ways[need] = self._choose(need, shape)
+        known = self.context.shape, self.real.batch is not None
+        if need not in self._ways or self._chosen[need][1] != known:
+            self._ways[need] = self._choose(need, known)
         return self._ways[need]
 
     @property
@@ -223,37 +226,37 @@ class ModelParts:
         for choice in (self._chosen, self._missing, self._ways):
             choice.clear()
 
-    def _choose(self, need: Need, shape: tuple[int, ...] | None) -> Way:
+    def _choose(self, need: Need, known: Known) -> Way:
         if need != "encode":
             # a decoder takes what the encoder returns
             self.has("encode")
         if need in ("sample", "decode"):
             self._look_at_training()
         message, tried_with = self._missing.get(need, ("", None))
-        if message and tried_with == shape:
+        if message and tried_with == known:
             raise ValueError(message)
         name, chosen_with = self._chosen.get(need, ("", None))
-        if name and chosen_with == shape:
+        if name and chosen_with == known:
             # of another copy; the ways after it need not be looked for
             same = next((way for way in self._given(need) or self._found(need) if way.name == name), None)
             if same is not None:
                 return same
+        activation = self._activation
         # the one that was chosen before comes first
         ways = sorted(self._given(need) or self._found(need), key=lambda way: way.name != name)
-        if ways and ways[0].name == name and self._already_fits(ways[0], shape):
-            self._chosen[need] = name, shape
+        if ways and ways[0].name == name and self._already_fits(ways[0], known[0]):
+            self._chosen[need] = name, known
             return ways[0]
         failures = self.failed[need] = {}
         if need == "sample":
             self._sampler_fails = False
-        activation = self._activation
         for way in ways:
             failure = self._barred.get(need, {}).get(way.name, "")
             # on another process
             self._sampler_fails |= way.is_sampler and bool(failure)
             failure = failure or self._failure(way)
             if not failure:
-                self._chosen[need] = way.name, shape
+                self._chosen[need] = way.name, known
                 if way.is_sampler:
                     # called in another way, it works
                     self._sampler_fails = False
@@ -261,8 +264,8 @@ class ModelParts:
             failures[way.name] = failure
             if self._activation != activation:
                 # it was seen while this way was tried, and there are more ways now
-                return self._choose(need, shape)
-        self._missing[need] = self._message(need, list(failures.values())), shape
+                return self._choose(need, known)
+        self._missing[need] = self._message(need, list(failures.values())), known
         raise ValueError(self._missing[need][0])
 
     def _failure(self, way: Way) -> str:
