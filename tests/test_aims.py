@@ -130,6 +130,61 @@ def test_forward_reconstructs_only_where_training_says_so(name: str, is_attached
         assert "training does not compare what it returns with the images" in diagnostics.left_out["round_trip"]
 
 
+class Masked(LightningModule):
+    """A masked autoencoder (https://arxiv.org/abs/2111.06377), whose 16 patches of 16 numbers have the shape of an image."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, 24)
+        self.encoder = nn.Sequential(nn.Linear(24, 32), nn.ReLU())
+        self.decoder = nn.Linear(32, 16)
+        self.inside = inside
+
+    def patches(self, x: Tensor) -> Tensor:
+        return F.unfold(x, 4, stride=4).movedim(1, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        patches = self.patches(x)
+        mask = (torch.rand(patches.shape[:2], device=x.device) < 0.75).float()[..., None]
+        predicted = self.decoder(self.encoder(self.embed(patches * (1 - mask))))
+        loss = ((predicted - patches).square() * mask).mean()
+        return (loss, predicted, mask) if self.inside else (predicted, mask)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        output = self(batch[0])
+        if self.inside:
+            loss: Tensor = output[0]
+            return loss
+        return ((output[0] - self.patches(batch[0])).square() * output[1]).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_patches_that_have_the_shape_of_an_image_are_no_reconstruction(inside: bool) -> None:
+    diagnostics = fitted(Masked(inside), digits(16)[0][:256], LABELS)
+    assert diagnostics.attached == ["training_data"]
+    assert "training does not compare what it returns with the images" in diagnostics.left_out["round_trip"]
+
+
+class Squeezing(Same):
+    """Returns images without the axis of their channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
+@pytest.mark.parametrize("name", ["squared", "logits"])
+def test_an_image_without_the_axis_of_its_channel_is_a_reconstruction(name: str) -> None:
+    compare = F.mse_loss if name == "squared" else F.binary_cross_entropy_with_logits
+    module, images = Squeezing(lambda m, x: compare(m(x), x[:, 0])), (digits(16)[0][:256] + 1) / 2
+    diagnostics = fitted(module, images, LABELS)
+    assert {"cms", "round_trip"} <= set(diagnostics.attached)
+    expected = "self.forward(images)" if name == "squared" else "sigmoid of self.forward(images)"
+    assert diagnostics.monitors["cms"].view.parts.way("reconstruct").name == expected
+
+
 class Coupling(nn.Module):
     def __init__(self, size: int, parity: int) -> None:
         super().__init__()

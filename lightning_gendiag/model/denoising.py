@@ -209,6 +209,8 @@ class TrainingStep:
     def run(self, seed: int, without: int | None = None) -> tuple[Tensor | None, list[Tensor]]:
         """Returns the loss of a training step with a seed, None where there is none, and the normal draws that it made.
 
+        With manual optimization, it is the sum of the losses whose gradients the step computes.
+
         Args:
             seed: Of all generators.
             without: Number of the normal draw that is replaced by zeros.
@@ -217,9 +219,16 @@ class TrainingStep:
         # a step may change its batch
         batch = apply_to_collection(self.batch, Tensor, Tensor.clone)
         output: Any = None
-        with suppress(_ReachedError), _Draws(self.rows, without) as draws:
+        losses: list[Tensor] = []
+
+        def note(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            losses.append(loss)
+
+        manual = replaced(self.module, note, "manual_backward")
+        with suppress(_ReachedError), manual, _Draws(self.rows, without) as draws:
             output = self.module.training_step(batch, *self._indices)
         loss = output.get("loss") if isinstance(output, Mapping) else output
+        loss = torch.stack([part.sum() for part in losses]).sum() if losses else loss
         return (loss if isinstance(loss, Tensor) else None), draws.normal
 
     def calls(self, seed: int, may_fail: bool = False) -> tuple[list[Call], list[Tensor]]:
@@ -326,18 +335,18 @@ class TrainingStep:
 
 
 @contextmanager
-def replaced(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Lets another function take the place of a part of a copy."""
+def replaced(part: nn.Module, function: Callable[..., Any], name: str = "forward") -> Iterator[None]:
+    """Lets another function take the place of a method of a part of a copy."""
     own = vars(part)
-    before = own.get("forward")
-    own["forward"] = forward
+    before = own.get(name)
+    own[name] = function
     try:
         yield
     finally:
         if before is None:
-            del own["forward"]
+            del own[name]
         else:
-            own["forward"] = before
+            own[name] = before
 
 
 # ---- what a network is given and returns ----

@@ -70,6 +70,22 @@ def data_in(output: Any, n: int, shape: tuple[int, ...] | None, what: str = "sam
     raise ValueError(f"{what} must return ({expected}) data when asked for {n}, got {got}.")
 
 
+def lacks_channels(output: Any, n: int, shape: tuple[int, ...]) -> bool:
+    """Returns whether :func:`data_in` takes data (N, H, W) without an axis for their channel.
+
+    Args:
+        output: A tensor, or a container of tensors.
+        n: Number of samples that were asked for.
+        shape: Shape of one image, (1, H, W).
+
+    Example:
+        >>> lacks_channels(torch.zeros(2, 8, 8), 2, (1, 8, 8)), lacks_channels(torch.zeros(2, 64), 2, (1, 8, 8))
+        (True, False)
+    """
+    taken = next((tensor for tensor in _tensors(output, n) if _fitted(tensor, n, shape) is not None), None)
+    return taken is not None and tuple(taken.shape[1:]) == shape[1:]
+
+
 def scaled_like(images: Tensor, low: float, high: float) -> Tensor:
     """Returns 8-bit images in the range of the real images, which is 0 to 1, -1 to 1 or 0 to 255.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -42,14 +42,14 @@ from lightning_gendiag.model.adapters.own import (
     with_children,
     with_gradients_if_needed,
 )
-from lightning_gendiag.model.aims import reconstructs
+from lightning_gendiag.model.aims import Activation, activation_of_logits, reconstructs
 from lightning_gendiag.model.amounts import timed
 from lightning_gendiag.model.batches import Images, first_rows, known, one_hot_rows
 from lightning_gendiag.model.conditions import classes_always_given
 from lightning_gendiag.model.denoising import TrainingStep
 from lightning_gendiag.model.fakes import Fakes, fakes_of, find_fakes, is_normal
 from lightning_gendiag.model.generators import seed_all
-from lightning_gendiag.model.outputs import data_in, fields_of, number_alike, scaled_like
+from lightning_gendiag.model.outputs import data_in, fields_of, lacks_channels, number_alike, scaled_like
 from lightning_gendiag.model.posterior import all_positive, posterior_in
 from lightning_gendiag.model.quantizers import quantizers_in
 
@@ -59,6 +59,11 @@ if TYPE_CHECKING:
     from lightning_gendiag.model.adapter import ModelAdapter
     from lightning_gendiag.model.reference import Reference
     from lightning_gendiag.model.subject import Subject
+
+T = TypeVar("T")
+
+Known = tuple[tuple[int, ...] | None, bool]
+"""The shape of one real image, and whether there is a training batch, by which ways are chosen."""
 
 MOST_REASONS = 4
 """Number of failed ways that a message names."""
@@ -89,6 +94,8 @@ ORDER: tuple[Need, ...] = ("encode", "decode", "sample", "reconstruct")
 OTHER_NOISE = "training_step gives the generator other noise than N(0, 1)"
 OF_BATCH = "training_step gives the generator rows of its batch"
 
+ARE_LOGITS = "training_step takes what it returns for logits"
+
 LARGEST_ERROR = 1e-3
 """What decodes its own latents with a relative error below this is invertible, so that its noise is its prior."""
 
@@ -108,7 +115,7 @@ MEANS = ("mean", "mu", "loc", "embedding", "z_mean", "latent", "latents", "z", "
 
 
 class ModelParts:
-    """Chooses one way for each need, on two samples, and again once real images show which shape fits.
+    """Chooses one way for each need, on two samples, and again once real images and a training batch show which one fits.
 
     Args:
         adapter: The user's choices.
@@ -129,8 +136,8 @@ class ModelParts:
         """The two samples by which the sampler was chosen; None where they are not known to be images yet."""
         self.seconds_of_two = 0.0
         """Seconds that these took."""
-        self._chosen: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
-        self._missing: dict[Need, tuple[str, tuple[int, ...] | None]] = {}
+        self._chosen: dict[Need, tuple[str, Known]] = {}
+        self._missing: dict[Need, tuple[str, Known]] = {}
         self._ways: dict[Need, Way] = {}
         self.failed: dict[Need, dict[str, str]] = {}
         """Names of the ways that failed when one was chosen, and why."""
@@ -138,7 +145,8 @@ class ModelParts:
         self._of: nn.Module | None = None
         self._latent: tuple[int, ...] | None = None
         self._has_posterior = self._sampler_fails = False
-        self._reconstructs: bool | None = None
+        self._shown: dict[Callable[..., Any], Any] = {}
+        """What a training step shows, by what looks for it."""
         self._fakes: Fakes | None = None
         self._classes: int | None = None
 
@@ -172,16 +180,16 @@ class ModelParts:
         if self._of is not self.module:
             # another copy, whose parts are other objects
             self._of, self._ways = self.module, {}
-        shape = self.context.shape
-        if need not in self._ways or self._chosen[need][1] != shape:
-            self._ways[need] = self._choose(need, shape)
+        known = self.context.shape, self.real.batch is not None
+        if need not in self._ways or self._chosen[need][1] != known:
+            self._ways[need] = self._choose(need, known)
         return self._ways[need]
 
     @property
     def failed_sampler(self) -> str:
         """Why a sampler of the module's own does not work, where another one or nothing took its place."""
         failures = (text for name, text in self.failed.get("sample", {}).items() if "normal noise" not in name)
-        return next((text for text in failures if text), "")
+        return next((text for text in failures if text and ARE_LOGITS not in text), "")
 
     @property
     def why_no_prior(self) -> str:
@@ -230,25 +238,26 @@ class ModelParts:
         for choice in (self._chosen, self._missing, self._ways):
             choice.clear()
 
-    def _choose(self, need: Need, shape: tuple[int, ...] | None) -> Way:
+    def _choose(self, need: Need, known: Known) -> Way:
         if need != "encode":
             # a decoder takes what the encoder returns
             self.has("encode")
         if need in ("sample", "decode"):
             self._look_at_training()
         message, tried_with = self._missing.get(need, ("", None))
-        if message and tried_with == shape:
+        if message and tried_with == known:
             raise ValueError(message)
         name, chosen_with = self._chosen.get(need, ("", None))
-        if name and chosen_with == shape:
+        if name and chosen_with == known:
             # of another copy; the ways after it need not be looked for
             same = next((way for way in self._given(need) or self._found(need) if way.name == name), None)
             if same is not None:
                 return same
+        activation = self._activation
         # the one that was chosen before comes first
         ways = sorted(self._given(need) or self._found(need), key=lambda way: way.name != name)
-        if ways and ways[0].name == name and self._already_fits(ways[0], shape):
-            self._chosen[need] = name, shape
+        if ways and ways[0].name == name and self._already_fits(ways[0], known[0]):
+            self._chosen[need] = name, known
             return ways[0]
         failures = self.failed[need] = {}
         if need == "sample":
@@ -259,13 +268,16 @@ class ModelParts:
             self._sampler_fails |= way.is_sampler and bool(failure)
             failure = failure or self._failure(way)
             if not failure:
-                self._chosen[need] = way.name, shape
+                self._chosen[need] = way.name, known
                 if way.is_sampler:
                     # called in another way, it works
                     self._sampler_fails = False
                 return way
             failures[way.name] = failure
-        self._missing[need] = self._message(need, [failures[way.name] for way in ways if not way.is_reading]), shape
+            if self._activation != activation:
+                # it was seen while this way was tried, and there are more ways now
+                return self._choose(need, known)
+        self._missing[need] = self._message(need, [failures[way.name] for way in ways if not way.is_reading]), known
         raise ValueError(self._missing[need][0])
 
     def _failure(self, way: Way) -> str:
@@ -285,7 +297,7 @@ class ModelParts:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
         if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
             return False
-        return not self._noise_refused(way)
+        return not (self._noise_refused(way) or self._are_logits(way, self.tried.images))
 
     def _noise_refused(self, way: Way) -> str:
         """Why normal noise is not what a sampler should be given; empty where it may be, or none is given."""
@@ -295,7 +307,43 @@ class ModelParts:
             return "nothing shows that normal noise is the prior of its latents"
         return ""
 
+    def _are_logits(self, way: Way, data: Tensor) -> bool:
+        """Whether a training step shows that what was found to return data returns their logits, looked for once."""
+        is_outside = float(data.amin()) < 0 or float(data.amax()) > 1
+        if not is_outside or way.activation or self.context.shape is None or self._given(way.need):
+            return False
+        return self._look_for(activation_of_logits) is not None
+
+    @property
+    def _activation(self) -> Activation | None:
+        """What training applies to the logits that are decoded; None as well where it was not looked for."""
+        return self._shown.get(activation_of_logits)
+
+    def _refuse_logits(self, way: Way, data: Tensor) -> None:
+        if self._are_logits(way, data):
+            raise ValueError(ARE_LOGITS)
+
     def _found(self, need: Need) -> Iterator[Way]:
+        """Yields ways, and where logits are decoded, each with what training applies to them as well."""
+        for way in self._found_plain(need):
+            yield way
+            if self._activation is not None and need != "encode":
+                yield self._activated(way, self._activation)
+
+    def _activated(self, way: Way, activation: Activation) -> Way:
+        apply = torch.sigmoid if activation == "sigmoid" else partial(torch.softmax, dim=1)
+
+        def call(given: Any, *labels: Tensor) -> Tensor:
+            output = way.call(given, *labels)
+            if way.need == "reconstruct":
+                return apply(self.reconstructed(output, given))
+            n = given if isinstance(given, int) else len(given)
+            return apply(data_in(output, n, self.context.shape, way.need))
+
+        # what training shows is no guess
+        return replace(way, name=f"{activation} of {way.name}", call=call, activation=activation, is_guess=False)
+
+    def _found_plain(self, need: Need) -> Iterator[Way]:
         for way in self._recognised(need, self.context):
             yield from _forms(way, self.context)
         if need == "sample" and self._fakes is not None:
@@ -400,6 +448,8 @@ class ModelParts:
         except BaseException:
             self._sampler_fails |= way.is_sampler
             raise
+        if self.tried is not None:
+            self._refuse_logits(way, self.tried.images)
 
     def _sample_two(self, way: Way) -> None:
         labels = (self.sample_labels(2),) if way.takes_labels else ()
@@ -427,34 +477,52 @@ class ModelParts:
     def _try_decode(self, way: Way) -> None:
         shape, example = self._latent_shape(way), self._example
         if example is not None and self.has("encode"):
-            self._decoded(way, self.as_input(self.latents_of(example)))
+            self._refuse_logits(way, self._decoded(way, self.as_input(self.latents_of(example))))
         elif shape is not None:
-            self._decoded(way, normal(self.module, 2, shape))
+            self._refuse_logits(way, self._decoded(way, normal(self.module, 2, shape)))
 
     def _try_reconstruct(self, way: Way) -> None:
         example = self._example
         if example is None:
             return
-        images = self.reconstructed(way.call(example), example)
+        output = way.call(example)
+        images = self.reconstructed(output, example)
         # of two images, another axis of two may seem to be that of the images
         three = torch.cat([example, example[:1]])
         self.reconstructed(way.call(three), three)
         if torch.equal(images.to(example), example):
             raise ValueError("it returns the images themselves")
-        if way.is_guess and self._is_trained_otherwise():
-            raise ValueError("training does not compare what it returns with the images")
+        self._refuse_logits(way, images)
+        # where nothing is known, the shape decides, unless it fits patches as well
+        may_be_patches = self._may_be_patches(way, output)
+        if may_be_patches or way.is_guess:
+            shown = self._look_for(reconstructs)
+            if shown is False or (may_be_patches and shown is None):
+                raise ValueError("training does not compare what it returns with the images")
         is_constant = torch.equal(images[0], images[-1]) and not torch.equal(example[0], example[-1])
         # a codebook that is not trained yet gives most images the same codes
         if is_constant and not quantizers_in(self.module):
             raise ValueError("it returns the same for all images")
 
-    def _is_trained_otherwise(self) -> bool:
-        """Whether a training step shows that nothing is trained to return images, looked for once; inside ``isolated``."""
-        if self._reconstructs is None and (step := self.training_step()) is not None:
-            data = self.adapter.find_data(step.batch)
-            assert data is not None
-            self._reconstructs = reconstructs(step, self.as_input(as_data(data)), self.adapter.seed) is not False
-        return self._reconstructs is False
+    def _may_be_patches(self, way: Way, output: Any) -> bool:
+        """Whether what was returned for two images (1, p², p²) may be their p² patches of p² numbers, and not (p², p²) images.
+
+        Masked autoencoders return such patches.
+        """
+        shape = self.context.shape
+        if shape is None or self.real.is_gray or way.activation or self._given(way.need):
+            return False
+        side = math.isqrt(shape[-1])
+        return shape == (1, side**2, side**2) and lacks_channels(output, 2, shape)
+
+    def _look_for(self, look: Callable[[TrainingStep, Tensor, int], T]) -> T | None:
+        """Returns what a training step shows, looked for once; None where it cannot be run."""
+        if look not in self._shown and (step := self.training_step()) is not None:
+            with self.isolated(True):
+                data = self.adapter.find_data(step.batch)
+                assert data is not None
+                self._shown[look] = look(step, self.as_input(as_data(data)), self.adapter.seed)
+        return self._shown.get(look)
 
     def training_step(self) -> TrainingStep | None:
         """A training step of the copy for the first rows of the first batch; None where there are not two of them."""
@@ -486,7 +554,7 @@ class ModelParts:
         plain, others = (
             [way.name for way in self._recognised("sample", context)] for context in (self.context, conditioned)
         )
-        if plain == others or (step := self._training_step()) is None:
+        if plain == others or (step := self.training_step()) is None:
             return
         with self.isolated(True):
             labels = self.adapter.find_labels(step.batch, self.adapter.find_data(step.batch)).labels

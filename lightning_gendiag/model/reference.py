@@ -352,6 +352,8 @@ class Reference:
         self.images = Images(images, torch.cat(labels) if len(labels) == len(parts) else None)
         conditions = [rows for _, rows in parts if rows is not None]
         self.conditions = torch.cat(conditions) if conditions else None
+        # what was read may be no batch of training
+        self._seen = self.batch = None
         self._say_size()
 
     def _parts(self, given: DataLoader[Any] | Dataset[Any]) -> Iterator[tuple[Images, Tensor | None]]:

@@ -48,7 +48,7 @@ from lightning_gendiag.model.isolation import (
     without_bars,
     without_collectives,
 )
-from lightning_gendiag.model.parts import ModelParts
+from lightning_gendiag.model.parts import ARE_LOGITS, ModelParts
 from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
 from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
@@ -404,7 +404,8 @@ class ModelView:
             way = self.parts.way(need)
             if getattr(self.adapter, need) is None:
                 passed = self.parts.failed_sampler if need in ("sample", "reconstruct") else ""
-                since = f", since {passed}" if passed else ""
+                reason = ARE_LOGITS if way.activation else passed
+                since = f", since {reason}" if reason else ""
                 self.say(f"{LOGGED[need]}: {way.name}{since}. To choose another, pass {need}=....")
 
     def say(self, text: str) -> None:

@@ -47,6 +47,8 @@ class Way:
     """Of the part that makes the samples, where a sampler calls others for other ends."""
     is_reading: bool = False
     """Whether it only reads the output of the way before it differently, so that its failure says nothing more."""
+    activation: str = ""
+    """What makes data of the logits that its call would return otherwise; empty where it returns data."""
 
 
 @dataclass(frozen=True)
