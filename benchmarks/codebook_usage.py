@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import seed_everything
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.measuring import trained
@@ -49,13 +49,18 @@ KINDS = {
 }
 
 
+def few_batches() -> DataLoader[tuple[Tensor, ...]]:
+    """Returns shuffled batches of digits (1, 16, 16) drawn at random, and their labels."""
+    images, labels = digits(16)
+    rows = torch.randperm(len(images))[:IMAGES]
+    return DataLoader(TensorDataset(images[rows], labels[rows]), 32, shuffle=True)
+
+
 def outcome_of(unit: Unit) -> Outcome:
     """Trains one model, and returns what happened."""
     started, kind = time.process_time(), KINDS[unit.name]
     seed_everything(unit.seed, verbose=False)
-    images, labels = digits(16)
-    rows = torch.randperm(len(images))[:IMAGES]
-    batches = DataLoader(TensorDataset(images[rows], labels[rows]), 32, shuffle=True)
+    batches = few_batches()
     monitor, stopping = CodebookUsageMonitor(on_error="raise", log_images=False), CollapseStopping("warn")
     begun = Begun(monitor, lambda trainer: trainer.current_epoch >= kind.start)
     trained(Planted(kind.fault, kind.start, kind.quantizer), batches, kind.epochs, begun, monitor, stopping)

@@ -30,6 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.codebook_usage import few_batches
 from benchmarks.timestep_loss import Denoising
 from benchmarks.zoo.autoencoders import VQVAE
 from benchmarks.zoo.flows import Glow
@@ -131,9 +132,7 @@ class AtOnePoint(VQVAE):
 def fit_with_codes_far_away(folder: Path) -> None:
     """Trains a tokenizer of the digits whose codes lie far from its latents."""
     seed_everything(0, verbose=False)
-    images, labels = digits(16)
-    rows = torch.randperm(len(images))[:256]
-    batches = DataLoader(TensorDataset(images[rows], labels[rows]), 32, shuffle=True)
+    batches = few_batches()
     Trainer(
         max_epochs=12, accelerator="cpu", logger=TensorBoardLogger(folder, name=""),
         callbacks=[CodebookUsageMonitor(), CollapseStopping("warn")],

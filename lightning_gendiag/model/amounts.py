@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_gendiag.model.isolation import exits_as_errors
+
 T = TypeVar("T")
 
 NUM_SAMPLES = 1024
@@ -53,10 +55,9 @@ MOST_LOAD = 4.0
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds that some work takes; 0 where it fails, since it fails again where failures are reported."""
     try:
-        return timed(work, device)[1]
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+        with exits_as_errors():
+            return timed(work, device)[1]
+    except Exception:
         return 0.0
 
 

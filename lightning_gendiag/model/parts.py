@@ -102,6 +102,7 @@ LARGEST_ERROR = 1e-3
 FEWEST_STEPS, LARGEST_CHANGE = 3, 0.9
 """A list of so many batches holds all steps from noise to data if the last step changes samples by less than this fraction of
 the distance between two samples. Batches that have nothing to do with each other are about 1 apart."""
+
 MOST_NOISE, LARGEST_NOISE = 2.0, 0.1
 """What adds noise from 0 to a width to data returns them with a root mean squared error of 0.58 widths, and two draws differ
 by 0.41. Beyond the second number, relative to the data, the latents are rather those of a random encoder."""

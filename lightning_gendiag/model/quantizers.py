@@ -359,16 +359,13 @@ def _along_axes(codebook: Codebook) -> list[Codebook]:
 
 def _is_residual(codebook: Codebook, module: nn.Module, calls: list[Call], n: int) -> bool:
     """Whether the vectors of all levels add up to what each call returns."""
+    levels = _levels_of(codebook, module)
     for call in calls:
         latents = _latents(codebook, call)
         output = next((t for t in _floats(call.output) if t.shape == latents.shape), None)
-        if (
-            output is None
-            or len(latents) != n
-            or latents.shape[codebook.axis] != _levels_of(codebook, module)[0].shape[1]
-        ):
+        if output is None or len(latents) != n or latents.shape[codebook.axis] != levels[0].shape[1]:
             return False
-        _, total = _residual(codebook, latents, _levels_of(codebook, module))
+        _, total = _residual(codebook, latents, levels)
         length = float(total.norm(dim=-1).max())
         distance = float((total - output.detach().movedim(codebook.axis, -1)).norm(dim=-1).max())
         if not distance < ON_CODES * max(length, 1e-12):

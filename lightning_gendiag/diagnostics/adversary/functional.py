@@ -107,16 +107,17 @@ class AdversaryResult(NamedTuple):
     def scalars(self) -> dict[str, Tensor]:
         """Returns the scalars of shape (), those that can be measured."""
         real, generated, held_out = self.accuracies
-        values = (
-            {"auc": self.auc, "accuracy_real": real, "accuracy_generated": generated} if len(self.generated) else {}
-        )
-        values["invalid"] = self.invalid
-        if len(self.held_out) and len(self.generated):
-            values |= {"accuracy_held_out": held_out, "held_out_auc": self.held_out_auc}
+        values = {"invalid": self.invalid}
+        if len(self.generated):
+            values |= {"auc": self.auc, "accuracy_real": real, "accuracy_generated": generated}
         if len(self.held_out):
             values["train_auc"] = self.train_auc
         if len(self.held_out) and len(self.generated):
-            values["overfitting"] = self.overfitting
+            values |= {
+                "accuracy_held_out": held_out,
+                "held_out_auc": self.held_out_auc,
+                "overfitting": self.overfitting,
+            }
         values |= {"sign": self.sign} if self.threshold.isfinite() else {}
         if len(self.generator_gradients):
             values["generator_gradient"] = self.generator_gradient
