@@ -18,12 +18,11 @@ from lightning_gendiag.diagnostics.training_data import monitor as monitors
 from lightning_gendiag.diagnostics.training_data import plots
 from lightning_gendiag.diagnostics.training_data.functional import (
     cell_statistics,
-    expected_distinct,
     glance,
     grid_of,
-    place_of,
     row_hashes,
 )
+from lightning_gendiag.diagnostics.training_data.moves import Moves, distinct_of, place_of
 from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.plots.canvas import Occasion
@@ -100,8 +99,8 @@ def test_the_expected_number_of_different_images_is_the_mean_over_all_selections
     hashes = torch.tensor([1, 1, 1, 2, 2, 3])
     subsets = torch.combinations(torch.arange(6), 3)
     slow = sum(len(hashes[subset].unique()) for subset in subsets) / len(subsets)
-    assert expected_distinct(hashes, 3) == pytest.approx(slow)
-    assert expected_distinct(hashes, 6) == pytest.approx(3)
+    assert distinct_of(hashes, 3) == pytest.approx(slow)
+    assert distinct_of(hashes, 6) == pytest.approx(3)
 
 
 def test_shares_and_moments_are_those_of_all_images() -> None:
@@ -111,7 +110,7 @@ def test_shares_and_moments_are_those_of_all_images() -> None:
     assert float(result.high[0]) == float(IMAGES.max())
     mean = IMAGES.view(-1, 4, 2, 4, 2).mean((2, 4)).flatten(1).double().mean(0)
     torch.testing.assert_close(result.cells[0, 0] / result.rows[0], mean, rtol=1e-6, atol=1e-6)
-    assert float(result.variety) == pytest.approx(1)
+    assert result.variety == pytest.approx(1)
     assert float(result.scalars()["class_distance"]) == 0
 
 
@@ -121,7 +120,7 @@ def test_the_first_images_have_not_moved() -> None:
     result = metric.compute()
     assert result.moves() == {}
     assert all(value.isfinite() for value in result.scalars().values())
-    assert float(result.variety) == 1
+    assert result.variety == 1
 
 
 def test_a_glance_takes_other_images_of_each_batch_and_copies_them() -> None:
@@ -214,7 +213,7 @@ def test_labels_that_are_indices_are_no_classes() -> None:
 
 def test_labels_that_are_no_classes_do_not_make_the_bounds_of_others_wider() -> None:
     first = IMAGES, torch.arange(len(IMAGES))
-    assert filled(IMAGES, first[1], first).tail == filled(IMAGES, None, (IMAGES, None)).tail
+    assert Moves(filled(IMAGES, first[1], first)).tail == Moves(filled(IMAGES, None, (IMAGES, None))).tail
 
 
 def test_too_few_images_are_no_evidence() -> None:

@@ -53,12 +53,13 @@ MAP_NUMBERS = 1 << 22
 LEAST_MAP_IMAGES = 400
 """Number of images from which on maps are steady; in a short run no more are used."""
 
-PANEL_GROWTH, LIMITED_PANEL_GROWTH, SHORT_PANEL_GROWTH = 0.1, 1.0, 15.0
+PANEL_GROWTH, LIMITED_PANEL_GROWTH = 0.1, 1.0
 """Panels are drawn each time the number of evaluations has grown by this share, since TensorBoard keeps ten of a tag; more
-rarely where the time is limited, and in a short run, since they take twice as long as an evaluation of few samples."""
+rarely where the time is limited, since they take twice as long as an evaluation of few samples."""
 
-SHORT_FIRST_PANEL = 16
-"""In a short run, panels are first drawn at the evaluation with this number, and last at the end of the run."""
+SHORT_PANEL = 50
+"""In a short run panels are drawn at the evaluation with this number, which a run has time for that comes to it, and at its
+end. The tab shows pictures meanwhile."""
 
 FAILURES = 3
 """Number of failures in a row that switch a monitor off."""
@@ -100,7 +101,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         name: Of this monitor in tags and checkpoints, for two of one kind on a trainer.
         log_images: Whether panels are logged beside the scalars: at the first 20 evaluations, then each time their
             number grows by 10 %, and once at the end; with ``max_overhead``, at the first and each time their number
-            doubles, or in a run of less than five minutes at the 16th and each time it grows sixteenfold.
+            doubles, or in a run of less than five minutes at the 50th and at the end.
         max_overhead: Largest share of the training's time, in (0, 1], that all monitors with such a limit may take
             together. The first evaluation measures what they cost, and chooses by it how many samples they compare, 64 to
             1,024 unless the adapter says otherwise, and how often each evaluates. By default there is no limit.
@@ -505,8 +506,9 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Whether panels are drawn of the next evaluation; the same on all ranks."""
         is_last = run_progress(self.session.trainer) == 1
         is_short = self.max_overhead is not None and self.view.real.is_short
-        due = max(self._next_panel, SHORT_FIRST_PANEL * is_short)
-        return self.log_images and (self.evaluations + 1 >= due or is_last)
+        number = self.evaluations + 1
+        due = number == SHORT_PANEL if is_short else number >= self._next_panel
+        return self.log_images and (due or is_last)
 
     def evaluate(
         self,
@@ -607,8 +609,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         """Logs numbers of an evaluation, and panels where they are drawn."""
         logger = self.session.logger(evaluation.step, self.name)
         if draws:
-            limited = SHORT_PANEL_GROWTH if self.view.real.is_short else LIMITED_PANEL_GROWTH
-            growth = PANEL_GROWTH if self.max_overhead is None else limited
+            growth = PANEL_GROWTH if self.max_overhead is None else LIMITED_PANEL_GROWTH
             self._next_panel = evaluation.number + max(1, int(evaluation.number * growth))
             self._log_panels(evaluation, logger)
         seconds = time.monotonic() - started

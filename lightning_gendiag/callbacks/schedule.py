@@ -111,6 +111,8 @@ class Schedule:
         self.budget = TimeBudget()
         self.dues = 0
         """Number of times at which a monitor with a limit was due."""
+        self.is_short = False
+        """Whether the run is so short that panels are drawn at its end, when nothing is left to evaluate."""
         self._costs: dict[str, deque[float]] = {}
         self._drawing: dict[str, float] = {}
         self._waiting: set[str] = set()
@@ -218,7 +220,7 @@ class Schedule:
         if self.coming == math.inf:
             return each
         # panels are drawn each time the number of evaluations has doubled at least
-        panels = sum(self._drawing.values()) * math.log2(1 + self.coming) / 2
+        panels = 0.0 if self.is_short else sum(self._drawing.values()) * math.log2(1 + self.coming) / 2
         hooks = budget.noted / max(self.dues - 1, 1) * self.coming
         left = each * (max(self.dues, 1) + self.coming) - budget.spent - panels - hooks
         return max(left / (self.coming + 1), LEAST_ALLOWANCE * each)

@@ -323,6 +323,7 @@ class Session:
         """Whether all monitors have their real images, or images that cannot be read, on any process."""
         short = is_short(self, monitors)
         short = self.trainer.strategy.broadcast(short) if self.trainer.world_size > 1 else short
+        self.schedule.is_short = short
         for view in self.views:
             view.real.is_short = short
         try:

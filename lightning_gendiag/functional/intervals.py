@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -22,14 +24,18 @@ def binomial_interval(counts: Tensor, tail: float) -> Tensor:
         >>> binomial_interval(torch.tensor([0.0, 100.0]), 0.025)[0]
         tensor([0.0000, 0.0362], dtype=torch.float64)
     """
+    return torch.from_numpy(binomial_bounds(counts.double().cpu().numpy(), tail)).to(counts.device)
+
+
+def binomial_bounds(counts: NDArray[np.float64], tail: float) -> NDArray[np.float64]:
+    """Returns what :func:`binomial_interval` does, of and as NumPy's arrays."""
     # quantiles of the beta distribution, in a quarter of the time of scipy.stats
     from scipy.special import betainccinv, betaincinv
 
-    k = counts.double().cpu().numpy()
-    n = k.sum()
-    low = torch.from_numpy(betaincinv(k, n - k + 1, tail)).nan_to_num(0.0)
-    high = torch.from_numpy(betainccinv(k + 1, n - k, tail)).nan_to_num(1.0)
-    return torch.stack([low, high], 1).to(counts.device)
+    n = counts.sum()
+    low = np.nan_to_num(betaincinv(counts, n - counts + 1, tail))
+    high = np.nan_to_num(betainccinv(counts + 1, n - counts, tail), nan=1.0)
+    return np.stack([low, high], 1)
 
 
 def normal_quantile(tail: float) -> float:

@@ -159,11 +159,10 @@ class ModelParts:
     @property
     def context(self) -> Context:
         """What is known of the data now."""
-        example, adapter = self.real.example, self.adapter
-        shape = None if example is None else tuple(example.shape[1:])
+        adapter = self.adapter
         fakes = Fakes(None, None) if self._fakes is None else self._fakes
         return Context(
-            self.subject.trained.device, shape, self._latent, adapter.latent_dim, adapter.conditional,
+            self.subject.trained.device, self.real.shape, self._latent, adapter.latent_dim, adapter.conditional,
             self.real.one_hot or fakes.classes or self._classes or 0, self.real.num_classes,
             None if self.real.conditions is None else self.real.conditions[0],
             self.real.count, self.real.is_paired, self.real.is_gray, None if fakes.noise is None else fakes.noise.shape[1],
@@ -181,7 +180,7 @@ class ModelParts:
         if self._of is not self.module:
             # another copy, whose parts are other objects
             self._of, self._ways = self.module, {}
-        known = self.context.shape, self.real.batch is not None
+        known = self.real.shape, self.real.batch is not None
         if need not in self._ways or self._chosen[need][1] != known:
             self._ways[need] = self._choose(need, known)
         return self._ways[need]
@@ -311,7 +310,7 @@ class ModelParts:
     def _are_logits(self, way: Way, data: Tensor) -> bool:
         """Whether a training step shows that what was found to return data returns their logits, looked for once."""
         is_outside = float(data.amin()) < 0 or float(data.amax()) > 1
-        if not is_outside or way.activation or self.context.shape is None or self._given(way.need):
+        if not is_outside or way.activation or self.real.shape is None or self._given(way.need):
             return False
         return self._look_for(activation_of_logits) is not None
 
@@ -339,7 +338,7 @@ class ModelParts:
             if way.need == "reconstruct":
                 return apply(self.reconstructed(output, given))
             n = given if isinstance(given, int) else len(given)
-            return apply(data_in(output, n, self.context.shape, way.need))
+            return apply(data_in(output, n, self.real.shape, way.need))
 
         # what training shows is no guess
         return replace(way, name=f"{activation} of {way.name}", call=call, activation=activation, is_guess=False)
@@ -361,7 +360,7 @@ class ModelParts:
 
     def _ways_of_training(self, fakes: Fakes) -> Iterator[Way]:
         """Yields samplers that a training step shows."""
-        joined, maker, shape = fakes.joined, fakes.maker, self.context.shape
+        joined, maker, shape = fakes.joined, fakes.maker, self.real.shape
         if joined is not None:
 
             def call(n: int, labels: Tensor) -> Any:
@@ -436,7 +435,7 @@ class ModelParts:
     def as_input(self, x: Tensor) -> Tensor:
         """Returns images or latents on the copy's device, in float64 if its weights are."""
         double = any(parameter.dtype == torch.float64 for parameter in self.module.parameters())
-        return x.to(self.context.device, torch.float64 if double else torch.float32)
+        return x.to(self.subject.trained.device, torch.float64 if double else torch.float32)
 
     def _try_sample(self, way: Way) -> None:
         if refused := self._noise_refused(way):
@@ -454,7 +453,7 @@ class ModelParts:
 
     def _sample_two(self, way: Way) -> None:
         labels = (self.sample_labels(2),) if way.takes_labels else ()
-        shape = self.context.shape
+        shape = self.real.shape
         output, self.seconds_of_two = timed(partial(way.call, 2, *labels), self.context.device)
         # rows may fill the shape of the images, and series be the data, which the first batch shows
         rows = shape is None and data_in(output, 2, None).ndim in (2, 3)
@@ -510,7 +509,7 @@ class ModelParts:
 
         Masked autoencoders return such patches.
         """
-        shape = self.context.shape
+        shape = self.real.shape
         if shape is None or self.real.is_gray or way.activation or self._given(way.need):
             return False
         side = math.isqrt(shape[-1])
@@ -537,7 +536,7 @@ class ModelParts:
 
     def _look_at_training(self) -> None:
         """Looks once what training steps show of a generator beside a discriminator, and of the classes that are given."""
-        shape = self.context.shape
+        shape = self.real.shape
         if self._fakes is not None or shape is None or self.real.batch is None or self.adapter.sample is not None:
             return
         self._fakes = Fakes(None, None)
@@ -729,7 +728,7 @@ class ModelParts:
 
     def advice(self, need: Need) -> str:
         """Returns what a message advises where a way fails and none is known that works."""
-        shape = self.context.shape or ("C", "H", "W")
+        shape = self.real.shape or ("C", "H", "W")
         returns = f"{'images' if len(shape) == 3 else 'data'} (n, {', '.join(map(str, shape))})"
         labels = ", labels" * (need == "sample" and self.adapter.conditional)
         takes = f"module, {ARGUMENTS[need]}{labels}"
@@ -771,11 +770,11 @@ class ModelParts:
         Raises:
             ValueError: If it returned anything else.
         """
-        images = data_in(output, n, self.context.shape, what).detach()
+        images = data_in(output, n, self.real.shape, what).detach()
         if not images.is_floating_point() and self.real.range is not None and images.ndim == 4:
             images = scaled_like(images, *self.real.range)
         # before the first batch, rows and series may be anything
-        may_be_any = self.context.shape is not None or images.ndim == 5
+        may_be_any = self.real.shape is not None or images.ndim == 5
         return (as_data if may_be_any else as_images)(images, "generated").float()
 
     def reconstructed(self, output: Any, images: Tensor) -> Tensor:
@@ -852,7 +851,7 @@ class ModelParts:
     def _decoded(self, way: Way, z: Tensor) -> Tensor:
         shape = self._latent_shape(way)
         output = way.call(z if shape is None else z.view(len(z), *shape))
-        return data_in(output, len(z), self.context.shape, "decode")
+        return data_in(output, len(z), self.real.shape, "decode")
 
     def decoded_images(self, z: Tensor) -> Tensor:
         """Returns images (n, C, H, W) of latents (n, L), which are middle slices where it decodes volumes.

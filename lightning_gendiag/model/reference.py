@@ -97,7 +97,7 @@ class Reference:
     @property
     def most(self) -> int:
         """Largest number of images: the user's, or by default fewer large ones than small ones."""
-        return self._most_like(self.images.images if self.images is not None else self._seen)
+        return self._most_like(self._newest)
 
     def _most_like(self, images: Tensor | None) -> int:
         """The same, of images as large as these; None where none is known yet."""
@@ -109,15 +109,24 @@ class Reference:
         return math.ceil(self.most / self.trainer.world_size)
 
     @property
+    def _newest(self) -> Tensor | None:
+        """Real images or other data (n, ...); None before the first batch."""
+        return self._seen if self.images is None else self.images.images
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of an image or of other data; None before the first batch."""
+        return None if self._newest is None else tuple(self._newest.shape[1:])
+
+    @property
     def example(self) -> Tensor | None:
         """Up to two real images or other data (n, ...); None before the first batch."""
-        seen = self.images.images if self.images is not None else self._seen
-        return None if seen is None else as_data(seen[:2])
+        return None if self._newest is None else as_data(self._newest[:2])
 
     @property
     def range(self) -> tuple[float, float] | None:
         """Least and largest value of some real images; None before the first batch."""
-        seen = self.images.images if self.images is not None else self._seen
+        seen = self._newest
         if seen is None:
             return None
         if self._range_of is not seen:

@@ -283,8 +283,10 @@ def unreached_by(values: Tensor, images: Tensor) -> Tensor:
     """Returns the fraction () of sorted values (V,) that lie outside the range of images by more than ``SLACK``."""
     bounds = torch.stack([torch.stack(as_images(piece).float().aminmax()) for piece in pieces(images, PIECE)])
     slack = SLACK * (values[-1] - values[0])
-    low, high = bounds[:, 0].min() - slack, bounds[:, 1].max() + slack
-    return ((values < low) | (values > high)).float().mean()
+    within = torch.stack([bounds[:, 0].min() - slack, bounds[:, 1].max() + slack])
+    # values equal to a bound lie within
+    below, above = torch.searchsorted(values, within[0]), torch.searchsorted(values, within[1], right=True)
+    return (len(values) - above + below).float() / len(values)
 
 
 def compare(generated: Tensor, labels: Tensor | None, real: RealSide, invalid: Tensor) -> CosineMeanSimilarityResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -187,16 +188,18 @@ def corrected_shares(assigned: Tensor, rates: Tensor, start: Tensor | None = Non
         >>> corrected_shares(torch.tensor([0.45, 0.55]), rates)
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    q, c = assigned.double(), rates.double()
-    q = q / q.sum()
-    p = torch.full_like(q, 1 / len(q)) if start is None else (start.double() + 1e-6) / (start.double() + 1e-6).sum()
-    for _ in range(MAX_STEPS):
-        after = p * (c @ (q / (c.T @ p).clamp(min=1e-300)))
-        change, p = float((after - p).abs().sum()), after
-        if not change > 1e-10:
-            break
-    p = torch.where(p < NO_SHARE, 0.0, p)
-    return p / p.sum()
+    # few numbers, in many small steps
+    q, c = assigned.double().cpu().numpy(), rates.double().cpu().numpy()
+    p = np.full(len(q), 1.0) if start is None else start.double().cpu().numpy() + 1e-6
+    with np.errstate(invalid="ignore"):
+        q, p = q / q.sum(), p / p.sum()
+        for _ in range(MAX_STEPS):
+            after = p * (c @ (q / np.maximum(p @ c, 1e-300)))
+            change, p = np.abs(after - p).sum(), after
+            if not change > 1e-10:
+                break
+        p = np.where(p < NO_SHARE, 0.0, p)
+        return torch.from_numpy(p / p.sum()).to(assigned.device)
 
 
 def share_variance(shares: Tensor, rates: Tensor, number: Tensor, samples: float) -> Tensor:

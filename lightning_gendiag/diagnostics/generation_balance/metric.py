@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ from lightning_gendiag.diagnostics.generation_balance.functional import (
 from lightning_gendiag.functional.distances import frechet_distance
 from lightning_gendiag.functional.intervals import binomial_interval
 from lightning_gendiag.metric import Diagnostic, ScalarInfo, less_is_better, more_is_better
+
+
+class _Known(NamedTuple):
+    """What depends on the real images and the classifier alone."""
+
+    counts: Tensor  # (K,) number of real images of each class
+    share: Tensor  # (K,) their shares; without images all are equal
+    interval: Tensor  # (K, 2) confidence bounds of these
+    rates: Tensor  # (K, K) how often each class (rows) is assigned to each
+    error: Tensor  # (K,) standard error that the classifier adds to each share
 
 
 class GenerationBalance(Diagnostic):
@@ -119,6 +129,7 @@ class GenerationBalance(Diagnostic):
                     "To fix this, count real images by their true class (rows) and the class assigned (columns)."
                 )
         self.num_classes, self.confidence, self.confusion = num_classes, confidence, confusion
+        self._known: _Known | None = None
         self.classes = classes.detach().long().cpu()
         # the first axis is generated, real; the length of the features is not known yet, and sums grow to it from 1
         pair = (2, num_classes)
@@ -212,21 +223,19 @@ class GenerationBalance(Diagnostic):
         (generated, real), left_out = self.counts.cpu(), self.left_out.cpu()
         seen = generated.sum() + left_out[0]
         share, interval = generated / generated.sum(), binomial_interval(generated, tail)
-        error, accuracy = torch.zeros_like(share), torch.full_like(seen, math.nan)
+        known, accuracy = self._known_of(real, tail), torch.full_like(seen, math.nan)
         if self.confusion is not None:
-            true = real / real.sum() if float(real.sum()) else torch.full_like(real, 1 / self.num_classes)
-            if float(generated.sum()):
-                share = corrected_shares(share, error_rates(self.confusion)[0], true)
-                interval = corrected_interval(generated, share, self.confusion, tail)
-            error = share_error(true, self.confusion)
             accuracy = self.confusion.trace() / self.confusion.sum()
+            if float(generated.sum()):
+                share = corrected_shares(share, known.rates, known.share)
+                interval = corrected_interval(generated, share, self.confusion, tail)
         result = GenerationBalanceResult(
             real_count=real,
             generated_count=generated,
             generated_share=share,
-            real_interval=binomial_interval(real, tail),
+            real_interval=known.interval,
             interval=interval,
-            classifier_error=error,
+            classifier_error=known.error,
             fid=self._distances(),
             invalid=left_out[0] / seen if float(seen) else torch.zeros_like(seen),
             accuracy=accuracy,
@@ -234,9 +243,21 @@ class GenerationBalance(Diagnostic):
         )
         return GenerationBalanceResult(*(value.to(device) for value in result))
 
+    def _known_of(self, counts: Tensor, tail: float) -> _Known:
+        """What depends on the counts (K,) of real images alone, kept as long as these are the same."""
+        if self._known is None or not torch.equal(self._known.counts, counts):
+            share = counts / counts.sum() if float(counts.sum()) else torch.full_like(counts, 1 / self.num_classes)
+            rates, error = torch.eye(self.num_classes, dtype=counts.dtype), torch.zeros_like(counts)
+            if self.confusion is not None:
+                rates, error = error_rates(self.confusion)[0], share_error(share, self.confusion)
+            self._known = _Known(counts.clone(), share, binomial_interval(counts, tail), rates, error)
+        return self._known
+
     def _distances(self) -> Tensor:
         """Returns the Fréchet distance (K,) within each class; nan where a side has fewer than two images of it."""
         n, enough = self.featured[..., None], (self.featured >= 2).all(0)
+        if not enough.any():
+            return torch.full_like(self.featured[0], math.nan)
         mean = self.sums / n
         covariance = (self.products - n[..., None] * mean[..., None] * mean[..., None, :]) / (n[..., None] - 1)
         mean = mean.where(enough[:, None], 0.0)

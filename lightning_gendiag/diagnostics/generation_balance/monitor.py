@@ -117,7 +117,8 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     needs = ()
     needs_images = needs_labels = True
     _kernel: KernelClassifier | None = None
-    _images: Tensor | None = None
+    _newest: tuple[Tensor, Tensor] | None = None
+    """Images of the newest evaluation and their classes, on rank 0."""
     _made = "generated"
     _said = False
 
@@ -148,7 +149,7 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
     def reset(self) -> None:
         """Forgets the classifier and the images as well."""
         super().reset()
-        self._kernel = self._images = None
+        self._kernel = self._newest = None
         self._said = False
 
     def check(self, view: ModelView) -> None:
@@ -285,7 +286,12 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
         self.metric.update(labels, real=True, features=real)
         self.metric.update(classes, real=False, features=features, finite=finite)
         if self.log_images and view.is_global_zero:
-            self._images = plots.sheet(images[finite].cpu(), classes[finite].cpu(), self.metric.classes)
+            self._newest = images[finite].cpu(), classes[finite].cpu()
+
+    @property
+    def _sheet(self) -> Tensor | None:
+        """(K, 8, C, H, W) generated images of each class."""
+        return None if self._newest is None else plots.sheet(*self._newest, self.metric.classes)
 
     def postprocess(self, view: ModelView, result: GenerationBalanceResult) -> GenerationBalanceResult:
         """Says which classes the classifier cannot determine."""
@@ -323,13 +329,14 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
 
     def page_frame(self, result: GenerationBalanceResult) -> Record | None:
         """Generated images of each class."""
-        if self._images is None:
+        sheet = self._sheet
+        if sheet is None:
             return None
-        classes, columns = self._images.shape[:2]
-        small = pictures.shrunk(self._images.flatten(0, 1), LARGEST_SAMPLE)
+        classes, columns = sheet.shape[:2]
+        small = pictures.shrunk(sheet.flatten(0, 1), LARGEST_SAMPLE)
         grid = pictures.grid(small, columns)
-        sheet = picture(pictures.pixels(grid, float(grid.min()), float(grid.max())))
-        return Record({"classes": result.classes[:classes].tolist()}, pictures={"classes": sheet})
+        shown = picture(pictures.pixels(grid, float(grid.min()), float(grid.max())))
+        return Record({"classes": result.classes[:classes].tolist()}, pictures={"classes": shown})
 
     def log_plots(self, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the charts, the table and the panel."""
@@ -339,11 +346,11 @@ class GenerationBalanceMonitor(Monitor[GenerationBalance, GenerationBalanceResul
             context.logger.log_chart("FID of every class", "Multiline", [f"fid_class_{c}" for c in classes])
         context.logger.log_chart("imbalance", "Multiline", ["imbalance"])
         context.logger.log_text("classes", plots.table(result))
-        context.logger.log_image("panel", plots.panel(result, self._images, context.occasion()))
+        context.logger.log_image("panel", plots.panel(result, self._sheet, context.occasion()))
 
     def log_alarm(self, alarm: Alarm, result: GenerationBalanceResult, context: PlotContext) -> None:
         """Logs the panel with the alarm's classes marked."""
-        context.logger.log_image("picture", plots.panel(result, self._images, context.occasion(alarm)))
+        context.logger.log_image("picture", plots.panel(result, self._sheet, context.occasion(alarm)))
 
 
 def severity(share: float, number: float, real: float) -> float:

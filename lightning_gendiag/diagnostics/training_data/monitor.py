@@ -39,7 +39,7 @@ HELD_NUMBERS = {"cpu": 1 << 19}
 HELD_ON_OTHERS = 1 << 22
 """The same on other kinds, where the number of calls counts."""
 
-LOOKING, LOOKING_SECONDS = 0.05, 0.05
+LOOKING, LOOKING_SECONDS = 0.03, 0.05
 """Part of the limit of the time, and seconds beside it, within which all batches are looked at; of more, some are not."""
 
 LEAST_FIRST = 256
@@ -177,8 +177,12 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
         skipped = self.session.batches - self._before - self._since_evaluation
         self._before, self._since_evaluation = self.session.batches, 0
         if self._watched is not None and self._watched.update_called:
-            self.metric.merge_state(self._watched.to(view.device))
-            self._watched.reset()
+            if self._watched.device == view.device and self._watched.shape == self.metric.shape:
+                # which has been reset, and sees the next batches
+                self._metric, self._watched = self._watched, self._metric
+            else:
+                self.metric.merge_state(self._watched.to(view.device))
+                self._watched.reset()
         self.metric.accumulate(skipped=max(skipped, 0))
         if self.first is not None and view.is_global_zero:
             self.metric.add_first(self.first)
@@ -213,9 +217,9 @@ class TrainingDataMonitor(Monitor[TrainingData, TrainingDataResult]):
         shift = float(result.cells_moved.max()) if compared else 0.0
         return [
             *self._classes(result, moves, confirm),
-            observed(RANGE, float(result.range_moved) if compared else 0.0),
+            observed(RANGE, result.range_moved if compared else 0.0),
             observed(REGIONS, shift),
-            observed(DUPLICATES, float(result.variety)),
+            observed(DUPLICATES, result.variety),
             observed(INVALID, float(result.invalid_images[0] / result.images[0])),
         ]
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_gendiag.diagnostics.training_data.functional import CELL_MOVED, TrainingDataResult
+from lightning_gendiag.diagnostics.training_data.functional import TrainingDataResult
+from lightning_gendiag.diagnostics.training_data.moves import CELL_MOVED
 from lightning_gendiag.plots import canvas, charts, pictures
 
 MAX_BARS = 32
@@ -42,7 +43,7 @@ def panel(result: TrainingDataResult, occasion: canvas.Occasion) -> Tensor:
         canvas.Row(canvas.INK, _range(result)),
     ]
     if result.is_compared:
-        rows.append(canvas.Row(canvas.INK, f"different {result.noun}: {float(result.variety):.0%} of those at first"))
+        rows.append(canvas.Row(canvas.INK, f"different {result.noun}: {result.variety:.0%} of those at first"))
     title = "; ".join(moves.values()) or (
         "the training data are as at first" if result.is_compared else "the first training data of the run"
     )
