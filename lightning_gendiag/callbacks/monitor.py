@@ -645,14 +645,16 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
             self._page = None
             self._contain(error, counts=False, lost="part of the tab")
 
-    def log_last(self) -> None:
-        """Logs the panels of the newest evaluation, if they were not logged."""
-        if self.latest is not None:
-            logger = self.session.logger(self.latest.step, self.name)
-            self._log_panels(self.latest, logger)
-            self._write_frame(self.latest, logger)
+    def log_last(self) -> bool:
+        """Logs the panels of the newest evaluation, if they were not logged, and returns whether there are new charts."""
+        if self.latest is None:
+            return False
+        logger = self.session.logger(self.latest.step, self.name)
+        self._log_panels(self.latest, logger, writes_layout=False)
+        self._write_frame(self.latest, logger)
+        return logger.has_new_charts
 
-    def _log_panels(self, evaluation: Evaluation, logger: DiagnosticLogger) -> None:
+    def _log_panels(self, evaluation: Evaluation, logger: DiagnosticLogger, writes_layout: bool = True) -> None:
         """Logs the panels, but not where nothing has changed."""
         unchanged = bool(evaluation.observations) and evaluation.observations == self._logged
         if not self.log_images or not self.session.trainer.is_global_zero or unchanged or self.result is None:
@@ -660,7 +662,7 @@ class Monitor(Member, Callback, Generic[MetricT, ResultT]):
         self._logged, started = evaluation.observations, time.monotonic()
         try:
             self.log_plots(self.result, PlotContext(evaluation, self.session.history.curves(self.name), logger))
-            if logger.has_new_charts:
+            if writes_layout and logger.has_new_charts:
                 logger.write_layout()
             self.drawing_seconds = time.monotonic() - started
         except Exception as error:

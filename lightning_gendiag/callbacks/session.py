@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_gendiag.callbacks.monitor import Monitor
+    from lightning_gendiag.model.batches import Images
 
 
 Purpose = Literal["series", "rehearsal", "decision"]
@@ -193,32 +194,35 @@ class Session:
         started = time.monotonic()
         self.batches += 1
         self.subject.expire()
-        watched = any(monitor.enabled and monitor.sees_batches for monitor in self.monitors)
+        watching = [monitor for monitor in self.monitors if monitor.enabled and monitor.sees_batches]
         for view in self._views.values():
             view.expire()
-            if watched or view.real.is_collecting:
-                self._read(view, batch)
+            own = [monitor for monitor in watching if self.view_of(monitor) is view]
+            if own or view.real.is_collecting:
+                self._read(view, batch, own)
         self.schedule.budget.note(time.monotonic() - started)
 
-    def _read(self, view: ModelView, batch: Any) -> None:
-        """Collects the real data of a batch, and shows them to the monitors that see batches."""
-        users = self._users(view)
-        if not users:
-            # which may show that latents have no prior, so that real data are needed
-            view.real.see(batch)
-            users = self._users(view)
+    def _read(self, view: ModelView, batch: Any, watching: list[Monitor[Any, Any]]) -> None:
+        """Collects the real data of a batch, and shows them to the monitors that see it."""
         try:
-            found = view.real.collect(batch) if users else None
-            watching = [monitor for monitor in users if monitor.sees_batches]
-            data = found or (view.real.read_batch(batch) if watching else None)
+            data = self._collect(view, batch) if view.real.is_collecting else None
+            if data is None and watching:
+                data = view.real.read_batch(batch)
             if data is not None:
                 for monitor in watching:
                     monitor.watch(view, data)
         except Exception as error:
-            if any(monitor.on_error == "raise" for monitor in users):
+            if any(monitor.on_error == "raise" for monitor in self._users(view)):
                 raise
             # raised at the next evaluation, where all processes can agree on it
             self._unreadable[view.adapter] = error
+
+    def _collect(self, view: ModelView, batch: Any) -> Images | None:
+        """Collects the real data of a batch, and returns them, unless nothing needs them or there are enough."""
+        if not self._users(view):
+            # which may show that latents have no prior, so that real data are needed
+            view.real.see(batch)
+        return view.real.collect(batch) if self._users(view) else None
 
     def _users(self, view: ModelView) -> list[Monitor[Any, Any]]:
         """The monitors that need the real data of a view."""
@@ -244,13 +248,13 @@ class Session:
 
         A ``ModelCheckpoint`` that was to follow evaluations and has saved nothing is named in a warning.
         """
-        for monitor in self.monitors:
-            monitor.log_last()
+        # once for all monitors, since what the user wrote is read from the files
+        has_new_charts = [monitor.log_last() for monitor in self.monitors]
         for follower in self._followers:
             if follower.lacks_checkpoint() and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._say_unsaved(follower.key)
         try:
-            self.logger(0).write_layout(only_merged=True)
+            self.logger(0).write_layout(only_merged=not any(has_new_charts))
         except Exception as error:
             warn(f"the charts could not be written: {error}", category=DiagnosticWarning)
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_gendiag.model import compat
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
@@ -169,7 +171,8 @@ def _averages(module: nn.Module) -> list[_Average]:
 
 def _held(part: nn.Module) -> Iterator[tuple[str, Any]]:
     """The attributes and children of a part, and the modules in dictionaries among them."""
-    for name, value in (*vars(part).items(), *part.named_children()):
+    own = (pair for pair in vars(part).items() if pair[0] not in compat.PLAIN_ATTRIBUTES)
+    for name, value in (*own, *part.named_children()):
         inner = dict(value.items()) if isinstance(value, (dict, nn.ModuleDict)) and not name.startswith("_") else {}
         if inner and _says(name) and all(isinstance(each, nn.Module) for each in inner.values()):
             yield from ((f"{name}.{key}", each) for key, each in inner.items())

@@ -304,6 +304,10 @@ def own_tensors(part: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[s
     return part._parameters, part._buffers, part._modules
 
 
+PLAIN_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Names of the attributes that every module has, of which most are empty dictionaries of its own."""
+
+
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """Methods that Lightning replaces on the module itself where all of it was compiled."""
 

@@ -149,9 +149,14 @@ class _Copier:
 
     def _fill(self, part: nn.Module, twin: nn.Module) -> None:
         skipped = compat.skipped_attributes(part)
-        vars(twin).update({name: self.copy(value) for name, value in vars(part).items() if name not in skipped})
+        vars(twin).update({name: self._own(name, value) for name, value in vars(part).items() if name not in skipped})
         for name in _slots(part):
             object.__setattr__(twin, name, self.copy(getattr(part, name)))
+
+    def _own(self, name: str, value: Any) -> Any:
+        """Returns the copy of an attribute; each part has ten empty dictionaries, to which nothing else refers."""
+        is_empty = name in compat.PLAIN_ATTRIBUTES and type(value) in (dict, OrderedDict, set) and not value
+        return type(value)() if is_empty else self.copy(value)
 
     def _copy_tensors(self, name: str, part: nn.Module) -> None:
         parameters, buffers, _ = compat.own_tensors(part)

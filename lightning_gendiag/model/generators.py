@@ -9,7 +9,7 @@ import random
 import sys
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -28,6 +28,9 @@ DEPTH = 8
 
 LARGEST_CONTAINER = 256
 """Generators stand in short containers, data in long ones."""
+
+CONTAINERS = (dict, OrderedDict, list, tuple, set)
+"""Kinds of containers that hold nothing beside their items."""
 
 METHOD_DEPTH, GLOBAL_DEPTH = 6, 3
 """Numbers of references that are followed from what a class holds, and from what its functions name in their files."""
@@ -86,33 +89,31 @@ def own_generators(owners: Iterable[object]) -> list[Generator]:
     # the largest depth that an object was visited with
     visited: dict[int, int] = {}
 
-    def visit(value: object, depth: int) -> None:
-        role = _role(type(value))
-        if role == "generator":
-            if id(value) not in GLOBAL_ONES:
-                found.setdefault(id(value), cast(Generator, value))
-        elif role != "leaf" and visited.get(id(value), 0) < depth:
-            visited[id(value)] = depth
-            if role == "module":
-                parts = list(cast(nn.Module, value).modules())
-                visited.update((id(part), DEPTH) for part in parts)
-                for part in parts:
-                    for attribute in _referents(part):
-                        visit(attribute, DEPTH)
-            elif role == "class":
-                for attribute in _class_attributes(cast(type, value)):
-                    visit(attribute, min(depth - 1, METHOD_DEPTH))
-            elif role == "function":
-                for child in _referents(value):
-                    visit(child, depth - 1)
-                for named in _globals(cast(types.FunctionType, value)):
-                    visit(named, min(depth - 1, GLOBAL_DEPTH))
-            else:
-                for child in _referents(value):
-                    visit(child, depth - 1)
+    def visit(values: Iterable[object], depth: int) -> None:
+        for value in values:
+            role = _role(type(value))
+            if role == "leaf" or (type(value) in CONTAINERS and not value):
+                # each part of a module has ten empty ones
+                continue
+            if role == "generator":
+                if id(value) not in GLOBAL_ONES:
+                    found.setdefault(id(value), cast(Generator, value))
+            elif visited.get(id(value), 0) < depth:
+                visited[id(value)] = depth
+                if role == "module":
+                    parts = list(cast(nn.Module, value).modules())
+                    visited.update((id(part), DEPTH) for part in parts)
+                    for part in parts:
+                        visit(_referents(part), DEPTH)
+                elif role == "class":
+                    visit(_class_attributes(cast(type, value)), min(depth - 1, METHOD_DEPTH))
+                elif role == "function":
+                    visit(_referents(value), depth - 1)
+                    visit(_globals(cast(types.FunctionType, value)), min(depth - 1, GLOBAL_DEPTH))
+                else:
+                    visit(_referents(value), depth - 1)
 
-    for owner in owners:
-        visit(owner, DEPTH)
+    visit(owners, DEPTH)
     return list(found.values())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -108,12 +108,22 @@ def find_regions(
     if len(batches) == 1:
         # a single batch has no halves of whole batches; halve it where it is large enough
         halves = [[half] for half in batches[0].chunk(2)] if len(batches[0]) >= 8 else []
-    add = _series_cka if _differ_little(batches, gamma) else _batch_cka
+    # of the batches by which borders are refined
+    kept: dict[int, Tensor] = {}
+    refining = batches[:REFINING] if cell > 1 else []
+    differ_little = _differ_little(batches, gamma)
+
+    def add(batch: Tensor, total: Tensor) -> Tensor:
+        if differ_little:
+            return _series_cka(batch, gamma, max_bytes, total)
+        is_refining = any(batch is other for other in refining)
+        return _batch_cka(batch, gamma, max_bytes, total, kept if is_refining else None)
+
     sums = [_no_alignments(batches) for _ in halves]
     work = [(total, batch) for total, half in zip(sums, halves, strict=True) for batch in half]
     for total, batch in _progress(work, "finding regions", progress):
-        add(batch, gamma, max_bytes, total)
-    whole = sums[0] + sums[1] if len(batches) > 1 else add(batches[0], gamma, max_bytes, _no_alignments(batches))
+        add(batch, total)
+    whole = sums[0] + sums[1] if len(batches) > 1 else add(batches[0], _no_alignments(batches))
     whole = _mirror(whole.div_(len(batches)))
 
     def clusters(cka: Tensor) -> tuple[Tensor, int | None]:
@@ -133,7 +143,7 @@ def find_regions(
         found = (_mirror(total.div_(len(half))) for total, half in zip(sums, halves, strict=True))
         stability = adjusted_rand_index(*(clusters(cka)[0] for cka in found))
     if cell > 1:
-        labels = _refined(labels, batches[:REFINING], cell, gamma, max_bytes)[:height, :width]
+        labels = _refined(labels, refining, cell, gamma, max_bytes, kept)[:height, :width]
     return RegionMap(
         labels.contiguous(), alignment=alignment, dependence=dependence, stability=stability, background=background
     )
@@ -162,10 +172,12 @@ def _cell_size(height: int, width: int, max_pixels: int) -> int:
     return cell
 
 
-def _refined(labels: Tensor, batches: Sequence[Tensor], cell: int, gamma: float, max_bytes: int) -> Tensor:
+def _refined(
+    labels: Tensor, batches: Sequence[Tensor], cell: int, gamma: float, max_bytes: int, kept: Mapping[int, Tensor]
+) -> Tensor:
     """Returns labels of pixels (h * s, w * s) from those of cells (h, w).
 
-    The batches hold the vectors of the cells, (n, C * s * s, h * w).
+    The batches hold the vectors of the cells, (n, C * s * s, h * w). Their kernels are kept by the id of the batch, or not.
     """
     height, width = labels.shape
     fine = labels.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
@@ -184,7 +196,12 @@ def _refined(labels: Tensor, batches: Sequence[Tensor], cell: int, gamma: float,
         for batch in batches:
             mean = member.new_zeros(len(size), n * (n + 1) // 2)
             for i in range(0, len(member), block):
-                mean += member[i : i + block].T @ _kernel_rows(batch[..., i : i + block], gamma)
+                rows = (
+                    kept[id(batch)][i : i + block]
+                    if id(batch) in kept
+                    else _kernel_rows(batch[..., i : i + block], gamma)
+                )
+                mean += member[i : i + block].T @ rows
             mean /= size[:, None]
             regions_to += mean @ mean.T
             # (n, C, border * s * s): the pixels of the cells at borders

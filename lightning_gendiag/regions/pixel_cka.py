@@ -18,11 +18,11 @@ WorkT = TypeVar("WorkT")
 BANDWIDTH_IMAGES = 2048
 """Largest number of images over which a median distance is taken, spread evenly over those given."""
 
-MATRIX_PRODUCT = 4
-"""Distances of pixels, or cells of them, of more numbers than these are computed by matrix products."""
-
 CACHED = 1 << 18
 """Largest count of numbers in the kernel matrices that are made together on a CPU: larger ones leave its cache."""
+
+KEPT = 1 << 21
+"""Largest count of numbers in the kernels of a batch that are kept: 8 MB in float32."""
 
 SERIES = 0.05
 """Largest exponent ``2 g x^2`` for which three terms of the kernel's series replace the kernel."""
@@ -163,17 +163,13 @@ def _block_rows(pixels: Tensor, gamma: float) -> Tensor:
     x = pixels.permute(2, 0, 1)  # (B, n, C)
     if x.shape[-1] == 1:
         exponents = (x - x.mT).square_().mul_(-gamma)
-    elif x.shape[-1] > MATRIX_PRODUCT:
+    else:
         # shifted by a value, so that vectors that never vary stay exactly equal
         x = x - x[:, :1]
         squares = x.square().sum(-1)
         exponents = squares[:, :, None] + squares[:, None, :]
         exponents.baddbmm_(x, x.mT, beta=-gamma, alpha=2 * gamma).clamp_(max=0)  # (B, n, C) @ (B, C, n) -> (B, n, n)
         exponents.diagonal(dim1=1, dim2=2).zero_()
-    else:
-        exponents = torch.zeros(len(x), n, n, dtype=x.dtype, device=x.device)
-        for channel in x.unbind(-1):
-            exponents.add_((channel[:, :, None] - channel[:, None, :]).square_(), alpha=-gamma)
     # centring removes constants, and expm1 keeps the digits that exp would lose beside 1
     kernels = exponents.expm1_()
     mean = kernels.mean(-1)  # (B, n)
@@ -186,8 +182,13 @@ def _block_rows(pixels: Tensor, gamma: float) -> Tensor:
     return rows.div_(torch.where(norms > 0, norms, math.inf))
 
 
-def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor) -> Tensor:
-    """Adds the alignments of one batch (n, C, P) to the upper block triangle of ``total`` (P, P), and returns it."""
+def _batch_cka(
+    pixels: Tensor, gamma: float, max_bytes: int, total: Tensor, kept: dict[int, Tensor] | None = None
+) -> Tensor:
+    """Adds the alignments of one batch (n, C, P) to the upper block triangle of ``total`` (P, P), and returns it.
+
+    Where its kernels (P, n (n + 1) / 2) are small, they are kept under the id of the batch.
+    """
     n, _, positions = pixels.shape
     element = pixels.element_size()
     # rows are held for all positions if they fit, otherwise for two blocks at a time
@@ -205,6 +206,8 @@ def _batch_cka(pixels: Tensor, gamma: float, max_bytes: int, total: Tensor) -> T
             wide = max(block, positions // 8)
             for i in range(0, positions, wide):
                 total[i : i + wide, i:].addmm_(rows[i : i + wide], rows[i:].T)
+            if kept is not None and rows.numel() <= KEPT:
+                kept[id(pixels)] = rows
             return total
         for i in starts:
             a = _kernel_rows(pixels[..., i : i + block], gamma)

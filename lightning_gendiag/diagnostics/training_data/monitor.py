@@ -39,7 +39,7 @@ HELD_NUMBERS = {"cpu": 1 << 19}
 HELD_ON_OTHERS = 1 << 22
 """The same on other kinds, where the number of calls counts."""
 
-LOOKING, LOOKING_SECONDS = 0.03, 0.05
+LOOKING, LOOKING_SECONDS = 0.02, 0.03
 """Part of the limit of the time, and seconds beside it, within which all batches are looked at; of more, some are not."""
 
 LEAST_FIRST = 256
