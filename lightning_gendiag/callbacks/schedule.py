@@ -33,6 +33,9 @@ LEAST_ALLOWANCE = 0.1
 JOINED = 0.1
 """Data that cost less than this part of the samples are evaluated more often than these."""
 
+PANEL = 2.0
+"""The panels at the end of a short run take about so many times as long as an evaluation of each monitor."""
+
 ENDLESS = 1000
 """Number of steps from one evaluation to the next in a run whose length is not known."""
 
@@ -112,7 +115,7 @@ class Schedule:
         self.dues = 0
         """Number of times at which a monitor with a limit was due."""
         self.is_short = False
-        """Whether the run is so short that panels are drawn at its end, when nothing is left to evaluate."""
+        """Whether the run is so short that panels are drawn at its end."""
         self._costs: dict[str, deque[float]] = {}
         self._drawing: dict[str, float] = {}
         self._waiting: set[str] = set()
@@ -219,8 +222,10 @@ class Schedule:
         each = (1 - HELD_BACK) * max_overhead * budget.training / max(self.dues, 1)
         if self.coming == math.inf:
             return each
-        # panels are drawn each time the number of evaluations has doubled at least
-        panels = 0.0 if self.is_short else sum(self._drawing.values()) * math.log2(1 + self.coming) / 2
+        # they are drawn each time the number of evaluations has doubled at least
+        panels = sum(self._drawing.values()) * math.log2(1 + self.coming) / 2
+        if self.is_short:
+            panels = PANEL * sum(map(median, self._costs.values()))
         hooks = budget.noted / max(self.dues - 1, 1) * self.coming
         left = each * (max(self.dues, 1) + self.coming) - budget.spent - panels - hooks
         return max(left / (self.coming + 1), LEAST_ALLOWANCE * each)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,8 +63,6 @@ class FeatureExtractor(nn.Module):
     scale: Tensor
     first: Tensor
     second: Tensor
-    centre: Tensor
-    components: Tensor
 
     def __init__(self, images: Tensor, num_features: int = 64, seed: int = 0) -> None:
         super().__init__()
@@ -80,15 +79,18 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("first", first / (25 * channels) ** 0.5)
         self.register_buffer("second", second / (25 * 32) ** 0.5)
         self.to(images.device)
-        responses = in_chunks(self.responses, images)
-        self.reference_responses = responses.cpu()
+        self.reference_responses = in_chunks(self.responses, images).cpu()
         self.num_features = min(num_features, len(images) - 1)
+
+    @cached_property
+    def _projection(self) -> tuple[Tensor, Tensor]:
+        """The mean (1024,) of the responses and the components (1024, num_features), computed where they are first needed."""
+        responses = self.reference_responses.to(self.mean.device)
         centre = responses.mean(0, dtype=torch.float64).float()
         variance, directions = principal_components(responses - centre, self.num_features)
         # directions that hardly vary among real images would otherwise amplify noise
         deviation = variance.clamp(min=max(0.04 * float(variance[0]), 1e-12)).sqrt()
-        self.register_buffer("centre", centre)
-        self.register_buffer("components", (directions / deviation).float())
+        return centre, (directions / deviation).float()
 
     def responses(self, images: Tensor) -> Tensor:
         """Returns the pooled responses (N, 1024) of the filters to images (N, C, H, W), at least 0, in float32."""
@@ -108,12 +110,13 @@ class FeatureExtractor(nn.Module):
 
     def of_reference(self, rows: slice = slice(None)) -> Tensor:
         """Returns the features (n, num_features) of some images of the reference, which are not computed again."""
-        return self.projected(self.reference_responses[rows].to(self.centre))
+        return self.projected(self.reference_responses[rows].to(self.mean.device))
 
     def projected(self, responses: Tensor) -> Tensor:
         """Returns the features (N, num_features) of the images with these responses (N, 1024)."""
+        centre, components = (part.to(responses.device) for part in self._projection)
         with exact_matmul():
-            return (responses - self.centre) @ self.components
+            return (responses - centre) @ components
 
 
 def principal_components(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -165,11 +165,14 @@ def finite(value: Any) -> Any:
 def summary(tag: str, parts: Sequence[bytes]) -> Any:
     """Returns a record as TensorBoard's ``Summary``, which a file writer's ``add_summary`` takes."""
     from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
-    from tensorboard.util.tensor_util import make_tensor_proto
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
 
     plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN, content=json.dumps({"version": VERSION}).encode())
     metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_TENSOR)
-    tensor = make_tensor_proto(np.array(list(parts), dtype=object))
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(parts))])
+    tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=parts)
     return Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=metadata)])
 
 

@@ -210,7 +210,7 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
         most = NUM_LATENTS if self.max_overhead is None else limited
         if self.num_latents is None or self.max_dims is None:
             wanted = min(length, max_dims)
-            seconds = self._seconds_of_a_direction(view, z) / view.world_size
+            seconds = self._seconds_of_a_direction(view, z, wanted * (self.num_latents or most)) / view.world_size
             if self.num_latents is None:
                 least = fitting(seconds * min(LEAST_DIMS, wanted), MOST_SECONDS, 2, LEAST_LATENTS)
                 self._chosen_latents = fitting(seconds * wanted, SECONDS, min(least, most), most)
@@ -228,12 +228,12 @@ class ManifoldEntropyMonitor(Monitor[ManifoldEntropy, ManifoldEntropyResult]):
             few = max(2, self._latents // 2)
             self.dims = active_dims(view.decode, z[:few], max_dims, probes=min(16, few), seed=view.adapter.seed).cpu()
 
-    def _seconds_of_a_direction(self, view: ModelView, z: Tensor) -> float:
-        """Returns the seconds that one latent and one dimension take, at most."""
+    def _seconds_of_a_direction(self, view: ModelView, z: Tensor, most: int) -> float:
+        """Returns the seconds that one latent and one dimension take, at most; nothing depends on them if ``most`` fit."""
         self.dims = torch.zeros(1, dtype=torch.long)
         seconds = view.seconds_of(lambda: self._grams(view, z[:1]))
         few = min(z.shape[1], LEAST_DIMS)
-        if seconds * few > SECONDS:
+        if seconds * few > SECONDS or seconds * most < SECONDS:
             return seconds
         # several at a time take less each
         self.dims = torch.arange(few)
