@@ -6,11 +6,12 @@ event files. Monitors alone evaluate at every epoch; so does FID, from a small n
 the default arm measures FID of as many samples as its own evaluations have, with which one of these is compared: with a
 network of InceptionV3's size, whose place random weights take, and with the small one.
 
-The arms train one epoch in turn, so that a machine that slows down slows all of them. All train the same batches, bit for
-bit, yet two processes without any callback differ by some per cent: "batches" is the median of each arm's epochs, in
-seconds, and "none, again" is a second process without callbacks. For the ratio, an epoch's batches count as the median over
-all arms, and all that callbacks take between them counts in full. "share" is what the callbacks report that they took,
-relative to the training without, and "s each" the same for each evaluation.
+The arms train a few epochs in turn, so that a machine that slows down slows all of them; after each turn the others have
+emptied the processor's cache, which in other trainings nothing does. All train the same batches, bit for bit, yet two
+processes without any callback differ by some per cent: "batches" is the median of each arm's epochs, in seconds, and "none,
+again" is a second process without callbacks. For the ratio, an epoch's batches count as the median over all arms, and all
+that callbacks take between them counts in full. "share" is what the callbacks report that they took, relative to the
+training without, and "s each" the same for each evaluation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import multiprocessing as mp
 import statistics
 import tempfile
@@ -66,8 +68,12 @@ MODELS: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
 }
 
 
+TURN = 5
+"""Number of epochs that an arm trains in turn."""
+
+
 class Turns(Callback):
-    """Waits for this arm's turn before each epoch, and measures the batches.
+    """Waits for this arm's turn, and measures the batches of each epoch.
 
     It must be the first of the callbacks, so that what others do at the end of an epoch does not count as batches.
     """
@@ -79,8 +85,10 @@ class Turns(Callback):
         self.started = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hands over to the other arms, and waits."""
-        paused = time.monotonic()
+        """Hands over to the other arms where a turn is over, and waits."""
+        paused = self.started = time.monotonic()
+        if trainer.current_epoch % TURN:
+            return
         self.turns.send(None)
         self.turns.recv()
         self.started = time.monotonic()
@@ -249,7 +257,7 @@ def arm(model: str, name: str, epochs: int, turns: Connection) -> None:
 
 
 def measured(model: str, names: list[str], epochs: int) -> dict[str, dict[str, float]]:
-    """Returns what was measured of all arms, each in a process of its own, an epoch in turn."""
+    """Returns what was measured of all arms, each in a process of its own, some epochs in turn."""
     context = mp.get_context("spawn")
     arms: dict[str, Connection] = {}
     for name in names:
@@ -259,13 +267,13 @@ def measured(model: str, names: list[str], epochs: int) -> dict[str, dict[str, f
         theirs.close()
     for turns in arms.values():
         turns.recv()
-    for _ in range(epochs - 1):
+    for _ in range(math.ceil(epochs / TURN) - 1):
         for turns in arms.values():
             turns.send(None)
             turns.recv()
     found = {}
     for name, turns in arms.items():
-        # the last epoch ends with the process
+        # the last turn ends with the process
         turns.send(None)
         found[name] = turns.recv()
     return found

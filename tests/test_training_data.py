@@ -17,12 +17,14 @@ from lightning_gendiag import CollapseStopping, GenerativeDiagnostics, TrainingD
 from lightning_gendiag.diagnostics.training_data import monitor as monitors
 from lightning_gendiag.diagnostics.training_data import plots
 from lightning_gendiag.diagnostics.training_data.functional import (
+    Moves,
     cell_statistics,
+    distinct_of,
     glance,
     grid_of,
+    place_of,
     row_hashes,
 )
-from lightning_gendiag.diagnostics.training_data.moves import Moves, distinct_of, place_of
 from lightning_gendiag.model.batch_reader import BatchReader
 from lightning_gendiag.model.batches import Images
 from lightning_gendiag.plots.canvas import Occasion

@@ -12,8 +12,8 @@ from lightning_gendiag.tensorboard.records import Record, frame_tag, setup_tag, 
 if TYPE_CHECKING:
     from lightning_gendiag.callbacks.logging import DiagnosticLogger
 
-ALL_FRAMES, FRAME_GROWTH = 8, 0.2
-"""So many evaluations all have pictures, then each time their number has grown by this share: 40 of 2,000. TensorBoard's
+ALL_FRAMES, FRAME_GROWTH = 5, 0.25
+"""So many evaluations all have pictures, then each time their number has grown by this share: 33 of 2,000. TensorBoard's
 writer takes 0.1 ms for each kilobyte, in which training waits for it."""
 
 DESCRIBED = ("name", "role", "quantity", "unit", "label", "index", "min_std", "min_delta")

@@ -33,6 +33,10 @@ LEAST_ALLOWANCE = 0.1
 JOINED = 0.1
 """Data that cost less than this part of the samples are evaluated more often than these."""
 
+EVERY = 2
+"""Data that cost more take part in each second round of samples: an evaluation is of all batches since the one before, and an
+alarm on samples, which says whether the data moved as well, takes two evaluations at least."""
+
 PANEL = 2.0
 """The panels at the end of a short run take about so many times as long as an evaluation of each monitor."""
 
@@ -242,7 +246,7 @@ class Schedule:
 
     def _periods(self, units: Mapping[Monitor[Any, Any], str]) -> dict[str, float]:
         monitors = list(units)
-        relative = {m: self.relative_period(m, monitors) for m in monitors}
+        relative = {m: self.relative_period(m, monitors) * self._share(m, units[m]) for m in monitors}
         least = {unit: min(relative[m] for m in monitors if units[m] == unit) for unit in units.values()}
         costs = dict.fromkeys(least, 0.0)
         for monitor, unit in units.items():
@@ -262,6 +266,11 @@ class Schedule:
         )
         joining = [m for m in monitors if m.watches_batches and self.cost(m) > JOINED * samples > 0]
         return units | dict.fromkeys(joining, "samples")
+
+    @staticmethod
+    def _share(monitor: Monitor[Any, Any], unit: str) -> int:
+        """In how many rounds of its unit a monitor takes part once."""
+        return EVERY if monitor.watches_batches and unit == "samples" else 1
 
     def affords(self, monitors: Sequence[Monitor[Any, Any]], among: Sequence[Monitor[Any, Any]]) -> bool:
         """Returns whether monitors evaluate as often as is worth having.

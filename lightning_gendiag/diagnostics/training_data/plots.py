@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_gendiag.diagnostics.training_data.functional import TrainingDataResult
-from lightning_gendiag.diagnostics.training_data.moves import CELL_MOVED
+from lightning_gendiag.diagnostics.training_data.functional import CELL_MOVED, TrainingDataResult
 from lightning_gendiag.plots import canvas, charts, pictures
 
 MAX_BARS = 32
