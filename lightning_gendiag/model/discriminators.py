@@ -99,6 +99,11 @@ class Discriminator:
         """What a line of the log calls it."""
         return f"self.{self.paths[0]}{self.form}" + f" and {len(self.paths) - 1} more" * (len(self.paths) > 1)
 
+    @property
+    def takes_labels(self) -> bool:
+        """Whether it is given the classes of images."""
+        return "labels" in self.form
+
     def parts(self, module: nn.Module) -> list[nn.Module]:
         """Returns the discriminators in a module or in a copy of it."""
         return [part_of(module, path) for path in self.paths]

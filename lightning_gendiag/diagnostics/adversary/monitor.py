@@ -275,10 +275,17 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
             for images in (real, made, held_out)
         )
         scored = {"real": self._scores(view, real), "held_out": self._scores(view, held_out)}
-        is_known = made.labels is not None or real.labels is None or not len(real.labels)
+        is_known = made.labels is not None or real.labels is None or not len(real.labels) or not self._takes_labels
         scored["generated"] = self._scores(view, made) if is_known else self._scores_of_any_class(view, made, real)
         norms = {} if self._gradients is None else {f"{n}_gradients": self._gradients.norms(n) for n in NETWORKS}
         self.metric.update(**scored, **norms)
+
+    @property
+    def _takes_labels(self) -> bool:
+        """Whether the discriminator is given classes."""
+        if callable(self.discriminator):
+            return _takes_labels(self.discriminator)
+        return self._found is not None and self._found.takes_labels
 
     def _scores_of_any_class(self, view: ModelView, made: Images, real: Images) -> Tensor:
         """One score (n,) for each generated image, whose class is not known; none where the scores depend on it."""
@@ -304,7 +311,7 @@ class AdversaryMonitor(Monitor[Adversary, AdversaryResult]):
         if not callable(self.discriminator):
             assert self._found is not None
             return scores_of(view, self._found, images)
-        call, takes_labels = self._given(view), _takes_labels(self.discriminator)
+        call, takes_labels = self._given(view), self._takes_labels
 
         def scored(some: Tensor, labels: Tensor | None) -> Tensor:
             scores = scores_in(call(some, labels) if takes_labels else call(some), len(some))
