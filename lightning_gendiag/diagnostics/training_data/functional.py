@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from lightning_gendiag.functional.intervals import binomial_bounds, normal_quant
 from lightning_gendiag.functional.results import MAX_CLASS_TAGS, loggable
 
 Array = NDArray[np.float64]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CONFIDENCE = 0.9999
 """Probability that nothing is wrongly said to have moved at an evaluation, over all tests together."""
@@ -169,8 +171,10 @@ def _odd(count: int, device: torch.device) -> Tensor:
     return (numbers * 2 + 1).to(device)
 
 
-# sides without images give nan, which no comparison calls moved
-_quiet = np.errstate(divide="ignore", invalid="ignore")
+def _quiet(test: Callable[P, T]) -> Callable[P, T]:
+    """Lets sides without images give nan, which no comparison calls moved, without a warning."""
+    # one context for each, since some call others
+    return np.errstate(divide="ignore", invalid="ignore")(test)
 
 
 class Moves:
