@@ -21,6 +21,7 @@ from lightning_gendiag import (
 )
 from lightning_gendiag.callbacks import schedule, session
 from lightning_gendiag.callbacks.collapse_stopping import CollapseWarning
+from lightning_gendiag.callbacks.monitor import PlotContext
 from lightning_gendiag.callbacks.schedule import shared
 from lightning_gendiag.model.view import ModelView
 from tests.helpers.models import ScriptedGenerator
@@ -62,6 +63,19 @@ class Priced(CosineMeanSimilarityMonitor):
         samples = len(view.samples().images)
         self.sizes.append(samples)
         NOW.seconds += self.fixed + self.each * samples
+
+
+class Drawn(Priced):
+    """One whose panels take twice as long as its evaluations."""
+
+    def __init__(self, fixed: float, **kwargs: Any) -> None:
+        super().__init__(fixed, 0.0, **kwargs)
+        self.log_images = True
+        self.drawn: list[int] = []
+
+    def log_plots(self, result: Any, context: PlotContext) -> None:
+        self.drawn.append(context.evaluation.number)
+        NOW.seconds += 2 * self.fixed
 
 
 class PricedData(TrainingDataMonitor):
@@ -229,6 +243,26 @@ def test_the_data_are_evaluated_with_each_second_samples_unless_these_cost_far_m
     else:
         assert data.evaluations > 3 * samples.evaluations
     assert samples.session.schedule.budget.spent < 0.05 * 1600 * STEP + 2 * fixed
+
+
+@pytest.mark.parametrize(("epochs", "drawn"), [(60, [50, 60]), (30, [30]), (128, [1, 2, 4, 8, 16, 32, 64, 128])])
+def test_panels_of_a_short_run_are_drawn_at_its_end(epochs: int, drawn: list[int]) -> None:
+    monitor = Drawn(1e-3, adapter=ModelAdapter(num_samples=64, num_reference=64), max_overhead=0.05)
+    run(monitor, epochs)
+    assert monitor.evaluations == epochs
+    assert monitor.drawn == drawn
+
+
+@pytest.mark.parametrize("fixed", [0.3, 0.6])
+def test_time_is_kept_for_the_panels_at_the_end_of_a_short_run(fixed: float) -> None:
+    monitor = Drawn(fixed, adapter=ModelAdapter(num_samples=64, num_reference=64), max_overhead=0.05)
+    before = NOW.seconds
+    run(monitor, 60)
+    assert monitor.drawn == [monitor.evaluations]
+    training = 60 * 4 * STEP
+    # all that was not training, of which the plan uses most
+    spent = NOW.seconds - before - training
+    assert 0.9 < spent / (0.05 * training) <= 1
 
 
 def test_a_rehearsal_leaves_no_trace() -> None:
