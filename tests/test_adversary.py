@@ -30,10 +30,13 @@ from lightning_gendiag import (
     stable_rank,
 )
 from lightning_gendiag.detection.history import History
+from lightning_gendiag.diagnostics.adversary import monitor as adversary_monitor
 from lightning_gendiag.diagnostics.adversary.functional import auc_error, best_threshold, greater_share
 from lightning_gendiag.model import compat
+from lightning_gendiag.model.batches import Images
 from lightning_gendiag.model.discriminators import (
     FORMS,
+    Discriminator,
     find_discriminator,
     scores_in,
     scores_of,
@@ -561,6 +564,21 @@ def test_samples_of_unknown_classes_are_not_scored_where_classes_matter(caplog: 
         monitor, _ = fitted(ByClass(OfNoClass), epochs=2)
     assert len(monitor.result.generated) == 256
     assert "not scored" not in caplog.text
+
+
+def test_a_discriminator_that_is_given_no_classes_scores_each_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+
+    def counted(view: Any, found: Discriminator, images: Images) -> Tensor:
+        scored.append(len(images.images))
+        return scores_of(view, found, images)
+
+    monkeypatch.setattr(adversary_monitor, "scores_of", counted)
+    monitor, _ = fitted(OfTwo(), epochs=1)
+    result = monitor.result
+    assert result is not None
+    # of the two evaluations
+    assert scored == 2 * [len(result.real), len(result.held_out), len(result.generated)]
 
 
 def test_samples_are_scored_with_the_classes_that_their_sampler_was_given() -> None:

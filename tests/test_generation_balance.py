@@ -537,6 +537,20 @@ def balance(confusion: Tensor, counts: Tensor) -> Any:
     return metric.compute()
 
 
+def test_what_is_kept_of_the_real_images_is_that_of_all_of_them() -> None:
+    confusion = torch.tensor([[90.0, 10.0], [30.0, 70.0]])
+    metric, again = GenerationBalance(2, confusion=confusion), GenerationBalance(2, confusion=confusion)
+    real, more, made = (torch.tensor([0, 1]).repeat_interleave(torch.tensor(n)) for n in ([50, 50], [5, 95], [30, 70]))
+    metric.update(real, real=True)
+    metric.update(made, real=False)
+    metric.compute()
+    metric.update(more, real=True)
+    again.update(torch.cat([real, more]), real=True)
+    again.update(made, real=False)
+    for value, expected in zip(metric.compute(), again.compute(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_an_unbalanced_classifier_on_balanced_images_gives_balanced_shares() -> None:
     # doubtful images of all classes are assigned to class 1
     rates = 0.85 * torch.eye(10, dtype=torch.float64)
