@@ -41,6 +41,8 @@ class Way:
     """Whether what decodes inverts this encoder, so that latents may have the shape of images."""
     has_other_prior: bool = False
     """Whether the latents that a decoder takes have another prior than N(0, 1), also where it inverts the encoder."""
+    is_of_batch: bool = False
+    """Whether a training step gives what decodes rows of its batch, alone or joined with noise."""
     is_guess: bool = False
     """Whether only the shape of what it returns says that it reconstructs."""
     path: str = ""
@@ -84,6 +86,8 @@ class Context:
     """Paths of the parts that a training step gives classes as a second argument."""
     listed: frozenset[str] = frozenset()
     """Paths of the parts that a training step gives noise in a list."""
+    of_batch: frozenset[str] = frozenset()
+    """Paths of the parts that a training step always gives rows of its batch, alone or joined with noise."""
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]

@@ -585,7 +585,8 @@ def decoder_ways(
         called = partial(_listed, target) if own_path in context.listed else target
         decode = partial(_with_one_label, called, context.condition) if labels else called
         label = f" with {'class 0' if context.condition is None else 'the attributes of one image'}" if labels else ""
-        yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator)
+        is_of_batch = own_path in context.of_batch
+        yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator, is_of_batch=is_of_batch)
         is_map, is_stated = len(shape) > 1 and shape[1:] != (1, 1), math.prod(shape) == context.latent_dim
         if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (is_map and not is_stated):
             # a map of latents has no prior that is worth sampling, unless the user states one
@@ -593,7 +594,7 @@ def decoder_ways(
         yield Way(
             "sample", f"{name} from {noise_of(shape)}{' and labels' if labels else ''}",
             partial(sampled_by, called, module, shape), takes_labels=labels, latent=shape,
-            assumes_prior=not is_generator or name == "self.forward", is_generator=is_generator,
+            assumes_prior=not is_generator or name == "self.forward", is_generator=is_generator, is_of_batch=is_of_batch,
         )  # fmt: skip
 
 
