@@ -747,7 +747,7 @@ class ModelParts:
     def sample_labels(self, n: int) -> Tensor:
         """Returns n labels sampled from the reference, or zeros while there is no reference.
 
-        Where real images have rows (K,) of other numbers in place of a class, such as attributes, these are sampled.
+        Where real images have other numbers in place of a class, such as attributes (K,) or an angle, these are sampled.
         """
         if self.has_conditions and self.real.conditions is not None:
             rows = self.real.conditions

@@ -71,7 +71,8 @@ class Context:
     classes: int = 0
     """Number of classes that the batches are known to have; 0 where they have no labels."""
     condition: Tensor | None = None
-    """(K,) row that stands for the label of a real image and is no class, such as its attributes; None for classes."""
+    """(K,) row or number that stands for the label of a real image and is no class, such as its attributes or an angle; None
+    for classes."""
     count: int = 0
     """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
     is_paired: bool = False

@@ -584,7 +584,7 @@ def decoder_ways(
         text = f"{name}{f' of latents {shape}' if len(shape) > 1 or (length or shape[0]) != shape[0] else ''}"
         called = partial(_listed, target) if own_path in context.listed else target
         decode = partial(_with_one_label, called, context.condition) if labels else called
-        label = f" with {'class 0' if context.condition is None else 'the attributes of one image'}" if labels else ""
+        label = f" with {'class 0' if context.condition is None else 'the label of one image'}" if labels else ""
         is_of_batch = own_path in context.of_batch
         yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator, is_of_batch=is_of_batch)
         is_map, is_stated = len(shape) > 1 and shape[1:] != (1, 1), math.prod(shape) == context.latent_dim
@@ -640,7 +640,7 @@ def takes_noise(target: Callable[..., Any]) -> bool:
 def _with_one_label(decoder: Callable[..., Any], condition: Tensor | None, z: Tensor) -> Any:
     if condition is None:
         return decoder(z, torch.zeros(len(z), dtype=torch.long, device=z.device))
-    return decoder(z, condition.to(z.device).expand(len(z), -1))
+    return decoder(z, condition.to(z.device).expand(len(z), *condition.shape))
 
 
 def sampled_by(decoder: Callable[..., Any], module: nn.Module, shape: tuple[int, ...], n: int, *labels: Tensor) -> Any:
