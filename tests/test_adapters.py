@@ -1163,6 +1163,21 @@ def test_a_generator_gets_the_fractions_that_real_images_have_as_labels(shape: t
     torch.testing.assert_close(view.parts.decode(z), view.module.generator(z, angles[0].expand(4)))
 
 
+@pytest.mark.parametrize("rows", [(ATTRIBUTES > 0.5).long(), ATTRIBUTES.double()])
+def test_a_generator_gets_attributes_as_floats_where_it_takes_no_others(rows: Tensor) -> None:
+    class Strict(GeneratorOfAttributes):
+        def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+            assert labels.dtype == z.dtype
+            return super().forward(z, labels)
+
+    view = view_of(Wrapper("generator", Strict()), reference=(IMAGES, rows))
+    assert name_of(view, "sample") == "self.generator from normal noise (n, 3) and labels as floats"
+    assert name_of(view, "decode") == "self.generator with the label of one image as floats"
+    z = torch.randn(4, 3)
+    torch.testing.assert_close(view.parts.decode(z), view.module.generator(z, rows[0].float().expand(4, -1)))
+    assert len(view.samples().images) > 0
+
+
 def test_attributes_are_collected_from_batches_and_kept_in_checkpoints() -> None:
     rows = 2 * (ATTRIBUTES > 0.5).long() - 1
     view, other, half = (

@@ -873,14 +873,17 @@ class ModelParts:
 def _forms(way: Way, context: Context) -> Iterator[Way]:
     """Yields the forms of a way that the batches suggest.
 
-    These are with one-hot labels, where the batches have such, of images without an axis for their channel, where the batches
-    have such, the first of as many outputs as there are images in a batch, as of generators of several domains
-    (https://arxiv.org/abs/1606.07536), the last of all steps from noise to data, and some of whole rounds of all classes.
+    These are with one-hot labels, where the batches have such, with labels as floats, where they are no classes, of images
+    without an axis for their channel, where the batches have such, the first of as many outputs as there are images in a batch,
+    as of generators of several domains (https://arxiv.org/abs/1606.07536), the last of all steps from noise to data, and some
+    of whole rounds of all classes.
     """
     ways = [way]
     if way.need in ("sample", "encode") and way.takes_labels and context.one_hot:
         call = partial(_called_with_rows, way.call, context.one_hot)
         ways.append(replace(way, name=f"{way.name} as one-hot rows", call=call))
+    if way.need == "sample" and way.takes_labels and context.is_converted:
+        ways.append(replace(way, name=f"{way.name} as floats", call=partial(_called_with_floats, way.call)))
     if way.need in ("encode", "reconstruct") and context.is_gray:
         ways += [replace(w, name=f"{w.name} without channels", call=partial(_without_channels, w.call)) for w in ways]
     for form in ways:
@@ -930,6 +933,10 @@ def _of_rounds(call: Callable[..., Any], classes: int, n: int) -> Any:
 
 def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor) -> Any:
     return call(images[:, 0], *labels)
+
+
+def _called_with_floats(call: Callable[..., Any], n: int, labels: Tensor) -> Any:
+    return call(n, labels.float())
 
 
 def _called_with_rows(call: Callable[..., Any], classes: int, first: Any, labels: Tensor) -> Any:

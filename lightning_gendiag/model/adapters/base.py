@@ -90,6 +90,11 @@ class Context:
     of_batch: frozenset[str] = frozenset()
     """Paths of the parts that a training step always gives rows of its batch, alone or joined with noise."""
 
+    @property
+    def is_converted(self) -> bool:
+        """Whether a training step may convert the labels to float32, since they are no classes and of another type."""
+        return self.condition is not None and self.condition.dtype != torch.float32
+
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]
 """From an isolated copy of a module to ways in order of preference, which are then tried with two samples."""

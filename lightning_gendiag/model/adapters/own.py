@@ -583,10 +583,12 @@ def decoder_ways(
             continue
         text = f"{name}{f' of latents {shape}' if len(shape) > 1 or (length or shape[0]) != shape[0] else ''}"
         called = partial(_listed, target) if own_path in context.listed else target
-        decode = partial(_with_one_label, called, context.condition) if labels else called
-        label = f" with {'class 0' if context.condition is None else 'the label of one image'}" if labels else ""
         is_of_batch = own_path in context.of_batch
-        yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator, is_of_batch=is_of_batch)
+        for label, condition in _one_label(context).items() if labels else (("", None),):
+            decode = partial(_with_one_label, called, condition) if labels else called
+            yield Way(
+                "decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator, is_of_batch=is_of_batch
+            )
         is_map, is_stated = len(shape) > 1 and shape[1:] != (1, 1), math.prod(shape) == context.latent_dim
         if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (is_map and not is_stated):
             # a map of latents has no prior that is worth sampling, unless the user states one
@@ -635,6 +637,16 @@ def takes_noise(target: Callable[..., Any]) -> bool:
     signature = signature_of(target)
     first = next(iter(signature.parameters), "") if signature is not None else ""
     return NOISE.fullmatch(first) is not None
+
+
+def _one_label(context: Context) -> dict[str, Tensor | None]:
+    """Returns the label with which latents are decoded, also as floats where it may be converted, by what log lines call it."""
+    if context.condition is None:
+        return {" with class 0": None}
+    forms: dict[str, Tensor | None] = {" with the label of one image": context.condition}
+    return forms | (
+        {" with the label of one image as floats": context.condition.float()} if context.is_converted else {}
+    )
 
 
 def _with_one_label(decoder: Callable[..., Any], condition: Tensor | None, z: Tensor) -> Any:
