@@ -1178,6 +1178,24 @@ def test_a_generator_gets_attributes_as_floats_where_it_takes_no_others(rows: Te
     assert len(view.samples().images) > 0
 
 
+@pytest.mark.parametrize("name", ["context", "y"])
+def test_a_condition_that_is_optional_by_name_only_is_given(name: str) -> None:
+    class OfContext(OfAngles):
+        def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+            assert context is not None
+            return self.generator(torch.randn(n, 3), context)
+
+    class OfLabels(OfAngles):
+        def sample(self, n: int, y: Tensor | None = None) -> Tensor:
+            assert y is not None
+            return self.generator(torch.randn(n, 3), y)
+
+    module = OfContext() if name == "context" else OfLabels()
+    view = view_of(module, reference=(IMAGES, ATTRIBUTES[:, 0]))
+    assert name_of(view, "sample") == "self.sample(n, labels)"
+    assert len(view.samples().images) > 0
+
+
 def test_attributes_are_collected_from_batches_and_kept_in_checkpoints() -> None:
     rows = 2 * (ATTRIBUTES > 0.5).long() - 1
     view, other, half = (

@@ -435,17 +435,17 @@ def sampler_ways(
         for key in LABEL_KEYWORDS
         if takes_any
     ]
+    left_out = [p.name for p in named if p.default is None or given.get(p.name) == "none"]
+    left_out = [p for kind in (LABELS, CONDITIONS) for p in left_out if kind.fullmatch(p.lower())]
     if context.is_conditioned and not plain.takes_labels:
         # the network has never been without the classes that the sampler may leave out
-        left_out = [p.name for p in named if p.default is None or given.get(p.name) == "none"]
-        known = (p for kind in (LABELS, CONDITIONS) for p in left_out if kind.fullmatch(p.lower()))
-        for name_of_classes in list(known)[:1]:
+        for name_of_classes in left_out[:1]:
             yield replace(way(given | {name_of_classes: "labels"}, shape), is_reading=True)
     # it may ignore labels, which then say nothing about its images
     yield from (*with_labels, plain) if context.conditional else (plain, *with_labels)
-    if "none" in given.values() and not plain.takes_labels:
-        # a condition that it does not work without is often a class
-        first = next(parameter for parameter, role in given.items() if role == "none")
+    if left_out and not plain.takes_labels:
+        # a condition that it does not work without is often a class, rather one that must be given than another
+        first = min(left_out, key=lambda parameter: parameter not in given)
         yield way(given | {first: "labels"}, shape)
     if "shape" in given.values() and context.latent not in (None, shape):
         # multiscale flows fold positions into channels
