@@ -509,6 +509,23 @@ def test_a_discriminator_of_images_and_latents_is_left_out_with_what_it_takes() 
     )
 
 
+class OfImagesAndAttributes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Linear(256 + 4, 1)
+
+    def forward(self, x: Tensor, attr: Tensor) -> Tensor:
+        scores: Tensor = self.layers(torch.cat([x.flatten(1), attr], 1))
+        return scores
+
+
+def test_a_discriminator_of_images_and_attributes_is_left_out_with_what_it_takes() -> None:
+    module = Named("G_net", "D_net")
+    module.D_net = OfImagesAndAttributes()
+    diagnostics = fitted(module, TensorDataset(IMAGES, torch.rand(len(IMAGES), 4)))
+    assert "self.D_net takes (x: 'Tensor', attr: 'Tensor')" in diagnostics.left_out["adversary"]
+
+
 class JudgingFirst(Uniform):
     """Its discriminator judges real images before the generator makes any."""
 
