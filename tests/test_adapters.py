@@ -1131,7 +1131,69 @@ def test_a_sampler_gets_rows_of_attributes_of_real_images(name: str, part: Any, 
     # they are no classes
     assert view.samples().labels is None
     if name == "generator":
-        assert name_of(view, "decode") == "self.generator with the attributes of one image"
+        assert name_of(view, "decode") == "self.generator with the label of one image"
+
+
+class OfAngles(LightningModule):
+    """Generates images at angles (n,) or (n, 1)."""
+
+    latent_dim = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 64)
+
+    def generator(self, z: Tensor, y: Tensor) -> Tensor:
+        angle = y.view(-1, 1)
+        return self.linear(torch.cat([z, angle.sin(), angle.cos()], 1)).view(-1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("shape", [(64,), (64, 1)])
+def test_a_generator_gets_the_fractions_that_real_images_have_as_labels(shape: tuple[int, ...]) -> None:
+    angles = ATTRIBUTES[:, 0].view(shape)
+    view = view_of(OfAngles(), reference=(IMAGES, angles))
+    assert name_of(view, "sample") == "self.generator from normal noise (n, 3) and labels"
+    given = view.parts.sample_labels(50)
+    assert given.shape == (50, *shape[1:])
+    assert torch.isin(given, angles).all()
+    assert view.samples().labels is None
+    # at the angle of the first image
+    assert name_of(view, "decode") == "self.generator with the label of one image"
+    z = torch.randn(4, 3)
+    torch.testing.assert_close(view.parts.decode(z), view.module.generator(z, angles[0].expand(4)))
+
+
+@pytest.mark.parametrize("rows", [(ATTRIBUTES > 0.5).long(), ATTRIBUTES.double()])
+def test_a_generator_gets_attributes_as_floats_where_it_takes_no_others(rows: Tensor) -> None:
+    class Strict(GeneratorOfAttributes):
+        def forward(self, z: Tensor, labels: Tensor) -> Tensor:
+            assert labels.dtype == z.dtype
+            return super().forward(z, labels)
+
+    view = view_of(Wrapper("generator", Strict()), reference=(IMAGES, rows))
+    assert name_of(view, "sample") == "self.generator from normal noise (n, 3) and labels as floats"
+    assert name_of(view, "decode") == "self.generator with the label of one image as floats"
+    z = torch.randn(4, 3)
+    torch.testing.assert_close(view.parts.decode(z), view.module.generator(z, rows[0].float().expand(4, -1)))
+    assert len(view.samples().images) > 0
+
+
+@pytest.mark.parametrize("name", ["context", "y"])
+def test_a_condition_that_is_optional_by_name_only_is_given(name: str) -> None:
+    class OfContext(OfAngles):
+        def sample(self, n: int, context: Tensor | None = None) -> Tensor:
+            assert context is not None
+            return self.generator(torch.randn(n, 3), context)
+
+    class OfLabels(OfAngles):
+        def sample(self, n: int, y: Tensor | None = None) -> Tensor:
+            assert y is not None
+            return self.generator(torch.randn(n, 3), y)
+
+    module = OfContext() if name == "context" else OfLabels()
+    view = view_of(module, reference=(IMAGES, ATTRIBUTES[:, 0]))
+    assert name_of(view, "sample") == "self.sample(n, labels)"
+    assert len(view.samples().images) > 0
 
 
 def test_attributes_are_collected_from_batches_and_kept_in_checkpoints() -> None:
@@ -1156,8 +1218,8 @@ def test_a_message_keeps_the_dots_of_the_line_that_it_shows() -> None:
         def sample(self, n: int, y: Tensor) -> Tensor:
             return noise(n)
 
-    view = view_of(Conditional(), reference=(IMAGES, torch.rand(64)))
-    with pytest.raises(ValueError, match=r"not whole numbers; pass labels=lambda batch: \.\.\.\)"):
+    view = view_of(Conditional(), reference=(IMAGES, LABELS - 1))
+    with pytest.raises(ValueError, match=r"negative values, which are no classes; pass labels=lambda batch: \.\.\.\)"):
         view.find("sample")
 
 

@@ -280,6 +280,8 @@ def test_labels_of_the_user_are_judged_by_the_same_rules() -> None:
     assert read(torch.ones(N, 40)).reason.startswith("the labels (5, 40) are attributes")
     assert torch.equal(read(torch.ones(N, 40)).conditions, torch.ones(N, 40))
     assert read(F.one_hot(Y)).conditions is None
+    assert torch.equal(read(Y + 0.5).conditions, Y + 0.5)
+    assert read(Y / 0).conditions is None
     assert read(Y[:2]).reason.startswith("the labels (2,) go with other data than 5 rows")
     assert read({"y": Y}).reason.startswith("the labels {y: (5,)} are not numbers")
     assert read(None).reason.startswith("the batches hold no labels; let the callable")

@@ -367,29 +367,34 @@ def test_a_generator_of_what_a_batch_holds_gets_no_noise_in_its_place() -> None:
 
 
 class OfTexts(nn.Module):
-    """A generator of embeddings and noise, which joins them for layers under a generator's name."""
+    """A generator of embeddings and noise, in either order, which joins them for layers under a generator's name."""
 
-    def __init__(self) -> None:
+    def __init__(self, noise_first: bool) -> None:
         super().__init__()
+        self.noise_first = noise_first
         self.project, self.netG = nn.Sequential(nn.Linear(32, 8), nn.LeakyReLU(0.2)), generator(NOISE + 8)
 
-    def forward(self, embedding: Tensor, z: Tensor) -> Tensor:
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        z, embedding = (first, second) if self.noise_first else (second, first)
         return self.netG(torch.cat([self.project(embedding), z], 1))
 
 
 class Texts(Playing):
-    def __init__(self) -> None:
-        super().__init__(OfTexts())
+    def __init__(self, noise_first: bool) -> None:
+        super().__init__(OfTexts(noise_first))
         self.register_buffer("embeddings", torch.randn(10, 32))
 
     def draw(self, labels: Tensor) -> tuple[Tensor, ...]:
-        return self.embeddings[labels], torch.randn(len(labels), NOISE)
+        embedding, z = self.embeddings[labels], torch.randn(len(labels), NOISE)
+        return (z, embedding) if self.gen.noise_first else (embedding, z)
 
 
-def test_layers_of_a_generator_of_texts_get_no_noise_in_their_place() -> None:
+@pytest.mark.parametrize("noise_first", [False, True])
+def test_layers_of_a_generator_of_texts_get_no_noise_in_their_place(noise_first: bool) -> None:
     with pytest.warns(DiagnosticWarning, match="watches the training data only"):
-        diagnostics = fitted(Texts(), TensorDataset(IMAGES, LABELS))
-    assert "training_step gives the generator rows of its batch" in diagnostics.left_out["cms"]
+        diagnostics = fitted(Texts(noise_first), TensorDataset(IMAGES, LABELS))
+    for name in ("cms", "manifold_entropy"):
+        assert "training_step gives the generator rows of its batch" in diagnostics.left_out[name]
 
 
 class Projecting(nn.Module):
@@ -502,6 +507,23 @@ def test_a_discriminator_of_images_and_latents_is_left_out_with_what_it_takes() 
         "discriminator must be known, but self.dis takes (x: 'Tensor', z: 'Tensor')"
         in diagnostics.left_out["adversary"]
     )
+
+
+class OfImagesAndAttributes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Linear(256 + 4, 1)
+
+    def forward(self, x: Tensor, attr: Tensor) -> Tensor:
+        scores: Tensor = self.layers(torch.cat([x.flatten(1), attr], 1))
+        return scores
+
+
+def test_a_discriminator_of_images_and_attributes_is_left_out_with_what_it_takes() -> None:
+    module = Named("G_net", "D_net")
+    module.D_net = OfImagesAndAttributes()
+    diagnostics = fitted(module, TensorDataset(IMAGES, torch.rand(len(IMAGES), 4)))
+    assert "self.D_net takes (x: 'Tensor', attr: 'Tensor')" in diagnostics.left_out["adversary"]
 
 
 class JudgingFirst(Uniform):

@@ -61,7 +61,7 @@ class Labels(NamedTuple):
     one_hot: int = 0
     """K, where they were given as one-hot rows (N, K)."""
     conditions: Tensor | None = None
-    """(N, K) rows that are no classes, such as attributes, as a sampler may take them."""
+    """(N, K) rows or (N,) numbers that are no classes, such as attributes or angles, as a sampler may take them."""
 
 
 def images_of(batch: Any) -> Tensor | None:
@@ -157,7 +157,7 @@ def judge_labels(found: Any, rows: int | None = None) -> Labels:
         rows: Number of rows of the data, where known.
 
     Returns:
-        The labels; rows (N, K) of other numbers are ``conditions``.
+        The labels; rows (N, K) of other numbers, and fractions (N,) or (N, 1), are ``conditions``.
     """
     labels = _tensor(found)
     if labels is None:
@@ -169,7 +169,8 @@ def judge_labels(found: Any, rows: int | None = None) -> Labels:
         return _no_labels(f"{name} have {labels.ndim} axes")
     if rows is not None and len(labels) != rows:
         return _no_labels(f"{name} go with other data than {rows} rows")
-    conditions = labels if labels.ndim == 2 and labels.shape[1] > 1 and not labels.is_complex() else None
+    # nan marks what is not known
+    conditions = labels if not labels.is_complex() and bool(labels.isfinite().all()) else None
     if labels.is_complex() or (labels.is_floating_point() and not torch.equal(labels, labels.round())):
         return _no_labels(f"{name} are not whole numbers", conditions)
     if labels.dtype != torch.long:
@@ -226,7 +227,7 @@ class Rows(Diagnostic):
         self._update_count = 1
 
     def update(self, images: Tensor, labels: Tensor | None, conditions: Tensor | None = None) -> None:
-        """Adds images (n, C, H, W) and, where they are known, labels (n,) or rows (., K) that are no classes."""
+        """Adds images (n, C, H, W) and, where they are known, labels (n,) or conditions (., K) or (.,) that are no classes."""
         self.images.append(images)
         if labels is not None:
             self.labels.append(labels)

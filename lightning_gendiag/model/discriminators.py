@@ -278,7 +278,9 @@ def find_discriminator(view: ModelView, path: str = "") -> Discriminator | None:
 def _unsuitable(view: ModelView, tried: Sequence[tuple[str, ...]]) -> str:
     """Says why parts are no discriminator of images: those that take something beside them, and those without a score."""
     parts = {f"self.{path}": part_of(view.module, path) for path, *_ in tried}
-    more = [name for name, part in parts.items() if not accepts(part, 1) and not takes_classes(part)]
+    # without classes it was not called
+    has_classes = _example_labels(view, 1) is not None
+    more = [name for name, part in parts.items() if not accepts(part, 1) and not (has_classes and takes_classes(part))]
     rest = [name for name in parts if name not in more]
     reasons = [f"{name} takes {signature_of(parts[name])}" for name in more]
     reasons += [f"{', '.join(rest)} return{'s' * (len(rest) == 1)} no score for each image"] if rest else []

@@ -82,6 +82,8 @@ class Fakes(NamedTuple):
     """Paths of the parts, discriminators among them, that are given classes (rows,) as a second argument."""
     listed: frozenset[str] = frozenset()
     """Paths of the parts that are given noise in a list, as generators that mix styles are."""
+    of_batch: frozenset[str] = frozenset()
+    """Paths of the parts that are always given rows of the batch, alone or joined with noise, such as layers of a generator."""
 
 
 def find_fakes(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Fakes:
@@ -102,13 +104,15 @@ def find_fakes(step: TrainingStep, shape: tuple[int, ...], seed: int) -> Fakes:
     other = {fake[:2]: fake for fake in _fakes_in(step, shape, step.calls(seed + 1, may_fail=True)[0])}
     makers = (fake[:2] for fake in fakes if _is_drawn(fake, again.get(fake[:2]), other.get(fake[:2])))
     noises = [fake for fake in fakes if _noise_in(fake) is not None]
-    drawn = next((fake for fake in noises if not _is_of_batch(fake, again.get(fake[:2]))), None)
+    free = [fake for fake in noises if not _is_of_batch(fake, again.get(fake[:2]))]
+    drawn = free[0] if free else None
     seen = Fakes(
         next(makers, None),
         _noise_in(noises[0]) if noises else None,
         is_of_batch=bool(noises),
         labelled=frozenset(call.path for call in calls if _is_given_classes(step.module, call)),
         listed=frozenset(fake.path for fake in noises if not isinstance(fake.given[0], Tensor)),
+        of_batch=frozenset(fake.path for fake in noises) - {fake.path for fake in free},
     )
     if drawn is None:
         return seen

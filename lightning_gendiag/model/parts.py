@@ -166,7 +166,7 @@ class ModelParts:
             self.real.one_hot or fakes.classes or self._classes or 0, self.real.num_classes,
             None if self.real.conditions is None else self.real.conditions[0],
             self.real.count, self.real.is_paired, self.real.is_gray, None if fakes.noise is None else fakes.noise.shape[1],
-            self._classes is not None, fakes.labelled, fakes.listed,
+            self._classes is not None, fakes.labelled, fakes.listed, fakes.of_batch,
         )  # fmt: skip
 
     # ---- choosing ----
@@ -194,7 +194,7 @@ class ModelParts:
     @property
     def why_no_prior(self) -> str:
         """Why it is not known what noise a decoder beside no encoder takes."""
-        return self._given_instead or self.failed_sampler
+        return self._given_instead(self.way("decode") if self.has("decode") else None) or self.failed_sampler
 
     def ways(self, need: Need) -> list[Way]:
         """Returns all ways that are known, the chosen one first; others may fail, or return what is not needed."""
@@ -301,8 +301,8 @@ class ModelParts:
 
     def _noise_refused(self, way: Way) -> str:
         """Why normal noise is not what a sampler should be given; empty where it may be, or none is given."""
-        if way.latent is not None and self._given_instead:
-            return self._given_instead
+        if way.latent is not None and (instead := self._given_instead(way)):
+            return instead
         if way.assumes_prior and self.adapter.sample is None and not self._takes_noise(way):
             return "nothing shows that normal noise is the prior of its latents"
         return ""
@@ -565,13 +565,15 @@ class ModelParts:
             self._chosen.pop("sample", None)
             self._ways.pop("sample", None)
 
-    @property
-    def _given_instead(self) -> str:
-        """What training gives a generator in place of noise of N(0, 1), such as one-hot rows beside it; or nothing."""
+    def _given_instead(self, way: Way | None) -> str:
+        """What training gives a generator in place of noise of N(0, 1), such as one-hot rows beside it; or nothing.
+
+        Layers of a generator that takes such noise may be given rows of the batch as well.
+        """
         fakes = self._fakes
         if fakes is None or fakes.noise is None or self.has("encode"):
             return ""
-        if fakes.is_of_batch:
+        if fakes.is_of_batch or (way is not None and way.is_of_batch):
             return OF_BATCH
         return OTHER_NOISE if is_normal(fakes.noise) is False else ""
 
@@ -622,7 +624,7 @@ class ModelParts:
         example = self._example
         if self._states_prior(way):
             return True
-        if self._given_instead or (way is not None and way.has_other_prior):
+        if self._given_instead(way) or (way is not None and way.has_other_prior):
             return False
         encodes = example is not None and self.has("encode")
         # a generator alone takes noise in any case
@@ -745,7 +747,7 @@ class ModelParts:
     def sample_labels(self, n: int) -> Tensor:
         """Returns n labels sampled from the reference, or zeros while there is no reference.
 
-        Where real images have rows (K,) of other numbers in place of a class, such as attributes, these are sampled.
+        Where real images have other numbers in place of a class, such as attributes (K,) or an angle, these are sampled.
         """
         if self.has_conditions and self.real.conditions is not None:
             rows = self.real.conditions
@@ -871,14 +873,17 @@ class ModelParts:
 def _forms(way: Way, context: Context) -> Iterator[Way]:
     """Yields the forms of a way that the batches suggest.
 
-    These are with one-hot labels, where the batches have such, of images without an axis for their channel, where the batches
-    have such, the first of as many outputs as there are images in a batch, as of generators of several domains
-    (https://arxiv.org/abs/1606.07536), the last of all steps from noise to data, and some of whole rounds of all classes.
+    These are with one-hot labels, where the batches have such, with labels as floats, where they are no classes, of images
+    without an axis for their channel, where the batches have such, the first of as many outputs as there are images in a batch,
+    as of generators of several domains (https://arxiv.org/abs/1606.07536), the last of all steps from noise to data, and some
+    of whole rounds of all classes.
     """
     ways = [way]
     if way.need in ("sample", "encode") and way.takes_labels and context.one_hot:
         call = partial(_called_with_rows, way.call, context.one_hot)
         ways.append(replace(way, name=f"{way.name} as one-hot rows", call=call))
+    if way.need == "sample" and way.takes_labels and context.is_converted:
+        ways.append(replace(way, name=f"{way.name} as floats", call=partial(_called_with_floats, way.call)))
     if way.need in ("encode", "reconstruct") and context.is_gray:
         ways += [replace(w, name=f"{w.name} without channels", call=partial(_without_channels, w.call)) for w in ways]
     for form in ways:
@@ -928,6 +933,10 @@ def _of_rounds(call: Callable[..., Any], classes: int, n: int) -> Any:
 
 def _without_channels(call: Callable[..., Any], images: Tensor, *labels: Tensor) -> Any:
     return call(images[:, 0], *labels)
+
+
+def _called_with_floats(call: Callable[..., Any], n: int, labels: Tensor) -> Any:
+    return call(n, labels.float())
 
 
 def _called_with_rows(call: Callable[..., Any], classes: int, first: Any, labels: Tensor) -> Any:

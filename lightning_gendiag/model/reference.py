@@ -79,8 +79,8 @@ class Reference:
         """Number of columns of one-hot labels in the batches; 0 where labels are given otherwise, or there are none."""
         self._most_classes = 0
         self.conditions: Tensor | None = None
-        """(M, K) rows that stand for labels in the batches and are no classes, such as attributes; None where there are
-        none. Before the images are complete, they are those of the first batch."""
+        """(M, K) rows or (M,) numbers that stand for labels and are no classes, such as attributes or angles; None where
+        there are none. Before the images are complete, they are those of the first batch."""
         self.count = 0
         """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
         self.is_paired = False

@@ -41,6 +41,8 @@ class Way:
     """Whether what decodes inverts this encoder, so that latents may have the shape of images."""
     has_other_prior: bool = False
     """Whether the latents that a decoder takes have another prior than N(0, 1), also where it inverts the encoder."""
+    is_of_batch: bool = False
+    """Whether a training step gives what decodes rows of its batch, alone or joined with noise."""
     is_guess: bool = False
     """Whether only the shape of what it returns says that it reconstructs."""
     path: str = ""
@@ -69,7 +71,8 @@ class Context:
     classes: int = 0
     """Number of classes that the batches are known to have; 0 where they have no labels."""
     condition: Tensor | None = None
-    """(K,) row that stands for the label of a real image and is no class, such as its attributes; None for classes."""
+    """(K,) row or number that stands for the label of a real image and is no class, such as its attributes or an angle; None
+    for classes."""
     count: int = 0
     """Number of batches of images in a training batch, of which the first is taken; 0 where it is not known."""
     is_paired: bool = False
@@ -84,6 +87,13 @@ class Context:
     """Paths of the parts that a training step gives classes as a second argument."""
     listed: frozenset[str] = frozenset()
     """Paths of the parts that a training step gives noise in a list."""
+    of_batch: frozenset[str] = frozenset()
+    """Paths of the parts that a training step always gives rows of its batch, alone or joined with noise."""
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether a training step may convert the labels to float32, since they are no classes and of another type."""
+        return self.condition is not None and self.condition.dtype != torch.float32
 
 
 Recogniser = Callable[[nn.Module, Context], Iterator[Way]]

@@ -435,17 +435,17 @@ def sampler_ways(
         for key in LABEL_KEYWORDS
         if takes_any
     ]
+    left_out = [p.name for p in named if p.default is None or given.get(p.name) == "none"]
+    left_out = [p for kind in (LABELS, CONDITIONS) for p in left_out if kind.fullmatch(p.lower())]
     if context.is_conditioned and not plain.takes_labels:
         # the network has never been without the classes that the sampler may leave out
-        left_out = [p.name for p in named if p.default is None or given.get(p.name) == "none"]
-        known = (p for kind in (LABELS, CONDITIONS) for p in left_out if kind.fullmatch(p.lower()))
-        for name_of_classes in list(known)[:1]:
+        for name_of_classes in left_out[:1]:
             yield replace(way(given | {name_of_classes: "labels"}, shape), is_reading=True)
     # it may ignore labels, which then say nothing about its images
     yield from (*with_labels, plain) if context.conditional else (plain, *with_labels)
-    if "none" in given.values() and not plain.takes_labels:
-        # a condition that it does not work without is often a class
-        first = next(parameter for parameter, role in given.items() if role == "none")
+    if left_out and not plain.takes_labels:
+        # a condition that it does not work without is often a class, rather one that must be given than another
+        first = min(left_out, key=lambda parameter: parameter not in given)
         yield way(given | {first: "labels"}, shape)
     if "shape" in given.values() and context.latent not in (None, shape):
         # multiscale flows fold positions into channels
@@ -583,9 +583,12 @@ def decoder_ways(
             continue
         text = f"{name}{f' of latents {shape}' if len(shape) > 1 or (length or shape[0]) != shape[0] else ''}"
         called = partial(_listed, target) if own_path in context.listed else target
-        decode = partial(_with_one_label, called, context.condition) if labels else called
-        label = f" with {'class 0' if context.condition is None else 'the attributes of one image'}" if labels else ""
-        yield Way("decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator)
+        is_of_batch = own_path in context.of_batch
+        for label, condition in _one_label(context).items() if labels else (("", None),):
+            decode = partial(_with_one_label, called, condition) if labels else called
+            yield Way(
+                "decode", f"{text}{label}", decode, latent=shape, is_generator=is_generator, is_of_batch=is_of_batch
+            )
         is_map, is_stated = len(shape) > 1 and shape[1:] != (1, 1), math.prod(shape) == context.latent_dim
         if type(part).__module__.partition(".")[0] in SAMPLED_BY_TYPE or (is_map and not is_stated):
             # a map of latents has no prior that is worth sampling, unless the user states one
@@ -593,7 +596,7 @@ def decoder_ways(
         yield Way(
             "sample", f"{name} from {noise_of(shape)}{' and labels' if labels else ''}",
             partial(sampled_by, called, module, shape), takes_labels=labels, latent=shape,
-            assumes_prior=not is_generator or name == "self.forward", is_generator=is_generator,
+            assumes_prior=not is_generator or name == "self.forward", is_generator=is_generator, is_of_batch=is_of_batch,
         )  # fmt: skip
 
 
@@ -636,10 +639,20 @@ def takes_noise(target: Callable[..., Any]) -> bool:
     return NOISE.fullmatch(first) is not None
 
 
+def _one_label(context: Context) -> dict[str, Tensor | None]:
+    """Returns the label with which latents are decoded, also as floats where it may be converted, by what log lines call it."""
+    if context.condition is None:
+        return {" with class 0": None}
+    forms: dict[str, Tensor | None] = {" with the label of one image": context.condition}
+    return forms | (
+        {" with the label of one image as floats": context.condition.float()} if context.is_converted else {}
+    )
+
+
 def _with_one_label(decoder: Callable[..., Any], condition: Tensor | None, z: Tensor) -> Any:
     if condition is None:
         return decoder(z, torch.zeros(len(z), dtype=torch.long, device=z.device))
-    return decoder(z, condition.to(z.device).expand(len(z), -1))
+    return decoder(z, condition.to(z.device).expand(len(z), *condition.shape))
 
 
 def sampled_by(decoder: Callable[..., Any], module: nn.Module, shape: tuple[int, ...], n: int, *labels: Tensor) -> Any:
