@@ -666,6 +666,26 @@ def test_an_autoencoder_reconstructs_also_where_a_batch_holds_its_images_twice()
     assert "a batch holds two batches of images, of which forward may make one of the other" in cleaning.left_out["cms"]
 
 
+class Translating(Reconstructing):
+    """A model that makes an image ``x`` of another one ``y``, as Brownian bridges call them."""
+
+    forward = nn.Module.forward
+
+    def sample(self, y: Tensor) -> Tensor:
+        return self.layers(y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.mse_loss(self.sample(y), x)
+
+
+def test_what_a_sampler_of_pairs_takes_is_an_image_and_no_label() -> None:
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
+        diagnostics = fitted(Translating(), TensorDataset(IMAGES, IMAGES.flip(3)))
+    assert "a batch holds two batches of images" in diagnostics.left_out["cms"]
+    assert "labels" not in diagnostics.left_out["cms"]
+
+
 class OfSquares(Reconstructing):
     """An autoencoder of gray images (N, H, W) with an encoder."""
 

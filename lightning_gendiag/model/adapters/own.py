@@ -383,8 +383,10 @@ def sampler_ways(
             given[parameter.name] = role
     if named and not {"n", "shape", "noise"} & set(given.values()) and isinstance(named[0].default, int):
         given[named[0].name] = "n"
-    # labels alone say how many samples there are, but no noise from which they are made
-    states = {"n", "shape", "noise"} | ({"labels"} if noise is None else set())
+    # labels alone say how many samples there are, but no noise from which they are made; where a batch holds two kinds of
+    # images and no labels, ``y`` is one of them, of which an image-to-image model makes the other
+    of_pairs = context.is_paired and not context.classes and context.condition is None
+    states = {"n", "shape", "noise"} | ({"labels"} if noise is None and not of_pairs else set())
     if not named or not states & set(given.values()):
         return
     length = latent_length(part, None, context) or latent_length(module, None, context)
