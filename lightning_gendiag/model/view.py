@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_gendiag.detection.alarm import listed
-from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
+from lightning_gendiag.functional.arrays import as_data, as_images, is_video, middle_slices
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need, Way
@@ -255,7 +255,9 @@ class ModelView:
                 f"the data must be images (N, C, H, W) or volumes (N, C, D, H, W), got {tuple(data.images.shape)}. "
                 f"To fix this, {self.adapter.images_advice}."
             )
-        if data.images.ndim == 5:
+        if is_video(data.images):
+            self.say("Videos: the middle frame is the image of a video (T, C, H, W) in regions and pictures.")
+        elif data.images.ndim == 5:
             self.say("Volumes: the middle slice along D is the image of a volume (C, D, H, W) in regions and pictures.")
         return Images(middle_slices(data.images), data.labels)
 
