@@ -49,7 +49,7 @@ from lightning_gendiag.model.isolation import (
     without_collectives,
 )
 from lightning_gendiag.model.parts import ARE_LOGITS, ModelParts
-from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
+from lightning_gendiag.model.quantizers import Codebook, CodebookReader, is_of_frozen, quantizers_in, settled
 from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.model.warning import warn
@@ -831,6 +831,14 @@ class ModelView:
         )
         if not chains:
             raise unknown
+        frozen = [] if path else [chain for chain in chains if is_of_frozen(self.module, chain)]
+        chains = [chain for chain in chains if chain not in frozen]
+        if not chains:
+            paths = listed([f"self.{chain.codebook.path}" for chain in frozen], 4)
+            raise ValueError(
+                f"indices must be known, but the codes of {paths} are of a part that is not trained. "
+                f"To fix this, pass {CODES_ADVICE}."
+            )
         if self.real.example is None:
             return None
         images = self.as_input(as_data(self.real.example))
