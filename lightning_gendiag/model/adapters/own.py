@@ -495,6 +495,11 @@ def network_of(module: nn.Module) -> tuple[str, nn.Module | None]:
     return next(iter([*found, *own_network]), ("", None))
 
 
+def networks_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns all parts of a module that take times, by path."""
+    return {path: part for path, part in module.named_modules() if path and _takes_times(part)}
+
+
 def role_of(parameter: inspect.Parameter, context: Context) -> str | None:
     """Returns what a parameter of a sampler is given; None for nothing."""
     required = parameter.default is parameter.empty
