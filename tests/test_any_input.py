@@ -276,6 +276,21 @@ def test_of_volumes_the_middle_slices_are_compared() -> None:
     assert scalars["cms/worst"] == pytest.approx(float(expected.regions.min()), rel=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_of_videos_the_middle_frames_are_compared(channels: int, caplog: pytest.LogCaptureFixture) -> None:
+    shape = (7, channels, 4, 4)
+    real, other = data(shape)[0], torch.randn(64, *shape, generator=torch.Generator().manual_seed(2))
+    regions = torch.arange(4).view(1, 4).expand(4, 4) // 2
+    adapter = ModelAdapter(sample=lambda module, n: other[:n], num_samples=64, chunk_size=64)
+    with caplog.at_level("INFO"):
+        scalars = run(Still(), CosineMeanSimilarityMonitor(regions, adapter=adapter, on_error="raise"), shape)
+    expected = cosine_mean_similarity(other[:, 3], real[:, 3], regions)
+    assert scalars["cms/image"] == pytest.approx(float(expected.image), rel=1e-5)
+    assert scalars["cms/worst"] == pytest.approx(float(expected.regions.min()), rel=1e-5)
+    assert "Videos: the middle frame is the image of a video" in caplog.text
+    assert "Volumes" not in caplog.text
+
+
 def test_images_of_one_position_are_one_region() -> None:
     diagnostics = GenerativeDiagnostics(
         max_overhead=None, on_error="raise", sample=lambda module, n: torch.randn(n, 5, 1, 1)
@@ -488,6 +503,8 @@ def test_pictures_of_any_shape_have_bounded_sizes(height: int, width: int, expec
 def test_the_middle_slice_is_one_of_images_and_of_volumes() -> None:
     assert middle_slices(torch.zeros(2, 1, 4, 4)).shape == (2, 1, 4, 4)
     assert middle_slices(torch.arange(4.0).view(1, 1, 4, 1, 1)).item() == 2
+    # scans of four channels and few slices are no videos
+    assert middle_slices(torch.zeros(2, 4, 3, 8, 8)).shape == (2, 4, 8, 8)
 
 
 class Cube(torch.autograd.Function):

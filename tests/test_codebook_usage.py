@@ -610,6 +610,40 @@ def test_it_is_attached_where_there_is_a_quantizer_and_left_out_elsewhere() -> N
     assert "has no quantizer whose codebook" in other.left_out["codebook"]
 
 
+class OfTokens(LightningModule):
+    """A model of the tokens of a first stage, which is trained before or beside it."""
+
+    def __init__(self, is_frozen: bool, quantizer: nn.Module) -> None:
+        super().__init__()
+        self.first_stage = Tokenizer(quantizer).requires_grad_(not is_frozen)
+        self.transformer = nn.Linear(24, 24)
+
+    def sample(self, n: int) -> Tensor:
+        return torch.rand(n, 1, 16, 16)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.first_stage.training_step(batch, batch_idx)
+        return loss + self.transformer.weight.square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([weight for weight in self.parameters() if weight.requires_grad], 1e-3)
+
+
+@pytest.mark.parametrize("quantizer", [Straight, MovingAverage])
+def test_a_codebook_that_is_not_trained_is_followed_only_where_it_is_named(quantizer: Any) -> None:
+    def left_out(is_frozen: bool, *callbacks: Any) -> dict[str, str]:
+        diagnostics = GenerativeDiagnostics("warn", num_reference=64, max_overhead=None)
+        trainer(*callbacks, diagnostics, max_epochs=1).fit(OfTokens(is_frozen, quantizer()), batches(16))
+        return diagnostics.left_out
+
+    assert "first_stage.quantizer" in (reason := left_out(True)["codebook"])
+    assert "are of a part that is not trained" in reason
+    assert "codebook" not in left_out(False)
+    named = CodebookUsageMonitor("first_stage.quantizer")
+    assert "the trainer has a monitor of it" in left_out(True, named)["codebook"]
+    assert named.evaluations == 1
+
+
 @pytest.mark.parametrize("quantizer", [Straight, MovingAverage, Residual])
 def test_training_is_bit_identical_with_and_without_the_monitor(quantizer: Any) -> None:
     def run(*callbacks: Any) -> Any:

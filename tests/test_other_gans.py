@@ -688,6 +688,69 @@ def test_an_autoencoder_reconstructs_also_where_a_batch_holds_its_images_twice()
     assert "a batch holds two batches of images, of which forward may make one of the other" in cleaning.left_out["cms"]
 
 
+class Denoiser(nn.Module):
+    """The network of a diffusion model of latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.layer(z) * t[:, None]
+
+
+class InStages(Reconstructing):
+    """Latent diffusion, of which an argument says which stage is trained."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage, self.denoiser = stage, Denoiser()
+
+    def sample(self, n: int) -> Tensor:
+        return self.layers[3:](self.denoiser(torch.randn(n, 16), torch.ones(n)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.stage == "first":
+            return F.mse_loss(self(batch[0]), batch[0])
+        return self.denoiser(self.layers[:2](batch[0]).detach(), torch.ones(len(batch[0]))).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam((self.layers if self.stage == "first" else self.denoiser).parameters(), 1e-3)
+
+
+def test_a_network_that_is_trained_in_a_later_stage_makes_no_samples(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        first = fitted(InStages("first"), TensorDataset(IMAGES))
+    assert {"cms", "round_trip"} <= set(first.attached)
+    assert "memorization" not in first.attached
+    assert "self.sample(n) fails (self.denoiser is in no optimizer)" in first.left_out["memorization"]
+    assert "Reconstructions: self." in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert "memorization" in fitted(InStages("second"), TensorDataset(IMAGES)).attached
+    assert "Samples: self.sample(n)" in caplog.text
+
+
+class Translating(Reconstructing):
+    """A model that makes an image ``x`` of another one ``y``, as Brownian bridges call them."""
+
+    forward = nn.Module.forward
+
+    def sample(self, y: Tensor) -> Tensor:
+        return self.layers(y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.mse_loss(self.sample(y), x)
+
+
+def test_what_a_sampler_of_pairs_takes_is_an_image_and_no_label() -> None:
+    with pytest.warns(DiagnosticWarning, match="watches the training data only"):
+        diagnostics = fitted(Translating(), TensorDataset(IMAGES, IMAGES.flip(3)))
+    assert "a batch holds two batches of images" in diagnostics.left_out["cms"]
+    assert "labels" not in diagnostics.left_out["cms"]
+
+
 class OfSquares(Reconstructing):
     """An autoencoder of gray images (N, H, W) with an encoder."""
 

@@ -118,6 +118,16 @@ def test_what_an_alarm_needs_is_said_of_diagnostics_that_were_evaluated() -> Non
     assert found["summary"].startswith("Not judged: there were 3 evaluations, and an alarm needs 10.")
 
 
+@pytest.mark.parametrize(("of_model", "state"), [(1, "not judged"), (5, "not judged"), (6, "unhealthy")])
+def test_a_model_that_has_begun_to_learn_is_not_unhealthy_however_often_its_data_were_evaluated(
+    of_model: int, state: str
+) -> None:
+    evaluations = {"cms": of_model, "memorization": 0, "training_data": 40}
+    found = report([], evaluations, dict.fromkeys(evaluations, 10), bad={"similarity is 0.02": 35})
+    assert found["state"] == state
+    assert "The newest evaluation, at step 35, was bad: similarity is 0.02." in found["summary"]
+
+
 def test_monitors_of_the_training_data_are_known_by_what_they_watch() -> None:
     stopping = CollapseStopping()
     data = TrainingDataMonitor(name="data")

@@ -13,7 +13,7 @@ FILE = "gendiag_report.json"
 """Name of the file in the logger's folder."""
 
 LEAST_EVALUATIONS = 6
-"""What is bad before as many evaluations is no judgement of a model that has only begun to learn."""
+"""What is bad before as many evaluations of the model says little, since it has only begun to learn."""
 
 
 def report(
@@ -51,7 +51,8 @@ def report(
     of_model = {name: count for name, count in evaluations.items() if name not in of_data}
     judged = [name for name, count in evaluations.items() if count >= needed[name]]
     most = max(of_model.values(), default=0)
-    is_bad = bool(bad) and max(evaluations.values(), default=0) >= LEAST_EVALUATIONS
+    # the data may be evaluated often before the model is for the second time
+    is_bad = bool(bad) and most >= LEAST_EVALUATIONS
     messages = " ".join(alarm.message for alarm in alarms)
     bad = bad or {}
     now = f" The newest evaluation, at step {max(bad.values()):,}, was bad: {listed(list(bad))}." if bad else ""

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEWEST_FRAMES = 5
+"""Axis 1 is rather of channels where it is shorter, as of scans with four of them."""
+
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
@@ -99,13 +102,25 @@ def as_data(data: Tensor, name: str = "data") -> Tensor:
     return data if data.dtype in (torch.float32, torch.float64) else data.float()
 
 
+def is_video(data: Tensor) -> bool:
+    """Returns whether data are videos (N, T, C, H, W) of five frames or more in one or three channels, and no volumes.
+
+    Example:
+        >>> is_video(torch.zeros(2, 16, 3, 8, 8)), is_video(torch.zeros(2, 3, 16, 8, 8))
+        (True, False)
+    """
+    return data.ndim == 5 and data.shape[1] >= FEWEST_FRAMES and data.shape[2] in (1, 3)
+
+
 def middle_slices(data: Tensor) -> Tensor:
-    """Returns images (N, C, H, W) as they are, and of volumes (N, C, D, H, W) the middle slices along D.
+    """Returns images (N, C, H, W) as they are, and the middle slices of volumes (N, C, D, H, W) or frames of videos.
 
     Example:
         >>> middle_slices(torch.arange(3.0).view(1, 1, 3, 1, 1))
         tensor([[[[1.]]]])
     """
+    if is_video(data):
+        return data[:, data.shape[1] // 2]
     return data if data.ndim == 4 else data[:, :, data.shape[2] // 2]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +32,7 @@ from lightning_gendiag.model.adapters.own import (
     helpers_of,
     is_adversarial,
     latent_length,
+    networks_of,
     normal,
     packed_length,
     role_of,
@@ -135,6 +136,8 @@ class ModelParts:
         self.adapter, self.subject, self.real, self.isolated = adapter, subject, real, isolated
         self.tried: Images | None = None
         """The two samples by which the sampler was chosen; None where they are not known to be images yet."""
+        self._ran = ""
+        """Path of the network that takes times and was run for them; empty where none was."""
         self.seconds_of_two = 0.0
         """Seconds that these took."""
         self._chosen: dict[Need, tuple[str, Known]] = {}
@@ -297,7 +300,20 @@ class ModelParts:
         """Whether the samples by which a sampler was chosen have the shape of the real images, which is known now."""
         if way.need != "sample" or self.tried is None or tuple(self.tried.images.shape[1:]) != shape:
             return False
-        return not (self._noise_refused(way) or self._are_logits(way, self.tried.images))
+        return not (self._noise_refused(way) or self._untrained() or self._are_logits(way, self.tried.images))
+
+    def _untrained(self) -> str:
+        """The network of a diffusion model that was run for two samples, where no optimizer trains such a network.
+
+        It is of another stage of training than this one, in which its samples stay as they are.
+        """
+        groups = [group for optimizer in self.subject.trainer.optimizers for group in optimizer.param_groups]
+        trained = {id(weight) for group in groups for weight in group["params"]}
+        weights = [
+            p for part in networks_of(self.subject.trained).values() for p in part.parameters() if p.requires_grad
+        ]
+        is_other_stage = bool(trained and weights) and not any(id(weight) in trained for weight in weights)
+        return self._ran if is_other_stage and self.adapter.sample is None else ""
 
     def _noise_refused(self, way: Way) -> str:
         """Why normal noise is not what a sampler should be given; empty where it may be, or none is given."""
@@ -448,13 +464,21 @@ class ModelParts:
         except BaseException:
             self._sampler_fails |= way.is_sampler
             raise
+        if untrained := self._untrained():
+            raise ValueError(f"self.{untrained} is in no optimizer")
         if self.tried is not None:
             self._refuse_logits(way, self.tried.images)
 
     def _sample_two(self, way: Way) -> None:
         labels = (self.sample_labels(2),) if way.takes_labels else ()
         shape = self.real.shape
-        output, self.seconds_of_two = timed(partial(way.call, 2, *labels), self.context.device)
+        ran: list[str] = []
+        with ExitStack() as stack:
+            for path, network in networks_of(self.module).items():
+                hook = network.register_forward_pre_hook(lambda *_, path=path: ran.append(path))
+                stack.callback(hook.remove)
+            output, self.seconds_of_two = timed(partial(way.call, 2, *labels), self.context.device)
+        self._ran = ran[0] if ran else ""
         # rows may fill the shape of the images, and series be the data, which the first batch shows
         rows = shape is None and data_in(output, 2, None).ndim in (2, 3)
         classes = labels[0] if labels and not self.has_conditions else None

@@ -225,6 +225,23 @@ def _chain(paths: tuple[str, ...], parts: dict[str, nn.Module], size: int | None
     return Chain(tuple(path for path in paths if path), codebook, is_plain)
 
 
+def is_of_frozen(module: nn.Module, chain: Chain) -> bool:
+    """Returns whether codes are chosen by a part that is not trained though the module is, such as a pretrained first stage.
+
+    It is the smallest one around the codebook that has other weights as well, since moving averages train a codebook without
+    gradients.
+    """
+    if not any(weight.requires_grad for weight in module.parameters()):
+        return False
+    path = chain.codebook.path
+    own = set(module.get_submodule(path).parameters())
+    while path := path.rpartition(".")[0]:
+        weights = set(module.get_submodule(path).parameters())
+        if weights - own:
+            return not any(weight.requires_grad for weight in weights)
+    return False
+
+
 # ---- how their codes are read ----
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_gendiag.detection.alarm import listed
-from lightning_gendiag.functional.arrays import as_data, as_images, middle_slices
+from lightning_gendiag.functional.arrays import as_data, as_images, is_video, middle_slices
 from lightning_gendiag.model import compat
 from lightning_gendiag.model.adapter import ModelAdapter
 from lightning_gendiag.model.adapters.base import Need, Way
@@ -49,7 +49,7 @@ from lightning_gendiag.model.isolation import (
     without_collectives,
 )
 from lightning_gendiag.model.parts import ARE_LOGITS, ModelParts
-from lightning_gendiag.model.quantizers import Codebook, CodebookReader, quantizers_in, settled
+from lightning_gendiag.model.quantizers import Codebook, CodebookReader, is_of_frozen, quantizers_in, settled
 from lightning_gendiag.model.reference import InapplicableError, Reference
 from lightning_gendiag.model.subject import Subject
 from lightning_gendiag.model.warning import warn
@@ -255,7 +255,9 @@ class ModelView:
                 f"the data must be images (N, C, H, W) or volumes (N, C, D, H, W), got {tuple(data.images.shape)}. "
                 f"To fix this, {self.adapter.images_advice}."
             )
-        if data.images.ndim == 5:
+        if is_video(data.images):
+            self.say("Videos: the middle frame is the image of a video (T, C, H, W) in regions and pictures.")
+        elif data.images.ndim == 5:
             self.say("Volumes: the middle slice along D is the image of a volume (C, D, H, W) in regions and pictures.")
         return Images(middle_slices(data.images), data.labels)
 
@@ -829,6 +831,14 @@ class ModelView:
         )
         if not chains:
             raise unknown
+        frozen = [] if path else [chain for chain in chains if is_of_frozen(self.module, chain)]
+        chains = [chain for chain in chains if chain not in frozen]
+        if not chains:
+            paths = listed([f"self.{chain.codebook.path}" for chain in frozen], 4)
+            raise ValueError(
+                f"indices must be known, but the codes of {paths} are of a part that is not trained. "
+                f"To fix this, pass {CODES_ADVICE}."
+            )
         if self.real.example is None:
             return None
         images = self.as_input(as_data(self.real.example))

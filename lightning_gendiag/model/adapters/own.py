@@ -383,8 +383,10 @@ def sampler_ways(
             given[parameter.name] = role
     if named and not {"n", "shape", "noise"} & set(given.values()) and isinstance(named[0].default, int):
         given[named[0].name] = "n"
-    # labels alone say how many samples there are, but no noise from which they are made
-    states = {"n", "shape", "noise"} | ({"labels"} if noise is None else set())
+    # labels alone say how many samples there are, but no noise from which they are made; where a batch holds two kinds of
+    # images and no labels, ``y`` is one of them, of which an image-to-image model makes the other
+    of_pairs = context.is_paired and not context.classes and context.condition is None
+    states = {"n", "shape", "noise"} | ({"labels"} if noise is None and not of_pairs else set())
     if not named or not states & set(given.values()):
         return
     length = latent_length(part, None, context) or latent_length(module, None, context)
@@ -491,6 +493,11 @@ def network_of(module: nn.Module) -> tuple[str, nn.Module | None]:
     found.sort(key=lambda named: AVERAGED.search(named[0]) is not None)
     own_network = [("self", module)] if _takes_times(module) else []
     return next(iter([*found, *own_network]), ("", None))
+
+
+def networks_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns all parts of a module that take times, by path."""
+    return {path: part for path, part in module.named_modules() if path and _takes_times(part)}
 
 
 def role_of(parameter: inspect.Parameter, context: Context) -> str | None:
