@@ -731,6 +731,17 @@ def test_a_network_that_is_trained_in_a_later_stage_makes_no_samples(caplog: pyt
     assert "Samples: self.sample(n)" in caplog.text
 
 
+class OfPartitions(InStages):
+    """One whose optimizer has other tensors than the module, as strategies that divide them among processes give it."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([nn.Parameter(torch.zeros(3))], 1e-3)
+
+
+def test_an_optimizer_of_other_tensors_does_not_show_what_is_trained() -> None:
+    assert "memorization" in fitted(OfPartitions("second"), TensorDataset(IMAGES)).attached
+
+
 class Translating(Reconstructing):
     """A model that makes an image ``x`` of another one ``y``, as Brownian bridges call them."""
 

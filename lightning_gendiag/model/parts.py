@@ -307,12 +307,12 @@ class ModelParts:
 
         It is of another stage of training than this one, in which its samples stay as they are.
         """
+        module = self.subject.trained
         groups = [group for optimizer in self.subject.trainer.optimizers for group in optimizer.param_groups]
-        trained = {id(weight) for group in groups for weight in group["params"]}
-        weights = [
-            p for part in networks_of(self.subject.trained).values() for p in part.parameters() if p.requires_grad
-        ]
-        is_other_stage = bool(trained and weights) and not any(id(weight) in trained for weight in weights)
+        # a strategy may give optimizers other tensors than the module's, which say nothing
+        trained = {id(weight) for group in groups for weight in group["params"]} & set(map(id, module.parameters()))
+        weights = [p for part in networks_of(module).values() for p in part.parameters() if p.requires_grad]
+        is_other_stage = bool(trained and weights) and trained.isdisjoint(map(id, weights))
         return self._ran if is_other_stage and self.adapter.sample is None else ""
 
     def _noise_refused(self, way: Way) -> str:
