@@ -226,7 +226,7 @@ class Schedule:
         each = (1 - HELD_BACK) * max_overhead * budget.training / max(self.dues, 1)
         if self.coming == math.inf:
             return each
-        # they are drawn each time the number of evaluations has doubled at least
+        # panels are drawn each time the number of evaluations has doubled at least, and once in a short run
         panels = sum(self._drawing.values()) * math.log2(1 + self.coming) / 2
         if self.is_short:
             panels = PANEL * sum(map(median, self._costs.values()))

@@ -188,45 +188,15 @@ class Moves:
 
     def __init__(self, result: TrainingDataResult) -> None:
         self.result = result
+        self.rows, self.batches, self.edges, self.classes = map(self._array, ("rows", "batches", "edges", "classes"))
+        self.cells, self.cell_squares, self.cell_batch_squares = map(
+            self._array, ("cells", "cell_squares", "cell_batch_squares")
+        )
 
     def _array(self, name: str) -> Array:
+        """Returns a field of the result."""
         array: Array = getattr(self.result, name).cpu().numpy()
         return array
-
-    @cached_property
-    def rows(self) -> Array:
-        """(2,) number of images that were measured."""
-        return self._array("rows")
-
-    @cached_property
-    def batches(self) -> Array:
-        """(2,) number of batches."""
-        return self._array("batches")
-
-    @cached_property
-    def edges(self) -> Array:
-        """(2, 2) sums of the least and of the largest value of each image."""
-        return self._array("edges")
-
-    @cached_property
-    def cells(self) -> Array:
-        """(2, 3, P) sums of the statistics of each cell."""
-        return self._array("cells")
-
-    @cached_property
-    def cell_squares(self) -> Array:
-        """(2, 3, P) sums of their squares."""
-        return self._array("cell_squares")
-
-    @cached_property
-    def cell_batch_squares(self) -> Array:
-        """(2, 3, P) sums over batches of the squared sum in the batch over its number of images."""
-        return self._array("cell_batch_squares")
-
-    @cached_property
-    def classes(self) -> Array:
-        """(2, K) number of images of each class."""
-        return self._array("classes")
 
     # ---- the tests ----
 
